@@ -1,0 +1,187 @@
+//! The annotations of a layer descriptor (SPEC.md 8).
+//!
+//! containerd hands annotations under `containerd.io/snapshot/` to a snapshotter as snapshot labels,
+//! so these few values are all a node needs to mount a layer: no manifest, no extra round trip.
+
+use std::{collections::BTreeMap, ops::Range};
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+
+/// Format version, decimal. Present on every lazy layer, and what marks one.
+pub const VERSION: &str = "containerd.io/snapshot/lazuli/version";
+/// Digest of the layer blob itself, as in the descriptor: labels do not carry it everywhere.
+pub const BLOB_DIGEST: &str = "containerd.io/snapshot/lazuli/blob.digest";
+/// Length of the layer blob in bytes, decimal.
+pub const BLOB_LEN: &str = "containerd.io/snapshot/lazuli/blob.len";
+/// Offset of the compressed index in the blob (of its skippable frame's content), decimal.
+pub const INDEX_OFFSET: &str = "containerd.io/snapshot/lazuli/index.offset";
+/// Length of the compressed index in bytes, decimal.
+pub const INDEX_COMPRESSED_LEN: &str = "containerd.io/snapshot/lazuli/index.compressed-len";
+/// Length of the index after decompression in bytes, decimal.
+pub const INDEX_PLAIN_LEN: &str = "containerd.io/snapshot/lazuli/index.plain-len";
+/// SHA-256 of the compressed index.
+pub const INDEX_DIGEST: &str = "containerd.io/snapshot/lazuli/index.digest";
+
+/// The format version that this crate reads and writes.
+pub const FORMAT_VERSION: u32 = 1;
+/// Longest index, compressed or plain, that a reader accepts (SPEC.md 9): bounds what a node allocates.
+pub const INDEX_LEN_MAX: u64 = 1 << 30;
+
+/// Where the index of a layer blob lies and what it must hash to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct IndexLocation {
+    /// Offset of the compressed index in the blob, in bytes.
+    pub offset: u64,
+    /// Length of the compressed index, in bytes.
+    pub compressed_len: u64,
+    /// Length of the decompressed index, in bytes.
+    pub plain_len: u64,
+    /// SHA-256 of the compressed index.
+    pub digest: Digest,
+}
+
+impl IndexLocation {
+    /// The bytes of the blob that hold the compressed index.
+    pub fn range(&self) -> Range<u64> {
+        self.offset..self.offset.saturating_add(self.compressed_len)
+    }
+}
+
+/// A layer that can be mounted lazily: all a node must be told about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct LazyLayer {
+    /// Digest of the layer blob.
+    pub blob: Digest,
+    /// Length of the layer blob, in bytes.
+    pub blob_len: u64,
+    /// Its index.
+    pub index: IndexLocation,
+}
+
+/// Annotations name a lazy layer but do not describe one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AnnotationError {
+    /// One of the annotations is missing.
+    #[error("annotation {0} is missing")]
+    Missing(&'static str),
+    /// One of the annotations has no usable value.
+    #[error("annotation {key} has value {value:?}, expected {expected}")]
+    Malformed {
+        /// The annotation.
+        key: &'static str,
+        /// What stands there, shortened.
+        value: String,
+        /// What should.
+        expected: &'static str,
+    },
+    /// The layer was written by a newer Lazuli.
+    #[error("layer format version {0}, this lazuli reads version {FORMAT_VERSION}: upgrade it or convert the image again")]
+    Version(u32),
+}
+
+impl LazyLayer {
+    /// The annotations that describe this layer, sorted by key.
+    pub fn to_annotations(&self) -> BTreeMap<String, String> {
+        [
+            (VERSION, FORMAT_VERSION.to_string()),
+            (BLOB_DIGEST, self.blob.to_string()),
+            (BLOB_LEN, self.blob_len.to_string()),
+            (INDEX_OFFSET, self.index.offset.to_string()),
+            (INDEX_COMPRESSED_LEN, self.index.compressed_len.to_string()),
+            (INDEX_PLAIN_LEN, self.index.plain_len.to_string()),
+            (INDEX_DIGEST, self.index.digest.to_string()),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into()
+    }
+
+    /// Reads what [`Self::to_annotations`] wrote; `lookup` finds a value by key.
+    ///
+    /// `Ok(None)` for an ordinary layer: one without the version annotation.
+    ///
+    /// # Errors
+    ///
+    /// When the version annotation is there but the others do not describe a layer.
+    pub fn from_annotations<'a>(lookup: impl Fn(&str) -> Option<&'a str>) -> Result<Option<Self>, AnnotationError> {
+        let Some(version) = lookup(VERSION) else { return Ok(None) };
+        let version = parse(VERSION, version, "a decimal number")?;
+        if version != FORMAT_VERSION {
+            return Err(AnnotationError::Version(version));
+        }
+        let text = |key: &'static str| lookup(key).ok_or(AnnotationError::Missing(key));
+        let number = |key| text(key).and_then(|value| parse::<u64>(key, value, "a decimal number"));
+        let digest = |key| text(key).and_then(|value| parse::<Digest>(key, value, "a sha256 digest"));
+        let layer = Self {
+            blob: digest(BLOB_DIGEST)?,
+            blob_len: number(BLOB_LEN)?,
+            index: IndexLocation {
+                offset: number(INDEX_OFFSET)?,
+                compressed_len: number(INDEX_COMPRESSED_LEN)?,
+                plain_len: number(INDEX_PLAIN_LEN)?,
+                digest: digest(INDEX_DIGEST)?,
+            },
+        };
+        let refuse =
+            |key, value: u64, expected| Err(AnnotationError::Malformed { key, value: value.to_string(), expected });
+        if layer.index.offset.checked_add(layer.index.compressed_len).is_none_or(|end| end > layer.blob_len) {
+            return refuse(INDEX_OFFSET, layer.index.offset, "an index inside the blob");
+        }
+        if layer.index.plain_len > INDEX_LEN_MAX || layer.index.compressed_len > INDEX_LEN_MAX {
+            return refuse(INDEX_PLAIN_LEN, layer.index.plain_len, "an index of at most 1 GiB");
+        }
+        Ok(Some(layer))
+    }
+}
+
+fn parse<T: std::str::FromStr>(
+    key: &'static str,
+    value: &str,
+    expected: &'static str,
+) -> Result<T, AnnotationError> {
+    value.parse().map_err(|_| AnnotationError::Malformed { key, value: value.chars().take(100).collect(), expected })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer() -> LazyLayer {
+        LazyLayer {
+            blob: Digest::of(b"blob"),
+            blob_len: 1000,
+            index: IndexLocation { offset: 800, compressed_len: 100, plain_len: 640, digest: Digest::of(b"index") },
+        }
+    }
+
+    fn read(annotations: &BTreeMap<String, String>) -> Result<Option<LazyLayer>, AnnotationError> {
+        LazyLayer::from_annotations(|key| annotations.get(key).map(String::as_str))
+    }
+
+    #[test]
+    fn annotations_describe_a_layer_completely() {
+        assert_eq!(read(&layer().to_annotations()), Ok(Some(layer())));
+        assert_eq!(read(&BTreeMap::new()), Ok(None));
+    }
+
+    #[test]
+    fn refuses_each_missing_or_malformed_annotation() {
+        for key in layer().to_annotations().keys().filter(|key| *key != VERSION) {
+            let mut annotations = layer().to_annotations();
+            annotations.insert(key.clone(), "no".to_owned());
+            assert!(read(&annotations).is_err(), "{key}");
+            annotations.remove(key);
+            assert!(matches!(read(&annotations), Err(AnnotationError::Missing(_))), "{key}");
+        }
+    }
+
+    #[test]
+    fn refuses_an_index_outside_the_blob_and_another_version() {
+        let outside = LazyLayer { blob_len: 899, ..layer() };
+        assert!(matches!(read(&outside.to_annotations()), Err(AnnotationError::Malformed { .. })));
+        let mut newer = layer().to_annotations();
+        newer.insert(VERSION.to_owned(), "2".to_owned());
+        assert_eq!(read(&newer), Err(AnnotationError::Version(2)));
+    }
+}

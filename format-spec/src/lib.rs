@@ -1,0 +1,14 @@
+//! The Lazuli layer format: bytes to types and back.
+//!
+//! `SPEC.md` beside this crate is the normative text; the code follows it, and a test compares every
+//! table with the structures here. Nothing in this crate does I/O, and no input makes it panic.
+//!
+//! Words: a *layer blob* is a sequence of zstd *frames* that decompress to a tar stream, followed by
+//! an *index* and a *footer* in skippable frames. The *plain address space* gives every regular file
+//! of a layer an aligned offset; the index maps it to frames.
+
+pub mod annotation;
+pub mod digest;
+
+pub use annotation::{IndexLocation, LazyLayer};
+pub use digest::{Digest, DigestHasher};

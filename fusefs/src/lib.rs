@@ -1,0 +1,3 @@
+//! Merged tree of an image, FUSE session, control socket.
+
+pub mod control;

@@ -1,0 +1,5 @@
+//! Frames by digest: fetched once, verified, decompressed, kept.
+
+pub mod source;
+
+pub use source::{ByteStream, FetchFuture, Source, SourceError};
