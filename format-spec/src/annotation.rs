@@ -77,7 +77,9 @@ pub enum AnnotationError {
         expected: &'static str,
     },
     /// The layer was written by a newer Lazuli.
-    #[error("layer format version {0}, this lazuli reads version {FORMAT_VERSION}: upgrade it or convert the image again")]
+    #[error(
+        "layer format version {0}, this lazuli reads version {FORMAT_VERSION}: upgrade it or convert the image again"
+    )]
     Version(u32),
 }
 
@@ -135,11 +137,7 @@ impl LazyLayer {
     }
 }
 
-fn parse<T: std::str::FromStr>(
-    key: &'static str,
-    value: &str,
-    expected: &'static str,
-) -> Result<T, AnnotationError> {
+fn parse<T: std::str::FromStr>(key: &'static str, value: &str, expected: &'static str) -> Result<T, AnnotationError> {
     value.parse().map_err(|_| AnnotationError::Malformed { key, value: value.chars().take(100).collect(), expected })
 }
 

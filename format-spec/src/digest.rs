@@ -127,7 +127,8 @@ mod tests {
 
     #[test]
     fn refuses_what_is_no_sha256_digest() {
-        for text in ["", "sha256:", "sha512:00", "sha256:E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855"]
+        for text in
+            ["", "sha256:", "sha512:00", "sha256:E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855"]
         {
             assert!(text.parse::<Digest>().is_err(), "{text}");
         }

@@ -8,7 +8,15 @@
 //! of a layer an aligned offset; the index maps it to frames.
 
 pub mod annotation;
+pub mod builder;
 pub mod digest;
+pub mod footer;
+pub mod index;
+pub mod table;
 
 pub use annotation::{IndexLocation, LazyLayer};
+pub use builder::{CompressedIndex, IndexBuilder};
 pub use digest::{Digest, DigestHasher};
+pub use footer::Footer;
+pub use index::{Dirent, Extent, Frame, Index, Inode};
+pub use table::FormatError;

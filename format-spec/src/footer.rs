@@ -1,0 +1,194 @@
+//! Skippable frames and the footer that ends every layer blob (SPEC.md 2, 3).
+
+use zerocopy::{
+    FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
+    little_endian::{U32, U64},
+};
+
+use crate::{
+    annotation::{FORMAT_VERSION, INDEX_LEN_MAX, IndexLocation},
+    digest::Digest,
+    table::FormatError,
+};
+
+/// Length of a skippable frame's header: magic number and content length (RFC 8878 3.1.2).
+pub const SKIPPABLE_HEADER_LEN: u64 = 8;
+/// Length of the footer's content.
+pub const FOOTER_LEN: u64 = 128;
+/// Length of the skippable frame that holds the footer: the last bytes of a blob.
+pub const FOOTER_FRAME_LEN: u64 = SKIPPABLE_HEADER_LEN + FOOTER_LEN;
+/// First eight bytes of the footer's content.
+pub const FOOTER_MAGIC: [u8; 8] = *b"LAZULIFT";
+
+/// What a skippable frame holds; the value is its zstd magic number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum SkippableKind {
+    /// The compressed index.
+    Index = 0x184D_2A51,
+    /// Copies of what a start-up reads (reserved).
+    HotPack = 0x184D_2A52,
+    /// Content digests of files and pieces (reserved).
+    Dedup = 0x184D_2A53,
+    /// The footer.
+    Footer = 0x184D_2A5F,
+}
+
+/// The header of a skippable frame with `content_len` bytes of content.
+///
+/// `None` if the content is longer than a skippable frame can say (4 GiB).
+pub fn skippable_header(kind: SkippableKind, content_len: u64) -> Option<[u8; 8]> {
+    let len = u32::try_from(content_len).ok()?;
+    let mut header = [0; 8];
+    header[..4].copy_from_slice(&(kind as u32).to_le_bytes());
+    header[4..].copy_from_slice(&len.to_le_bytes());
+    Some(header)
+}
+
+/// Content of the footer (SPEC.md 3.1).
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Footer {
+    /// [`FOOTER_MAGIC`].
+    pub magic: [u8; 8],
+    /// Format version.
+    pub version: U32,
+    /// Zero.
+    pub reserved: U32,
+    /// Features a reader may ignore.
+    pub features_compatible: U64,
+    /// Features a reader must know.
+    pub features_incompatible: U64,
+    /// Offset of the compressed index in the blob.
+    pub index_offset: U64,
+    /// Length of the compressed index, in bytes.
+    pub index_compressed_len: U64,
+    /// Length of the index, in bytes.
+    pub index_plain_len: U64,
+    /// SHA-256 of the compressed index.
+    pub index_digest: [u8; 32],
+    /// Offset of the hot pack; 0 without one.
+    pub hot_offset: U64,
+    /// Length of the hot pack; 0 without one.
+    pub hot_len: U64,
+    /// Offset of the dedup section; 0 without one.
+    pub dedup_offset: U64,
+    /// Length of the dedup section; 0 without one.
+    pub dedup_len: U64,
+    /// Zero.
+    pub reserved2: U32,
+    /// CRC-32 of the footer up to here.
+    pub crc32: U32,
+}
+const _: () = assert!(size_of::<Footer>() == FOOTER_LEN as usize);
+
+impl Footer {
+    /// A footer for a blob with this index.
+    pub fn new(index: &IndexLocation) -> Self {
+        let mut footer = Self {
+            magic: FOOTER_MAGIC,
+            version: FORMAT_VERSION.into(),
+            reserved: 0.into(),
+            features_compatible: 0.into(),
+            features_incompatible: 0.into(),
+            index_offset: index.offset.into(),
+            index_compressed_len: index.compressed_len.into(),
+            index_plain_len: index.plain_len.into(),
+            index_digest: *index.digest.as_bytes(),
+            hot_offset: 0.into(),
+            hot_len: 0.into(),
+            dedup_offset: 0.into(),
+            dedup_len: 0.into(),
+            reserved2: 0.into(),
+            crc32: 0.into(),
+        };
+        footer.crc32 = footer.checksum().into();
+        footer
+    }
+
+    fn checksum(&self) -> u32 {
+        crc32fast::hash(&self.as_bytes()[..FOOTER_LEN as usize - size_of::<U32>()])
+    }
+
+    /// The footer as the skippable frame that ends a blob.
+    pub fn to_frame(&self) -> Vec<u8> {
+        let header = skippable_header(SkippableKind::Footer, FOOTER_LEN).expect("128 fits");
+        [&header, self.as_bytes()].concat()
+    }
+
+    /// Reads the last [`FOOTER_FRAME_LEN`] bytes of a blob of `blob_len` bytes.
+    ///
+    /// `Ok(None)` when the blob does not end with a Lazuli footer: an ordinary layer.
+    ///
+    /// # Errors
+    ///
+    /// When there is a footer that cannot be right: checksum, version, features, positions.
+    pub fn from_frame(frame: &[u8], blob_len: u64) -> Result<Option<IndexLocation>, FormatError> {
+        let header = skippable_header(SkippableKind::Footer, FOOTER_LEN).expect("128 fits");
+        let Some(footer) = frame.strip_prefix(&header).and_then(|content| Self::ref_from_bytes(content).ok()) else {
+            return Ok(None);
+        };
+        if footer.magic != FOOTER_MAGIC {
+            return Ok(None);
+        }
+        if footer.checksum() != footer.crc32.get() {
+            return Err(FormatError::Checksum {
+                what: "footer",
+                expected: footer.crc32.get(),
+                found: footer.checksum(),
+            });
+        }
+        if footer.version != FORMAT_VERSION {
+            return Err(FormatError::Version { what: "footer", found: footer.version.get() });
+        }
+        if footer.features_incompatible.get() != 0 {
+            return Err(FormatError::Features { what: "footer", bits: footer.features_incompatible.get() });
+        }
+        let index = IndexLocation {
+            offset: footer.index_offset.get(),
+            compressed_len: footer.index_compressed_len.get(),
+            plain_len: footer.index_plain_len.get(),
+            digest: Digest::from_bytes(footer.index_digest),
+        };
+        let end = index.offset.checked_add(index.compressed_len).and_then(|end| end.checked_add(FOOTER_FRAME_LEN));
+        let is_inside = end.is_some_and(|end| end <= blob_len);
+        if !is_inside || index.plain_len > INDEX_LEN_MAX {
+            return Err(FormatError::Rule { what: "footer", number: 0, rule: "the index lies outside the blob" });
+        }
+        Ok(Some(index))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INDEX: IndexLocation =
+        IndexLocation { offset: 8, compressed_len: 10, plain_len: 20, digest: Digest::from_bytes([7; 32]) };
+
+    #[test]
+    fn a_footer_locates_the_index() {
+        let frame = Footer::new(&INDEX).to_frame();
+        assert_eq!(frame.len() as u64, FOOTER_FRAME_LEN);
+        assert_eq!(Footer::from_frame(&frame, 18 + FOOTER_FRAME_LEN), Ok(Some(INDEX)));
+        assert_eq!(Footer::from_frame(&[0; FOOTER_FRAME_LEN as usize], 1 << 20), Ok(None));
+    }
+
+    #[test]
+    fn refuses_positions_outside_the_blob_and_any_changed_byte() {
+        let frame = Footer::new(&INDEX).to_frame();
+        assert!(Footer::from_frame(&frame, 17 + FOOTER_FRAME_LEN).is_err());
+        for position in 16..frame.len() {
+            let mut changed = frame.clone();
+            changed[position] ^= 1;
+            assert!(Footer::from_frame(&changed, 1 << 20).is_err(), "{position}");
+        }
+    }
+
+    #[test]
+    fn zstd_skips_the_footer() {
+        let frame = zstd::bulk::compress(b"tar", 3).expect("in memory");
+        let blob = [frame, Footer::new(&INDEX).to_frame()].concat();
+        assert_eq!(zstd::decode_all(blob.as_slice()).expect("valid frames"), b"tar");
+    }
+}

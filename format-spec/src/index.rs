@@ -1,0 +1,662 @@
+//! The index: everything `stat`, `readlink`, `listxattr` and `readdir` show of a layer, and where its
+//! data lies (SPEC.md 5, 6).
+//!
+//! [`Index`] is a view over bytes in open form, made for memory maps: opening takes constant time,
+//! lookups allocate nothing, and no content makes it panic. A *merged tree* (what an image of several
+//! layers shows) is stored in the same form, with a layer number in every inode and without frames.
+//!
+//! `builder.rs` makes these bytes.
+
+use std::{cmp::Ordering, ops::Range};
+
+use zerocopy::{
+    FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
+    little_endian::{U32, U64},
+};
+
+use crate::{
+    annotation::{INDEX_LEN_MAX, IndexLocation},
+    digest::Digest,
+    table::{self, FormatError},
+};
+
+/// Alignment of files in the plain address space, in bytes.
+pub const PLAIN_ALIGN: u64 = 4096;
+/// Most bytes a frame may decompress to (SPEC.md 9): bounds what a reader allocates for one.
+pub const FRAME_PLAIN_LEN_MAX: u32 = 4 << 20;
+/// Most bytes a frame may have compressed: zstd's worst case over [`FRAME_PLAIN_LEN_MAX`], rounded up.
+pub const FRAME_COMPRESSED_LEN_MAX: u32 = FRAME_PLAIN_LEN_MAX + (1 << 16);
+/// Longest name of a directory entry: what Linux file systems allow (`NAME_MAX`).
+pub const NAME_LEN_MAX: usize = 255;
+/// Most layers a merged tree may have: what overlayfs and containerd can stack.
+pub const LAYER_COUNT_MAX: usize = 500;
+/// The inode number that marks a whiteout in [`Dirent::inode`].
+pub const WHITEOUT: u32 = u32::MAX;
+/// [`Inode::xattrs`] of an inode without extended attributes.
+pub const NO_XATTRS: u32 = u32::MAX;
+
+/// Mask of the file type in [`Inode::mode`], and the types (`inode(7)`).
+pub mod mode {
+    /// Mask of the file type.
+    pub const TYPE: u32 = 0o170_000;
+    /// Socket.
+    pub const SOCKET: u32 = 0o140_000;
+    /// Symbolic link.
+    pub const SYMLINK: u32 = 0o120_000;
+    /// Regular file.
+    pub const REGULAR: u32 = 0o100_000;
+    /// Block device.
+    pub const BLOCK: u32 = 0o060_000;
+    /// Directory.
+    pub const DIRECTORY: u32 = 0o040_000;
+    /// Character device.
+    pub const CHARACTER: u32 = 0o020_000;
+    /// Named pipe.
+    pub const FIFO: u32 = 0o010_000;
+}
+
+/// Bits of [`Inode::flags`].
+pub mod flag {
+    /// The directory has no entry of its own in the tar stream: a lower layer's metadata shows, if there is one.
+    pub const IMPLICIT: u32 = 1;
+    /// The directory hides what lower layers have under its path.
+    pub const OPAQUE: u32 = 2;
+    /// All flags of this version.
+    pub const ALL: u32 = IMPLICIT | OPAQUE;
+}
+
+/// Section kinds (SPEC.md 5).
+pub mod section {
+    /// [`super::Inode`]s; number 0 is the root directory.
+    pub const INODES: u32 = 1;
+    /// [`super::Dirent`]s, breadth first, sorted by name in each directory.
+    pub const DIRENTS: u32 = 2;
+    /// Names of the dirents, one after the other in their order.
+    pub const NAMES: u32 = 3;
+    /// Symlink targets, names and values of extended attributes.
+    pub const STRINGS: u32 = 4;
+    /// [`super::XattrSet`]s.
+    pub const XATTR_SETS: u32 = 5;
+    /// [`super::Xattr`]s.
+    pub const XATTRS: u32 = 6;
+    /// [`super::Extent`]s in tar order.
+    pub const EXTENTS: u32 = 7;
+    /// [`super::Frame`]s in blob order.
+    pub const FRAMES: u32 = 8;
+    /// Blob digests of a merged tree's layers, lowest first.
+    pub const LAYERS: u32 = 9;
+}
+
+/// One file, directory, link, device or pipe (SPEC.md 5.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Inode {
+    /// File type and permissions.
+    pub mode: U32,
+    /// Owner.
+    pub uid: U32,
+    /// Group.
+    pub gid: U32,
+    /// Number of names; of a directory 2 and the number of its subdirectories.
+    pub nlink: U32,
+    /// Modification time: seconds since 1970, two's complement.
+    pub mtime_seconds: U64,
+    /// Modification time: nanoseconds, below 1,000,000,000.
+    pub mtime_nanoseconds: U32,
+    /// Directory: number of its first dirent. Symlink: offset of its target in the strings.
+    /// Device: its number as Linux encodes it for user space (`new_encode_dev`). Otherwise 0.
+    pub payload: U32,
+    /// Regular file: length in bytes. Directory: number of dirents. Symlink: length of its target. Otherwise 0.
+    pub size: U64,
+    /// Regular file: its offset in the plain address space. Otherwise that of the file before it, or 0.
+    pub plain_offset: U64,
+    /// Number of its xattr set, or [`NO_XATTRS`].
+    pub xattrs: U32,
+    /// Bits of [`flag`].
+    pub flags: U32,
+    /// Number of the layer that holds the data; 0 in the index of a layer.
+    pub layer: U32,
+    /// Inode number of the directory that holds it (the first one, for hard links); 0 for the root.
+    pub parent: U32,
+}
+const _: () = assert!(size_of::<Inode>() == 64);
+
+impl Inode {
+    /// The file type bits of the mode.
+    pub fn file_type(&self) -> u32 {
+        self.mode.get() & mode::TYPE
+    }
+
+    /// Whether this is a directory.
+    pub fn is_directory(&self) -> bool {
+        self.file_type() == mode::DIRECTORY
+    }
+
+    /// Whether this is a regular file.
+    pub fn is_regular(&self) -> bool {
+        self.file_type() == mode::REGULAR
+    }
+
+    /// Whether this is a symbolic link.
+    pub fn is_symlink(&self) -> bool {
+        self.file_type() == mode::SYMLINK
+    }
+
+    /// Whether this is a character or block device.
+    pub fn is_device(&self) -> bool {
+        matches!(self.file_type(), mode::CHARACTER | mode::BLOCK)
+    }
+
+    /// Modification time in seconds since 1970, negative before.
+    pub fn mtime_seconds(&self) -> i64 {
+        self.mtime_seconds.get().cast_signed()
+    }
+
+    /// The range of the plain address space that holds a regular file's content.
+    pub fn plain_range(&self) -> Range<u64> {
+        let start = self.plain_offset.get();
+        start..start.saturating_add(self.size.get())
+    }
+
+    /// Numbers of a directory's dirents; empty for everything else.
+    pub fn dirent_range(&self) -> Range<usize> {
+        if !self.is_directory() {
+            return 0..0;
+        }
+        let start = self.payload.get() as usize;
+        start..start.saturating_add(usize::try_from(self.size.get()).unwrap_or(usize::MAX))
+    }
+}
+
+/// One name in a directory (SPEC.md 5.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Dirent {
+    /// Offset of the name in the names; it ends where that of the next dirent starts.
+    pub name_offset: U32,
+    /// Inode number, or [`WHITEOUT`].
+    pub inode: U32,
+}
+const _: () = assert!(size_of::<Dirent>() == 8);
+
+/// Extended attributes that inodes have in common (SPEC.md 5.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct XattrSet {
+    /// Number of the first xattr.
+    pub first: U32,
+    /// Number of xattrs.
+    pub count: U32,
+}
+const _: () = assert!(size_of::<XattrSet>() == 8);
+
+/// One extended attribute; sorted by name in its set (SPEC.md 5.4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Xattr {
+    /// Offset of the name, prefix included, in the strings.
+    pub name_offset: U32,
+    /// Length of the name, in bytes.
+    pub name_len: U32,
+    /// Offset of the value in the strings.
+    pub value_offset: U32,
+    /// Length of the value, in bytes.
+    pub value_len: U32,
+}
+const _: () = assert!(size_of::<Xattr>() == 16);
+
+/// A run of file content: the same bytes in the tar stream and in the plain address space (SPEC.md 5.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Extent {
+    /// Offset in the tar stream.
+    pub tar_offset: U64,
+    /// Offset in the plain address space.
+    pub plain_offset: U64,
+    /// Length in bytes, at least 1.
+    pub len: U64,
+}
+const _: () = assert!(size_of::<Extent>() == 24);
+
+impl Extent {
+    /// The bytes of the plain address space.
+    pub fn plain_range(&self) -> Range<u64> {
+        let start = self.plain_offset.get();
+        start..start.saturating_add(self.len.get())
+    }
+
+    /// The bytes of the tar stream.
+    pub fn tar_range(&self) -> Range<u64> {
+        let start = self.tar_offset.get();
+        start..start.saturating_add(self.len.get())
+    }
+}
+
+/// One zstd frame of the tar stream (SPEC.md 5.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Frame {
+    /// Offset in the blob.
+    pub blob_offset: U64,
+    /// Offset of its content in the tar stream.
+    pub tar_offset: U64,
+    /// Compressed length, in bytes.
+    pub compressed_len: U32,
+    /// Decompressed length, in bytes.
+    pub plain_len: U32,
+    /// SHA-256 of the compressed bytes.
+    pub digest: [u8; 32],
+}
+const _: () = assert!(size_of::<Frame>() == 56);
+
+impl Frame {
+    /// The bytes of the blob.
+    pub fn blob_range(&self) -> Range<u64> {
+        let start = self.blob_offset.get();
+        start..start.saturating_add(self.compressed_len.get().into())
+    }
+
+    /// The bytes of the tar stream.
+    pub fn tar_range(&self) -> Range<u64> {
+        let start = self.tar_offset.get();
+        start..start.saturating_add(self.plain_len.get().into())
+    }
+
+    /// The digest of the compressed bytes.
+    pub fn digest(&self) -> Digest {
+        Digest::from_bytes(self.digest)
+    }
+}
+
+/// An index or merged tree over bytes in open form.
+#[derive(Debug, Clone)]
+pub struct Index<B> {
+    bytes: B,
+    tar_len: u64,
+    space_len: u64,
+    inodes: Range<usize>,
+    dirents: Range<usize>,
+    names: Range<usize>,
+    strings: Range<usize>,
+    xattr_sets: Range<usize>,
+    xattrs: Range<usize>,
+    extents: Range<usize>,
+    frames: Range<usize>,
+    layers: Range<usize>,
+}
+
+impl Index<Vec<u8>> {
+    /// Decompresses and checks an index as it stands in a blob, and proves every rule of SPEC.md 6.
+    ///
+    /// `compressed` are the bytes at `location`, from anywhere; the result is what the digest names.
+    ///
+    /// # Errors
+    ///
+    /// When the bytes are not those of the digest, or break a rule.
+    pub fn from_compressed(compressed: &[u8], location: &IndexLocation) -> Result<Self, FormatError> {
+        let expected = location.compressed_len;
+        let length = |what, expected, found| FormatError::Length { what, expected, found };
+        if compressed.len() as u64 != expected {
+            return Err(length("compressed index", expected, compressed.len() as u64));
+        }
+        if Digest::of(compressed) != location.digest {
+            return Err(FormatError::Compression(format!(
+                "digest is {}, expected {}",
+                Digest::of(compressed),
+                location.digest
+            )));
+        }
+        if location.plain_len > INDEX_LEN_MAX {
+            return Err(length("index", INDEX_LEN_MAX, location.plain_len));
+        }
+        let plain_len = usize::try_from(location.plain_len).expect("checked against 1 GiB");
+        let mut bytes = zstd::bulk::decompress(compressed, plain_len)
+            .map_err(|error| FormatError::Compression(error.to_string()))?;
+        if bytes.len() != plain_len {
+            return Err(length("index", location.plain_len, bytes.len() as u64));
+        }
+        table::from_wire(&mut bytes)?;
+        let index = Self::open(bytes)?;
+        index.check()?;
+        Ok(index)
+    }
+}
+
+impl<B: AsRef<[u8]>> Index<B> {
+    /// Looks at header and section table, in constant time.
+    ///
+    /// The content is not checked: call [`Self::check`] on bytes that were not checked before.
+    ///
+    /// # Errors
+    ///
+    /// When header or section table are damaged, or a section has records of another length.
+    pub fn open(bytes: B) -> Result<Self, FormatError> {
+        let (header, entries) = table::parse(bytes.as_ref())?;
+        let find = |kind: u32, record_len: usize| {
+            let Some((number, entry)) = (0..).zip(entries).find(|(_, entry)| entry.kind == kind) else {
+                return Ok(0..0);
+            };
+            if entry.record_len.get() as usize != record_len {
+                return Err(FormatError::Rule { what: "section", number, rule: "record length of another version" });
+            }
+            Ok(table::section_range(entry).expect("checked by parse"))
+        };
+        Ok(Self {
+            tar_len: header.tar_len.get(),
+            space_len: header.space_len.get(),
+            inodes: find(section::INODES, size_of::<Inode>())?,
+            dirents: find(section::DIRENTS, size_of::<Dirent>())?,
+            names: find(section::NAMES, 1)?,
+            strings: find(section::STRINGS, 1)?,
+            xattr_sets: find(section::XATTR_SETS, size_of::<XattrSet>())?,
+            xattrs: find(section::XATTRS, size_of::<Xattr>())?,
+            extents: find(section::EXTENTS, size_of::<Extent>())?,
+            frames: find(section::FRAMES, size_of::<Frame>())?,
+            layers: find(section::LAYERS, size_of::<[u8; 32]>())?,
+            bytes,
+        })
+    }
+
+    fn records<T: FromBytes + Immutable + KnownLayout + Unaligned>(&self, range: &Range<usize>) -> &[T] {
+        let section = self.bytes.as_ref().get(range.clone()).unwrap_or_default();
+        <[T]>::ref_from_bytes(section).unwrap_or_default()
+    }
+
+    /// The bytes in open form.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.bytes.as_ref()
+    }
+
+    /// Length of the layer's tar stream, in bytes; 0 for a merged tree.
+    pub fn tar_len(&self) -> u64 {
+        self.tar_len
+    }
+
+    /// Length of the plain address space, in bytes; 0 for a merged tree.
+    pub fn space_len(&self) -> u64 {
+        self.space_len
+    }
+
+    /// All inodes; number 0 is the root.
+    pub fn inodes(&self) -> &[Inode] {
+        self.records(&self.inodes)
+    }
+
+    /// All dirents.
+    pub fn dirents(&self) -> &[Dirent] {
+        self.records(&self.dirents)
+    }
+
+    /// All extents, in tar order, which is also the order of the plain address space.
+    pub fn extents(&self) -> &[Extent] {
+        self.records(&self.extents)
+    }
+
+    /// All frames, in tar order, which is also blob order.
+    pub fn frames(&self) -> &[Frame] {
+        self.records(&self.frames)
+    }
+
+    /// Blob digests of a merged tree's layers, lowest first.
+    pub fn layers(&self) -> impl ExactSizeIterator<Item = Digest> {
+        self.records::<[u8; 32]>(&self.layers).iter().map(|bytes| Digest::from_bytes(*bytes))
+    }
+
+    /// The inode with this number.
+    pub fn inode(&self, number: u32) -> Option<&Inode> {
+        self.inodes().get(number as usize)
+    }
+
+    /// The name of a dirent; empty if there is no such dirent.
+    pub fn name(&self, dirent_number: usize) -> &[u8] {
+        let names: &[u8] = self.bytes.as_ref().get(self.names.clone()).unwrap_or_default();
+        let dirents = self.dirents();
+        let Some(dirent) = dirents.get(dirent_number) else { return &[] };
+        let end = dirents.get(dirent_number + 1).map_or(names.len(), |next| next.name_offset.get() as usize);
+        names.get(dirent.name_offset.get() as usize..end).unwrap_or_default()
+    }
+
+    /// Names and inode numbers of a directory, sorted by name; whiteouts have inode number [`WHITEOUT`].
+    pub fn children(&self, directory: &Inode) -> impl ExactSizeIterator<Item = (&[u8], u32)> + DoubleEndedIterator {
+        let range = directory.dirent_range();
+        let range = if range.end <= self.dirents().len() { range } else { 0..0 };
+        range.map(|number| (self.name(number), self.dirents()[number].inode.get()))
+    }
+
+    /// The inode number under a name; [`WHITEOUT`] for a whiteout, `None` if the directory has no such name.
+    pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Option<u32> {
+        let Range { start: mut low, end: mut high } = directory.dirent_range();
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match self.name(middle).cmp(name) {
+                Ordering::Less => low = middle + 1,
+                Ordering::Greater => high = middle,
+                Ordering::Equal => return self.dirents().get(middle).map(|dirent| dirent.inode.get()),
+            }
+        }
+        None
+    }
+
+    fn string(&self, offset: u32, len: u64) -> &[u8] {
+        let strings = self.bytes.as_ref().get(self.strings.clone()).unwrap_or_default();
+        let start = offset as usize;
+        usize::try_from(len)
+            .ok()
+            .and_then(|len| start.checked_add(len))
+            .and_then(|end| strings.get(start..end))
+            .unwrap_or_default()
+    }
+
+    /// The target of a symbolic link; empty for everything else.
+    pub fn symlink_target(&self, inode: &Inode) -> &[u8] {
+        if inode.is_symlink() { self.string(inode.payload.get(), inode.size.get()) } else { &[] }
+    }
+
+    /// Names and values of an inode's extended attributes, sorted by name.
+    pub fn xattrs(&self, inode: &Inode) -> impl ExactSizeIterator<Item = (&[u8], &[u8])> {
+        let set = self.records::<XattrSet>(&self.xattr_sets).get(inode.xattrs.get() as usize);
+        let range = set.map_or(0..0, |set| {
+            let start = set.first.get() as usize;
+            start..start.saturating_add(set.count.get() as usize)
+        });
+        self.records::<Xattr>(&self.xattrs).get(range).unwrap_or_default().iter().map(|xattr| {
+            (
+                self.string(xattr.name_offset.get(), xattr.name_len.get().into()),
+                self.string(xattr.value_offset.get(), xattr.value_len.get().into()),
+            )
+        })
+    }
+
+    /// The extents that have bytes in `plain`, as numbers; what lies between them is zeros.
+    pub fn extents_in_plain(&self, plain: &Range<u64>) -> Range<usize> {
+        let extents = self.extents();
+        let start = extents.partition_point(|extent| extent.plain_range().end <= plain.start);
+        let count = extents[start..].partition_point(|extent| extent.plain_offset.get() < plain.end);
+        start..start + count
+    }
+
+    /// The extents that have bytes in `tar`, as numbers.
+    pub fn extents_in_tar(&self, tar: &Range<u64>) -> Range<usize> {
+        let extents = self.extents();
+        let start = extents.partition_point(|extent| extent.tar_range().end <= tar.start);
+        let count = extents[start..].partition_point(|extent| extent.tar_offset.get() < tar.end);
+        start..start + count
+    }
+
+    /// The frames that have bytes in `tar`, as numbers.
+    pub fn frames_in_tar(&self, tar: &Range<u64>) -> Range<usize> {
+        let frames = self.frames();
+        let start = frames.partition_point(|frame| frame.tar_range().end <= tar.start);
+        let count = frames[start..].partition_point(|frame| frame.tar_offset.get() < tar.end);
+        start..start + count
+    }
+
+    /// Proves every rule of SPEC.md 6, checksums of the sections included; linear in the length.
+    ///
+    /// # Errors
+    ///
+    /// The first rule broken, with the number of the record.
+    pub fn check(&self) -> Result<(), FormatError> {
+        let (_, entries) = table::parse(self.bytes.as_ref())?;
+        table::check_sections(self.bytes.as_ref(), entries)?;
+        self.check_strings()?;
+        self.check_directories()?;
+        self.check_inodes()?;
+        self.check_data()
+    }
+
+    fn check_strings(&self) -> Result<(), FormatError> {
+        let strings_len = self.strings.len() as u64;
+        let xattrs: &[Xattr] = self.records(&self.xattrs);
+        for (number, xattr) in (0..).zip(xattrs) {
+            let ends = [(xattr.name_offset, xattr.name_len), (xattr.value_offset, xattr.value_len)]
+                .map(|(offset, len)| u64::from(offset.get()) + u64::from(len.get()));
+            ensure(ends.iter().all(|end| *end <= strings_len), "xattr", number, "lies outside the strings")?;
+        }
+        for (number, set) in (0..).zip(self.records::<XattrSet>(&self.xattr_sets)) {
+            let end = u64::from(set.first.get()) + u64::from(set.count.get());
+            ensure(end <= xattrs.len() as u64, "xattr set", number, "lies outside the xattrs")?;
+        }
+        Ok(())
+    }
+
+    /// Breadth-first order makes the directories a tree: each range starts where the one before it ended,
+    /// so a directory has one parent and no directory is its own ancestor.
+    fn check_directories(&self) -> Result<(), FormatError> {
+        let (inodes, dirents) = (self.inodes(), self.dirents());
+        let root = inodes.first().ok_or(FormatError::Rule { what: "inode", number: 0, rule: "there is no root" })?;
+        ensure(
+            root.is_directory() && root.payload == 0,
+            "inode",
+            0,
+            "the root is no directory that starts at dirent 0",
+        )?;
+        let mut end = directory_end(root, 0, dirents.len())?;
+        let mut directory_ends = vec![end].into_iter().collect::<std::collections::VecDeque<_>>();
+        let mut previous_name: Option<&[u8]> = None;
+        let mut name_end = 0;
+        for (number, dirent) in dirents.iter().enumerate() {
+            while directory_ends.front().is_some_and(|end| *end <= number) {
+                directory_ends.pop_front();
+                previous_name = None;
+            }
+            ensure(number < end, "dirent", number as u64, "belongs to no directory")?;
+            ensure(
+                dirent.name_offset.get() as usize == name_end,
+                "dirent",
+                number as u64,
+                "its name is not the next one",
+            )?;
+            let name = self.name(number);
+            name_end += name.len();
+            check_name(name).map_err(|rule| FormatError::Rule { what: "dirent", number: number as u64, rule })?;
+            ensure(previous_name < Some(name), "dirent", number as u64, "names do not ascend")?;
+            previous_name = Some(name);
+            if dirent.inode == WHITEOUT {
+                continue;
+            }
+            let inode = self.inode(dirent.inode.get());
+            let inode = inode.ok_or(FormatError::Rule {
+                what: "dirent",
+                number: number as u64,
+                rule: "there is no such inode",
+            })?;
+            ensure(dirent.inode != 0, "dirent", number as u64, "names the root")?;
+            if inode.is_directory() {
+                let inode_number = dirent.inode.get().into();
+                ensure(
+                    inode.payload.get() as usize == end,
+                    "inode",
+                    inode_number,
+                    "its dirents are not the next ones",
+                )?;
+                end = directory_end(inode, inode_number, dirents.len())?;
+                directory_ends.push_back(end);
+            }
+        }
+        ensure(end == dirents.len(), "dirent", end as u64, "belongs to no directory")?;
+        ensure(name_end == self.names.len(), "dirent", dirents.len() as u64, "names are left over")
+    }
+
+    fn check_inodes(&self) -> Result<(), FormatError> {
+        let mut plain_end = 0u64;
+        let xattr_set_count = self.xattr_sets.len() / size_of::<XattrSet>();
+        let (inode_count, layer_count) = (self.inodes().len(), self.layers().len().max(1));
+        let is_layer = self.layers().len() == 0;
+        for (number, inode) in (0..).zip(self.inodes()) {
+            let ensure = |holds, rule| ensure(holds, "inode", number, rule);
+            ensure(inode.mtime_nanoseconds < 1_000_000_000, "its time has more than a second of nanoseconds")?;
+            ensure(inode.mode.get() & !(mode::TYPE | 0o7777) == 0, "its mode has unknown bits")?;
+            ensure(inode.flags.get() & !flag::ALL == 0, "it has unknown flags")?;
+            ensure((inode.parent.get() as usize) < inode_count, "its parent does not exist")?;
+            ensure((inode.layer.get() as usize) < layer_count, "its layer does not exist")?;
+            let xattrs = inode.xattrs.get();
+            ensure(xattrs == NO_XATTRS || (xattrs as usize) < xattr_set_count, "its xattr set does not exist")?;
+            match inode.file_type() {
+                mode::REGULAR if is_layer => {
+                    let range = inode.plain_range();
+                    ensure(range.start % PLAIN_ALIGN == 0, "its content is not aligned")?;
+                    ensure(range.start == plain_end, "its content does not follow that of the file before it")?;
+                    plain_end = range.end.checked_next_multiple_of(PLAIN_ALIGN).unwrap_or(u64::MAX);
+                    ensure(range.end <= self.space_len, "its content lies outside the plain address space")?;
+                }
+                mode::SYMLINK => {
+                    let target = self.symlink_target(inode);
+                    ensure(!target.is_empty() && !target.contains(&0), "its target is empty or no path")?;
+                }
+                mode::REGULAR | mode::DIRECTORY | mode::CHARACTER | mode::BLOCK | mode::FIFO | mode::SOCKET => {}
+                _ => ensure(false, "its file type is unknown")?,
+            }
+        }
+        Ok(())
+    }
+
+    fn check_data(&self) -> Result<(), FormatError> {
+        let (mut tar_end, mut plain_end) = (0, 0);
+        for (number, extent) in (0..).zip(self.extents()) {
+            let ensure = |holds, rule| ensure(holds, "extent", number, rule);
+            let (tar, plain) = (extent.tar_range(), extent.plain_range());
+            ensure(extent.len != 0, "it is empty")?;
+            ensure(tar.start >= tar_end && tar.end <= self.tar_len, "it is out of order or outside the tar stream")?;
+            ensure(plain.start >= plain_end && plain.end <= self.space_len, "it is out of order or outside the space")?;
+            (tar_end, plain_end) = (tar.end, plain.end);
+        }
+        let (mut tar_end, mut blob_end) = (0, 0);
+        for (number, frame) in (0..).zip(self.frames()) {
+            let ensure = |holds, rule| ensure(holds, "frame", number, rule);
+            ensure(
+                frame.tar_offset == tar_end && frame.blob_offset == blob_end,
+                "it does not follow the one before it",
+            )?;
+            ensure((1..=FRAME_PLAIN_LEN_MAX).contains(&frame.plain_len.get()), "its plain length is not allowed")?;
+            let compressed_len = frame.compressed_len.get();
+            ensure((1..=FRAME_COMPRESSED_LEN_MAX).contains(&compressed_len), "its compressed length is not allowed")?;
+            (tar_end, blob_end) = (frame.tar_range().end, frame.blob_range().end);
+        }
+        ensure(tar_end == self.tar_len, "frame", self.frames().len() as u64, "the frames do not cover the tar stream")
+    }
+}
+
+/// Checks the name of a directory entry.
+///
+/// # Errors
+///
+/// The rule that it breaks.
+pub fn check_name(name: &[u8]) -> Result<(), &'static str> {
+    match name {
+        b"" | b"." | b".." => Err("its name is empty, . or .."),
+        _ if name.len() > NAME_LEN_MAX => Err("its name is longer than 255 bytes"),
+        _ if name.iter().any(|byte| matches!(byte, 0 | b'/')) => Err("its name has a slash or a zero byte"),
+        _ => Ok(()),
+    }
+}
+
+fn directory_end(directory: &Inode, number: u64, dirent_count: usize) -> Result<usize, FormatError> {
+    let end = directory.dirent_range().end;
+    ensure(end <= dirent_count, "inode", number, "its dirents do not exist")?;
+    Ok(end)
+}
+
+fn ensure(holds: bool, what: &'static str, number: u64, rule: &'static str) -> Result<(), FormatError> {
+    if holds { Ok(()) } else { Err(FormatError::Rule { what, number, rule }) }
+}
