@@ -1,0 +1,274 @@
+//! Blobs: their length, and their bytes, whole or by range.
+//!
+//! A download goes on where it was when the connection breaks. It asks the registry again each time, never
+//! the place it was redirected to, whose address may have expired.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use format_spec::Digest;
+use futures_util::stream;
+use reqwest::{Method, Response, StatusCode, header};
+use storage::{ByteStream, SourceError};
+use tracing::info;
+
+use crate::{
+    auth::Scopes,
+    client::Client,
+    error::{Error, clean},
+    reference::Reference,
+    retry::Retry,
+    transport::{Request, header_text, next_piece, refusal},
+};
+
+impl Client {
+    /// The length in bytes of the blob `digest` in the repository of `reference`; `None` when it is not there.
+    pub async fn blob_len(&self, reference: &Reference, digest: &Digest) -> Result<Option<u64>, Error> {
+        self.with_retries(reference.host(), || self.blob_len_once(reference, digest)).await
+    }
+
+    /// One attempt at [`Self::blob_len`].
+    pub(crate) async fn blob_len_once(&self, reference: &Reference, digest: &Digest) -> Result<Option<u64>, Error> {
+        let (what, host) = (what(reference, digest), reference.host());
+        let url = self.address(reference, &format!("blobs/{digest}"))?;
+        let request = Request::new(&what, host, Method::HEAD, url, Scopes::pull(reference.repository()));
+        let response = self.send(&request).await?;
+        match response.status() {
+            // Not Response::content_length: that is the length of the body, and HEAD has none.
+            StatusCode::OK => header_text(response.headers(), header::CONTENT_LENGTH)
+                .and_then(|text| text.parse().ok())
+                .map(Some)
+                .ok_or_else(|| Error::malformed(&what, host, "it has the blob but does not say how long it is")),
+            StatusCode::NOT_FOUND => Ok(None),
+            _ => Err(refusal(self, &what, host, response).await),
+        }
+    }
+
+    /// Streams the blob `digest` from the repository of `reference`: `range` of it, or all.
+    ///
+    /// With a range the stream yields exactly its bytes or ends with an error. Without one it yields what the
+    /// registry sends, as long as that is as long as announced. The content is not verified: the caller hashes it.
+    ///
+    /// # Errors
+    ///
+    /// When the first answer is a refusal or does not come; later failures come through the stream.
+    pub async fn blob_stream(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        range: Option<Range<u64>>,
+    ) -> Result<ByteStream, Error> {
+        Download::new(self, reference, *digest, range, None).into_stream().await
+    }
+}
+
+fn what(reference: &Reference, digest: &Digest) -> String {
+    format!("blob {digest} of {}", reference.name())
+}
+
+/// A blob on its way.
+pub(crate) struct Download {
+    client: Client,
+    reference: Reference,
+    digest: Digest,
+    what: String,
+    /// Offset in the blob of the next byte to yield.
+    next: u64,
+    /// Where to stop; unknown until the registry says how long the blob is.
+    end: Option<u64>,
+    /// Length of the whole blob, where the caller or the registry has said it.
+    blob_len: Option<u64>,
+    /// The answer being read, and how many of its bytes lie in front of `next`.
+    answer: Option<(Response, u64)>,
+    retry: Retry,
+}
+
+impl Download {
+    /// A download of `range`, or of all; a `blob_len` that is given is held against the registry's answers.
+    pub(crate) fn new(
+        client: &Client,
+        reference: &Reference,
+        digest: Digest,
+        range: Option<Range<u64>>,
+        blob_len: Option<u64>,
+    ) -> Self {
+        let (next, end) = range.map_or((0, None), |range| (range.start, Some(range.end.max(range.start))));
+        Self {
+            client: client.clone(),
+            reference: reference.clone(),
+            digest,
+            what: what(reference, &digest),
+            next,
+            end,
+            blob_len,
+            answer: None,
+            retry: Retry::new(client, reference.host()),
+        }
+    }
+
+    /// Waits for the first answer and makes a stream of the rest.
+    pub(crate) async fn into_stream(mut self) -> Result<ByteStream, Error> {
+        while self.answer.is_none() && self.end != Some(self.next) {
+            match self.open().await {
+                Ok(answer) => self.answer = Some(answer),
+                Err(error) => self.retry.wait_after(error).await?,
+            }
+        }
+        Ok(Box::pin(stream::unfold(Some(self), |download| async move {
+            let mut download = download?;
+            match download.next_bytes().await {
+                Ok(Some(bytes)) => Some((Ok(bytes), Some(download))),
+                Ok(None) => None,
+                Err(error) => Some((Err(SourceError(error.to_string())), None)),
+            }
+        })))
+    }
+
+    /// The next bytes, never empty; `None` at the end.
+    async fn next_bytes(&mut self) -> Result<Option<Bytes>, Error> {
+        loop {
+            if self.end == Some(self.next) {
+                return Ok(None);
+            }
+            match self.try_next_bytes().await {
+                Ok(Some(bytes)) => {
+                    self.next += bytes.len() as u64;
+                    self.retry.progressed();
+                    return Ok(Some(bytes));
+                }
+                Ok(None) => self.end = Some(self.next),
+                Err(error) => {
+                    self.answer = None;
+                    self.retry.wait_after(error).await?;
+                }
+            }
+        }
+    }
+
+    /// One attempt at [`Self::next_bytes`]; `None` where a blob of unknown length ends.
+    async fn try_next_bytes(&mut self) -> Result<Option<Bytes>, Error> {
+        if self.answer.is_none() {
+            self.answer = Some(self.open().await?);
+        }
+        let host = self.reference.host();
+        let (response, skip) = self.answer.as_mut().expect("opened above");
+        loop {
+            let Some(mut bytes) = next_piece(&self.client, &self.what, host, response).await? else {
+                return match self.end {
+                    None => Ok(None),
+                    Some(end) => Err(Error::Broken {
+                        what: self.what.clone(),
+                        host: host.to_owned(),
+                        reason: format!("it ended at byte {} of {end}", self.next),
+                    }),
+                };
+            };
+            let skipped = (bytes.len() as u64).min(*skip);
+            *skip -= skipped;
+            // Both casts are of lengths that are at most bytes.len().
+            let _ = bytes.split_to(usize::try_from(skipped).expect("at most the length of the piece"));
+            if let Some(end) = self.end {
+                let wanted = (bytes.len() as u64).min(end - self.next);
+                bytes.truncate(usize::try_from(wanted).expect("at most the length of the piece"));
+            }
+            if !bytes.is_empty() {
+                return Ok(Some(bytes));
+            }
+        }
+    }
+
+    /// Asks for what is left. Returns the answer and how many of its bytes to skip.
+    async fn open(&mut self) -> Result<(Response, u64), Error> {
+        let host = self.reference.host();
+        let url = self.client.address(&self.reference, &format!("blobs/{}", self.digest))?;
+        let scopes = Scopes::pull(self.reference.repository());
+        let mut request = Request::new(&self.what, host, Method::GET, url, scopes);
+        let is_partial = self.next > 0 || self.end.is_some();
+        if is_partial {
+            let last = self.end.map_or(String::new(), |end| (end - 1).to_string());
+            request = request.header(header::RANGE, format!("bytes={}-{last}", self.next));
+        }
+        let response = self.client.send(&request).await?;
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT if is_partial => {
+                let text = header_text(response.headers(), header::CONTENT_RANGE).unwrap_or_default().to_owned();
+                self.accept_range(&text, response.content_length())?;
+                Ok((response, 0))
+            }
+            StatusCode::OK => {
+                if is_partial && self.client.note_rangeless(host) {
+                    info!(host, "the registry answers ranges with whole blobs: reads cost more than they should");
+                }
+                if let Some(len) = response.content_length() {
+                    self.accept_blob_len(len)?;
+                }
+                Ok((response, self.next))
+            }
+            StatusCode::RANGE_NOT_SATISFIABLE => {
+                Err(self.malformed(format!("the blob ends before byte {}", self.next)))
+            }
+            _ => Err(refusal(&self.client, &self.what, host, response).await),
+        }
+    }
+
+    /// Checks the head of a 206.
+    fn accept_range(&mut self, text: &str, content_len: Option<u64>) -> Result<(), Error> {
+        let Some((range, blob_len)) = parse_content_range(text) else {
+            return Err(self.malformed(format!("Content-Range {:?}", clean(text))));
+        };
+        if let Some(blob_len) = blob_len {
+            self.accept_blob_len(blob_len)?;
+        }
+        let expected = self.next..self.end.unwrap_or(range.end);
+        if range != expected {
+            return Err(self.malformed(format!("bytes {range:?} where {expected:?} was asked for")));
+        }
+        match content_len {
+            Some(len) if len != range.end - range.start => Err(self.malformed(format!("{len} bytes for {range:?}"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks what an answer says about the length of the blob.
+    fn accept_blob_len(&mut self, found: u64) -> Result<(), Error> {
+        if let Some(expected) = self.blob_len.filter(|expected| *expected != found) {
+            return Err(self.malformed(format!("the blob has {found} bytes, expected {expected}")));
+        }
+        let end = *self.end.get_or_insert(found);
+        if end > found || self.next > found {
+            return Err(self.malformed(format!("the blob has {found} bytes, asked for bytes up to {end}")));
+        }
+        self.blob_len = Some(found);
+        Ok(())
+    }
+
+    fn malformed(&self, reason: String) -> Error {
+        Error::malformed(&self.what, self.reference.host(), reason)
+    }
+}
+
+/// `bytes FIRST-LAST/LENGTH` as a half-open range and the length, if known. Source: RFC 9110 14.4.
+fn parse_content_range(text: &str) -> Option<(Range<u64>, Option<u64>)> {
+    let (range, len) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?);
+    let len = if len == "*" { None } else { Some(len.parse::<u64>().ok()?) };
+    (first <= last && len.is_none_or(|len| last < len)).then_some(())?;
+    Some((first..last.checked_add(1)?, len))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_content_ranges() {
+        assert_eq!(parse_content_range("bytes 5-9/20"), Some((5..10, Some(20))));
+        assert_eq!(parse_content_range("bytes 0-0/*"), Some((0..1, None)));
+        for text in
+            ["", "bytes */20", "bytes 9-5/20", "bytes 5-20/20", "items 5-9/20", "bytes 0-18446744073709551615/*"]
+        {
+            assert_eq!(parse_content_range(text), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! Everything that can go wrong between us and a registry, each in one line.
+//!
+//! An error names the operation (`what`), the host, and where it helps what to do. Texts that come from
+//! outside are shortened and cleaned before they get in here.
+
+use std::{error::Error as StdError, io, time::Duration};
+
+use format_spec::Digest;
+use reqwest::StatusCode;
+
+/// Longest text of a registry's own that an error carries, in characters.
+const DETAIL_CHARS_MAX: usize = 200;
+
+/// An operation on a registry failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The host has no address.
+    #[error("{what}: registry host {host} is not known: {reason}; check the reference")]
+    UnknownHost {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// What the resolver said.
+        reason: String,
+    },
+    /// No connection.
+    #[error("{what}: cannot connect to {host}: {reason}")]
+    Connect {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// No TLS session: an unknown certificate, or no TLS at all on the other side.
+    #[error(
+        "{what}: TLS with {host} failed: {reason}; install its CA certificate, or use --plain-http if it has no TLS"
+    )]
+    Tls {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// What is wrong with the session.
+        reason: String,
+    },
+    /// Nothing moved for too long.
+    #[error("{what}: {host} was silent for {seconds} s")]
+    Stalled {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// How long.
+        seconds: u64,
+    },
+    /// The connection ended in the middle.
+    #[error("{what}: connection to {host} broke: {reason}")]
+    Broken {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// How.
+        reason: String,
+    },
+    /// 401 or 403.
+    #[error("{what}: no permission: {host} answered {status}{detail}; check the name and `docker login {host}`")]
+    Denied {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// 401 or 403.
+        status: u16,
+        /// The registry's own words, with a separator in front; may be empty.
+        detail: String,
+    },
+    /// 404: no such manifest, tag, blob or repository.
+    #[error("{what}: not found at {host}{detail}")]
+    NotFound {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// The registry's own words, with a separator in front; may be empty.
+        detail: String,
+    },
+    /// Any other status that is no success.
+    #[error("{what}: {host} answered {status}{detail}")]
+    Status {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// The status.
+        status: u16,
+        /// The registry's own words, with a separator in front; may be empty.
+        detail: String,
+        /// How long the registry asks to wait.
+        retry_after: Option<Duration>,
+    },
+    /// Content is not what its name says.
+    #[error("{what}: {host} delivered {found}, expected {expected}")]
+    DigestMismatch {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// What the content should hash to.
+        expected: Digest,
+        /// What it hashes to.
+        found: Digest,
+    },
+    /// An answer is longer than any honest one.
+    #[error("{what}: the answer of {host} is longer than {limit_bytes} bytes")]
+    TooLong {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// The limit.
+        limit_bytes: u64,
+    },
+    /// Redirects without end, or to nowhere.
+    #[error("{what}: {host} redirects without end")]
+    Redirects {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+    },
+    /// An answer that breaks the protocol.
+    #[error("{what}: unusable answer of {host}: {reason}")]
+    Malformed {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The content to upload cannot be read.
+    #[error("{what}: content to upload: {reason}")]
+    Content {
+        /// What was attempted.
+        what: String,
+        /// Why.
+        reason: String,
+    },
+    /// Credentials are configured but cannot be used.
+    #[error("credentials for {host}: {reason}")]
+    Credentials {
+        /// The registry.
+        host: String,
+        /// Why.
+        reason: String,
+    },
+    /// The HTTP client cannot be set up.
+    #[error("cannot set up HTTP: {0}")]
+    Setup(String),
+    /// Patience ran out.
+    #[error("{last} (gave up after {attempts} attempts in {seconds} s)")]
+    GaveUp {
+        /// The failure of the last attempt.
+        last: Box<Error>,
+        /// Attempts since the last progress.
+        attempts: u32,
+        /// Seconds since the first of them failed.
+        seconds: u64,
+    },
+}
+
+impl Error {
+    /// Whether the registry is fine and says that this does not exist.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self.root(), Self::NotFound { .. })
+    }
+
+    /// Whether credentials are missing or not good enough.
+    pub fn is_denied(&self) -> bool {
+        matches!(self.root(), Self::Denied { .. })
+    }
+
+    /// Whether the same request may succeed later.
+    pub fn is_transient(&self) -> bool {
+        match self.root() {
+            Self::UnknownHost { .. } | Self::Connect { .. } | Self::Stalled { .. } | Self::Broken { .. } => true,
+            Self::Status { status, .. } => matches!(status, 408 | 429 | 500..),
+            _ => false,
+        }
+    }
+
+    /// How long the registry asks to wait before the next attempt.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Status { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+
+    /// The failure itself, without how often it was met.
+    fn root(&self) -> &Self {
+        match self {
+            Self::GaveUp { last, .. } => last.root(),
+            other => other,
+        }
+    }
+
+    /// What `status` (no success) means.
+    pub(crate) fn from_status(
+        what: &str,
+        host: &str,
+        status: StatusCode,
+        retry_after: Option<Duration>,
+        detail: &str,
+    ) -> Self {
+        let (what, host) = (what.to_owned(), host.to_owned());
+        let detail = if detail.is_empty() { String::new() } else { format!(": {detail}") };
+        match status.as_u16() {
+            status @ (401 | 403) => Self::Denied { what, host, status, detail },
+            404 => Self::NotFound { what, host, detail },
+            status => Self::Status { what, host, status, detail, retry_after },
+        }
+    }
+
+    /// What a failure of the HTTP library means.
+    pub(crate) fn from_transport(what: &str, host: &str, error: &reqwest::Error) -> Self {
+        let (what, host) = (what.to_owned(), host.to_owned());
+        let chain = Chain::of(error);
+        let reason = chain.reason;
+        if error.is_redirect() {
+            Self::Redirects { what, host }
+        } else if error.is_builder() {
+            Self::Malformed { what, host, reason }
+        } else if chain.has_tls {
+            Self::Tls { what, host, reason }
+        } else if chain.has_dns {
+            Self::UnknownHost { what, host, reason }
+        } else if error.is_connect() {
+            Self::Connect { what, host, reason }
+        } else {
+            Self::Broken { what, host, reason }
+        }
+    }
+
+    pub(crate) fn malformed(what: &str, host: &str, reason: impl Into<String>) -> Self {
+        Self::Malformed { what: what.to_owned(), host: host.to_owned(), reason: reason.into() }
+    }
+}
+
+/// What stands in an error and the errors below it.
+struct Chain {
+    /// The innermost text: the outer ones only say where.
+    reason: String,
+    has_tls: bool,
+    has_dns: bool,
+}
+
+impl Chain {
+    fn of(error: &reqwest::Error) -> Self {
+        let mut chain = Self { reason: clean(&error.to_string()), has_tls: false, has_dns: false };
+        let mut current = error.source();
+        while let Some(error) = current {
+            chain.reason = clean(&error.to_string());
+            chain.has_tls |= error.is::<rustls::Error>();
+            // hyper-util marks a failed name resolution by this text only.
+            chain.has_dns |= error.to_string() == "dns error";
+            // An io::Error hides what it wraps from source(): look inside.
+            let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+            current = match wrapped {
+                Some(wrapped) => Some(wrapped as &(dyn StdError + 'static)),
+                None => error.source(),
+            };
+        }
+        chain
+    }
+}
+
+/// Cleans a text from outside: one line, no control or direction characters, at most some 200 characters.
+pub(crate) fn clean(text: &str) -> String {
+    let is_harmful = |letter: char| {
+        letter.is_control()
+            || matches!(letter, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let spaced: String = text.chars().take(DETAIL_CHARS_MAX * 8).map(|c| if is_harmful(c) { ' ' } else { c }).collect();
+    let line = spaced.split_whitespace().collect::<Vec<_>>().join(" ");
+    if line.chars().count() > DETAIL_CHARS_MAX {
+        line.chars().take(DETAIL_CHARS_MAX).chain(['…']).collect()
+    } else {
+        line
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_from_outside_become_one_short_clean_line() {
+        assert_eq!(clean("a\x1b[31mb\r\n  c\u{202e}d"), "a [31mb c d");
+        assert_eq!(clean(&"x".repeat(10_000)).chars().count(), DETAIL_CHARS_MAX + 1);
+    }
+
+    #[test]
+    fn only_what_may_pass_is_transient() {
+        let status = |code| Error::from_status("x", "h", StatusCode::from_u16(code).unwrap(), None, "");
+        for (code, transient) in [
+            (400, false),
+            (401, false),
+            (403, false),
+            (404, false),
+            (408, true),
+            (416, false),
+            (429, true),
+            (500, true),
+            (503, true),
+        ] {
+            assert_eq!(status(code).is_transient(), transient, "{code}");
+        }
+    }
+}

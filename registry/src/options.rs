@@ -1,0 +1,52 @@
+//! What a user can say about talking to registries.
+
+use std::{path::PathBuf, time::Duration};
+
+/// How a [`crate::Client`] behaves. A plain struct: the program fills it in once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientOptions {
+    /// Plain HTTP for every host. Loopback hosts are spoken to in plain HTTP anyway.
+    pub plain_http: bool,
+    /// Longest wait for a TCP and TLS connection.
+    pub connect_timeout: Duration,
+    /// Longest wait for the next byte of an answer, or for the next byte of an upload to leave.
+    pub stall_timeout: Duration,
+    /// How long an operation goes on trying without progress; counted from the first failure.
+    pub patience: Duration,
+    /// The same for a host that has not answered anything yet: mostly it is misspelt or down, and a person waits.
+    /// A daemon that restarts during an outage sets it to [`Self::patience`].
+    pub first_contact_patience: Duration,
+    /// First wait between two attempts; doubles with each, with jitter.
+    pub retry_delay_min: Duration,
+    /// Longest wait between two attempts, unless the registry asks for more.
+    pub retry_delay_max: Duration,
+    /// docker's `config.json`; `None`, or a file that is not there, means anonymous.
+    pub docker_config: Option<PathBuf>,
+}
+
+impl Default for ClientOptions {
+    /// Suits a command that a person waits for; no credentials.
+    fn default() -> Self {
+        Self {
+            plain_http: false,
+            connect_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(30),
+            patience: Duration::from_secs(60),
+            first_contact_patience: Duration::from_secs(3),
+            retry_delay_min: Duration::from_millis(200),
+            retry_delay_max: Duration::from_secs(10),
+            docker_config: None,
+        }
+    }
+}
+
+impl ClientOptions {
+    /// The defaults with docker's `config.json` where docker itself looks for it: in `$DOCKER_CONFIG`, else in
+    /// `~/.docker`. For use in `main` only.
+    pub fn from_environment() -> Self {
+        let directory = std::env::var_os("DOCKER_CONFIG")
+            .map(PathBuf::from)
+            .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker")));
+        Self { docker_config: directory.map(|directory| directory.join("config.json")), ..Self::default() }
+    }
+}

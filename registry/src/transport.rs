@@ -1,0 +1,250 @@
+//! One HTTP request and its answer: authentication, time limits, and what a refusal means.
+//!
+//! No retries here, except the one after a 401.
+
+use std::time::{Duration, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url, header};
+use serde::Deserialize;
+
+use crate::{
+    auth::{Authorization, Challenge, Scopes},
+    client::Client,
+    error::{Error, clean},
+    push::Upload,
+};
+
+/// Longest part of an error answer that is read.
+const REFUSAL_LEN_MAX: u64 = 16 << 10;
+
+/// A request to a registry, repeatable because of authentication.
+pub(crate) struct Request<'a> {
+    /// The operation, as errors name it.
+    pub(crate) what: &'a str,
+    /// The registry, as the reference names it.
+    pub(crate) host: &'a str,
+    pub(crate) method: Method,
+    pub(crate) url: Url,
+    pub(crate) headers: Vec<(header::HeaderName, String)>,
+    pub(crate) scopes: Scopes,
+    /// Whether the address is the registry's own, so that credentials may go there.
+    pub(crate) is_trusted: bool,
+    pub(crate) payload: Payload<'a>,
+}
+
+/// The body of a request; it can be sent again.
+pub(crate) enum Payload<'a> {
+    Empty,
+    Bytes(Bytes),
+    Upload(&'a Upload<'a>),
+}
+
+impl<'a> Request<'a> {
+    /// A request without a body to the registry itself.
+    pub(crate) fn new(what: &'a str, host: &'a str, method: Method, url: Url, scopes: Scopes) -> Self {
+        Self { what, host, method, url, headers: Vec::new(), scopes, is_trusted: true, payload: Payload::Empty }
+    }
+
+    pub(crate) fn header(mut self, name: header::HeaderName, value: impl Into<String>) -> Self {
+        self.headers.push((name, value.into()));
+        self
+    }
+
+    pub(crate) fn payload(mut self, payload: Payload<'a>) -> Self {
+        self.payload = payload;
+        self
+    }
+}
+
+impl Client {
+    /// Sends `request`, and once more with a new authorization after a 401; any status is an answer.
+    pub(crate) async fn send(&self, request: &Request<'_>) -> Result<Response, Error> {
+        let authorization = match request.is_trusted {
+            true => self.auth_cache().current(request.host, &request.scopes).await,
+            false => None,
+        };
+        let response = self.send_once(request, authorization.as_ref()).await?;
+        // Another server behind a redirect must not learn the credentials of this one.
+        let is_ours = request.is_trusted && response.url().origin() == request.url.origin();
+        if response.status() != StatusCode::UNAUTHORIZED || !is_ours {
+            return Ok(response);
+        }
+        let Some(challenge) = Challenge::find(response.headers()) else { return Ok(response) };
+        let refused = refusal(self, request.what, request.host, response).await;
+        let renewed =
+            self.authorize(request.what, request.host, &request.scopes, &challenge, authorization.as_ref()).await?;
+        match renewed {
+            Some(renewed) => self.send_once(request, Some(&renewed)).await,
+            None => Err(refused),
+        }
+    }
+
+    async fn send_once(&self, request: &Request<'_>, authorization: Option<&Authorization>) -> Result<Response, Error> {
+        let mut built = self.http(&request.url)?.request(request.method.clone(), request.url.clone());
+        for (name, value) in &request.headers {
+            built = built.header(name, value);
+        }
+        if let Some(authorization) = authorization {
+            built = authorization.apply(built);
+        }
+        match &request.payload {
+            Payload::Empty => self.answer(request.what, request.host, built).await,
+            Payload::Bytes(bytes) => self.answer(request.what, request.host, built.body(bytes.clone())).await,
+            Payload::Upload(upload) => upload.send(self, request.what, request.host, built).await,
+        }
+    }
+
+    /// Sends `request` and waits for the head of the answer.
+    pub(crate) async fn answer(&self, what: &str, host: &str, request: RequestBuilder) -> Result<Response, Error> {
+        let stall = self.options().stall_timeout;
+        match tokio::time::timeout(stall, request.send()).await {
+            Ok(Ok(response)) => {
+                self.note_reached(host);
+                Ok(response)
+            }
+            Ok(Err(error)) => Err(Error::from_transport(what, host, &error)),
+            Err(_) => Err(stalled(what, host, stall)),
+        }
+    }
+}
+
+pub(crate) fn stalled(what: &str, host: &str, limit: Duration) -> Error {
+    Error::Stalled { what: what.to_owned(), host: host.to_owned(), seconds: limit.as_secs() }
+}
+
+/// The next piece of an answer's body; `None` at its end.
+pub(crate) async fn next_piece(
+    client: &Client,
+    what: &str,
+    host: &str,
+    response: &mut Response,
+) -> Result<Option<Bytes>, Error> {
+    let stall = client.options().stall_timeout;
+    match tokio::time::timeout(stall, response.chunk()).await {
+        Ok(Ok(piece)) => Ok(piece),
+        Ok(Err(error)) => Err(Error::from_transport(what, host, &error)),
+        Err(_) => Err(stalled(what, host, stall)),
+    }
+}
+
+/// The whole body of an answer.
+///
+/// # Errors
+///
+/// [`Error::TooLong`] when it has more than `limit_bytes`; never holds more than that and one piece.
+pub(crate) async fn read_bounded(
+    client: &Client,
+    what: &str,
+    host: &str,
+    mut response: Response,
+    limit_bytes: u64,
+) -> Result<Bytes, Error> {
+    let too_long = || Error::TooLong { what: what.to_owned(), host: host.to_owned(), limit_bytes };
+    if response.content_length().is_some_and(|len| len > limit_bytes) {
+        return Err(too_long());
+    }
+    let mut body = BytesMut::new();
+    while let Some(piece) = next_piece(client, what, host, &mut response).await? {
+        if (body.len() + piece.len()) as u64 > limit_bytes {
+            return Err(too_long());
+        }
+        body.extend_from_slice(&piece);
+    }
+    Ok(body.freeze())
+}
+
+/// The error that an answer without success means, with the registry's own words.
+pub(crate) async fn refusal(client: &Client, what: &str, host: &str, mut response: Response) -> Error {
+    let status = response.status();
+    let retry_after = parse_retry_after(response.headers(), SystemTime::now());
+    let mut body = Vec::new();
+    // Whatever of the body arrives is good enough for a message.
+    while let Ok(Some(piece)) = next_piece(client, what, host, &mut response).await {
+        body.extend_from_slice(&piece);
+        if body.len() as u64 > REFUSAL_LEN_MAX {
+            break;
+        }
+    }
+    Error::from_status(what, host, status, retry_after, &describe_refusal(&body))
+}
+
+/// A header as text, where it is there and is text.
+pub(crate) fn header_text(headers: &header::HeaderMap, name: impl header::AsHeaderName) -> Option<&str> {
+    headers.get(name)?.to_str().ok()
+}
+
+/// `Retry-After` as a length of time. Source: RFC 9110 10.2.3.
+fn parse_retry_after(headers: &header::HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = header_text(headers, header::RETRY_AFTER)?.trim();
+    if let Ok(seconds) = text.parse::<u64>() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = httpdate::parse_http_date(text).ok()?;
+    Some(date.duration_since(now).unwrap_or_default())
+}
+
+/// A registry's error answer. Source: OCI distribution specification, "Error Codes".
+#[derive(Deserialize)]
+struct ErrorAnswer {
+    errors: Vec<ErrorEntry>,
+}
+
+#[derive(Deserialize)]
+struct ErrorEntry {
+    code: Option<String>,
+    message: Option<String>,
+}
+
+/// What an error answer says, in one clean line; may be empty.
+fn describe_refusal(body: &[u8]) -> String {
+    if let Ok(answer) = serde_json::from_slice::<ErrorAnswer>(body) {
+        let entries = answer.errors.iter().map(|entry| match (&entry.code, &entry.message) {
+            (Some(code), Some(message)) => format!("{code}: {message}"),
+            (Some(text), None) | (None, Some(text)) => text.clone(),
+            (None, None) => String::new(),
+        });
+        return clean(&entries.collect::<Vec<_>>().join("; "));
+    }
+    let text = String::from_utf8_lossy(body);
+    if is_html(&text) { "an HTML page, so perhaps no registry".to_owned() } else { clean(&text) }
+}
+
+/// Whether a text is a web page.
+pub(crate) fn is_html(text: &str) -> bool {
+    let start: String = text.trim_start().chars().take(15).collect::<String>().to_ascii_lowercase();
+    start.starts_with("<!doctype html") || start.starts_with("<html")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let check = |text: &'static str, expected: Option<u64>| {
+            let mut headers = header::HeaderMap::new();
+            headers.insert(header::RETRY_AFTER, header::HeaderValue::from_static(text));
+            let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
+            assert_eq!(parse_retry_after(&headers, now), expected.map(Duration::from_secs), "{text}");
+        };
+        check("7", Some(7));
+        check("Sun, 06 Nov 1994 08:49:47 GMT", Some(10));
+        check("Sun, 06 Nov 1994 08:49:27 GMT", Some(0));
+        check("soon", None);
+        check("-1", None);
+    }
+
+    #[test]
+    fn says_what_the_registry_says() {
+        let check = |body: &[u8], expected: &str| assert_eq!(describe_refusal(body), expected);
+        check(
+            br#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown","detail":{"Tag":"t"}}]}"#,
+            "MANIFEST_UNKNOWN: manifest unknown",
+        );
+        check(br#"{"errors":[{"code":"A","message":"\u001b[1m"},{"message":"b"}]}"#, "A: [1m; b");
+        check(b"\n<!DOCTYPE html><html>", "an HTML page, so perhaps no registry");
+        check(b"try later\n", "try later");
+        check(b"", "");
+    }
+}
