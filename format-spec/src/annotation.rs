@@ -24,6 +24,9 @@ pub const INDEX_PLAIN_LEN: &str = "containerd.io/snapshot/lazuli/index.plain-len
 /// SHA-256 of the compressed index.
 pub const INDEX_DIGEST: &str = "containerd.io/snapshot/lazuli/index.digest";
 
+/// Image reference whose repository holds the blob: a snapshot label that `lazuli pull` adds, no annotation.
+pub const IMAGE: &str = "containerd.io/snapshot/lazuli/image";
+
 /// The format version that this crate reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
 /// Longest index, compressed or plain, that a reader accepts (SPEC.md 9): bounds what a node allocates.

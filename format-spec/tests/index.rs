@@ -1,0 +1,143 @@
+//! An index that was built says what was put in; an index that breaks a rule is refused.
+
+use format_spec::{
+    CompressedIndex, Extent, Frame, Index, IndexBuilder, Inode,
+    builder::blank_inode,
+    index::{WHITEOUT, mode},
+};
+use proptest::prelude::*;
+
+const FILE_LEN: u64 = 5000;
+
+/// `/`: `a` (file), `b` (directory), `c` (whiteout); `/b`: `hard` (the same file), `link` (symlink).
+fn sample() -> CompressedIndex {
+    let mut builder = IndexBuilder::default();
+    let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+    let xattrs = builder.add_xattrs(vec![(b"user.k".to_vec(), b"v\0".to_vec())]).unwrap();
+    let file = builder
+        .add_inode(Inode {
+            uid: 7.into(),
+            mtime_seconds: (-3i64).cast_unsigned().into(),
+            mtime_nanoseconds: 999_999_999.into(),
+            size: FILE_LEN.into(),
+            xattrs: xattrs.into(),
+            ..blank_inode(mode::REGULAR | 0o4755)
+        })
+        .unwrap();
+    let directory = builder.add_inode(blank_inode(mode::DIRECTORY | 0o1777)).unwrap();
+    let target = builder.add_string(b"../a").unwrap();
+    let link = builder
+        .add_inode(Inode { payload: target.into(), size: 4.into(), ..blank_inode(mode::SYMLINK | 0o777) })
+        .unwrap();
+    builder.add_directory(root, [("a", file), ("b", directory), ("c", WHITEOUT)]).unwrap();
+    builder.add_directory(directory, [("hard", file), ("link", link)]).unwrap();
+    let extent = Extent { tar_offset: 512.into(), plain_offset: 0.into(), len: FILE_LEN.into() };
+    let frames = [(0u64, 0u64, 4096u32, 100u32), (100, 4096, 6144, 200)].map(|(blob, tar, plain, compressed)| Frame {
+        blob_offset: blob.into(),
+        tar_offset: tar.into(),
+        compressed_len: compressed.into(),
+        plain_len: plain.into(),
+        digest: [plain as u8; 32],
+    });
+    builder.finish_layer(10240, 8192, &[extent], &frames).unwrap()
+}
+
+fn open(compressed: &CompressedIndex) -> Index<Vec<u8>> {
+    Index::from_compressed(&compressed.bytes, &compressed.location(300)).unwrap()
+}
+
+#[test]
+fn shows_what_was_put_in() {
+    let index = open(&sample());
+    let root = index.inode(0).unwrap();
+    assert_eq!(root.nlink, 3);
+    let children: Vec<_> = index.children(root).collect();
+    assert_eq!(children, [(&b"a"[..], 1), (&b"b"[..], 2), (&b"c"[..], WHITEOUT)]);
+    let file = index.inode(index.lookup(root, b"a").unwrap()).unwrap();
+    assert_eq!((file.mtime_seconds(), file.nlink.get(), file.parent.get()), (-3, 2, 0));
+    assert_eq!(index.xattrs(file).collect::<Vec<_>>(), [(&b"user.k"[..], &b"v\0"[..])]);
+    let directory = index.inode(2).unwrap();
+    assert_eq!(index.lookup(directory, b"hard"), Some(1));
+    assert_eq!(index.lookup(directory, b"none"), None);
+    assert_eq!(index.symlink_target(index.inode(index.lookup(directory, b"link").unwrap()).unwrap()), b"../a");
+}
+
+#[test]
+fn plain_bytes_lead_to_extents_and_frames() {
+    let index = open(&sample());
+    assert_eq!(index.extents_in_plain(&(4999..5001)), 0..1);
+    assert_eq!(index.extents_in_plain(&(5000..8192)), 1..1);
+    assert_eq!(index.extents_in_tar(&(0..512)), 0..0);
+    assert_eq!(index.extents_in_tar(&(511..513)), 0..1);
+    assert_eq!(index.frames_in_tar(&(4095..4096)), 0..1);
+    assert_eq!(index.frames_in_tar(&(4095..4097)), 0..2);
+    assert_eq!(index.frames_in_tar(&(4096..4096)), 1..1);
+}
+
+#[test]
+fn equal_calls_give_equal_bytes() {
+    assert_eq!(sample().bytes, sample().bytes);
+}
+
+#[test]
+fn refuses_other_bytes_than_the_digest_names() {
+    let compressed = sample();
+    let location = compressed.location(0);
+    for position in 0..compressed.bytes.len() {
+        let mut changed = compressed.bytes.clone();
+        changed[position] ^= 1;
+        assert!(Index::from_compressed(&changed, &location).is_err(), "{position}");
+    }
+}
+
+#[test]
+fn refuses_frames_that_do_not_cover_the_tar_stream() {
+    let mut builder = IndexBuilder::default();
+    let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+    builder.add_directory(root, std::iter::empty::<(&[u8], u32)>()).unwrap();
+    assert!(builder.finish_layer(1024, 0, &[], &[]).is_err());
+}
+
+#[test]
+fn refuses_names_that_no_file_system_has() {
+    for name in [&b""[..], b".", b"..", b"a/b", b"a\0", &[b'x'; 256]] {
+        let mut builder = IndexBuilder::default();
+        let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+        let file = builder.add_inode(blank_inode(mode::FIFO)).unwrap();
+        assert!(builder.add_directory(root, [(name, file)]).is_err(), "{name:?}");
+    }
+}
+
+/// A directory that contains itself: the breadth-first rule must refuse it.
+#[test]
+fn refuses_a_cycle_of_directories() {
+    let mut builder = IndexBuilder::default();
+    let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+    let inner = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+    builder.add_directory(root, [("inner", inner)]).unwrap();
+    builder.add_directory(inner, [("inner", inner)]).unwrap();
+    assert!(builder.finish_layer(0, 0, &[], &[]).is_err());
+}
+
+proptest! {
+    /// Any bytes in the open form: looking around returns something or nothing, and never panics.
+    #[test]
+    fn damaged_indexes_never_panic(changes in proptest::collection::vec((0usize..4096, any::<u8>()), 1..20)) {
+        let mut bytes = open(&sample()).as_bytes().to_vec();
+        for (position, value) in changes {
+            // Header and section table have a checksum: change what lies behind them.
+            let position = 64 + 9 * 32 + position % (bytes.len() - 64 - 9 * 32);
+            bytes[position] = value;
+        }
+        let index = Index::open(bytes)?;
+        let _ = index.check();
+        for inode in index.inodes() {
+            let _ = index.children(inode).count();
+            let _ = index.lookup(inode, b"b");
+            let _ = index.symlink_target(inode);
+            let _ = index.xattrs(inode).count();
+            let _ = index.extents_in_plain(&inode.plain_range());
+            let _ = index.frames_in_tar(&inode.plain_range());
+        }
+    }
+}
