@@ -1,0 +1,108 @@
+//! What can go wrong at the boundary of this crate.
+
+use std::{io, path::PathBuf};
+
+use format_spec::{Digest, FormatError};
+use storage::{CacheError, ReadError, SourceError};
+
+use crate::{control::TreeId, merge::MergeError};
+
+/// A tree cannot be made, kept or mounted. One line each, for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The mount point cannot be used.
+    #[error("mount point {}: {error}", path.display())]
+    MountPoint {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        error: io::Error,
+    },
+    /// This machine or user cannot use FUSE.
+    #[error("/dev/fuse: {0}: load the kernel module fuse, and run as root")]
+    Device(io::Error),
+    /// The kernel refused the mount.
+    #[error("cannot mount on {}: {error}", path.display())]
+    Mount {
+        /// The directory.
+        path: PathBuf,
+        /// What it said.
+        error: io::Error,
+    },
+    /// The session ended with an error.
+    #[error("FUSE session on {} ended: {error}", path.display())]
+    Session {
+        /// The directory.
+        path: PathBuf,
+        /// What happened.
+        error: io::Error,
+    },
+    /// A layer's cache or index cannot be opened.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// What arrived cannot be made durable.
+    #[error(transparent)]
+    Flush(#[from] ReadError),
+    /// There is nowhere to fetch a layer from.
+    #[error("layer {blob} of {image}: {error}")]
+    Source {
+        /// The layer.
+        blob: Digest,
+        /// The image reference given for it.
+        image: String,
+        /// What is wrong.
+        error: SourceError,
+    },
+    /// The layers do not make a tree.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    /// A tree is kept for other layers: an image lies about one of its blobs.
+    #[error("tree {0} is known with other layers: one of two images is wrong about a layer")]
+    OtherLayers(TreeId),
+    /// A file of the root directory cannot be read or written.
+    #[error("{}: {error}", path.display())]
+    Disk {
+        /// The file or directory.
+        path: PathBuf,
+        /// What happened.
+        error: io::Error,
+    },
+    /// A file of the root directory is damaged.
+    #[error("{}: {error}", path.display())]
+    Tree {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: FormatError,
+    },
+    /// The root directory belongs to another process.
+    #[error("root {} is in use by another lazuli-fused", .0.display())]
+    Locked(PathBuf),
+    /// Somebody else answers on the control socket.
+    #[error("control socket {} is in use by another process", .0.display())]
+    SocketInUse(PathBuf),
+    /// The control socket cannot be made.
+    #[error("control socket {}: {error}", path.display())]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// What happened.
+        error: io::Error,
+    },
+    /// A layer is in use.
+    #[error("layer {blob} is used by tree {tree}: release the tree first")]
+    LayerInUse {
+        /// The layer.
+        blob: Digest,
+        /// A tree that needs it.
+        tree: TreeId,
+    },
+}
+
+impl Error {
+    /// For `map_err`: what happened to a file of the root directory.
+    pub(crate) fn disk(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |error| Self::Disk { path, error }
+    }
+}
