@@ -1,1 +1,19 @@
-//! (see Cargo.toml)
+//! Lazuli's proxy snapshotter for containerd.
+//!
+//! A *snapshot* is a file system state that containerd names by a key: *active* ones are written to,
+//! *committed* ones are parents of others, *views* are read. Ordinary layers are directories stacked by
+//! overlayfs, as containerd's own overlayfs snapshotter has them. A *lazy* layer is committed the moment
+//! containerd asks to prepare it, and read through `lazuli-fused` when a container needs it.
+
+pub mod api;
+pub mod config;
+pub mod filter;
+pub mod fused;
+pub mod host;
+pub mod metadata;
+pub mod mounts;
+pub mod remote;
+pub mod service;
+pub mod snapshotter;
+pub mod socket;
+pub mod usage;

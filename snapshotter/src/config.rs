@@ -1,0 +1,98 @@
+//! What the daemon is told: a few values, from flags, a file and defaults, in this order.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// Where the configuration lies unless a flag says otherwise; it need not exist.
+pub const CONFIG_PATH: &str = "/etc/lazuli/config.toml";
+const ADDRESS: &str = "/run/lazuli/snapshotter.sock";
+const ROOT: &str = "/var/lib/lazuli";
+const FUSED: &str = "lazuli-fused";
+
+/// What a flag or the file may set.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// The socket to serve on.
+    pub address: Option<PathBuf>,
+    /// The directory that holds everything.
+    pub root: Option<PathBuf>,
+    /// The program `lazuli-fused`.
+    pub fused: Option<PathBuf>,
+}
+
+/// The whole configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The socket to serve on.
+    pub address: PathBuf,
+    /// The directory that holds everything.
+    pub root: PathBuf,
+    /// The program `lazuli-fused`.
+    pub fused: PathBuf,
+}
+
+/// A configuration file is unusable.
+#[derive(Debug, thiserror::Error)]
+#[error("configuration: line {line}: {problem}")]
+pub struct ConfigError {
+    line: usize,
+    problem: String,
+}
+
+impl Settings {
+    /// Parses a configuration file; unknown keys are refused.
+    ///
+    /// # Errors
+    ///
+    /// When it is no TOML or has a key or value that makes no sense.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error| {
+            let offset = error.span().map_or(0, |span| span.start.min(text.len()));
+            let line = 1 + text.as_bytes()[..offset].iter().filter(|byte| **byte == b'\n').count();
+            ConfigError { line, problem: error.message().lines().next().unwrap_or_default().to_owned() }
+        })
+    }
+
+    /// The configuration: these settings, else those of `file`, else the defaults.
+    ///
+    /// `beside` is the directory of the running program, where `lazuli-fused` usually lies; without it,
+    /// or when it does not lie there, the search path decides.
+    pub fn or(self, file: Self, beside: Option<&Path>) -> Config {
+        let fused_beside = || beside.map(|directory| directory.join(FUSED)).filter(|path| path.exists());
+        Config {
+            address: self.address.or(file.address).unwrap_or_else(|| ADDRESS.into()),
+            root: self.root.or(file.root).unwrap_or_else(|| ROOT.into()),
+            fused: self.fused.or(file.fused).or_else(fused_beside).unwrap_or_else(|| FUSED.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_come_before_the_file_and_the_file_before_defaults() {
+        let file = Settings::parse("address = '/a.sock'\nroot = '/b'\n").unwrap();
+        let flags = Settings { root: Some("/c".into()), ..Settings::default() };
+        let expected = Config { address: "/a.sock".into(), root: "/c".into(), fused: FUSED.into() };
+        assert_eq!(flags.or(file, None), expected);
+    }
+
+    #[test]
+    fn the_other_daemon_is_taken_from_beside_this_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = || Settings::default().or(Settings::default(), Some(directory.path()));
+        assert_eq!(config().fused, PathBuf::from(FUSED));
+        std::fs::write(directory.path().join(FUSED), "").unwrap();
+        assert_eq!(config().fused, directory.path().join(FUSED));
+    }
+
+    #[test]
+    fn a_typo_is_refused_with_its_line() {
+        let error = Settings::parse("address = '/a'\nrooot = '/b'\n").unwrap_err().to_string();
+        assert!(error.starts_with("configuration: line 2: unknown field `rooot`"), "{error}");
+    }
+}

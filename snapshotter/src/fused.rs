@@ -1,0 +1,336 @@
+//! The other daemon: asking `lazuli-fused` over its control socket, and starting it when it is not there.
+//!
+//! `lazuli-fused` outlives this process: containers read through it. So it is started detached, found
+//! again by its socket, and never ended from here. Every request may be repeated, which is what happens
+//! when a connection breaks.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom},
+    os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use format_spec::Digest;
+use fusefs::control::{LayerStatus, RemoteLayer, Request, Response, TreeId};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::UnixStream,
+    sync::Mutex,
+    time,
+};
+use tracing::{info, warn};
+
+/// How long a request that only changes local state may take.
+const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// How long a tree may take: its indexes come from the registry, which retries and waits on its own.
+const TREE_WITHIN: Duration = Duration::from_secs(180);
+/// How long a new daemon may take to open its socket.
+const START_WITHIN: Duration = Duration::from_secs(20);
+/// How often a new daemon's socket is tried.
+const START_POLL: Duration = Duration::from_millis(10);
+/// After a failed start: how long requests fail at once instead of starting it again.
+const START_PAUSE: Duration = Duration::from_secs(1);
+/// Longest answer: a status with some ten thousand layers.
+const ANSWER_LEN_MAX: u64 = 64 << 20;
+
+/// A client of `lazuli-fused`.
+#[derive(Debug)]
+pub struct Fused {
+    root: PathBuf,
+    address: PathBuf,
+    binary: PathBuf,
+    last_failure: Mutex<Option<(Instant, String)>>,
+}
+
+/// `lazuli-fused` did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum FusedError {
+    /// It cannot be started.
+    #[error("cannot start {0}: {1}")]
+    Start(PathBuf, #[source] io::Error),
+    /// It ended instead of opening its socket.
+    #[error("{binary} ended at start, {status}: {last_line}")]
+    Ended {
+        /// The program.
+        binary: PathBuf,
+        /// How it ended.
+        status: ExitStatus,
+        /// The last line of its log.
+        last_line: String,
+    },
+    /// It did not open its socket in time.
+    #[error("lazuli-fused did not open {0} within {START_WITHIN:?}")]
+    NoSocket(PathBuf),
+    /// It failed to start a moment ago.
+    #[error("{0}")]
+    StartedInVain(String),
+    /// The connection failed.
+    #[error("control socket {0}: {1}")]
+    Connection(PathBuf, #[source] io::Error),
+    /// No answer came in time.
+    #[error("lazuli-fused did not answer within {0:?}")]
+    Timeout(Duration),
+    /// The answer makes no sense.
+    #[error("lazuli-fused answered {0:?}")]
+    Answer(String),
+    /// It was understood and could not be done.
+    #[error("{0}")]
+    Refused(String),
+}
+
+type Result<T> = std::result::Result<T, FusedError>;
+
+impl Fused {
+    /// A client for the daemon of `root`, to be started from `binary` if need be.
+    pub fn new(root: &Path, binary: PathBuf) -> Self {
+        Self { root: root.to_owned(), address: root.join("fused.sock"), binary, last_failure: Mutex::default() }
+    }
+
+    /// Has a layer's index fetched in the background.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached; failures to fetch show in [`Self::mount_tree`].
+    pub async fn announce_layer(&self, layer: RemoteLayer) -> Result<()> {
+        self.done(Request::AnnounceLayer { layer }).await
+    }
+
+    /// Makes a merged tree available and returns its directory; `layers` are lowest first, at least one.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached or an index cannot be fetched, verified or understood.
+    pub async fn mount_tree(&self, layers: Vec<RemoteLayer>) -> Result<PathBuf> {
+        match self.request(&Request::MountTree { layers }, TREE_WITHIN).await? {
+            Response::Tree { path } => Ok(path),
+            other => Err(FusedError::Answer(format!("{other:?}"))),
+        }
+    }
+
+    /// Has a tree forgotten.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached or refuses.
+    pub async fn release_tree(&self, tree: TreeId) -> Result<()> {
+        self.done(Request::ReleaseTree { tree }).await
+    }
+
+    /// Has a layer's cache deleted.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached or refuses.
+    pub async fn remove_layer(&self, blob: Digest) -> Result<()> {
+        self.done(Request::RemoveLayer { blob }).await
+    }
+
+    /// Bytes on disk of a layer's cache.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached or refuses.
+    pub async fn layer_usage(&self, blob: Digest) -> Result<u64> {
+        match self.request(&Request::LayerUsage { blob }, ANSWER_WITHIN).await? {
+            Response::Usage { bytes } => Ok(bytes),
+            other => Err(FusedError::Answer(format!("{other:?}"))),
+        }
+    }
+
+    /// What the daemon holds.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached.
+    pub async fn status(&self) -> Result<(Vec<LayerStatus>, Vec<TreeId>)> {
+        match self.request(&Request::Status, ANSWER_WITHIN).await? {
+            Response::Status { layers, trees } => Ok((layers, trees)),
+            other => Err(FusedError::Answer(format!("{other:?}"))),
+        }
+    }
+
+    /// Starts the daemon if it is not there; what is returned tells when it ends.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub async fn watch(&self) -> Result<Watch> {
+        self.connect().await.map(Watch)
+    }
+
+    async fn done(&self, request: Request) -> Result<()> {
+        match self.request(&request, ANSWER_WITHIN).await? {
+            Response::Done => Ok(()),
+            other => Err(FusedError::Answer(format!("{other:?}"))),
+        }
+    }
+
+    async fn request(&self, request: &Request, within: Duration) -> Result<Response> {
+        let mut line = serde_json::to_vec(request).expect("a request has text keys only");
+        line.push(b'\n');
+        let first = self.exchange(&line, within).await;
+        // The daemon ended with the request under way: ask the next one.
+        let answer =
+            if matches!(first, Err(FusedError::Connection(..))) { self.exchange(&line, within).await } else { first };
+        match answer? {
+            Response::Error { message } => Err(FusedError::Refused(message)),
+            response => Ok(response),
+        }
+    }
+
+    async fn exchange(&self, line: &[u8], within: Duration) -> Result<Response> {
+        let mut connection = self.connect().await?;
+        let answer = async {
+            connection.write_all(line).await?;
+            let mut answer = Vec::new();
+            BufReader::new(&mut connection).take(ANSWER_LEN_MAX).read_until(b'\n', &mut answer).await?;
+            if answer.ends_with(b"\n") { Ok(answer) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+        };
+        let answer = time::timeout(within, answer).await.map_err(|_| FusedError::Timeout(within))?;
+        let answer = answer.map_err(|error| FusedError::Connection(self.address.clone(), error))?;
+        serde_json::from_slice(&answer)
+            .map_err(|_| FusedError::Answer(String::from_utf8_lossy(&answer).chars().take(200).collect()))
+    }
+
+    async fn connect(&self) -> Result<UnixStream> {
+        match self.try_connect().await? {
+            Some(connection) => Ok(connection),
+            None => self.start().await,
+        }
+    }
+
+    /// `None` when nobody listens.
+    async fn try_connect(&self) -> Result<Option<UnixStream>> {
+        match UnixStream::connect(&self.address).await {
+            Ok(connection) => Ok(Some(connection)),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                Ok(None)
+            }
+            Err(error) => Err(FusedError::Connection(self.address.clone(), error)),
+        }
+    }
+
+    async fn start(&self) -> Result<UnixStream> {
+        let mut last_failure = self.last_failure.lock().await;
+        // Another request may have started it while this one waited.
+        if let Some(connection) = self.try_connect().await? {
+            return Ok(connection);
+        }
+        if let Some((at, message)) = &*last_failure
+            && at.elapsed() < START_PAUSE
+        {
+            return Err(FusedError::StartedInVain(message.clone()));
+        }
+        let started = self.spawn_and_connect().await;
+        *last_failure = started.as_ref().err().map(|error| (Instant::now(), error.to_string()));
+        started
+    }
+
+    async fn spawn_and_connect(&self) -> Result<UnixStream> {
+        let log = self.root.join("fused.log");
+        let mut child = self.spawn(&log).map_err(|error| FusedError::Start(self.binary.clone(), error))?;
+        let give_up_at = Instant::now() + START_WITHIN;
+        let started = loop {
+            if let Some(connection) = self.try_connect().await? {
+                break Ok(connection);
+            }
+            if let Ok(Some(status)) = child.try_wait() {
+                let last_line = last_line(&log).unwrap_or_default();
+                return Err(FusedError::Ended { binary: self.binary.clone(), status, last_line });
+            }
+            if Instant::now() > give_up_at {
+                break Err(FusedError::NoSocket(self.address.clone()));
+            }
+            time::sleep(START_POLL).await;
+        };
+        info!(pid = child.id(), log = %log.display(), "lazuli-fused started");
+        wait_in_background(child);
+        started
+    }
+
+    /// In a process group of its own, so that no signal meant for this process reaches it, and with a log
+    /// file, so that it does not depend on whoever reads our messages.
+    fn spawn(&self, log: &Path) -> io::Result<Child> {
+        let log = OpenOptions::new().create(true).append(true).mode(0o600).open(log)?;
+        Command::new(&self.binary)
+            .arg("--root")
+            .arg(&self.root)
+            .arg("--address")
+            .arg(&self.address)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+    }
+}
+
+/// A daemon that was alive at some point.
+#[derive(Debug)]
+pub struct Watch(UnixStream);
+
+impl Watch {
+    /// Returns when the daemon has ended.
+    pub async fn ended(mut self) {
+        // It says nothing unasked, so this returns at the end of the connection, in whatever way that comes.
+        let _ended = self.0.read(&mut [0]).await;
+    }
+}
+
+/// Keeps an ended daemon from staying a zombie, and says that it ended.
+fn wait_in_background(mut child: Child) {
+    std::thread::spawn(move || match child.wait() {
+        Ok(status) if status.success() => info!(pid = child.id(), "lazuli-fused ended"),
+        Ok(status) => warn!(pid = child.id(), %status, "lazuli-fused ended"),
+        Err(error) => warn!(pid = child.id(), %error, "lazuli-fused cannot be waited for"),
+    });
+}
+
+fn last_line(log: &Path) -> io::Result<String> {
+    const TAIL_LEN: u64 = 4096;
+    let mut file = File::open(log)?;
+    let len = file.metadata()?.len();
+    file.seek(SeekFrom::Start(len.saturating_sub(TAIL_LEN)))?;
+    let mut tail = Vec::new();
+    file.take(TAIL_LEN).read_to_end(&mut tail)?;
+    let tail = String::from_utf8_lossy(&tail);
+    Ok(tail.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Any program that says something about the flags it does not know, and ends.
+    const NOT_A_DAEMON: &str = "/bin/ls";
+
+    #[tokio::test]
+    async fn a_daemon_that_cannot_start_is_reported_with_its_last_words() {
+        let root = tempfile::tempdir().unwrap();
+        let fused = Fused::new(root.path(), NOT_A_DAEMON.into());
+        let error = fused.release_tree(Digest::of(b"")).await.unwrap_err().to_string();
+        assert_eq!(error, "/bin/ls ended at start, exit status: 2: Try '/bin/ls --help' for more information.");
+    }
+
+    #[tokio::test]
+    async fn a_failed_start_is_not_repeated_at_once() {
+        let root = tempfile::tempdir().unwrap();
+        let fused = Fused::new(root.path(), NOT_A_DAEMON.into());
+        let first = fused.release_tree(Digest::of(b"")).await.unwrap_err().to_string();
+        match fused.release_tree(Digest::of(b"")).await {
+            Err(FusedError::StartedInVain(message)) => assert_eq!(message, first),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_missing_program_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let fused = Fused::new(root.path(), root.path().join("missing"));
+        assert!(matches!(fused.status().await, Err(FusedError::Start(..))));
+    }
+}

@@ -1,0 +1,109 @@
+//! `lazuli-snapshotter`: containerd's snapshots service on a Unix socket.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::Parser;
+use snapshotter::{
+    api::snapshots_server::SnapshotsServer,
+    config::{CONFIG_PATH, Config, Settings},
+    service::Service,
+    snapshotter::Snapshotter,
+    socket,
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+
+/// How long requests under way may take after the signal to stop.
+const STOP_WITHIN: Duration = Duration::from_secs(10);
+
+/// Starts containers before their image has arrived: containerd's snapshots service.
+#[derive(Debug, Parser)]
+#[command(name = "lazuli-snapshotter", version)]
+struct Arguments {
+    /// Configuration file [default: /etc/lazuli/config.toml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Socket to serve on [default: /run/lazuli/snapshotter.sock]
+    #[arg(long, value_name = "SOCKET")]
+    address: Option<PathBuf>,
+    /// Directory that holds everything [default: /var/lib/lazuli]
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// The program lazuli-fused [default: beside this one]
+    #[arg(long, value_name = "PATH")]
+    fused: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let color = io::IsTerminal::is_terminal(&io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(io::stderr).init();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lazuli-snapshotter: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let config = configuration(arguments)?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    let snapshotter = Snapshotter::open(&config.root, config.fused.clone())?;
+    runtime.block_on(serve(&config, snapshotter))?;
+    // A request that waits for the registry is not waited for.
+    runtime.shutdown_timeout(Duration::ZERO);
+    Ok(())
+}
+
+fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Error>> {
+    let path = arguments.config.as_deref().unwrap_or(Path::new(CONFIG_PATH));
+    let file = match fs::read_to_string(path) {
+        Ok(text) => Settings::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && arguments.config.is_none() => Settings::default(),
+        Err(error) => return Err(format!("configuration {}: {error}", path.display()).into()),
+    };
+    let program = std::env::current_exe()?;
+    let flags = Settings { address: arguments.address, root: arguments.root, fused: arguments.fused };
+    Ok(flags.or(file, program.parent()))
+}
+
+async fn serve(config: &Config, snapshotter: Snapshotter) -> Result<(), Box<dyn std::error::Error>> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let listener = socket::listen(&config.address)?;
+    info!(address = %config.address.display(), root = %config.root.display(), "serving");
+    let watching = snapshotter.clone();
+    tokio::spawn(async move { watching.watch_lazy_layers().await });
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = tonic::transport::Server::builder()
+        .add_service(SnapshotsServer::new(Service::new(snapshotter)))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async { _ = stopped.await });
+    tokio::pin!(server);
+    tokio::select! {
+        served = &mut server => return Ok(served?),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    info!("stopping; lazuli-fused and the containers go on");
+    // Gone before the last answers, so that a new daemon can take its place.
+    if let Err(error) = fs::remove_file(&config.address) {
+        warn!(address = %config.address.display(), %error, "socket stays");
+    }
+    _ = stop.send(());
+    match tokio::time::timeout(STOP_WITHIN, server).await {
+        Ok(served) => Ok(served?),
+        Err(_) => {
+            warn!("requests under way are given up");
+            Ok(())
+        }
+    }
+}

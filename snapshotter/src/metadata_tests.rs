@@ -1,0 +1,207 @@
+//! What the store allows, refuses and remembers.
+
+use format_spec::{IndexLocation, LazyLayer};
+
+use super::*;
+
+const NOW: Time = Time { seconds: 1000, nanos: 5 };
+const LATER: Time = Time { seconds: 2000, nanos: 6 };
+
+struct Store {
+    directory: tempfile::TempDir,
+    metadata: Metadata,
+}
+
+impl Store {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let metadata = Metadata::open(&directory.path().join("db")).unwrap();
+        Self { directory, metadata }
+    }
+
+    fn reopened(self) -> Self {
+        drop(self.metadata);
+        let metadata = Metadata::open(&self.directory.path().join("db")).unwrap();
+        Self { directory: self.directory, metadata }
+    }
+
+    fn create(&self, name: &str, kind: Kind, parent: &str) -> Result<Chain> {
+        let new = NewSnapshot { key: key(name), kind, parent: SnapshotKey::new(parent), labels: Labels::new() };
+        self.metadata.create(new, NOW, |_| Ok(()))
+    }
+
+    fn commit(&self, active: &str, name: &str, parent: &str) -> Result<()> {
+        let (key, name, parent) = (key(active), key(name), SnapshotKey::new(parent));
+        let usage = Usage { bytes: 4096, inodes: 1 };
+        self.metadata.commit(NewCommit { name, key, parent, labels: Labels::new(), usage }, LATER)
+    }
+
+    fn committed(&self, name: &str, parent: &str) {
+        self.create("work", Kind::Active, parent).unwrap();
+        self.commit("work", name, "").unwrap();
+    }
+
+    fn lazy(&self, name: &str, parent: &str) -> Result<bool> {
+        let parent = SnapshotKey::new(parent);
+        self.metadata.insert_lazy(&key(name), parent.as_ref(), Labels::new(), remote(name), NOW)
+    }
+}
+
+fn key(name: &str) -> SnapshotKey {
+    SnapshotKey::new(name).unwrap()
+}
+
+fn remote(name: &str) -> RemoteLayer {
+    let index = IndexLocation { offset: 0, compressed_len: 1, plain_len: 1, digest: Digest::of(b"index") };
+    RemoteLayer {
+        layer: LazyLayer { blob: Digest::of(name.as_bytes()), blob_len: 10, index },
+        image: "h/r:t".to_owned(),
+    }
+}
+
+fn labels(pairs: &[(&str, &str)]) -> Labels {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+fn keys(snapshots: &[Snapshot]) -> Vec<&str> {
+    snapshots.iter().map(|snapshot| snapshot.key.as_str()).collect()
+}
+
+#[test]
+fn chain_goes_down_to_the_base_and_survives_reopening() {
+    let store = Store::new();
+    store.committed("one", "");
+    store.committed("two", "one");
+    let created = store.create("top", Kind::View, "two").unwrap();
+    let store = store.reopened();
+    let chain = store.metadata.chain(&key("top")).unwrap();
+    assert_eq!(chain, created);
+    assert_eq!(keys(&chain.parents), ["two", "one"]);
+    assert_eq!((chain.top.kind, chain.top.created), (Kind::View, NOW));
+    assert_eq!(keys(&store.metadata.list().unwrap()), ["one", "top", "two"]);
+}
+
+#[test]
+fn commit_keeps_the_id_and_replaces_the_rest() {
+    let store = Store::new();
+    let active = store.create("work", Kind::Active, "").unwrap().top;
+    store.commit("work", "done", "").unwrap();
+    let expected = Snapshot {
+        key: key("done"),
+        kind: Kind::Committed,
+        created: LATER,
+        updated: LATER,
+        usage: Usage { bytes: 4096, inodes: 1 },
+        ..active
+    };
+    assert_eq!(store.metadata.snapshot(&key("done")).unwrap(), expected);
+    assert!(matches!(store.metadata.snapshot(&key("work")), Err(MetadataError::NotFound(_))));
+}
+
+#[test]
+fn refuses_bad_parents_and_taken_keys() {
+    let store = Store::new();
+    store.committed("base", "");
+    store.create("active", Kind::Active, "base").unwrap();
+    assert!(matches!(store.create("x", Kind::Active, "missing"), Err(MetadataError::NotFound(_))));
+    assert!(matches!(store.create("x", Kind::Active, "active"), Err(MetadataError::ParentNotCommitted(_))));
+    assert!(matches!(store.create("active", Kind::View, ""), Err(MetadataError::AlreadyExists(_))));
+    assert!(matches!(store.create("base", Kind::View, ""), Err(MetadataError::AlreadyExists(_))));
+}
+
+#[test]
+fn refuses_to_commit_what_is_not_active_or_has_no_free_name() {
+    let store = Store::new();
+    store.committed("base", "");
+    store.create("view", Kind::View, "base").unwrap();
+    store.create("active", Kind::Active, "base").unwrap();
+    assert!(matches!(store.commit("view", "x", ""), Err(MetadataError::NotActive(_))));
+    assert!(matches!(store.commit("base", "x", ""), Err(MetadataError::NotActive(_))));
+    assert!(matches!(store.commit("missing", "x", ""), Err(MetadataError::NotFound(_))));
+    assert!(matches!(store.commit("active", "base", ""), Err(MetadataError::AlreadyExists(_))));
+}
+
+#[test]
+fn commit_gives_a_parent_to_a_snapshot_without_one() {
+    let store = Store::new();
+    store.committed("base", "");
+    store.create("alone", Kind::Active, "").unwrap();
+    assert!(matches!(store.commit("alone", "x", "missing"), Err(MetadataError::NotFound(_))));
+    assert!(matches!(store.commit("alone", "x", "alone"), Err(MetadataError::CommitOntoUncommitted(..))));
+    store.commit("alone", "upper", "base").unwrap();
+    assert_eq!(keys(&store.metadata.chain(&key("upper")).unwrap().parents), ["base"]);
+    store.create("child", Kind::Active, "upper").unwrap();
+    assert!(matches!(store.commit("child", "x", "base"), Err(MetadataError::ParentChanged(..))));
+    store.commit("child", "x", "upper").unwrap();
+}
+
+#[test]
+fn remove_refuses_while_there_are_children() {
+    let store = Store::new();
+    store.committed("a", "");
+    store.committed("ab", "a");
+    store.committed("b", "a");
+    for (name, removable) in [("a", false), ("ab", true), ("a", false), ("b", true), ("a", true), ("a", false)] {
+        assert_eq!(store.metadata.remove(&key(name)).is_ok(), removable, "{name}");
+    }
+}
+
+#[test]
+fn ids_are_never_used_twice_unless_nothing_was_recorded() {
+    let store = Store::new();
+    let first = store.create("a", Kind::Active, "").unwrap().top.id;
+    store.metadata.remove(&key("a")).unwrap();
+    let new = NewSnapshot { key: key("a"), kind: Kind::Active, parent: None, labels: Labels::new() };
+    let failed = store.metadata.create(new, NOW, |_| Err(io::Error::other("disk full")));
+    assert!(matches!(failed, Err(MetadataError::Directory(..))));
+    assert!(store.metadata.list().unwrap().is_empty());
+    assert_eq!(store.create("a", Kind::Active, "").unwrap().top.id, SnapshotId(first.0 + 1));
+}
+
+#[test]
+fn labels_are_set_replaced_and_removed() {
+    let store = Store::new();
+    let new =
+        NewSnapshot { key: key("a"), kind: Kind::Active, parent: None, labels: labels(&[("x", "1"), ("empty", "")]) };
+    store.metadata.create(new, NOW, |_| Ok(())).unwrap();
+    let update = |change| store.metadata.update_labels(&key("a"), change, LATER).unwrap();
+    let some = update(LabelChange::Some(labels(&[("y", "2")])));
+    assert_eq!((some.labels, some.created, some.updated), (labels(&[("x", "1"), ("y", "2")]), NOW, LATER));
+    assert_eq!(update(LabelChange::Some(labels(&[("x", "")]))).labels, labels(&[("y", "2")]));
+    assert_eq!(update(LabelChange::All(labels(&[("z", "3")]))).labels, labels(&[("z", "3")]));
+}
+
+#[test]
+fn lazy_layers_stack_only_on_lazy_layers() {
+    let store = Store::new();
+    store.committed("ordinary", "");
+    assert!(store.lazy("one", "").unwrap());
+    assert!(store.lazy("two", "one").unwrap());
+    assert!(!store.lazy("three", "ordinary").unwrap());
+    assert!(matches!(store.lazy("three", "missing"), Err(MetadataError::NotFound(_))));
+    let chain = store.metadata.chain(&key("two")).unwrap();
+    let blobs = ["one", "two"].map(|name| remote(name).layer.blob);
+    assert_eq!(chain.top.lazy.unwrap().tree, fusefs::control::tree_id(blobs).unwrap());
+    assert_eq!(keys(&chain.parents), ["one"]);
+}
+
+#[test]
+fn a_lazy_layer_that_exists_is_there_unless_it_means_something_else() {
+    let store = Store::new();
+    store.committed("ordinary", "");
+    assert!(store.lazy("one", "").unwrap());
+    assert!(store.lazy("two", "one").unwrap());
+    assert!(store.lazy("two", "one").unwrap());
+    assert!(!store.lazy("two", "").unwrap());
+    assert!(!store.lazy("ordinary", "").unwrap());
+}
+
+#[test]
+fn refuses_a_store_of_another_version() {
+    let store = Store::new();
+    let change = store.metadata.database.begin_write().unwrap();
+    change.open_table(NUMBERS).unwrap().insert(VERSION, 99).unwrap();
+    change.commit().unwrap();
+    drop(store.metadata);
+    assert!(matches!(Metadata::open(&store.directory.path().join("db")), Err(MetadataError::Version(99))));
+}

@@ -1,0 +1,134 @@
+//! Does a `Prepare` ask for a lazy layer? Read off its labels, pure.
+//!
+//! containerd passes a layer descriptor's annotations under `containerd.io/snapshot/` as labels, together
+//! with the name under which the unpacked layer would be committed, the *target*.
+//!
+//! A layer is ordinary, so that containerd downloads and unpacks it, when it carries no annotations of
+//! ours, when the labels name no target or no image to fetch from, and when a newer Lazuli wrote it: it
+//! is a complete `tar+zstd` layer in any case. Annotations that contradict themselves are refused: they
+//! come from a damaged or forged manifest, and a silent full download would hide that.
+
+use format_spec::{Digest, LazyLayer, annotation::AnnotationError};
+use fusefs::control::RemoteLayer;
+use tracing::warn;
+
+use crate::metadata::{Labels, SnapshotKey};
+
+/// The name under which containerd would commit the layer it prepares for: its chain ID.
+pub const TARGET: &str = "containerd.io/snapshot.ref";
+/// The image a layer is pulled for, as `lazuli pull` says it.
+pub const IMAGE: &str = format_spec::annotation::IMAGE;
+/// The image a layer is pulled for, as CRI and the transfer service say it.
+pub const CRI_IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
+/// The digest of the layer blob, as CRI and the transfer service say it.
+pub const CRI_LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
+/// The ecosystem's mark of a snapshot that was prepared remotely, and its value.
+pub const REMOTE_MARK: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
+
+/// A layer that needs no download now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemoteRequest {
+    /// The name of the committed snapshot.
+    pub target: SnapshotKey,
+    /// The layer.
+    pub layer: RemoteLayer,
+}
+
+/// The labels describe no layer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LabelError {
+    /// Ours are incomplete or malformed.
+    #[error("layer for {target}: {error}")]
+    Annotation {
+        /// The target.
+        target: SnapshotKey,
+        /// What is wrong.
+        error: AnnotationError,
+    },
+    /// Ours name another blob than containerd's.
+    #[error("layer for {target} is {described} by its annotations but {actual} by its descriptor")]
+    AnotherBlob {
+        /// The target.
+        target: SnapshotKey,
+        /// What our annotation says.
+        described: Digest,
+        /// What containerd says.
+        actual: String,
+    },
+}
+
+/// The lazy layer that `labels` ask for, `None` for an ordinary one.
+///
+/// # Errors
+///
+/// When the annotations contradict themselves or what containerd says about the layer.
+pub fn remote_request(labels: &Labels) -> Result<Option<RemoteRequest>, LabelError> {
+    let label = |key: &str| labels.get(key).map(String::as_str);
+    let Some(target) = label(TARGET).and_then(SnapshotKey::new) else { return Ok(None) };
+    let layer = match LazyLayer::from_annotations(label) {
+        Ok(None) => return Ok(None),
+        Ok(Some(layer)) => layer,
+        Err(error @ AnnotationError::Version(_)) => {
+            warn!(%target, %error, "layer is pulled completely");
+            return Ok(None);
+        }
+        Err(error) => return Err(LabelError::Annotation { target, error }),
+    };
+    if let Some(actual) = label(CRI_LAYER_DIGEST).filter(|actual| *actual != layer.blob.to_string()) {
+        return Err(LabelError::AnotherBlob { target, described: layer.blob, actual: actual.to_owned() });
+    }
+    let Some(image) = label(IMAGE).or_else(|| label(CRI_IMAGE)) else {
+        warn!(%target, "labels name no image to fetch from, layer is pulled completely");
+        return Ok(None);
+    };
+    Ok(Some(RemoteRequest { target, layer: RemoteLayer { layer, image: image.to_owned() } }))
+}
+
+#[cfg(test)]
+mod tests {
+    use format_spec::{IndexLocation, annotation};
+
+    use super::*;
+
+    fn layer() -> LazyLayer {
+        let index = IndexLocation { offset: 5, compressed_len: 10, plain_len: 20, digest: Digest::of(b"index") };
+        LazyLayer { blob: Digest::of(b"blob"), blob_len: 100, index }
+    }
+
+    fn check(change: impl FnOnce(&mut Labels), expected: Result<Option<&str>, ()>) {
+        let mut labels = layer().to_annotations();
+        labels.insert(TARGET.to_owned(), "sha256:chain".to_owned());
+        labels.insert(CRI_IMAGE.to_owned(), "host/repo:tag".to_owned());
+        labels.insert(CRI_LAYER_DIGEST.to_owned(), layer().blob.to_string());
+        change(&mut labels);
+        let expected = expected.map(|image| {
+            image.map(|image| RemoteRequest {
+                target: SnapshotKey::new("sha256:chain").unwrap(),
+                layer: RemoteLayer { layer: layer(), image: image.to_owned() },
+            })
+        });
+        assert_eq!(remote_request(&labels).map_err(|_| ()), expected, "{labels:?}");
+    }
+
+    #[test]
+    fn annotations_target_and_image_ask_for_a_lazy_layer() {
+        check(|_| {}, Ok(Some("host/repo:tag")));
+        check(|labels| _ = labels.remove(CRI_LAYER_DIGEST), Ok(Some("host/repo:tag")));
+        check(|labels| _ = labels.insert(IMAGE.to_owned(), "own/repo:tag".to_owned()), Ok(Some("own/repo:tag")));
+    }
+
+    #[test]
+    fn a_layer_without_them_or_of_a_newer_version_is_ordinary() {
+        check(|labels| _ = labels.remove(TARGET), Ok(None));
+        check(|labels| _ = labels.remove(CRI_IMAGE), Ok(None));
+        check(|labels| _ = labels.remove(annotation::VERSION), Ok(None));
+        check(|labels| _ = labels.insert(annotation::VERSION.to_owned(), "9".to_owned()), Ok(None));
+    }
+
+    #[test]
+    fn refuses_annotations_that_contradict_themselves_or_the_descriptor() {
+        check(|labels| _ = labels.remove(annotation::INDEX_DIGEST), Err(()));
+        check(|labels| _ = labels.insert(annotation::BLOB_DIGEST.to_owned(), "sha256:no".to_owned()), Err(()));
+        check(|labels| _ = labels.insert(CRI_LAYER_DIGEST.to_owned(), Digest::of(b"other").to_string()), Err(()));
+    }
+}

@@ -1,0 +1,499 @@
+//! The snapshots themselves: records, directories, mounts and lazy layers brought together.
+//!
+//! Order that makes a crash harmless: a directory exists before its record and goes after it, so what a
+//! crash leaves is a directory without a record, an *orphan*, which the next start or `cleanup` removes.
+//! In the same way a lazy layer is announced before its record, and its cache goes after it. Who uses
+//! what is always read off the records, never counted.
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use containerd_client::types::Mount;
+use format_spec::Digest;
+use fusefs::control::TreeId;
+use tokio::sync::{Notify, RwLock};
+use tracing::{debug, info, warn};
+
+use crate::{
+    fused::{Fused, FusedError},
+    host::{self, Root, RootError},
+    metadata::{
+        Chain, Kind, LabelChange, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotId, SnapshotKey,
+        Time, Usage,
+    },
+    mounts::{Directories, Lower, mounts},
+    remote::{LabelError, REMOTE_MARK, RemoteRequest, remote_request},
+    usage::disk_usage,
+};
+
+/// Before the first attempt to bring a lost `lazuli-fused` back; each further pause is twice as long,
+const RECOVERY_PAUSE: Duration = Duration::from_secs(1);
+/// up to this.
+const RECOVERY_PAUSE_MAX: Duration = Duration::from_secs(60);
+
+/// All snapshots under one root. Cheap to clone; safe from many tasks.
+#[derive(Debug, Clone)]
+pub struct Snapshotter {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    metadata: Metadata,
+    directories: Directories,
+    overlay_options: Vec<String>,
+    fused: Fused,
+    /// Shared from announcing a layer to its record, exclusive from removing a record to removing its
+    /// cache: else a layer's cache could go after another snapshot was promised it.
+    lazy_change: RwLock<()>,
+    lazy_added: Notify,
+    _root: Root,
+}
+
+/// What a prepare led to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Prepared {
+    /// A snapshot to write to.
+    Active(Mount),
+    /// A lazy layer: it is committed already, nothing needs to be downloaded.
+    Remote {
+        /// Its name.
+        target: SnapshotKey,
+    },
+}
+
+/// A request was refused or failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The record says no.
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
+    /// The labels of a layer are wrong.
+    #[error(transparent)]
+    Labels(#[from] LabelError),
+    /// A committed snapshot cannot be mounted.
+    #[error("snapshot {0} is committed, it has no mounts")]
+    Committed(SnapshotKey),
+    /// `lazuli-fused` failed.
+    #[error("snapshot {0}: {1}")]
+    Fused(SnapshotKey, #[source] FusedError),
+    /// The disk failed.
+    #[error("{0}: {1}")]
+    Io(PathBuf, #[source] io::Error),
+    /// The root directory cannot be used.
+    #[error(transparent)]
+    Root(#[from] RootError),
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+impl Snapshotter {
+    /// Opens the snapshots under `root` and removes orphans. `fused` is the program of the other daemon.
+    ///
+    /// Nothing lazy is touched yet; [`Self::watch_lazy_layers`] does that. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the root directory or the records cannot be used.
+    pub fn open(root: &Path, fused: PathBuf) -> Result<Self> {
+        let root = Root::open(root)?;
+        let inner = Inner {
+            metadata: Metadata::open(&root.path().join("snapshotter.redb"))?,
+            directories: Directories::new(root.path()),
+            overlay_options: host::overlay_options(),
+            fused: Fused::new(root.path(), fused),
+            lazy_change: RwLock::default(),
+            lazy_added: Notify::new(),
+            _root: root,
+        };
+        inner.remove_orphans()?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Makes an active snapshot, or commits a lazy layer when the labels ask for one.
+    ///
+    /// # Errors
+    ///
+    /// As [`Metadata::create`]; [`Error::Labels`]; [`Error::Fused`] when the parents' tree cannot be had.
+    pub async fn prepare(&self, new: NewSnapshot, now: Time) -> Result<Prepared> {
+        if let Some(request) = remote_request(&new.labels)?
+            && self.prepare_remote(&request, &new, now).await?
+        {
+            return Ok(Prepared::Remote { target: request.target });
+        }
+        self.create(new, now).await.map(Prepared::Active)
+    }
+
+    /// Makes a view.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::prepare`].
+    pub async fn view(&self, new: NewSnapshot, now: Time) -> Result<Mount> {
+        self.create(new, now).await
+    }
+
+    /// The mounts of a view or an active snapshot.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Committed`], [`MetadataError::NotFound`], [`Error::Fused`].
+    pub async fn mounts(&self, key: SnapshotKey) -> Result<Mount> {
+        let chain = self.blocking(move |inner| Ok(inner.metadata.chain(&key)?)).await?;
+        if chain.top.kind == Kind::Committed {
+            return Err(Error::Committed(chain.top.key));
+        }
+        let tree = self.tree(&chain.top.key, &chain.parents).await?;
+        Ok(self.mounts_of(&chain, tree))
+    }
+
+    /// Commits an active snapshot.
+    ///
+    /// # Errors
+    ///
+    /// As [`Metadata::commit`].
+    pub async fn commit(&self, mut new: NewCommit, now: Time) -> Result<()> {
+        self.blocking(move |inner| {
+            let active = inner.metadata.snapshot(&new.key)?;
+            if active.kind == Kind::Active {
+                new.usage = inner.usage_of(active.id)?;
+            }
+            Ok(inner.metadata.commit(new, now)?)
+        })
+        .await
+    }
+
+    /// Removes a snapshot, its directory, and what it alone used of a lazy layer.
+    ///
+    /// # Errors
+    ///
+    /// As [`Metadata::remove`]. What cannot be deleted later is logged: the snapshot is gone.
+    pub async fn remove(&self, key: SnapshotKey) -> Result<()> {
+        if self.stat(key.clone()).await?.lazy.is_some() {
+            return self.remove_lazy(key).await;
+        }
+        self.blocking(move |inner| {
+            let removed = inner.metadata.remove(&key)?;
+            inner.remove_directory(removed.id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// One snapshot.
+    ///
+    /// # Errors
+    ///
+    /// [`MetadataError::NotFound`].
+    pub async fn stat(&self, key: SnapshotKey) -> Result<Snapshot> {
+        self.blocking(move |inner| Ok(inner.metadata.snapshot(&key)?)).await
+    }
+
+    /// Changes labels and returns the snapshot as it is now.
+    ///
+    /// # Errors
+    ///
+    /// [`MetadataError::NotFound`].
+    pub async fn update(&self, key: SnapshotKey, labels: LabelChange, now: Time) -> Result<Snapshot> {
+        self.blocking(move |inner| Ok(inner.metadata.update_labels(&key, labels, now)?)).await
+    }
+
+    /// Every snapshot, sorted by key.
+    ///
+    /// # Errors
+    ///
+    /// When the records cannot be read.
+    pub async fn list(&self) -> Result<Vec<Snapshot>> {
+        self.blocking(|inner| Ok(inner.metadata.list()?)).await
+    }
+
+    /// What a snapshot takes on disk now; of a lazy layer what has arrived.
+    ///
+    /// # Errors
+    ///
+    /// [`MetadataError::NotFound`], [`Error::Fused`].
+    pub async fn usage(&self, key: SnapshotKey) -> Result<Usage> {
+        let (snapshot, usage) = self
+            .blocking(move |inner| {
+                let snapshot = inner.metadata.snapshot(&key)?;
+                let usage = if snapshot.kind == Kind::Active { inner.usage_of(snapshot.id)? } else { snapshot.usage };
+                Ok((snapshot, usage))
+            })
+            .await?;
+        let Some(lazy) = &snapshot.lazy else { return Ok(usage) };
+        match self.inner.fused.layer_usage(lazy.layer.layer.blob).await {
+            Ok(bytes) => Ok(Usage { bytes, inodes: 0 }),
+            Err(error) => Err(Error::Fused(snapshot.key, error)),
+        }
+    }
+
+    /// Removes everything that belongs to no snapshot.
+    ///
+    /// # Errors
+    ///
+    /// When the records or the directory cannot be read. What cannot be deleted is logged.
+    pub async fn cleanup(&self) -> Result<()> {
+        self.blocking(|inner| inner.remove_orphans()).await?;
+        if self.list().await?.iter().any(|snapshot| snapshot.lazy.is_some()) {
+            self.free_unused().await;
+        }
+        Ok(())
+    }
+
+    /// Keeps the lazy layers available: whenever `lazuli-fused` is new, the trees in use are mounted
+    /// again, and when it ends it is brought back as long as a snapshot needs it. Never returns.
+    pub async fn watch_lazy_layers(&self) {
+        let mut pause = RECOVERY_PAUSE;
+        loop {
+            self.wait_for_lazy_layer().await;
+            match self.inner.fused.watch().await {
+                Ok(watch) => {
+                    self.recover().await;
+                    watch.ended().await;
+                    warn!("lazuli-fused has ended, it is started again");
+                    pause = RECOVERY_PAUSE;
+                }
+                Err(error) => {
+                    warn!(%error, "lazuli-fused cannot be started");
+                    pause = RECOVERY_PAUSE_MAX.min(pause * 2);
+                }
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn wait_for_lazy_layer(&self) {
+        loop {
+            match self.list().await {
+                Ok(snapshots) if snapshots.iter().all(|snapshot| snapshot.lazy.is_none()) => {}
+                Ok(_) => return,
+                Err(error) => warn!(%error, "snapshots cannot be read"),
+            }
+            self.inner.lazy_added.notified().await;
+        }
+    }
+
+    async fn recover(&self) {
+        let snapshots = match self.list().await {
+            Ok(snapshots) => snapshots,
+            Err(error) => return warn!(%error, "snapshots cannot be read"),
+        };
+        for snapshot in snapshots.into_iter().filter(|snapshot| snapshot.kind != Kind::Committed) {
+            // One that cannot be recovered keeps nobody else from it.
+            if let Err(error) = self.mounts(snapshot.key.clone()).await {
+                warn!(snapshot = %snapshot.key, %error, "snapshot cannot be recovered");
+            }
+        }
+        self.free_unused().await;
+    }
+
+    /// `Ok(false)` when the layer must be treated as an ordinary one.
+    async fn prepare_remote(&self, request: &RemoteRequest, new: &NewSnapshot, now: Time) -> Result<bool> {
+        let _guard = self.inner.lazy_change.read().await;
+        match self.inner.fused.announce_layer(request.layer.clone()).await {
+            Ok(()) => {}
+            // Nothing below needs the other daemon: the image can still be pulled completely.
+            Err(error) if new.parent.is_none() => {
+                warn!(target = %request.target, %error, "layer cannot be lazy, it is pulled completely");
+                return Ok(false);
+            }
+            Err(error) => return Err(Error::Fused(request.target.clone(), error)),
+        }
+        let mut labels = new.labels.clone();
+        labels.insert(REMOTE_MARK.0.to_owned(), REMOTE_MARK.1.to_owned());
+        let (target, parent, layer) = (request.target.clone(), new.parent.clone(), request.layer.clone());
+        let committed = self
+            .blocking(move |inner| Ok(inner.metadata.insert_lazy(&target, parent.as_ref(), labels, layer, now)?))
+            .await?;
+        let (target, blob) = (&request.target, request.layer.layer.blob);
+        if committed {
+            info!(%target, %blob, image = request.layer.image, "layer is lazy");
+            self.inner.lazy_added.notify_one();
+        } else {
+            // What was announced is freed by the next cleanup.
+            info!(%target, %blob, parent = ?new.parent, "layer lies on one that is not lazy, it is pulled completely");
+        }
+        Ok(committed)
+    }
+
+    async fn remove_lazy(&self, key: SnapshotKey) -> Result<()> {
+        let _guard = self.inner.lazy_change.write().await;
+        let (removed, left) =
+            self.blocking(move |inner| Ok((inner.metadata.remove(&key)?, inner.metadata.list()?))).await?;
+        let left = InUse::new(&left);
+        let tree = removed.lazy.as_ref().map(|lazy| lazy.tree).filter(|tree| !left.trees.contains(tree));
+        let blob = removed.lazy.map(|lazy| lazy.layer.layer.blob).filter(|blob| !left.blobs.contains(blob));
+        self.free(tree, blob).await;
+        Ok(())
+    }
+
+    async fn create(&self, new: NewSnapshot, now: Time) -> Result<Mount> {
+        let parents = match new.parent.clone() {
+            None => Vec::new(),
+            Some(parent) => {
+                let chain = self.blocking(move |inner| Ok(inner.metadata.chain(&parent)?)).await?;
+                [vec![chain.top], chain.parents].concat()
+            }
+        };
+        let tree = self.tree(&new.key, &parents).await?;
+        let owner_of = parents.first().map(|parent| match (&parent.lazy, &tree) {
+            (Some(_), Some(tree)) => tree.clone(),
+            _ => self.inner.directories.upper(parent.id),
+        });
+        let kind = new.kind;
+        let chain = self
+            .blocking(move |inner| {
+                let mut made = None;
+                let created = inner.metadata.create(new, now, |id| {
+                    made = Some(id);
+                    inner.make_directory(id, kind, owner_of.as_deref())
+                });
+                if let (Err(_), Some(id)) = (&created, made) {
+                    inner.remove_directory(id);
+                }
+                Ok(created?)
+            })
+            .await?;
+        debug!(key = %chain.top.key, id = %chain.top.id, ?kind, "snapshot made");
+        Ok(self.mounts_of(&chain, tree))
+    }
+
+    /// The directory that shows the lazy layers among `parents`, `None` without any.
+    async fn tree(&self, key: &SnapshotKey, parents: &[Snapshot]) -> Result<Option<PathBuf>> {
+        let lazy = Lower::new(parents).lazy;
+        if lazy.is_empty() {
+            return Ok(None);
+        }
+        let tree = self.inner.fused.mount_tree(lazy).await;
+        tree.map(Some).map_err(|error| Error::Fused(key.clone(), error))
+    }
+
+    fn mounts_of(&self, chain: &Chain, tree: Option<PathBuf>) -> Mount {
+        let Inner { directories, overlay_options, .. } = &*self.inner;
+        let lower = Lower::new(&chain.parents).paths(directories, tree);
+        mounts(chain.top.kind, chain.top.id, &lower, directories, overlay_options)
+    }
+
+    /// Has `lazuli-fused` delete what it holds for no snapshot.
+    async fn free_unused(&self) {
+        let _guard = self.inner.lazy_change.write().await;
+        let held = match self.inner.fused.status().await {
+            Ok(held) => held,
+            Err(error) => return warn!(%error, "what is unused cannot be found out"),
+        };
+        let snapshots = match self.list().await {
+            Ok(snapshots) => snapshots,
+            Err(error) => return warn!(%error, "snapshots cannot be read"),
+        };
+        let in_use = InUse::new(&snapshots);
+        let (layers, trees) = held;
+        let trees: Vec<_> = trees.into_iter().filter(|tree| !in_use.trees.contains(tree)).collect();
+        let blobs = layers.into_iter().map(|held| held.layer.layer.blob);
+        let blobs: Vec<_> = blobs.filter(|blob| !in_use.blobs.contains(blob)).collect();
+        self.free(trees, blobs).await;
+    }
+
+    async fn free(&self, trees: impl IntoIterator<Item = TreeId>, blobs: impl IntoIterator<Item = Digest>) {
+        for tree in trees {
+            match self.inner.fused.release_tree(tree).await {
+                Ok(()) => debug!(%tree, "tree released"),
+                Err(error) => warn!(%tree, %error, "unused tree stays"),
+            }
+        }
+        for blob in blobs {
+            match self.inner.fused.remove_layer(blob).await {
+                Ok(()) => debug!(%blob, "layer cache removed"),
+                Err(error) => warn!(%blob, %error, "unused layer cache stays"),
+            }
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Inner) -> Result<T> + Send + 'static) -> Result<T> {
+        let inner = Arc::clone(&self.inner);
+        match tokio::task::spawn_blocking(move || work(&inner)).await {
+            Ok(done) => done,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+}
+
+impl Inner {
+    /// As containerd's overlayfs snapshotter makes it; the owner of the root directory is the parent's.
+    fn make_directory(&self, id: SnapshotId, kind: Kind, owner_of: Option<&Path>) -> io::Result<()> {
+        let make = |path: &Path, mode| fs::DirBuilder::new().mode(mode).create(path);
+        let directory = self.directories.of(id);
+        // No record has this id: what lies there is left from a record that failed.
+        remove_all(&directory)?;
+        make(&directory, 0o700)?;
+        let upper = self.directories.upper(id);
+        make(&upper, 0o755)?;
+        fs::set_permissions(&upper, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        if kind == Kind::Active {
+            make(&self.directories.work(id), 0o711)?;
+        }
+        if let Some(owner_of) = owner_of {
+            let owner = fs::metadata(owner_of)?;
+            std::os::unix::fs::lchown(&upper, Some(owner.uid()), Some(owner.gid()))?;
+        }
+        // The record must not be on disk before the directory is.
+        fs::File::open(&directory)?.sync_all()?;
+        fs::File::open(self.directories.all())?.sync_all()
+    }
+
+    fn usage_of(&self, id: SnapshotId) -> Result<Usage> {
+        let upper = self.directories.upper(id);
+        disk_usage(&upper).map_err(|error| Error::Io(upper, error))
+    }
+
+    fn remove_directory(&self, id: SnapshotId) {
+        let directory = self.directories.of(id);
+        if let Err(error) = remove_all(&directory) {
+            warn!(path = %directory.display(), %error, "removed snapshot's directory stays until the next cleanup");
+        }
+    }
+
+    fn remove_orphans(&self) -> Result<()> {
+        let orphans = self.metadata.while_unchanged(|snapshots| {
+            let known: HashSet<_> = snapshots.iter().map(|snapshot| snapshot.id.to_string()).collect();
+            let entries = fs::read_dir(self.directories.all())?.collect::<io::Result<Vec<_>>>()?;
+            let is_orphan = |entry: &fs::DirEntry| entry.file_name().to_str().is_none_or(|name| !known.contains(name));
+            Ok(entries.into_iter().filter(is_orphan).map(|entry| entry.path()).collect::<Vec<_>>())
+        })?;
+        for path in orphans.map_err(|error| Error::Io(self.directories.all().to_owned(), error))? {
+            match remove_all(&path) {
+                Ok(()) => info!(path = %path.display(), "orphan removed"),
+                Err(error) => warn!(path = %path.display(), %error, "orphan stays"),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which trees and blobs some snapshots need.
+struct InUse {
+    trees: HashSet<TreeId>,
+    blobs: HashSet<Digest>,
+}
+
+impl InUse {
+    fn new(snapshots: &[Snapshot]) -> Self {
+        let lazy = || snapshots.iter().filter_map(|snapshot| snapshot.lazy.as_ref());
+        Self {
+            trees: lazy().map(|lazy| lazy.tree).collect(),
+            blobs: lazy().map(|lazy| lazy.layer.layer.blob).collect(),
+        }
+    }
+}
+
+fn remove_all(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
