@@ -219,7 +219,10 @@ impl Error {
         detail: &str,
     ) -> Self {
         let (what, host) = (what.to_owned(), host.to_owned());
-        let detail = if detail.is_empty() { String::new() } else { format!(": {detail}") };
+        let mut detail = if detail.is_empty() { String::new() } else { format!(": {detail}") };
+        if let Some(wait) = retry_after {
+            detail.push_str(&format!(" (to be repeated after {} s)", wait.as_secs()));
+        }
         match status.as_u16() {
             status @ (401 | 403) => Self::Denied { what, host, status, detail },
             404 => Self::NotFound { what, host, detail },
@@ -229,9 +232,9 @@ impl Error {
 
     /// What a failure of the HTTP library means.
     pub(crate) fn from_transport(what: &str, host: &str, error: &reqwest::Error) -> Self {
-        let (what, host) = (what.to_owned(), host.to_owned());
         let chain = Chain::of(error);
         let reason = chain.reason;
+        let (what, host) = (what.to_owned(), host.to_owned());
         if error.is_redirect() {
             Self::Redirects { what, host }
         } else if error.is_builder() {
@@ -262,11 +265,17 @@ struct Chain {
 
 impl Chain {
     fn of(error: &reqwest::Error) -> Self {
-        let mut chain = Self { reason: clean(&error.to_string()), has_tls: false, has_dns: false };
+        // The outermost text carries the whole address, so it is not taken.
+        let mut chain = Self { reason: "the request failed".to_owned(), has_tls: false, has_dns: false };
         let mut current = error.source();
         while let Some(error) = current {
             chain.reason = clean(&error.to_string());
-            chain.has_tls |= error.is::<rustls::Error>();
+            if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+                chain.has_tls = true;
+                if matches!(tls, rustls::Error::InvalidMessage(_)) {
+                    chain.reason = "it does not speak TLS".to_owned();
+                }
+            }
             // hyper-util marks a failed name resolution by this text only.
             chain.has_dns |= error.to_string() == "dns error";
             // An io::Error hides what it wraps from source(): look inside.

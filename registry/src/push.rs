@@ -132,7 +132,7 @@ impl Client {
             .header(header::CONTENT_LENGTH, upload.len.to_string())
             .payload(Payload::Upload(upload));
         let response = self.send(&request).await?;
-        if response.status() != StatusCode::CREATED {
+        if !response.status().is_success() {
             return Err(refusal(self, &what, host, response).await);
         }
         match announced_digest(response.headers()) {

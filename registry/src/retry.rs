@@ -51,6 +51,9 @@ impl Retry {
             .min(options.retry_delay_max)
             .mul_f64(jitter());
         let Some(delay) = next_delay(backoff, error.retry_after(), elapsed, patience) else {
+            if self.failures == 1 {
+                return Err(error);
+            }
             return Err(Error::GaveUp { last: Box::new(error), attempts: self.failures, seconds: elapsed.as_secs() });
         };
         debug!(host = self.host, attempt = self.failures, ?delay, %error, "trying again");

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Longest part of an error answer that is read.
-const REFUSAL_LEN_MAX: u64 = 16 << 10;
+const REFUSAL_LEN_MAX: usize = 16 << 10;
 
 /// A request to a registry, repeatable because of authentication.
 pub(crate) struct Request<'a> {
@@ -159,13 +159,16 @@ pub(crate) async fn refusal(client: &Client, what: &str, host: &str, mut respons
     let status = response.status();
     let retry_after = parse_retry_after(response.headers(), SystemTime::now());
     let mut body = Vec::new();
-    // Whatever of the body arrives is good enough for a message.
-    while let Ok(Some(piece)) = next_piece(client, what, host, &mut response).await {
-        body.extend_from_slice(&piece);
-        if body.len() as u64 > REFUSAL_LEN_MAX {
-            break;
+    // Whatever of the body arrives soon is good enough for a message.
+    let read = async {
+        while body.len() < REFUSAL_LEN_MAX
+            && let Ok(Some(piece)) = response.chunk().await
+        {
+            body.extend_from_slice(&piece);
         }
-    }
+    };
+    let is_whole = tokio::time::timeout(client.options().stall_timeout, read).await.is_ok();
+    tracing::trace!(host, is_whole, "refusal read");
     Error::from_status(what, host, status, retry_after, &describe_refusal(&body))
 }
 
