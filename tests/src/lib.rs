@@ -1,1 +1,33 @@
-//! (see Cargo.toml)
+//! Everything real, started privately: the harness of the end-to-end tests and of the demo.
+//!
+//! Words: a *scratch* directory holds whatever one test makes and is emptied of processes and mounts
+//! when the test ends, however it ends; a *service* is a process that runs until its guard is dropped;
+//! a *node* is a containerd with a Lazuli snapshotter of its own; a *layout* is an OCI image layout.
+//!
+//! The harness drives the programs from outside, by their command lines and sockets. It knows nothing
+//! of their insides, so that it shows what a user would see.
+
+pub mod compare;
+pub mod containerd;
+pub mod cri;
+pub mod error;
+pub mod image;
+pub mod node;
+pub mod process;
+pub mod programs;
+pub mod real_images;
+pub mod registry_server;
+pub mod scratch;
+pub mod tar_layer;
+
+pub use compare::{Difference, compare_trees};
+pub use containerd::{Containerd, ContainerdOptions};
+pub use cri::{Cri, Pod};
+pub use error::{HarnessError, Result};
+pub use image::{Compression, ImageBuilder};
+pub use node::{Node, Snapshotter};
+pub use process::{Finished, Service};
+pub use programs::{LazyMount, lazuli};
+pub use registry_server::TestRegistry;
+pub use scratch::Scratch;
+pub use tar_layer::TarLayer;

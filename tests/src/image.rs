@@ -1,0 +1,231 @@
+//! Small images made by the tests themselves, written as OCI layouts.
+
+use std::{
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
+
+use flate2::write::GzEncoder;
+use format_spec::Digest;
+use serde_json::{Value, json};
+
+use crate::{
+    error::{Context as _, Result},
+    scratch::Scratch,
+};
+
+/// How a layer is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// A plain tar.
+    None,
+    /// gzip in one member.
+    Gzip,
+    /// zstd in one frame.
+    Zstd,
+}
+
+impl Compression {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::None, Self::Gzip, Self::Zstd];
+
+    fn media_type(self) -> &'static str {
+        match self {
+            Self::None => "application/vnd.oci.image.layer.v1.tar",
+            Self::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
+            Self::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
+        }
+    }
+
+    fn compress(self, tar: &[u8]) -> std::io::Result<Vec<u8>> {
+        match self {
+            Self::None => Ok(tar.to_vec()),
+            Self::Gzip => {
+                let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::default());
+                encoder.write_all(tar)?;
+                encoder.finish()
+            }
+            Self::Zstd => zstd::encode_all(tar, 0),
+        }
+    }
+}
+
+/// An image in the making.
+#[derive(Debug, Clone)]
+pub struct ImageBuilder {
+    layers: Vec<(Vec<u8>, Compression)>,
+    command: Vec<String>,
+    architecture: String,
+}
+
+impl Default for ImageBuilder {
+    fn default() -> Self {
+        Self { layers: Vec::new(), command: vec!["/bin/sh".to_owned()], architecture: own_architecture().to_owned() }
+    }
+}
+
+impl ImageBuilder {
+    /// An image without layers, for this machine.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Puts a layer on top: the bytes of a tar stream.
+    pub fn layer(mut self, tar: Vec<u8>, compression: Compression) -> Self {
+        self.layers.push((tar, compression));
+        self
+    }
+
+    /// What the image runs.
+    pub fn command(mut self, words: &[&str]) -> Self {
+        self.command = words.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
+    /// The architecture that the image says it is for, in the words of OCI.
+    pub fn architecture(mut self, architecture: &str) -> Self {
+        self.architecture = architecture.to_owned();
+        self
+    }
+
+    /// Writes the image into the layout `<scratch>/<name>`; returns `oci:DIR:latest`.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be written.
+    pub fn write(&self, scratch: &Scratch, name: &str) -> Result<String> {
+        let layout = Layout::create(scratch.join(name))?;
+        let mut layers = Vec::new();
+        let mut diff_ids = Vec::new();
+        for (tar, compression) in &self.layers {
+            diff_ids.push(Digest::of(tar).to_string());
+            let blob = compression.compress(tar).context("compressing a layer")?;
+            layers.push(layout.add(compression.media_type(), &blob)?);
+        }
+        let config = json!({
+            "architecture": self.architecture,
+            "os": "linux",
+            "created": "2025-01-01T00:00:00Z",
+            "config": { "Cmd": self.command, "Env": ["PATH=/usr/local/bin:/usr/bin:/bin"], "WorkingDir": "/" },
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+        });
+        let config = layout.add("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes())?;
+        layout.add_manifest(&config, &layers)?;
+        Ok(layout.reference())
+    }
+}
+
+/// An image in the layout `base` (`oci:DIR:tag`) with one more layer, written to `<scratch>/<name>`.
+///
+/// This is what a builder does with `FROM base`: the layers below stay as they are, annotations and all.
+///
+/// # Errors
+///
+/// When the layout cannot be read or written.
+pub fn extend_image(base: &str, tar: &[u8], scratch: &Scratch, name: &str) -> Result<String> {
+    let source = Layout { directory: layout_directory(base) };
+    let manifest = source.manifest()?;
+    let layout = Layout::create(scratch.join(name))?;
+    let mut layers = manifest["layers"].as_array().cloned().unwrap_or_default();
+    for layer in &layers {
+        let digest = crate::registry_server::digest_in(layer)?;
+        let (from, to) = (source.blob(digest), layout.blob(digest));
+        fs::copy(&from, &to).at("copying", &from)?;
+    }
+    let mut config = source.read(&manifest["config"])?;
+    if let Some(diff_ids) = config["rootfs"]["diff_ids"].as_array_mut() {
+        diff_ids.push(json!(Digest::of(tar).to_string()));
+    }
+    // A history that does not list the new layer would be wrong, none at all is allowed.
+    config.as_object_mut().map(|config| config.remove("history"));
+    let blob = Compression::Gzip.compress(tar).context("compressing a layer")?;
+    layers.push(layout.add(Compression::Gzip.media_type(), &blob)?);
+    let config = layout.add("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes())?;
+    layout.add_manifest(&config, &layers)?;
+    Ok(layout.reference())
+}
+
+/// The file of a blob in the layout `layout` (`oci:DIR:tag`).
+pub fn layout_blob(layout: &str, digest: Digest) -> PathBuf {
+    Layout { directory: layout_directory(layout) }.blob(digest)
+}
+
+/// The only manifest of the layout `layout` (`oci:DIR:tag`).
+///
+/// # Errors
+///
+/// When it cannot be read.
+pub fn layout_manifest(layout: &str) -> Result<Value> {
+    Layout { directory: layout_directory(layout) }.manifest()
+}
+
+/// This machine's architecture in the words of OCI.
+pub fn own_architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+fn layout_directory(layout: &str) -> PathBuf {
+    let path = layout.strip_prefix("oci:").unwrap_or(layout);
+    path.rsplit_once(':').map_or(path, |(directory, _)| directory).into()
+}
+
+struct Layout {
+    directory: PathBuf,
+}
+
+impl Layout {
+    fn create(directory: PathBuf) -> Result<Self> {
+        let blobs = directory.join("blobs/sha256");
+        fs::create_dir_all(&blobs).at("creating", &blobs)?;
+        let layout = Self { directory };
+        layout.write("oci-layout", &json!({ "imageLayoutVersion": "1.0.0" }))?;
+        Ok(layout)
+    }
+
+    fn reference(&self) -> String {
+        format!("oci:{}:latest", self.directory.display())
+    }
+
+    fn blob(&self, digest: Digest) -> PathBuf {
+        self.directory.join("blobs/sha256").join(digest.hex())
+    }
+
+    fn add(&self, media_type: &str, content: &[u8]) -> Result<Value> {
+        let digest = Digest::of(content);
+        let path = self.blob(digest);
+        fs::write(&path, content).at("writing", &path)?;
+        Ok(json!({ "mediaType": media_type, "digest": digest.to_string(), "size": content.len() }))
+    }
+
+    fn add_manifest(&self, config: &Value, layers: &[Value]) -> Result<()> {
+        const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = json!({ "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers });
+        let mut descriptor = self.add(MANIFEST, manifest.to_string().as_bytes())?;
+        descriptor["annotations"] = json!({ "org.opencontainers.image.ref.name": "latest" });
+        self.write("index.json", &json!({ "schemaVersion": 2, "manifests": [descriptor] }))
+    }
+
+    fn manifest(&self) -> Result<Value> {
+        let index = read_json(&self.directory.join("index.json"))?;
+        self.read(&index["manifests"][0])
+    }
+
+    fn read(&self, descriptor: &Value) -> Result<Value> {
+        read_json(&self.blob(crate::registry_server::digest_in(descriptor)?))
+    }
+
+    fn write(&self, name: &str, document: &Value) -> Result<()> {
+        let path = self.directory.join(name);
+        fs::write(&path, document.to_string()).at("writing", &path)
+    }
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = fs::read(path).at("reading", path)?;
+    serde_json::from_slice(&text).map_err(std::io::Error::from).at("parsing", path)
+}

@@ -1,0 +1,214 @@
+//! A node: containerd with a Lazuli snapshotter, and a network for its pods.
+
+use std::{
+    fs,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use serde_json::json;
+
+use crate::{
+    containerd::{Containerd, ContainerdOptions, CriOptions, LAZULI},
+    cri::Cri,
+    error::{Context as _, Result},
+    image::{Compression, ImageBuilder},
+    process::{Finished, Service, command, finish, require_program},
+    programs::program,
+    registry_server::TestRegistry,
+    scratch::Scratch,
+    tar_layer::TarLayer,
+};
+
+/// A running `lazuli-snapshotter`.
+#[derive(Debug)]
+pub struct Snapshotter {
+    socket: PathBuf,
+    root: PathBuf,
+    log: PathBuf,
+    service: Option<Service>,
+}
+
+impl Snapshotter {
+    /// Starts one in `<scratch>/snapshotter`.
+    ///
+    /// # Errors
+    ///
+    /// When it has not been built, or does not start.
+    pub fn start(scratch: &Scratch) -> Result<Self> {
+        let root = scratch.directory("snapshotter")?;
+        let socket = scratch.join("snapshotter.sock");
+        let mut snapshotter = Self { socket, root, log: scratch.log("snapshotter"), service: None };
+        snapshotter.launch()?;
+        Ok(snapshotter)
+    }
+
+    /// The socket that containerd connects to.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its root directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Stops it with SIGTERM and starts it again, as an upgrade does.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub fn restart(&mut self) -> Result<()> {
+        self.service = None;
+        self.launch()
+    }
+
+    /// Ends it with SIGKILL and starts it again, as a crash does.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub fn kill_and_restart(&mut self) -> Result<()> {
+        if let Some(mut service) = self.service.take() {
+            service.kill();
+        }
+        self.launch()
+    }
+
+    fn launch(&mut self) -> Result<()> {
+        let mut snapshotter = command(program("lazuli-snapshotter")?, ["--address"]);
+        snapshotter.arg(&self.socket).arg("--root").arg(&self.root);
+        let answers = || UnixStream::connect(&self.socket).is_ok();
+        self.service = Some(Service::start("lazuli-snapshotter", &mut snapshotter, &self.log, answers)?);
+        Ok(())
+    }
+}
+
+/// A containerd whose pods and containers use a Lazuli snapshotter.
+#[derive(Debug)]
+pub struct Node {
+    /// containerd.
+    pub containerd: Containerd,
+    /// The snapshotter beside it.
+    pub snapshotter: Snapshotter,
+    network: Option<PodNetwork>,
+}
+
+impl Node {
+    /// Starts a node without the container runtime interface: for `ctr` and `lazuli pull`.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start(scratch: &Scratch) -> Result<Self> {
+        let snapshotter = Snapshotter::start(scratch)?;
+        let options = ContainerdOptions { snapshotter: Some(snapshotter.socket.clone()), cri: None };
+        Ok(Self { containerd: Containerd::start(scratch, &options)?, snapshotter, network: None })
+    }
+
+    /// Starts a node with the container runtime interface, a network and a sandbox image in `registry`.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start_with_cri(scratch: &Scratch, registry: &TestRegistry) -> Result<(Self, Cri)> {
+        let snapshotter = Snapshotter::start(scratch)?;
+        let network = PodNetwork::new(scratch)?;
+        let cri = CriOptions {
+            pause_image: push_pause_image(scratch, registry)?,
+            network_configuration: network.configuration.clone(),
+            snapshotter: LAZULI,
+            registry: registry.address().to_owned(),
+        };
+        let options = ContainerdOptions { snapshotter: Some(snapshotter.socket.clone()), cri: Some(cri) };
+        let containerd = Containerd::start(scratch, &options)?;
+        let cri = Cri::connect(containerd.socket())?;
+        Ok((Self { containerd, snapshotter, network: Some(network) }, cri))
+    }
+
+    /// Runs `lazuli pull` against this node's containerd.
+    ///
+    /// # Errors
+    ///
+    /// When `lazuli` has not been built; not when it fails.
+    pub fn lazuli_pull(&self, reference: &str) -> Result<Finished> {
+        finish(&mut self.lazuli_pull_command(reference)?)
+    }
+
+    /// The command that [`Self::lazuli_pull`] runs.
+    ///
+    /// # Errors
+    ///
+    /// When `lazuli` has not been built.
+    pub fn lazuli_pull_command(&self, reference: &str) -> Result<std::process::Command> {
+        let mut pull = command(program("lazuli")?, ["pull", reference]);
+        pull.arg("--containerd").arg(self.containerd.socket());
+        Ok(pull)
+    }
+
+    /// Whether pods have a network here.
+    pub fn has_network(&self) -> bool {
+        self.network.is_some()
+    }
+}
+
+/// A bridge of its own for the pods of a node; removed when dropped.
+#[derive(Debug)]
+pub struct PodNetwork {
+    bridge: String,
+    configuration: PathBuf,
+}
+
+impl PodNetwork {
+    /// Writes the configuration of a network with Debian's CNI plugins; they make the bridge when needed.
+    ///
+    /// # Errors
+    ///
+    /// When the plugins are not installed.
+    pub fn new(scratch: &Scratch) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        require_program("ip")?;
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        // The name of an interface has at most 15 bytes.
+        let bridge = format!("lz{}-{number}", std::process::id());
+        let configuration = scratch.directory("network")?;
+        let network = json!({
+            "cniVersion": "0.4.0",
+            "name": "lazuli",
+            "plugins": [{
+                "type": "bridge",
+                "bridge": bridge,
+                "ipam": {
+                    "type": "host-local",
+                    "ranges": [[{ "subnet": format!("10.199.{}.0/24", (std::process::id() + number) % 256) }]],
+                    "dataDir": scratch.join("network.leases"),
+                },
+            }],
+        });
+        let path = configuration.join("10-lazuli.conflist");
+        fs::write(&path, network.to_string()).at("writing", &path)?;
+        Ok(Self { bridge, configuration })
+    }
+}
+
+impl Drop for PodNetwork {
+    fn drop(&mut self) {
+        // It does not exist when no pod was started.
+        let _ = finish(&mut command("ip", ["link", "delete", &self.bridge]));
+    }
+}
+
+/// Makes and pushes the image of sandbox containers; returns its reference.
+fn push_pause_image(scratch: &Scratch, registry: &TestRegistry) -> Result<String> {
+    require_program("catatonit")?;
+    let catatonit = fs::read("/usr/bin/catatonit").context("reading catatonit")?;
+    let layer = TarLayer::new().program("pause", catatonit).finish()?;
+    let image = ImageBuilder::new().layer(layer, Compression::Gzip).command(&["/pause", "-P"]);
+    registry.push(&image.write(scratch, "pause-image")?, "pause:latest")
+}

@@ -1,0 +1,110 @@
+//! The programs under test, as cargo built them beside the tests.
+
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    error::{Context as _, HarnessError, Result},
+    process::{Finished, Service, command, finish},
+    scratch::{Scratch, mounts_below},
+};
+
+/// The path of one of the project's programs.
+///
+/// # Errors
+///
+/// [`HarnessError::Missing`] when it has not been built.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let path = profile_directory()?.join(name);
+    match path.is_file() {
+        true => Ok(path),
+        false => Err(HarnessError::Missing(format!(
+            "{} is not there: run `make build`, or `make test` that does it first",
+            path.display()
+        ))),
+    }
+}
+
+/// Cargo's `target` directory.
+///
+/// # Errors
+///
+/// When this program does not lie in one.
+pub fn target_directory() -> Result<PathBuf> {
+    let profile = profile_directory()?;
+    let parent = profile.parent().map(Path::to_owned);
+    parent.ok_or_else(|| HarnessError::Missing(format!("{} is not in cargo's target directory", profile.display())))
+}
+
+/// `target/release`: where this program or, for a test, the directory `deps` with it lies.
+fn profile_directory() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding this program")?;
+    let directory = own.ancestors().skip(1).find(|ancestor| !ancestor.ends_with("deps"));
+    directory.map(Path::to_owned).ok_or_else(|| HarnessError::Missing(format!("{} has no directory", own.display())))
+}
+
+/// Runs `lazuli` to its end.
+///
+/// # Errors
+///
+/// When it has not been built; not when it fails.
+pub fn lazuli<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Finished> {
+    finish(&mut command(program("lazuli")?, arguments))
+}
+
+/// Runs `lazuli` and expects exit code 0; returns its standard output.
+///
+/// # Errors
+///
+/// When it has not been built, or fails.
+pub fn lazuli_ok<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<String> {
+    crate::process::run(&mut command(program("lazuli")?, arguments))
+}
+
+/// An image mounted by `lazuli mount`; dropping it unmounts.
+#[derive(Debug)]
+pub struct LazyMount {
+    path: PathBuf,
+    cache: PathBuf,
+    service: Service,
+}
+
+impl LazyMount {
+    /// Mounts `image` at `<scratch>/<name>`, with its cache beside, and waits until it is there.
+    ///
+    /// # Errors
+    ///
+    /// When `lazuli mount` ends before the mount is there, with the last line it printed.
+    pub fn new(scratch: &Scratch, name: &str, image: &str) -> Result<Self> {
+        let path = scratch.directory(name)?;
+        let cache = scratch.directory(format!("{name}.cache"))?;
+        let mut mount = command(program("lazuli")?, ["mount", image]);
+        mount.arg(&path).arg("--cache").arg(&cache);
+        let service =
+            Service::start("lazuli mount", &mut mount, &scratch.log(name), || !mounts_below(&path).is_empty())?;
+        Ok(Self { path, cache, service })
+    }
+
+    /// The mount point.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The cache directory.
+    pub fn cache(&self) -> &Path {
+        &self.cache
+    }
+
+    /// What `lazuli mount` has printed so far.
+    pub fn printed(&self) -> String {
+        std::fs::read_to_string(self.service.log()).unwrap_or_default()
+    }
+
+    /// Ends `lazuli mount` by SIGTERM; returns whether the mount is gone.
+    pub fn stop(&mut self) -> bool {
+        self.service.stop();
+        mounts_below(&self.path).is_empty()
+    }
+}

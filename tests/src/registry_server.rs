@@ -1,0 +1,235 @@
+//! A private registry (Debian's `docker-registry`) that tells what it served.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use format_spec::Digest;
+use serde_json::Value;
+
+use crate::{
+    error::{Context as _, HarnessError, Result},
+    process::{Service, command, require_program, run, wait_for},
+    scratch::Scratch,
+};
+
+/// A registry on a free port of the loopback interface.
+#[derive(Debug)]
+pub struct TestRegistry {
+    address: String,
+    storage: PathBuf,
+    log: PathBuf,
+    marks: AtomicU64,
+    _service: Service,
+}
+
+/// One answer of the registry, as it logged it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Served {
+    /// HTTP method.
+    pub method: String,
+    /// Path and query of the request.
+    pub path: String,
+    /// HTTP status.
+    pub status: u64,
+    /// Bytes of the body that were written.
+    pub body_bytes: u64,
+}
+
+impl Served {
+    /// Whether this was (a part of) a blob being read.
+    pub fn is_blob_read(&self) -> bool {
+        self.method == "GET" && self.path.contains("/blobs/sha256:")
+    }
+}
+
+impl TestRegistry {
+    /// Starts an empty registry in `<scratch>/registry`.
+    ///
+    /// # Errors
+    ///
+    /// When `docker-registry` is not installed or does not start.
+    pub fn start(scratch: &Scratch) -> Result<Self> {
+        require_program("docker-registry")?;
+        let directory = scratch.directory("registry")?;
+        let storage = directory.join("storage");
+        let address = free_address()?;
+        let config = directory.join("config.yml");
+        fs::write(&config, configuration(&storage, &address)).at("writing", &config)?;
+        let log = scratch.log("registry");
+        let mut serve = command("docker-registry", ["serve"]);
+        serve.arg(&config);
+        let service = Service::start("docker-registry", &mut serve, &log, || TcpStream::connect(&address).is_ok())?;
+        Ok(Self { address, storage, log, marks: AtomicU64::new(0), _service: service })
+    }
+
+    /// `host:port`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The full reference of `name`, which is `repository:tag` or `repository@digest`.
+    pub fn reference(&self, name: &str) -> String {
+        format!("{}/{name}", self.address)
+    }
+
+    /// Copies an image in a layout (`oci:DIR:tag`) to `name`; returns the full reference.
+    ///
+    /// # Errors
+    ///
+    /// When `skopeo` fails.
+    pub fn push(&self, layout: &str, name: &str) -> Result<String> {
+        let reference = self.reference(name);
+        let copy = ["copy", "--quiet", "--dest-tls-verify=false", layout];
+        run(command("skopeo", copy).arg(format!("docker://{reference}")))?;
+        Ok(reference)
+    }
+
+    /// The manifest of `name`.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn manifest(&self, name: &str) -> Result<Value> {
+        self.inspect(name, "--raw")
+    }
+
+    /// The image configuration of `name`.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn config(&self, name: &str) -> Result<Value> {
+        let manifest = self.manifest(name)?;
+        let digest = digest_in(&manifest["config"])?;
+        let path = self.blob_file(digest);
+        parse_json(&fs::read_to_string(&path).at("reading", &path)?)
+    }
+
+    fn inspect(&self, name: &str, form: &str) -> Result<Value> {
+        let inspect = ["inspect", "--tls-verify=false", form];
+        parse_json(&run(command("skopeo", inspect).arg(format!("docker://{}", self.reference(name))))?)
+    }
+
+    /// The file in which the registry keeps a blob; whoever changes it makes the registry lie.
+    pub fn blob_file(&self, digest: Digest) -> PathBuf {
+        let hex = digest.hex();
+        self.storage.join("docker/registry/v2/blobs/sha256").join(&hex[..2]).join(&hex).join("data")
+    }
+
+    /// The tags of `repository`; empty also when the repository does not exist.
+    pub fn tags(&self, repository: &str) -> Vec<String> {
+        let tags = self.storage.join("docker/registry/v2/repositories").join(repository).join("_manifests/tags");
+        let entries = fs::read_dir(tags).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    /// Everything answered so far, in the order in which the answers ended.
+    ///
+    /// An answer that is still being written is not in it.
+    ///
+    /// # Errors
+    ///
+    /// When the registry does not answer or its log cannot be read.
+    pub fn served(&self) -> Result<Vec<Served>> {
+        // Answers are logged after their last byte has left: wait for the line of a request of our own.
+        let mark = format!("/v2/?mark={}", self.marks.fetch_add(1, Ordering::Relaxed));
+        let request = format!("GET {mark} HTTP/1.0\r\nHost: {}\r\n\r\n", self.address);
+        let mut connection = TcpStream::connect(&self.address).context("connecting to the registry")?;
+        connection.write_all(request.as_bytes()).context("asking the registry")?;
+        connection.read_to_end(&mut Vec::new()).context("reading from the registry")?;
+        let log = wait_for("the registry did not log its answers", || {
+            let log = fs::read_to_string(&self.log).at("reading", &self.log)?;
+            Ok(Some(log).filter(|log| log.contains(&mark)))
+        })?;
+        let answers =
+            log.lines().filter_map(|line| parse_log_line(line).filter(|served| !served.path.contains("mark=")));
+        Ok(answers.collect())
+    }
+
+    /// Bytes of blobs read so far.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::served`].
+    pub fn blob_bytes(&self) -> Result<u64> {
+        Ok(self.served()?.iter().filter(|served| served.is_blob_read()).map(|served| served.body_bytes).sum())
+    }
+}
+
+/// The digest in a descriptor.
+///
+/// # Errors
+///
+/// When there is none.
+pub fn digest_in(descriptor: &Value) -> Result<Digest> {
+    let digest = descriptor["digest"].as_str().and_then(|text| text.parse().ok());
+    digest.ok_or_else(|| HarnessError::Unexpected(format!("no digest in descriptor {descriptor}")))
+}
+
+fn parse_json(text: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|error| HarnessError::Unexpected(format!("no JSON: {error}")))
+}
+
+/// A loopback address with a port that nobody uses at this moment.
+///
+/// # Errors
+///
+/// When the system has none.
+pub fn free_address() -> Result<String> {
+    let listener = TcpListener::bind("127.0.0.1:0").context("looking for a free port")?;
+    Ok(listener.local_addr().context("looking for a free port")?.to_string())
+}
+
+fn configuration(storage: &Path, address: &str) -> String {
+    format!(
+        "version: 0.1
+log:
+  level: info
+  formatter: json
+  accesslog:
+    disabled: true
+storage:
+  filesystem:
+    rootdirectory: {}
+  delete:
+    enabled: true
+http:
+  addr: {address}
+",
+        storage.display()
+    )
+}
+
+/// What a line of the log says about an answer; `None` for lines about other things.
+fn parse_log_line(line: &str) -> Option<Served> {
+    let entry: Value = serde_json::from_str(line).ok()?;
+    Some(Served {
+        status: entry["http.response.status"].as_u64()?,
+        method: entry["http.request.method"].as_str()?.to_owned(),
+        path: entry["http.request.uri"].as_str()?.to_owned(),
+        body_bytes: entry["http.response.written"].as_u64()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_lines_of_answers_are_understood() {
+        let line = r#"{"http.request.method":"GET","http.request.uri":"/v2/a/blobs/sha256:00",
+            "http.response.status":206,"http.response.written":100,"msg":"response completed"}"#;
+        let expected =
+            Served { method: "GET".to_owned(), path: "/v2/a/blobs/sha256:00".to_owned(), status: 206, body_bytes: 100 };
+        assert_eq!(parse_log_line(line), Some(expected));
+        assert_eq!(parse_log_line(r#"{"msg":"listening on 127.0.0.1:5000"}"#), None);
+        assert_eq!(parse_log_line("no json"), None);
+    }
+}
