@@ -1,16 +1,49 @@
 //! The cache directory: one directory a layer, shared by all images that have the layer.
+//!
+//! ```text
+//! <root>/layers/<64 hex digits of the blob digest>/   see directory.rs
+//! <root>/removed/                                     what is being deleted
+//! ```
+//!
+//! A layer is known by its blob digest, but what is trusted is the digest of its index: nobody ever
+//! sees the whole blob to hash it. So a second image that names the same blob with another index is
+//! refused instead of being served the first one's bytes.
 
-use std::{io, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
-use format_spec::{Digest, LazyLayer};
+use format_spec::{
+    Digest, FormatError, Index, LazyLayer,
+    annotation::{INDEX_LEN_MAX, IndexLocation},
+};
+use futures_util::{
+    FutureExt, StreamExt,
+    future::{BoxFuture, Shared},
+};
 use serde_json::Value;
 use tokio::runtime::Handle;
 
 use crate::{
+    directory::{LayerDirectory, LayerRecord, create_directory},
     error::{CacheError, ReadError},
-    layer::Layer,
-    source::Source,
+    frame_store::{FrameStore, lock},
+    layer::{Layer, Origin},
+    scheduler::Scheduler,
+    source::{Source, SourceError},
 };
+
+/// Times an index is asked for when the bytes are wrong or break off.
+const INDEX_ATTEMPTS: u32 = 3;
+/// `f_type` of overlayfs (Linux include/uapi/linux/magic.h).
+const OVERLAYFS_SUPER_MAGIC: u64 = 0x794c_7630;
 
 /// How a cache behaves.
 #[derive(Debug, Clone)]
@@ -37,17 +70,39 @@ impl Default for CacheOptions {
 }
 
 /// A layer that the cache directory holds.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct KnownLayer {
-    /// The layer.
+    /// What names it.
     pub layer: LazyLayer,
-    /// What the caller of [`Cache::layer`] gave.
+    /// What the caller of [`Cache::layer`] gave last.
     pub description: Value,
 }
 
 /// A cache directory. Cheap to clone.
+///
+/// When the last handle of a layer goes, what arrived of it is made durable, which may block for a moment.
 #[derive(Debug, Clone)]
-pub struct Cache {}
+pub struct Cache {
+    inner: Arc<CacheInner>,
+}
+
+#[derive(Debug)]
+struct CacheInner {
+    root: PathBuf,
+    runtime: Handle,
+    scheduler: Arc<Scheduler>,
+    layers: Mutex<HashMap<Digest, Entry>>,
+    layer_count: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Entry {
+    Opening(Opening),
+    Open(Layer),
+}
+
+/// A layer that is being opened, for everybody who asks meanwhile.
+type Opening = Shared<BoxFuture<'static, Result<Layer, CacheError>>>;
 
 impl Cache {
     /// Opens the cache under `root`, making it if needed; transfers run on `runtime`.
@@ -56,13 +111,32 @@ impl Cache {
     ///
     /// When `root` lies on overlayfs or cannot be made.
     pub fn open(root: &Path, runtime: Handle, options: CacheOptions) -> Result<Self, CacheError> {
-        let _ = (root, runtime, options);
-        Ok(Self {})
+        let disk_error = |error: io::Error| disk_error(root, error);
+        create_directory(root).map_err(disk_error)?;
+        let magic = rustix::fs::statfs(root).map_err(|error| disk_error(error.into()))?.f_type;
+        if u64::try_from(magic) == Ok(OVERLAYFS_SUPER_MAGIC) {
+            return Err(CacheError::OnOverlay(root.to_owned()));
+        }
+        let inner = Arc::new(CacheInner {
+            root: root.to_owned(),
+            scheduler: Scheduler::new(runtime.clone(), &options),
+            runtime,
+            layers: Mutex::default(),
+            layer_count: AtomicU64::new(0),
+        });
+        create_directory(&root.join("layers")).map_err(disk_error)?;
+        match fs::remove_dir_all(inner.graveyard()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk_error(error)),
+            _ => create_directory(&inner.graveyard()).map_err(disk_error)?,
+        }
+        inner.runtime.spawn(flush_now_and_then(Arc::downgrade(&inner), options.flush_interval));
+        Ok(Self { inner })
     }
 
     /// Opens a layer, fetching its index if the cache does not have it. Concurrent calls share one request.
     ///
-    /// `description` is kept beside the layer for [`Self::known_layers`] of a later process.
+    /// `description` is kept beside the layer for [`Self::known_layers`] of a later process. A call with another
+    /// description than the one before replaces it, and the source with it.
     ///
     /// # Errors
     ///
@@ -73,8 +147,34 @@ impl Cache {
         source: Arc<dyn Source>,
         description: Value,
     ) -> Result<Layer, CacheError> {
-        let _ = (source, description);
-        Err(CacheError::Stopped(layer.blob))
+        let origin = Origin { source, description };
+        let opening = {
+            let mut layers = lock(&self.inner.layers);
+            match layers.get(&layer.blob) {
+                Some(Entry::Open(open)) => futures_util::future::ready(Ok(open.clone())).boxed().shared(),
+                Some(Entry::Opening(opening)) => opening.clone(),
+                None => {
+                    let first = Origin { source: origin.source.clone(), description: origin.description.clone() };
+                    let opening = self.inner.start_to_open(*layer, first);
+                    layers.insert(layer.blob, Entry::Opening(opening.clone()));
+                    opening
+                }
+            }
+        };
+        let open = opening.await?;
+        let cached = open.lazy_layer().index.digest;
+        if cached != layer.index.digest {
+            return Err(CacheError::OtherIndex { blob: layer.blob, cached, asked: layer.index.digest });
+        }
+        if open.description() != origin.description {
+            let (layer, path) = (open.clone(), self.inner.directory(layer.blob).path().to_owned());
+            self.inner
+                .blocking(layer.lazy_layer().blob, move || {
+                    layer.replace_origin(origin).map_err(|error| disk_error(&path, error))
+                })
+                .await?;
+        }
+        Ok(open)
     }
 
     /// All layers that the directory holds, sorted by digest; damaged ones are left out.
@@ -83,22 +183,65 @@ impl Cache {
     ///
     /// When the directory cannot be listed.
     pub fn known_layers(&self) -> Result<Vec<KnownLayer>, CacheError> {
-        Ok(Vec::new())
+        let path = self.inner.root.join("layers");
+        let disk_error = |error| disk_error(&path, error);
+        let mut known = Vec::new();
+        for entry in fs::read_dir(&path).map_err(disk_error)? {
+            let directory = LayerDirectory::new(entry.map_err(disk_error)?.path());
+            let name = directory.path().file_name().unwrap_or_default().to_owned();
+            match directory.read_record() {
+                Ok(Some(LayerRecord { layer, description })) if *name == *layer.blob.hex() => {
+                    known.push(KnownLayer { layer, description });
+                }
+                Ok(_) => tracing::warn!(path = %directory.path().display(), "not a layer, or a damaged one"),
+                Err(error) => tracing::warn!(path = %directory.path().display(), %error, "layer cannot be read"),
+            }
+        }
+        known.sort_by_key(|known| known.layer.blob);
+        Ok(known)
     }
 
     /// The layers that are open in this process, sorted by digest.
     pub fn open_layers(&self) -> Vec<Layer> {
-        Vec::new()
+        self.inner.open_layers()
     }
 
     /// Deletes a layer and stops fetching it; unknown ones are deleted already.
+    ///
+    /// Handles that are still around read what arrived before, and nothing more.
     ///
     /// # Errors
     ///
     /// When the disk refuses.
     pub async fn remove(&self, blob: Digest) -> Result<(), CacheError> {
-        let _ = blob;
-        Ok(())
+        loop {
+            let opening = match lock(&self.inner.layers).get(&blob) {
+                Some(Entry::Opening(opening)) => opening.clone(),
+                _ => break,
+            };
+            // It cannot be interrupted while it writes; it fails or is open soon.
+            let _ = opening.await;
+        }
+        let inner = self.inner.clone();
+        self.inner
+            .blocking(blob, move || {
+                // Under the lock, so that nobody opens the layer again while its directory goes away.
+                let mut layers = lock(&inner.layers);
+                let directory = inner.directory(blob);
+                let bury = |directory: &LayerDirectory| directory.bury(&inner.graveyard());
+                let buried = match layers.remove(&blob) {
+                    Some(Entry::Open(layer)) => layer.remove(bury),
+                    Some(opening @ Entry::Opening(_)) => {
+                        layers.insert(blob, opening);
+                        Err(io::Error::other("layer is being opened again"))
+                    }
+                    None => bury(&directory),
+                };
+                drop(layers);
+                let deleted = buried.and_then(|grave| grave.map_or(Ok(()), fs::remove_dir_all));
+                deleted.map_err(|error| disk_error(directory.path(), error))
+            })
+            .await
     }
 
     /// Bytes a layer takes on disk, index and data; 0 for an unknown one.
@@ -107,8 +250,7 @@ impl Cache {
     ///
     /// When the files cannot be looked at.
     pub fn usage(&self, blob: Digest) -> io::Result<u64> {
-        let _ = blob;
-        Ok(0)
+        self.inner.directory(blob).usage_bytes()
     }
 
     /// Makes everything that arrived durable; blocks.
@@ -117,6 +259,175 @@ impl Cache {
     ///
     /// The first layer's that failed; the others were tried.
     pub fn flush(&self) -> Result<(), ReadError> {
-        Ok(())
+        let results: Vec<_> = self.open_layers().iter().map(Layer::flush).collect();
+        results.into_iter().collect()
     }
+}
+
+impl CacheInner {
+    fn directory(&self, blob: Digest) -> LayerDirectory {
+        LayerDirectory::new(self.root.join("layers").join(blob.hex()))
+    }
+
+    fn graveyard(&self) -> PathBuf {
+        self.root.join("removed")
+    }
+
+    fn open_layers(&self) -> Vec<Layer> {
+        let layers = lock(&self.layers);
+        let mut open: Vec<_> = layers
+            .values()
+            .filter_map(|entry| if let Entry::Open(layer) = entry { Some(layer.clone()) } else { None })
+            .collect();
+        open.sort_by_key(|layer| layer.lazy_layer().blob);
+        open
+    }
+
+    /// Runs the opening as a task of its own: a caller that goes away does not end it for the others.
+    fn start_to_open(self: &Arc<Self>, layer: LazyLayer, origin: Origin) -> Opening {
+        let inner = self.clone();
+        let task = self.runtime.spawn(async move {
+            let opened = inner.open_layer(&layer, origin).await;
+            let mut layers = lock(&inner.layers);
+            match &opened {
+                Ok(open) => layers.insert(layer.blob, Entry::Open(open.clone())),
+                Err(_) => layers.remove(&layer.blob),
+            };
+            opened
+        });
+        let (blob, cache) = (layer.blob, Arc::downgrade(self));
+        let ended = move |opened: Result<_, _>| {
+            opened.unwrap_or_else(|_| {
+                cache.upgrade().inspect(|inner| drop(lock(&inner.layers).remove(&blob)));
+                Err(CacheError::Stopped(blob))
+            })
+        };
+        task.map(ended).boxed().shared()
+    }
+
+    async fn open_layer(self: &Arc<Self>, layer: &LazyLayer, origin: Origin) -> Result<Layer, CacheError> {
+        let LazyLayer { blob, index: location, .. } = *layer;
+        let inner = self.clone();
+        let number = self.layer_count.fetch_add(1, Ordering::Relaxed);
+        if let Some((record, store)) = self.blocking(blob, move || inner.open_cached(blob)).await? {
+            let old = Origin { source: origin.source, description: record.description };
+            return Ok(Layer::new(number, record.layer, store, old, self.scheduler.clone(), 0));
+        }
+        let (index, fetched_bytes) = self.fetch_index(blob, location, &*origin.source).await?;
+        let inner = self.clone();
+        let record = LayerRecord { layer: *layer, description: origin.description.clone() };
+        let store = self.blocking(blob, move || inner.store_layer(&record, &index)).await?;
+        Ok(Layer::new(number, *layer, store, origin, self.scheduler.clone(), fetched_bytes))
+    }
+
+    /// Opens what the directory holds; `None` without a whole record and index.
+    fn open_cached(&self, blob: Digest) -> Result<Option<(LayerRecord, FrameStore)>, CacheError> {
+        let directory = self.directory(blob);
+        let path = directory.path().to_owned();
+        let open = || -> io::Result<Option<(LayerRecord, FrameStore)>> {
+            let Some(record) = directory.read_record()?.filter(|record| record.layer.blob == blob) else {
+                return Ok(None);
+            };
+            let Some(index) = directory.open_index()? else { return Ok(None) };
+            let store = FrameStore::open(directory, index, record.layer.index.digest)?;
+            Ok(Some((record, store)))
+        };
+        open().map_err(|error| disk_error(&path, error))
+    }
+
+    /// Makes the directory of a layer whose index was verified, in place of a damaged one.
+    ///
+    /// `data` and `frames` of the damaged one stay if they belong to the same index.
+    fn store_layer(&self, record: &LayerRecord, index: &Index<Vec<u8>>) -> Result<FrameStore, CacheError> {
+        let directory = self.directory(record.layer.blob);
+        let path = directory.path().to_owned();
+        let store = || -> io::Result<FrameStore> {
+            directory.create()?;
+            directory.write_index(record, index.as_bytes())?;
+            let index = directory.open_index()?;
+            let index = index.ok_or_else(|| io::Error::other("index is damaged right after it was written"))?;
+            FrameStore::open(directory, index, record.layer.index.digest)
+        };
+        store().map_err(|error| disk_error(&path, error))
+    }
+
+    /// Fetches and verifies an index; returns it and the number of bytes it took.
+    async fn fetch_index(
+        &self,
+        blob: Digest,
+        location: IndexLocation,
+        source: &dyn Source,
+    ) -> Result<(Index<Vec<u8>>, u64), CacheError> {
+        if location.compressed_len > INDEX_LEN_MAX {
+            let (expected, found) = (INDEX_LEN_MAX, location.compressed_len);
+            let error = FormatError::Length { what: "compressed index", expected, found };
+            return Err(CacheError::Index { blob, error });
+        }
+        let mut fetched_bytes = 0;
+        let mut attempt = 1;
+        loop {
+            let result = match receive(source, &location).await {
+                Err(error) => Err(CacheError::Source { blob, error }),
+                Ok(compressed) => {
+                    fetched_bytes += compressed.len() as u64;
+                    let open = move || Index::from_compressed(&compressed, &location);
+                    self.blocking(blob, move || open().map_err(|error| CacheError::Index { blob, error })).await
+                }
+            };
+            match result {
+                Ok(index) => return Ok((index, fetched_bytes)),
+                Err(error @ CacheError::Index { .. }) if attempt < INDEX_ATTEMPTS => {
+                    tracing::debug!(%blob, %error, attempt, "index asked for again");
+                    attempt += 1;
+                }
+                Err(error) => {
+                    tracing::error!(%blob, %error, "index refused");
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        blob: Digest,
+        work: impl FnOnce() -> Result<T, CacheError> + Send + 'static,
+    ) -> Result<T, CacheError> {
+        self.runtime.spawn_blocking(work).await.unwrap_or(Err(CacheError::Stopped(blob)))
+    }
+}
+
+/// The compressed bytes of an index, in one ranged request; nothing about them is verified.
+async fn receive(source: &dyn Source, location: &IndexLocation) -> Result<Vec<u8>, SourceError> {
+    let mut stream = source.fetch(location.range()).await?;
+    let mut compressed = Vec::new();
+    while let Some(piece) = stream.next().await.transpose()? {
+        if compressed.len() as u64 + piece.len() as u64 > location.compressed_len {
+            return Err(SourceError("the source's answer is longer than the range asked for".to_owned()));
+        }
+        compressed.extend_from_slice(&piece);
+    }
+    Ok(compressed)
+}
+
+async fn flush_now_and_then(cache: Weak<CacheInner>, interval: Duration) {
+    loop {
+        tokio::time::sleep(interval).await;
+        let Some(inner) = cache.upgrade() else { return };
+        let layers = inner.open_layers();
+        let flush = move || {
+            for layer in layers {
+                if let Err(error) = layer.flush() {
+                    tracing::warn!(%error, "what arrived is not durable yet");
+                }
+            }
+            // The last handle may be this one: it must go where blocking is allowed.
+            drop(inner);
+        };
+        let _ = tokio::task::spawn_blocking(flush).await;
+    }
+}
+
+fn disk_error(path: &Path, error: io::Error) -> CacheError {
+    CacheError::Disk { path: path.to_owned(), error: Arc::new(error) }
 }

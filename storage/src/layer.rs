@@ -1,11 +1,30 @@
 //! One layer: its index, and its plain address space as far as it has arrived.
 
-use std::{io, ops::Range, sync::Arc};
+use std::{
+    fmt, io,
+    ops::Range,
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+};
 
-use format_spec::{Index, LazyLayer};
+use format_spec::{Digest, Index, LazyLayer};
 use serde_json::Value;
 
-use crate::error::ReadError;
+use crate::{
+    directory::{LayerDirectory, LayerRecord},
+    error::ReadError,
+    frame_store::{FrameStore, UnkeptFrames, lock, needed_frames},
+    read_ahead::ReadAhead,
+    scheduler::Scheduler,
+    source::Source,
+    wait::Wait,
+};
+
+/// Times a read fetches what it needs: more than once only if frames vanish between arrival and read.
+const READ_ATTEMPTS_MAX: u32 = 4;
 
 /// The index of a layer, mapped into memory.
 pub type LayerIndex = Index<memmap2::Mmap>;
@@ -24,63 +43,136 @@ pub enum Priority {
 /// How much of a layer has arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
-    /// Frames in the cache.
+    /// Frames in the cache that hold file content.
     pub frames_present: u64,
-    /// Frames that hold file content.
+    /// Frames that hold file content; others are never fetched.
     pub frames_total: u64,
     /// Compressed bytes that this process fetched, index included.
     pub fetched_bytes: u64,
 }
 
-/// A layer of the cache. Cheap to clone.
+/// A layer of the cache. Cheap to clone; safe from many threads.
 #[derive(Debug, Clone)]
 pub struct Layer {
     inner: Arc<LayerInner>,
 }
 
-#[derive(Debug)]
-struct LayerInner {
+/// What the parts of this crate share about a layer.
+pub(crate) struct LayerInner {
+    /// Unique in the process; unlike the digest never used again after the layer was removed.
+    pub(crate) number: u64,
+    pub(crate) store: FrameStore,
     layer: LazyLayer,
-    description: Value,
-    index: LayerIndex,
+    origin: RwLock<Origin>,
+    scheduler: Arc<Scheduler>,
+    read_ahead: Mutex<ReadAhead>,
+    fetched_bytes: AtomicU64,
+    is_removed: AtomicBool,
+}
+
+/// Where a layer comes from.
+pub(crate) struct Origin {
+    pub(crate) source: Arc<dyn Source>,
+    pub(crate) description: Value,
 }
 
 impl Layer {
+    pub(crate) fn new(
+        number: u64,
+        layer: LazyLayer,
+        store: FrameStore,
+        origin: Origin,
+        scheduler: Arc<Scheduler>,
+        fetched_bytes: u64,
+    ) -> Self {
+        Self {
+            inner: Arc::new(LayerInner {
+                number,
+                store,
+                layer,
+                origin: RwLock::new(origin),
+                scheduler,
+                read_ahead: Mutex::default(),
+                fetched_bytes: AtomicU64::new(fetched_bytes),
+                is_removed: AtomicBool::new(false),
+            }),
+        }
+    }
+
     /// What names this layer.
     pub fn lazy_layer(&self) -> &LazyLayer {
         &self.inner.layer
     }
 
-    /// What the caller of `Cache::layer` gave last.
+    /// What the caller of [`crate::Cache::layer`] gave last.
     pub fn description(&self) -> Value {
-        self.inner.description.clone()
+        self.inner.origin.read().unwrap_or_else(PoisonError::into_inner).description.clone()
     }
 
     /// The index.
     pub fn index(&self) -> &LayerIndex {
-        &self.inner.index
+        self.inner.store.index()
     }
 
     /// Reads from the plain address space what is there already; never waits for the source.
     ///
     /// `Ok(None)` when a frame is missing: see [`Self::read_then`]. Otherwise the number of bytes read: all of
-    /// `buffer`, or less where the space ends.
+    /// `buffer`, or less where the space ends. What lies between files and in their holes reads as zeros and
+    /// needs no frame.
     ///
     /// # Errors
     ///
     /// When the cache file cannot be read.
     pub fn read_at_if_present(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        let _ = (offset, buffer);
-        Ok(None)
+        let read = self.inner.store.read_present(offset, buffer, &UnkeptFrames::new())?;
+        if let Some(len) = read {
+            self.read_ahead(offset..offset.saturating_add(len as u64));
+        }
+        Ok(read)
     }
 
     /// Reads `len` bytes at `offset` of the plain address space, fetching what is missing; does not block.
     ///
     /// `done` gets exactly the bytes asked for, cut where the space ends. It runs at once on the calling
-    /// thread when everything is there, else later on a worker thread where it may block shortly.
+    /// thread when everything is there, else later on a worker thread where it may block shortly. It always
+    /// runs. When the disk is full the bytes come from memory.
     pub fn read_then(&self, offset: u64, len: usize, done: impl FnOnce(Result<Vec<u8>, ReadError>) + Send + 'static) {
-        let _ = (offset, len);
-        done(Err(ReadError::Stopped(self.inner.layer.blob)));
+        self.read_attempt(offset, len, UnkeptFrames::new(), READ_ATTEMPTS_MAX, Box::new(done));
+    }
+
+    fn read_attempt(
+        &self,
+        offset: u64,
+        len: usize,
+        unkept: UnkeptFrames,
+        attempts_left: u32,
+        done: Box<dyn FnOnce(Result<Vec<u8>, ReadError>) + Send>,
+    ) {
+        let plain = self.inner.store.clip(offset, len);
+        let mut bytes = vec![0; usize::try_from(plain.end - plain.start).unwrap_or(len)];
+        let disk_error = |error| ReadError::Disk { blob: self.inner.blob(), error: Arc::new(error) };
+        match self.inner.store.read_present(plain.start, &mut bytes, &unkept) {
+            Err(error) => return done(Err(disk_error(error))),
+            Ok(Some(_)) => {
+                if attempts_left == READ_ATTEMPTS_MAX {
+                    self.read_ahead(plain);
+                }
+                return done(Ok(bytes));
+            }
+            Ok(None) if attempts_left == 0 => {
+                return done(Err(disk_error(io::Error::other("frames vanish as soon as they arrive"))));
+            }
+            Ok(None) => {}
+        }
+        drop(bytes);
+        let layer = self.clone();
+        self.inner.want(plain.clone(), Priority::Read, move |arrived| match arrived {
+            Err(error) => done(Err(error)),
+            Ok(unkept) => layer.read_attempt(offset, len, unkept, attempts_left - 1, done),
+        });
+        if attempts_left == READ_ATTEMPTS_MAX {
+            self.read_ahead(plain);
+        }
     }
 
     /// Like [`Self::read_then`], blocking; not for threads of a runtime.
@@ -90,8 +182,9 @@ impl Layer {
     /// [`ReadError::Corrupt`] when a frame does not match its digest: never returns unverified bytes.
     /// [`ReadError::Source`] when the source gave up; a later call may succeed.
     pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, ReadError> {
-        let _ = (offset, len);
-        Err(ReadError::Stopped(self.inner.layer.blob))
+        let (sender, receiver) = mpsc::sync_channel(1);
+        self.read_then(offset, len, move |result| drop(sender.send(result)));
+        receiver.recv().unwrap_or(Err(ReadError::Stopped(self.inner.blob())))
     }
 
     /// Like [`Self::read_then`], as a future.
@@ -100,39 +193,130 @@ impl Layer {
     ///
     /// Those of [`Self::read`].
     pub async fn read_async(&self, offset: u64, len: usize) -> Result<Vec<u8>, ReadError> {
-        let _ = (offset, len);
-        Err(ReadError::Stopped(self.inner.layer.blob))
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        self.read_then(offset, len, move |result| drop(sender.send(result)));
+        receiver.await.unwrap_or(Err(ReadError::Stopped(self.inner.blob())))
     }
 
     /// Brings the frames of a plain range into the cache; does not block.
     ///
-    /// `done` runs when all are there or one failed: at once on the calling thread, or on a worker thread.
+    /// `done` runs when all are there or one failed: at once on the calling thread, or on a worker thread. It
+    /// always runs. With a full disk, "there" means in memory for a while: a reader that must not miss its bytes
+    /// uses [`Self::read_then`].
     pub fn fetch(
         &self,
         plain: Range<u64>,
         priority: Priority,
         done: impl FnOnce(Result<(), ReadError>) + Send + 'static,
     ) {
-        let _ = (plain, priority);
-        done(Err(ReadError::Stopped(self.inner.layer.blob)));
+        let end = plain.end.min(self.index().space_len());
+        let plain = plain.start.min(end)..end;
+        self.inner.want(plain.clone(), priority, |arrived| done(arrived.map(drop)));
+        if priority == Priority::Read {
+            self.read_ahead(plain);
+        }
     }
 
     /// Whether every frame with file content is in the cache.
     pub fn is_complete(&self) -> bool {
-        false
+        self.inner.store.is_complete()
     }
 
     /// How much has arrived.
     pub fn progress(&self) -> Progress {
-        Progress::default()
+        Progress {
+            frames_present: self.inner.store.present_count() as u64,
+            frames_total: self.inner.store.needed_count() as u64,
+            fetched_bytes: self.inner.fetched_bytes.load(Ordering::Relaxed),
+        }
     }
 
     /// Makes what arrived durable; blocks.
     ///
     /// # Errors
     ///
-    /// When the disk refuses.
+    /// [`ReadError::Disk`] when the disk refuses.
     pub fn flush(&self) -> Result<(), ReadError> {
-        Ok(())
+        let blob = self.inner.blob();
+        self.inner.store.flush().map_err(|error| ReadError::Disk { blob, error: Arc::new(error) })
+    }
+
+    /// Takes another source when its description is another one, and keeps that for the next process.
+    pub(crate) fn replace_origin(&self, origin: Origin) -> io::Result<()> {
+        let mut current = self.inner.origin.write().unwrap_or_else(PoisonError::into_inner);
+        if current.description == origin.description {
+            return Ok(());
+        }
+        *current = origin;
+        let record = LayerRecord { layer: self.inner.layer, description: current.description.clone() };
+        self.inner.store.write(|directory| directory.write_record(&record))
+    }
+
+    /// Stops fetching and runs `remove` on the layer's directory.
+    pub(crate) fn remove<T>(&self, remove: impl FnOnce(&LayerDirectory) -> io::Result<T>) -> io::Result<T> {
+        self.inner.is_removed.store(true, Ordering::Release);
+        self.inner.scheduler.forget(&self.inner);
+        self.inner.store.remove(remove)
+    }
+
+    /// Notes a read and fetches what its file's reader wants next.
+    fn read_ahead(&self, plain: Range<u64>) {
+        let index = self.index();
+        if self.is_complete() {
+            return;
+        }
+        let mut frames = needed_frames(index, plain.clone());
+        let Some(first) = frames.next() else { return };
+        let last = frames.last().unwrap_or(first);
+        // Inodes without content carry the offset of the file before them, so one search finds both its ends.
+        let after = index.inodes().partition_point(|inode| inode.plain_offset.get() < plain.end);
+        let offset_of = |number: usize| index.inodes().get(number).map(|inode| inode.plain_offset.get());
+        let file_start = after.checked_sub(1).and_then(offset_of).unwrap_or(0);
+        let file_end = offset_of(after).unwrap_or(index.space_len());
+        let count = lock(&self.inner.read_ahead).note_read(file_start, first..last.saturating_add(1));
+        if count == 0 {
+            return;
+        }
+        let ahead = needed_frames(index, plain.end..file_end.max(plain.end)).skip_while(|frame| *frame <= last);
+        self.inner.scheduler.want(&self.inner, ahead.take(count as usize), Priority::HotPack, None);
+    }
+}
+
+impl LayerInner {
+    /// Digest of the blob.
+    pub(crate) fn blob(&self) -> Digest {
+        self.layer.blob
+    }
+
+    /// Where to fetch from now.
+    pub(crate) fn source(&self) -> Arc<dyn Source> {
+        self.origin.read().unwrap_or_else(PoisonError::into_inner).source.clone()
+    }
+
+    /// Whether the layer was removed from the cache.
+    pub(crate) fn is_removed(&self) -> bool {
+        self.is_removed.load(Ordering::Acquire)
+    }
+
+    /// Bytes came from the source.
+    pub(crate) fn count_fetched(&self, len: usize) {
+        self.fetched_bytes.fetch_add(len as u64, Ordering::Relaxed);
+    }
+
+    fn want(
+        self: &Arc<Self>,
+        plain: Range<u64>,
+        priority: Priority,
+        done: impl FnOnce(Result<UnkeptFrames, ReadError>) + Send + 'static,
+    ) {
+        let wait = Wait::new(self.blob(), done);
+        self.scheduler.want(self, needed_frames(self.store.index(), plain), priority, Some(&wait));
+        wait.end_of_frames();
+    }
+}
+
+impl fmt::Debug for LayerInner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LayerInner").field("layer", &self.layer).finish_non_exhaustive()
     }
 }

@@ -1,0 +1,306 @@
+//! The frames of one layer on disk: which are there, how they get in, how bytes come out.
+//!
+//! Everything that depends on the order "data before bit, bit before read" stands here. There is no
+//! network and no waiting in this file.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::FileExt,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use format_spec::{Digest, index::PLAIN_ALIGN};
+
+use crate::{
+    bitmap::{self, Bitmap},
+    directory::LayerDirectory,
+    layer::LayerIndex,
+};
+
+/// Frames kept in memory when the disk does not take them; older ones give way. At usual frame sizes a few
+/// megabytes a layer, enough that the reads of one file do not fetch the same frame again and again.
+const UNKEPT_FRAMES_MAX: usize = 8;
+/// Longest run of files assembled for one write, in bytes.
+const WRITE_LEN_MAX: usize = 1 << 20;
+
+/// Frames by number with their plain bytes, which the disk did not take.
+pub(crate) type UnkeptFrames = Vec<(u32, Bytes)>;
+
+/// The frames of one layer.
+#[derive(Debug)]
+pub(crate) struct FrameStore {
+    directory: LayerDirectory,
+    index: LayerIndex,
+    index_digest: Digest,
+    data: File,
+    frame_count: u32,
+    needed_count: usize,
+    present: Bitmap,
+    has_unwritten_bits: AtomicBool,
+    unkept: Mutex<VecDeque<(u32, Bytes)>>,
+    has_unkept: AtomicBool,
+    /// The bits of the file `frames`; the lock is held while files are written.
+    durable: Mutex<Durable>,
+}
+
+#[derive(Debug)]
+struct Durable {
+    bits: Vec<u64>,
+    /// The directory was removed: nothing may be written under its name any longer.
+    is_removed: bool,
+}
+
+impl FrameStore {
+    /// Opens the files beside an index that was verified against `index_digest`.
+    pub(crate) fn open(directory: LayerDirectory, index: LayerIndex, index_digest: Digest) -> io::Result<Self> {
+        let frame_count = u32::try_from(index.frames().len()).map_err(io::Error::other)?;
+        let (data, mut bits) = directory.open_data(index.space_len(), frame_count, &index_digest)?;
+        let mut needed = bitmap::empty(frame_count);
+        for frame in needed_frames(&index, 0..index.space_len()) {
+            bitmap::set_in(&mut needed, frame);
+        }
+        bits.iter_mut().zip(&needed).for_each(|(bits, needed)| *bits &= needed);
+        Ok(Self {
+            directory,
+            index_digest,
+            data,
+            frame_count,
+            needed_count: needed.iter().map(|word| word.count_ones() as usize).sum(),
+            present: Bitmap::new(bits.clone()),
+            has_unwritten_bits: AtomicBool::new(false),
+            unkept: Mutex::default(),
+            has_unkept: AtomicBool::new(false),
+            durable: Mutex::new(Durable { bits, is_removed: false }),
+            index,
+        })
+    }
+
+    /// The index.
+    pub(crate) fn index(&self) -> &LayerIndex {
+        &self.index
+    }
+
+    /// Frames that hold file content.
+    pub(crate) fn needed_count(&self) -> usize {
+        self.needed_count
+    }
+
+    /// Frames with file content that are there.
+    pub(crate) fn present_count(&self) -> usize {
+        self.present.set_count()
+    }
+
+    /// Whether every frame with file content is there.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.present_count() == self.needed_count
+    }
+
+    /// Whether a frame is there.
+    pub(crate) fn is_present(&self, frame: u32) -> bool {
+        self.present.is_set(frame)
+    }
+
+    /// Cuts a plain range where the space ends.
+    pub(crate) fn clip(&self, offset: u64, len: usize) -> Range<u64> {
+        let end = offset.saturating_add(len as u64).min(self.index.space_len());
+        offset.min(end)..end
+    }
+
+    /// Reads from `offset`, if all frames needed are there, in `extra` or among those the disk did not take.
+    ///
+    /// `Ok(None)` when one is missing. Otherwise the bytes read: all of `buffer`, or less where the space ends.
+    pub(crate) fn read_present(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        extra: &UnkeptFrames,
+    ) -> io::Result<Option<usize>> {
+        let plain = self.clip(offset, buffer.len());
+        let mut from_memory = UnkeptFrames::new();
+        for frame in needed_frames(&self.index, plain.clone()) {
+            if self.is_present(frame) {
+                continue;
+            }
+            match extra.iter().find(|(number, _)| *number == frame).cloned().or_else(|| self.find_unkept(frame)) {
+                Some(unkept) => from_memory.push(unkept),
+                None => return Ok(None),
+            }
+        }
+        let len = usize::try_from(plain.end - plain.start).map_err(io::Error::other)?;
+        let buffer = &mut buffer[..len];
+        read_sparse(&self.data, plain.start, buffer)?;
+        for (frame, content) in &from_memory {
+            self.for_each_piece(*frame, content, |piece_offset, piece| {
+                copy_overlap(piece_offset, piece, plain.start, buffer);
+                Ok(())
+            })?;
+        }
+        Ok(Some(len))
+    }
+
+    /// Writes the verified content of a frame; afterwards it is there.
+    pub(crate) fn write_frame(&self, frame: u32, content: &[u8]) -> io::Result<()> {
+        let mut run: Vec<u8> = Vec::new();
+        let mut run_offset = 0;
+        self.for_each_piece(frame, content, |piece_offset, piece| {
+            // Files follow each other in both orders, so nothing but zeros lies between two pieces. Gaps shorter
+            // than a block take no more disk when written, and save a system call a file.
+            let run_end: u64 = run_offset + run.len() as u64;
+            let is_near = piece_offset >= run_end && piece_offset - run_end < PLAIN_ALIGN;
+            if !run.is_empty() && (!is_near || run.len() + piece.len() > WRITE_LEN_MAX) {
+                self.data.write_all_at(&run, run_offset)?;
+                run.clear();
+            }
+            if run.is_empty() {
+                run_offset = piece_offset;
+            }
+            let gap_len = usize::try_from(piece_offset - run_offset).map_err(io::Error::other)?;
+            run.resize(gap_len, 0);
+            run.extend_from_slice(piece);
+            Ok(())
+        })?;
+        self.data.write_all_at(&run, run_offset)?;
+        self.present.set(frame);
+        self.has_unwritten_bits.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Keeps a frame in memory for a while because the disk did not take it.
+    pub(crate) fn keep_in_memory(&self, frame: u32, content: Bytes) {
+        let mut unkept = lock(&self.unkept);
+        unkept.retain(|(number, _)| *number != frame);
+        unkept.push_back((frame, content));
+        if unkept.len() > UNKEPT_FRAMES_MAX {
+            unkept.pop_front();
+        }
+        self.has_unkept.store(true, Ordering::Release);
+    }
+
+    fn find_unkept(&self, frame: u32) -> Option<(u32, Bytes)> {
+        if !self.has_unkept.load(Ordering::Acquire) {
+            return None;
+        }
+        lock(&self.unkept).iter().find(|(number, _)| *number == frame).cloned()
+    }
+
+    /// Makes durable what arrived: first data, then its bits.
+    ///
+    /// When the data cannot be made durable, the frames concerned count as missing again.
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        let mut durable = lock(&self.durable);
+        if durable.is_removed || !self.has_unwritten_bits.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let bits = self.present.snapshot();
+        if let Err(error) = self.data.sync_data() {
+            let lost: Vec<u64> = bits.iter().zip(&durable.bits).map(|(bits, durable)| bits & !durable).collect();
+            self.present.clear_all(&lost);
+            return Err(error);
+        }
+        if let Err(error) = self.directory.write_bits(&bits, self.frame_count, &self.index_digest) {
+            self.has_unwritten_bits.store(true, Ordering::Release);
+            return Err(error);
+        }
+        durable.bits = bits;
+        Ok(())
+    }
+
+    /// Runs `remove` on the directory; nothing is written there afterwards. Open readers go on.
+    pub(crate) fn remove<T>(&self, remove: impl FnOnce(&LayerDirectory) -> io::Result<T>) -> io::Result<T> {
+        let mut durable = lock(&self.durable);
+        durable.is_removed = true;
+        remove(&self.directory)
+    }
+
+    /// Runs `write` on the directory unless it was removed.
+    pub(crate) fn write(&self, write: impl FnOnce(&LayerDirectory) -> io::Result<()>) -> io::Result<()> {
+        let durable = lock(&self.durable);
+        if durable.is_removed { Ok(()) } else { write(&self.directory) }
+    }
+
+    /// Calls `piece` with plain offset and bytes for every run of file content in a frame, ascending.
+    fn for_each_piece(
+        &self,
+        frame: u32,
+        content: &[u8],
+        mut piece: impl FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let Some(record) = self.index.frames().get(frame as usize) else { return Ok(()) };
+        let tar = record.tar_range();
+        let extents = self.index.extents();
+        for extent in self.index.extents_in_tar(&tar).filter_map(|number| extents.get(number)) {
+            let extent_tar = extent.tar_range();
+            let overlap = extent_tar.start.max(tar.start)..extent_tar.end.min(tar.end);
+            let start = usize::try_from(overlap.start.saturating_sub(tar.start)).map_err(io::Error::other)?;
+            let end = usize::try_from(overlap.end.saturating_sub(tar.start)).map_err(io::Error::other)?;
+            let bytes =
+                content.get(start..end).ok_or_else(|| io::Error::other("frame is shorter than its index says"))?;
+            piece(extent.plain_offset.get().saturating_add(overlap.start - extent_tar.start), bytes)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for FrameStore {
+    fn drop(&mut self) {
+        if let Err(error) = self.flush() {
+            tracing::warn!(layer = %self.directory.path().display(), %error, "what arrived last is fetched again");
+        }
+    }
+}
+
+/// The frames that hold bytes of a plain range, ascending; none for holes and for what lies between files.
+pub(crate) fn needed_frames(index: &LayerIndex, plain: Range<u64>) -> impl Iterator<Item = u32> {
+    let numbers = if plain.is_empty() { 0..0 } else { index.extents_in_plain(&plain) };
+    let mut next_frame = 0;
+    numbers.filter_map(|number| index.extents().get(number)).flat_map(move |extent| {
+        let extent_plain = extent.plain_range();
+        let tar_start = extent.tar_offset.get();
+        let start = plain.start.saturating_sub(extent_plain.start);
+        let end = plain.end.min(extent_plain.end).saturating_sub(extent_plain.start);
+        let frames = index.frames_in_tar(&(tar_start.saturating_add(start)..tar_start.saturating_add(end)));
+        // Two files may share a frame: name it once.
+        let frames = frames.start.max(next_frame)..frames.end;
+        next_frame = frames.end.max(next_frame);
+        frames.filter_map(|frame| u32::try_from(frame).ok())
+    })
+}
+
+/// Fills `buffer` from `offset`; zeros past the end of the file.
+fn read_sparse(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(len) => filled += len,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    buffer[filled..].fill(0);
+    Ok(())
+}
+
+/// Copies the part of `piece`, which lies at `piece_offset`, that falls into `buffer` at `buffer_offset`.
+fn copy_overlap(piece_offset: u64, piece: &[u8], buffer_offset: u64, buffer: &mut [u8]) {
+    let start = piece_offset.max(buffer_offset);
+    let end = (piece_offset + piece.len() as u64).min(buffer_offset + buffer.len() as u64);
+    if start >= end {
+        return;
+    }
+    let position = |offset: u64, base: u64| usize::try_from(offset - base).expect("inside a slice");
+    buffer[position(start, buffer_offset)..position(end, buffer_offset)]
+        .copy_from_slice(&piece[position(start, piece_offset)..position(end, piece_offset)]);
+}
+
+/// Locks; a panic elsewhere leaves these values whole, as each is changed in one step.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,163 @@
+//! One request: a range of neighbouring frames, each checked, decompressed and kept as it arrives.
+//!
+//! Bytes are received on the runtime's reactor; hashing, decompressing and writing happen on its
+//! blocking threads, so that a burst of frames delays no other stream.
+
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::{Bytes, BytesMut};
+use format_spec::{Digest, Frame, index::FRAME_PLAIN_LEN_MAX};
+use futures_util::StreamExt;
+
+use crate::{
+    error::ReadError,
+    layer::{LayerInner, Priority},
+    scheduler::{InFlight, Scheduler},
+    source::{ByteStream, SourceError},
+};
+
+/// Frames on their way.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) scheduler: Arc<Scheduler>,
+    pub(crate) layer: Arc<LayerInner>,
+    pub(crate) priority: Priority,
+    pub(crate) number: u64,
+    /// Neighbours in the blob, first to last.
+    pub(crate) frames: VecDeque<(InFlight, Frame)>,
+    /// Offset in the blob up to which bytes have arrived.
+    pub(crate) received_until: Arc<AtomicU64>,
+}
+
+impl Request {
+    fn blob_range(&self) -> Range<u64> {
+        let first = self.frames.front().map_or(0..0, |(_, frame)| frame.blob_range());
+        let last = self.frames.back().map_or(0..0, |(_, frame)| frame.blob_range());
+        first.start..last.end
+    }
+
+    fn take_frames(&mut self) -> impl DoubleEndedIterator<Item = InFlight> + use<> {
+        std::mem::take(&mut self.frames).into_iter().map(|(in_flight, _)| in_flight)
+    }
+
+    fn source_error(&self, error: SourceError) -> ReadError {
+        ReadError::Source { blob: self.layer.blob(), error }
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        self.scheduler.end_request(self.number);
+    }
+}
+
+/// Fetches the frames of a request.
+pub(crate) async fn run(mut request: Request) {
+    let range = request.blob_range();
+    tracing::debug!(blob = %request.layer.blob(), ?range, priority = ?request.priority, "frames requested");
+    let source = request.layer.source();
+    let mut stream = match source.fetch(range).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            let error = request.source_error(error);
+            tracing::warn!(%error, "frames cannot be fetched");
+            request.take_frames().for_each(|in_flight| in_flight.fail(error.clone()));
+            return;
+        }
+    };
+    let mut received = BytesMut::new();
+    while let Some((in_flight, record)) = request.frames.pop_front() {
+        if request.layer.is_removed() {
+            return;
+        }
+        if !in_flight.is_wanted() {
+            // A read has taken it over: what comes after it is cheaper asked for again than received twice.
+            let after = request.take_frames();
+            request.scheduler.requeue(after, None);
+            return;
+        }
+        let len = record.compressed_len.get() as usize;
+        if let Err(error) = receive(&mut stream, &mut received, len, &request).await {
+            let error = request.source_error(error);
+            tracing::debug!(%error, "request broke off");
+            request.frames.push_front((in_flight, record));
+            let missing = request.take_frames();
+            request.scheduler.requeue(missing, Some(&error));
+            return;
+        }
+        let compressed = received.split_to(len).freeze();
+        let Ok(permit) = request.scheduler.decoders(request.priority).acquire_owned().await else { return };
+        let scheduler = request.scheduler.clone();
+        request.scheduler.runtime().spawn_blocking(move || {
+            keep(&scheduler, in_flight, &record, &compressed);
+            drop(permit);
+        });
+    }
+}
+
+/// Receives until `received` holds `len` bytes.
+async fn receive(
+    stream: &mut ByteStream,
+    received: &mut BytesMut,
+    len: usize,
+    request: &Request,
+) -> Result<(), SourceError> {
+    while received.len() < len {
+        let Some(piece) = stream.next().await.transpose()? else {
+            let end = request.received_until.load(Ordering::Acquire);
+            return Err(SourceError(format!("the source's answer ended at byte {end}, too early")));
+        };
+        request.received_until.fetch_add(piece.len() as u64, Ordering::AcqRel);
+        request.layer.count_fetched(piece.len());
+        received.extend_from_slice(&piece);
+    }
+    Ok(())
+}
+
+/// Verifies, decompresses and writes a frame, and wakes who waits for it.
+fn keep(scheduler: &Arc<Scheduler>, in_flight: InFlight, record: &Frame, compressed: &[u8]) {
+    let (blob, frame) = (in_flight.layer.blob(), in_flight.frame);
+    let content = match decode(blob, frame, record, compressed) {
+        Ok(content) => content,
+        Err(error @ ReadError::Corrupt { .. }) => {
+            return scheduler.requeue(std::iter::once(in_flight), Some(&error));
+        }
+        Err(error) => return in_flight.fail(error),
+    };
+    let layer = in_flight.layer.clone();
+    match layer.store.write_frame(frame, &content) {
+        Ok(()) => in_flight.arrived(None),
+        Err(error) => {
+            tracing::warn!(%blob, frame, %error, "cache cannot be written: frame is served from memory");
+            let content = Bytes::from(content);
+            layer.store.keep_in_memory(frame, content.clone());
+            in_flight.arrived(Some(content));
+        }
+    }
+}
+
+/// The plain bytes of a frame: exactly as many as the index says, from exactly the bytes it names.
+fn decode(blob: Digest, frame: u32, record: &Frame, compressed: &[u8]) -> Result<Vec<u8>, ReadError> {
+    let (expected, found) = (record.digest(), Digest::of(compressed));
+    if found != expected {
+        return Err(ReadError::Corrupt { blob, frame, expected, found });
+    }
+    let plain_len = record.plain_len.get();
+    let undecodable = |reason| ReadError::Undecodable { blob, frame, plain_len, reason };
+    if plain_len > FRAME_PLAIN_LEN_MAX {
+        return Err(undecodable(format!("frames hold at most {FRAME_PLAIN_LEN_MAX} bytes")));
+    }
+    let content =
+        zstd::bulk::decompress(compressed, plain_len as usize).map_err(|error| undecodable(error.to_string()))?;
+    if content.len() != plain_len as usize {
+        return Err(undecodable(format!("it has {} bytes", content.len())));
+    }
+    Ok(content)
+}

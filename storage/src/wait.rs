@@ -1,0 +1,82 @@
+//! One reader's wait for several frames.
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use bytes::Bytes;
+use format_spec::Digest;
+
+use crate::{
+    error::ReadError,
+    frame_store::{UnkeptFrames, lock},
+};
+
+type Done = Box<dyn FnOnce(Result<UnkeptFrames, ReadError>) + Send>;
+
+/// Calls back once: when all frames have arrived, when one has failed, or when it is dropped before.
+pub(crate) struct Wait {
+    blob: Digest,
+    remaining: AtomicUsize,
+    unkept: Mutex<UnkeptFrames>,
+    done: Mutex<Option<Done>>,
+}
+
+impl Wait {
+    /// A wait for nothing yet; it ends with the [`Self::end_of_frames`] that its maker owes it at the earliest.
+    ///
+    /// `done` gets the frames that the disk did not take.
+    pub(crate) fn new(blob: Digest, done: impl FnOnce(Result<UnkeptFrames, ReadError>) + Send + 'static) -> Arc<Self> {
+        let done: Done = Box::new(done);
+        Arc::new(Self { blob, remaining: AtomicUsize::new(1), unkept: Mutex::default(), done: Mutex::new(Some(done)) })
+    }
+
+    /// Waits for one frame more.
+    pub(crate) fn add_frame(&self) {
+        self.remaining.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// No further frames will be added.
+    pub(crate) fn end_of_frames(&self) {
+        self.count_down();
+    }
+
+    /// One of the frames is there: in the cache, or as `unkept` when the disk did not take it.
+    pub(crate) fn frame_arrived(&self, frame: u32, unkept: Option<Bytes>) {
+        if let Some(content) = unkept {
+            lock(&self.unkept).push((frame, content));
+        }
+        self.count_down();
+    }
+
+    /// One of the frames will not come: the wait ends at once.
+    pub(crate) fn fail(&self, error: ReadError) {
+        let done = lock(&self.done).take();
+        if let Some(done) = done {
+            done(Err(error));
+        }
+    }
+
+    fn count_down(&self) {
+        if self.remaining.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return;
+        }
+        let done = lock(&self.done).take();
+        if let Some(done) = done {
+            done(Ok(std::mem::take(&mut lock(&self.unkept))));
+        }
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        self.fail(ReadError::Stopped(self.blob));
+    }
+}
+
+impl std::fmt::Debug for Wait {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Wait").field("remaining", &self.remaining).finish_non_exhaustive()
+    }
+}
