@@ -29,6 +29,14 @@ pub enum Error {
         /// What it said.
         error: io::Error,
     },
+    /// The kernel refused to unmount.
+    #[error("cannot unmount {}: {error}", path.display())]
+    Unmount {
+        /// The directory.
+        path: PathBuf,
+        /// What it said.
+        error: io::Error,
+    },
     /// The session ended with an error.
     #[error("FUSE session on {} ended: {error}", path.display())]
     Session {

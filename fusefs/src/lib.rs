@@ -1,11 +1,29 @@
 //! Merged tree of an image, FUSE session, control socket.
+//!
+//! [`merge`](mod@merge) makes one tree of an image's layers; `lazuli-fused` ([`Daemon`]) shows the trees of a node
+//! in one session and is asked over the [`control`] socket; [`mount_image`] shows one image without a daemon.
+//! Bytes come from `storage`, which asks the sources that a [`SourceFactory`] makes.
+//!
+//! Words: a *tree* is what a container sees of an image; a *session* is one FUSE mount; a *slot* is the
+//! place of a tree among the node numbers of the session.
 
 pub mod control;
+pub mod daemon;
 pub mod error;
 pub mod factory;
+mod fs;
 pub mod merge;
 pub mod mount;
+mod namespace;
+mod number;
+mod server;
+mod service;
+mod session;
+mod store;
+mod tree;
 
+pub use daemon::{Daemon, DaemonOptions};
 pub use error::Error;
 pub use factory::SourceFactory;
 pub use mount::{Mount, mount_image};
+pub use session::SessionOptions;

@@ -1,0 +1,315 @@
+//! The FUSE operations: a thin shell around `namespace.rs`.
+//!
+//! Nothing ever changes below a node number, so the kernel may keep whatever it was told: attributes,
+//! names, names that do not exist, directory listings, link targets and pages. Opening a file or directory
+//! needs no request at all (`ENOSYS` to the first one tells the kernel so); there are no file handles, and
+//! forgetting is nothing to us.
+//!
+//! No request waits for the network on a session thread: a read whose bytes are missing takes its reply
+//! along to `storage`.
+
+use std::{
+    cell::RefCell,
+    ffi::OsStr,
+    io,
+    os::unix::ffi::OsStrExt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use format_spec::index::mode;
+use fuser::{
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+};
+use tracing::{debug, warn};
+
+use crate::{
+    namespace::{Entry, Found, Namespace},
+    tree::BLOCK_LEN,
+};
+
+/// How long the kernel may keep what never changes: a year, well inside what it can count.
+const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+/// Longest name of a directory entry (`NAME_MAX`).
+const NAME_LEN_MAX: u32 = 255;
+/// Requests that nobody waits for, read-ahead above all, which the kernel may have open. Its default of 12 is made
+/// for local disks; each may wait for a registry here.
+const BACKGROUND_REQUESTS_MAX: u16 = 256;
+/// Node numbers are never used again, so generations do not differ.
+const GENERATION: Generation = Generation(0);
+/// What the kernel is asked for where it can: listings with attributes, parallel lookups in a directory, cached link
+/// targets, and ACLs that count in permission checks as on any other file system.
+const WANTED: [InitFlags; 5] = [
+    InitFlags::FUSE_DO_READDIRPLUS,
+    InitFlags::FUSE_READDIRPLUS_AUTO,
+    InitFlags::FUSE_PARALLEL_DIROPS,
+    InitFlags::FUSE_CACHE_SYMLINKS,
+    InitFlags::FUSE_POSIX_ACL,
+];
+
+thread_local! {
+    /// Where reads of this session thread are assembled: a request has at most 1 MiB (Linux fs/fuse/fuse_i.h).
+    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The file system of one session.
+#[derive(Debug)]
+pub(crate) struct LazuliFs {
+    namespace: Arc<Namespace>,
+    /// The kernel understands `ENOSYS` to `open` as "do not ask again".
+    is_open_needless: bool,
+    /// The same for `opendir`.
+    is_opendir_needless: bool,
+}
+
+impl LazuliFs {
+    pub(crate) fn new(namespace: Arc<Namespace>) -> Self {
+        Self { namespace, is_open_needless: false, is_opendir_needless: false }
+    }
+}
+
+impl Filesystem for LazuliFs {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let offered = config.capabilities();
+        for wanted in WANTED {
+            if config.add_capabilities(wanted).is_err() {
+                debug!(?wanted, "kernel cannot");
+            }
+        }
+        self.is_open_needless = offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
+        self.is_opendir_needless = offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
+        config.set_max_background(BACKGROUND_REQUESTS_MAX).map_err(|least| {
+            io::Error::other(format!("kernel allows no {BACKGROUND_REQUESTS_MAX} background requests but {least}"))
+        })?;
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.namespace.lookup(parent.0, name.as_bytes()) {
+            Ok(Found::Entry(entry)) => reply.entry(&FOR_EVER, &file_attr(&entry), GENERATION),
+            Ok(Found::Nothing) => reply.entry(&FOR_EVER, &no_file(), GENERATION),
+            Ok(Found::NotYet) => reply.error(Errno::ENOENT),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn forget(&self, _: &Request, _: INodeNo, _: u64) {}
+
+    fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.namespace.entry(number.0) {
+            Ok(entry) => reply.attr(&FOR_EVER, &file_attr(&entry)),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn readlink(&self, _: &Request, number: INodeNo, reply: ReplyData) {
+        let mut reply = Some(reply);
+        let answered = self.namespace.read_link(number.0, |target| reply.take().map(|reply| reply.data(target)));
+        if let (Err(error), Some(reply)) = (answered, reply) {
+            reply.error(errno(error));
+        }
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if self.is_open_needless {
+            return reply.error(Errno::ENOSYS);
+        }
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let content = match self.namespace.content(number.0, offset, size as usize) {
+            Ok(Some(content)) => content,
+            Ok(None) => return reply.data(&[]),
+            Err(error) => return reply.error(errno(error)),
+        };
+        READ_BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < content.len {
+                buffer.resize(content.len, 0);
+            }
+            let buffer = &mut buffer[..content.len];
+            match content.layer.read_at_if_present(content.plain_offset, buffer) {
+                Ok(Some(len)) => reply.data(&buffer[..len]),
+                Ok(None) => content.layer.read_then(content.plain_offset, content.len, |bytes| match bytes {
+                    Ok(bytes) => reply.data(&bytes),
+                    Err(error) => {
+                        debug!(%error, "read failed");
+                        reply.error(Errno::EIO);
+                    }
+                }),
+                Err(error) => {
+                    warn!(blob = %content.layer.lazy_layer().blob, %error, "cache file cannot be read");
+                    reply.error(Errno::EIO);
+                }
+            }
+        });
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if self.is_opendir_needless {
+            return reply.error(Errno::ENOSYS);
+        }
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR);
+    }
+
+    fn readdir(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let filled = self.namespace.read_directory(number.0, offset, |next, name, entry| {
+            !reply.add(INodeNo(entry.number), next, file_type(entry.attributes.mode), OsStr::from_bytes(name))
+        });
+        match filled {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn readdirplus(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+        let filled = self.namespace.read_directory(number.0, offset, |next, name, entry| {
+            let name = OsStr::from_bytes(name);
+            !reply.add(INodeNo(entry.number), next, name, &FOR_EVER, &file_attr(entry), GENERATION)
+        });
+        match filled {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn statfs(&self, _: &Request, number: INodeNo, reply: ReplyStatfs) {
+        let statistics = self.namespace.statistics(number.0);
+        let block_len = block_len();
+        reply.statfs(statistics.block_count, 0, 0, statistics.inode_count, 0, block_len, NAME_LEN_MAX, block_len);
+    }
+
+    fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let mut reply = Some(reply);
+        let answered = self
+            .namespace
+            .xattr(number.0, name.as_bytes(), |value| reply.take().map(|reply| answer_xattr(value, size, reply)));
+        if let (Err(error), Some(reply)) = (answered, reply) {
+            reply.error(errno(error));
+        }
+    }
+
+    fn listxattr(&self, _: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.namespace.xattr_names(number.0) {
+            Ok(names) => answer_xattr(&names, size, reply),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
+        // The kernel then treats the file as one piece of data, and does not ask again.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: fuser::IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+}
+
+/// The protocol of `getxattr(2)` and `listxattr(2)`: size 0 asks for the length.
+fn answer_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
+    match u32::try_from(value.len()) {
+        Ok(len) if size == 0 => reply.size(len),
+        Ok(len) if len <= size => reply.data(value),
+        _ => reply.error(Errno::ERANGE),
+    }
+}
+
+/// An entry without a file: the kernel then remembers that there is none.
+fn no_file() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: SystemTime::UNIX_EPOCH,
+        mtime: SystemTime::UNIX_EPOCH,
+        ctime: SystemTime::UNIX_EPOCH,
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: block_len(),
+        flags: 0,
+    }
+}
+
+fn file_attr(entry: &Entry) -> FileAttr {
+    let attributes = &entry.attributes;
+    let time = system_time(attributes.mtime_seconds, attributes.mtime_nanoseconds);
+    FileAttr {
+        ino: INodeNo(entry.number),
+        size: attributes.size,
+        blocks: attributes.stat_blocks,
+        // A tar stream has one time only.
+        atime: time,
+        mtime: time,
+        ctime: time,
+        kind: file_type(attributes.mode),
+        perm: u16::try_from(attributes.mode & 0o7777).expect("twelve bits"),
+        nlink: attributes.nlink,
+        uid: attributes.uid,
+        gid: attributes.gid,
+        rdev: attributes.rdev,
+        ..no_file()
+    }
+}
+
+fn file_type(mode: u32) -> FileType {
+    match mode & mode::TYPE {
+        mode::DIRECTORY => FileType::Directory,
+        mode::SYMLINK => FileType::Symlink,
+        mode::CHARACTER => FileType::CharDevice,
+        mode::BLOCK => FileType::BlockDevice,
+        mode::FIFO => FileType::NamedPipe,
+        mode::SOCKET => FileType::Socket,
+        _ => FileType::RegularFile,
+    }
+}
+
+/// Seconds before 1970 count backwards, nanoseconds always forwards, as in `struct timespec`.
+fn system_time(seconds: i64, nanoseconds: u32) -> SystemTime {
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let second = match seconds {
+        0.. => SystemTime::UNIX_EPOCH.checked_add(whole),
+        _ => SystemTime::UNIX_EPOCH.checked_sub(whole),
+    };
+    let time = second.and_then(|second| second.checked_add(Duration::from_nanos(nanoseconds.into())));
+    time.unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+fn block_len() -> u32 {
+    u32::try_from(BLOCK_LEN).expect("4096")
+}
+
+fn errno(error: rustix::io::Errno) -> Errno {
+    Errno::from_i32(error.raw_os_error())
+}

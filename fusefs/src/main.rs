@@ -1,0 +1,100 @@
+//! `lazuli-fused`: the daemon that shows lazy layers of a node through FUSE.
+//!
+//! Wiring only: command line, logging, signals, and registries as the place that layers come from.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use clap::Parser;
+use fusefs::{Daemon, DaemonOptions, Error, SessionOptions, control::RemoteLayer};
+use registry::{BlobSource, Client, ClientOptions, Reference};
+use storage::{Source, SourceError};
+use tokio::{runtime::Builder, signal::unix::SignalKind};
+use tracing::{error, info};
+use tracing_subscriber::EnvFilter;
+
+/// Threads for transfers and requests; reads are served by threads of the session.
+const WORKER_THREADS: usize = 2;
+/// Threads for what may block: writing files, merging trees, unmounting.
+const BLOCKING_THREADS_MAX: usize = 16;
+
+/// Shows the layers and merged trees of lazily mounted images through one FUSE session.
+///
+/// Started by lazuli-snapshotter, which asks for trees over the control socket.
+#[derive(Debug, Parser)]
+#[command(name = "lazuli-fused", version)]
+struct Arguments {
+    /// Directory for cache, trees and mount point.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/lazuli")]
+    root: PathBuf,
+    /// Path of the control socket.
+    #[arg(long, value_name = "SOCKET", default_value = "/run/lazuli/fused.sock")]
+    address: PathBuf,
+    /// Speak plain HTTP to every registry, not only on loopback.
+    #[arg(long)]
+    plain_http: bool,
+    /// What the kernel reads ahead of a sequential reader, in KiB.
+    #[arg(long, value_name = "KIB", default_value_t = SessionOptions::default().read_ahead_kib)]
+    read_ahead: u32,
+    /// What to log: a level, or directives as `fusefs=debug,storage=info`.
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    log: EnvFilter,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt().with_env_filter(arguments.log).with_writer(std::io::stderr).with_ansi(false).init();
+    let options = DaemonOptions {
+        root: arguments.root,
+        address: arguments.address,
+        session: SessionOptions { read_ahead_kib: arguments.read_ahead },
+    };
+    let environment = ClientOptions::from_environment();
+    // Restarted during an outage it waits as long as it would have without the restart.
+    let first_contact_patience = environment.patience;
+    let client = Client::new(ClientOptions {
+        plain_http: environment.plain_http || arguments.plain_http,
+        first_contact_patience,
+        ..environment
+    });
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .enable_all()
+        .build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(run(options, client)).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: DaemonOptions, client: Client) -> Result<(), Error> {
+    let sources = move |layer: &RemoteLayer| blob_source(&client, layer);
+    let shutdown = shutdown_signal();
+    let daemon = Daemon::start(options, Arc::new(sources)).await?;
+    info!("ready");
+    daemon.run(shutdown).await
+}
+
+fn blob_source(client: &Client, layer: &RemoteLayer) -> Result<Arc<dyn Source>, SourceError> {
+    let reference: Reference = layer.image.parse().map_err(|error| SourceError(format!("{error}")))?;
+    Ok(Arc::new(BlobSource::new(client.clone(), reference, layer.layer.blob, layer.layer.blob_len)))
+}
+
+/// Ends with the first SIGTERM or SIGINT after this call.
+fn shutdown_signal() -> impl Future<Output = ()> {
+    let listen = |kind| tokio::signal::unix::signal(kind).expect("a signal that may be caught");
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate()), listen(SignalKind::interrupt()));
+    async move {
+        tokio::select! {
+            _ = terminate.recv() => info!("SIGTERM: shutting down"),
+            _ = interrupt.recv() => info!("SIGINT: shutting down"),
+        }
+    }
+}

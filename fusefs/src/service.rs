@@ -1,0 +1,312 @@
+//! Layers and trees of a root directory: opened, merged, kept, forgotten.
+//!
+//! What the control socket asks for and what `lazuli mount` needs, without either. Below the root lie
+//! `cache/` (storage's) and `trees/` (`store.rs`).
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+};
+
+use format_spec::{Digest, LazyLayer, index::LAYER_COUNT_MAX};
+use fuser::Notifier;
+use serde_json::json;
+use storage::{Cache, CacheOptions, KnownLayer, Layer};
+use tokio::{runtime::Handle, sync::OnceCell, task::JoinSet};
+use tracing::{debug, info, warn};
+
+use crate::{
+    control::{LayerStatus, RemoteLayer, TreeId, tree_id},
+    error::Error,
+    factory::SourceFactory,
+    merge::{MergeError, merge},
+    namespace::Namespace,
+    number::Node,
+    session,
+    store::TreeStore,
+    tree::Tree,
+};
+
+/// Key of the image reference in storage's description of a layer.
+const IMAGE: &str = "image";
+
+/// The layers and trees of one root directory. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Service(Arc<Inner>);
+
+struct Inner {
+    cache: Cache,
+    store: TreeStore,
+    sources: Arc<dyn SourceFactory>,
+    namespace: Arc<Namespace>,
+    /// Trees that are available, or being made by somebody.
+    trees: Mutex<HashMap<TreeId, Arc<PendingTree>>>,
+    notifier: OnceLock<Notifier>,
+}
+
+struct PendingTree {
+    layers: Vec<LazyLayer>,
+    tree: OnceCell<Arc<Tree>>,
+}
+
+impl Service {
+    /// Opens `root`, making it if needed; transfers run on `runtime`. Nothing is shown before it is asked for.
+    ///
+    /// # Errors
+    ///
+    /// When the cache or the trees cannot be opened.
+    pub(crate) fn open(root: &Path, runtime: Handle, sources: Arc<dyn SourceFactory>) -> Result<Self, Error> {
+        Ok(Self(Arc::new(Inner {
+            cache: Cache::open(&root.join("cache"), runtime, CacheOptions::default())?,
+            store: TreeStore::open(root.join("trees"))?,
+            sources,
+            namespace: Arc::new(Namespace::of_node()),
+            trees: Mutex::default(),
+            notifier: OnceLock::new(),
+        })))
+    }
+
+    /// What a session for the node shows.
+    pub(crate) fn namespace(&self) -> Arc<Namespace> {
+        self.0.namespace.clone()
+    }
+
+    /// Lets changes be told to the kernel from now on.
+    pub(crate) fn set_notifier(&self, notifier: Notifier) {
+        // There is one session; a second call would have nothing new to say.
+        let _ = self.0.notifier.set(notifier);
+    }
+
+    /// Makes every tree available that was when the last process ended; those that cannot be, are skipped.
+    ///
+    /// # Errors
+    ///
+    /// When the trees cannot be listed.
+    pub(crate) fn restore(&self) -> Result<(), Error> {
+        for (id, record) in self.0.store.records()? {
+            let service = self.clone();
+            tokio::spawn(async move {
+                if let Err(error) = service.tree(&record.layers).await {
+                    warn!(tree = %id, %error, "tree is not available");
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Opens a layer, fetching its index if need be.
+    ///
+    /// # Errors
+    ///
+    /// When there is no source for it or its index cannot be had.
+    pub(crate) async fn layer(&self, remote: &RemoteLayer) -> Result<Layer, Error> {
+        let (blob, image) = (remote.layer.blob, &remote.image);
+        let refuse = |error| Error::Source { blob, image: image.clone(), error };
+        let source = self.0.sources.source(remote).map_err(refuse)?;
+        let layer = self.0.cache.layer(&remote.layer, source, json!({ IMAGE: image })).await?;
+        self.0.namespace.add_blob(&layer);
+        Ok(layer)
+    }
+
+    /// Opens a layer in the background; failures show when a tree needs it.
+    pub(crate) fn announce(&self, remote: RemoteLayer) {
+        let service = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = service.layer(&remote).await {
+                debug!(blob = %remote.layer.blob, %error, "announced layer cannot be opened yet");
+            }
+        });
+    }
+
+    /// The merged tree of `layers`, lowest first: known already, from disk, or made now. Concurrent calls share the
+    /// work.
+    ///
+    /// # Errors
+    ///
+    /// When a layer cannot be opened, the layers do not make a tree, or the disk refuses.
+    pub(crate) async fn tree(&self, layers: &[RemoteLayer]) -> Result<Arc<Tree>, Error> {
+        let id = tree_id(layers.iter().map(|layer| layer.layer.blob)).filter(|_| layers.len() <= LAYER_COUNT_MAX);
+        let id = id.ok_or(MergeError::LayerCount(layers.len()))?;
+        let lazy_layers: Vec<LazyLayer> = layers.iter().map(|layer| layer.layer).collect();
+        let pending = {
+            let new = || Arc::new(PendingTree { layers: lazy_layers.clone(), tree: OnceCell::new() });
+            self.trees().entry(id).or_insert_with(new).clone()
+        };
+        if pending.layers != lazy_layers {
+            return Err(Error::OtherLayers(id));
+        }
+        let made = pending.tree.get_or_try_init(|| self.make_tree(id, layers)).await.cloned();
+        if made.is_err() {
+            self.forget_failed(id, pending);
+        }
+        made
+    }
+
+    async fn make_tree(&self, id: TreeId, layers: &[RemoteLayer]) -> Result<Arc<Tree>, Error> {
+        let opened = self.open_layers(layers).await?;
+        let (service, remote) = (self.clone(), layers.to_vec());
+        let make = move || service.load_or_merge(id, &remote, opened);
+        let tree = blocking(make).await?;
+        self.0.namespace.add_tree(&tree);
+        self.notify_change(Node::Trees, id);
+        info!(tree = %id, layers = layers.len(), inodes = tree.index.inodes().len(), "tree available");
+        Ok(tree)
+    }
+
+    async fn open_layers(&self, layers: &[RemoteLayer]) -> Result<Vec<Layer>, Error> {
+        let mut tasks = JoinSet::new();
+        for (number, remote) in layers.iter().cloned().enumerate() {
+            let service = self.clone();
+            tasks.spawn(async move { (number, service.layer(&remote).await) });
+        }
+        let mut opened: Vec<Option<Layer>> = vec![None; layers.len()];
+        while let Some(finished) = tasks.join_next().await {
+            let (number, layer) = finished.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+            opened[number] = Some(layer?);
+        }
+        Ok(opened.into_iter().flatten().collect())
+    }
+
+    fn load_or_merge(&self, id: TreeId, remote: &[RemoteLayer], layers: Vec<Layer>) -> Result<Arc<Tree>, Error> {
+        let stored = match self.0.store.load(id, remote)? {
+            Some(stored) => stored,
+            None => {
+                let indexes: Vec<_> = layers.iter().map(|layer| (layer.lazy_layer().blob, layer.index())).collect();
+                self.0.store.create(id, remote, &merge(&indexes)?)?
+            }
+        };
+        let (slot, index, block_count) = (stored.slot, stored.index, stored.block_count);
+        Ok(Arc::new(Tree { id, slot, index, layers, block_count }))
+    }
+
+    /// Unless somebody else is trying it just now.
+    fn forget_failed(&self, id: TreeId, pending: Arc<PendingTree>) {
+        let mut trees = self.trees();
+        drop(pending);
+        if let Some(pending) = trees.get(&id)
+            && pending.tree.get().is_none()
+            && Arc::strong_count(pending) == 1
+        {
+            trees.remove(&id);
+        }
+    }
+
+    /// Forgets a tree, on disk too; unknown ones are forgotten already.
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub(crate) async fn release_tree(&self, id: TreeId) -> Result<(), Error> {
+        let removed = {
+            let mut trees = self.trees();
+            let is_available = trees.get(&id).is_none_or(|pending| pending.tree.get().is_some());
+            if is_available {
+                trees.remove(&id);
+            }
+            is_available
+        };
+        if !removed {
+            // Somebody mounts it again at this moment.
+            return Ok(());
+        }
+        if self.0.namespace.remove_tree(id).is_some() {
+            self.notify_change(Node::Trees, id);
+        }
+        let service = self.clone();
+        blocking(move || service.0.store.remove(id)).await
+    }
+
+    /// Deletes the cache of a layer; unknown ones are deleted already.
+    ///
+    /// # Errors
+    ///
+    /// When a tree uses it, or the disk refuses.
+    pub(crate) async fn remove_layer(&self, blob: Digest) -> Result<(), Error> {
+        let user = self
+            .trees()
+            .iter()
+            .find(|(_, pending)| pending.layers.iter().any(|layer| layer.blob == blob))
+            .map(|(id, _)| *id);
+        if let Some(tree) = user {
+            return Err(Error::LayerInUse { blob, tree });
+        }
+        self.0.namespace.remove_blob(blob);
+        self.notify_change(Node::Blobs, blob);
+        Ok(self.0.cache.remove(blob).await?)
+    }
+
+    /// Bytes that a layer takes on disk; 0 for unknown ones.
+    ///
+    /// # Errors
+    ///
+    /// When its files cannot be looked at.
+    pub(crate) async fn layer_usage(&self, blob: Digest) -> Result<u64, Error> {
+        let service = self.clone();
+        blocking(move || service.0.cache.usage(blob).map_err(Error::disk(blob.hex()))).await
+    }
+
+    /// Every layer that the cache holds, sorted by digest.
+    ///
+    /// # Errors
+    ///
+    /// When the cache cannot be listed.
+    pub(crate) async fn layers(&self) -> Result<Vec<LayerStatus>, Error> {
+        let service = self.clone();
+        let known = blocking(move || service.0.cache.known_layers()).await?;
+        let open: HashMap<Digest, Layer> =
+            self.0.cache.open_layers().into_iter().map(|layer| (layer.lazy_layer().blob, layer)).collect();
+        Ok(known.into_iter().map(|known| layer_status(&known, open.get(&known.layer.blob))).collect())
+    }
+
+    /// Every tree that is available, sorted.
+    pub(crate) fn available_trees(&self) -> Vec<TreeId> {
+        let trees = self.trees();
+        let mut ids: Vec<TreeId> =
+            trees.iter().filter(|(_, pending)| pending.tree.get().is_some()).map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Makes everything that arrived durable; blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub(crate) fn flush(&self) -> Result<(), Error> {
+        Ok(self.0.cache.flush()?)
+    }
+
+    fn trees(&self) -> MutexGuard<'_, HashMap<TreeId, Arc<PendingTree>>> {
+        // The map is changed by single inserts and removes: a panic elsewhere leaves it whole.
+        self.0.trees.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The kernel answers only when it holds no lock that a lookup under way needs, so nobody waits for it here.
+    fn notify_change(&self, directory: Node, name: Digest) {
+        let Some(notifier) = self.0.notifier.get().cloned() else { return };
+        tokio::task::spawn_blocking(move || session::notify_change(&notifier, directory.number(), &name.hex()));
+    }
+}
+
+impl std::fmt::Debug for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Service").field("namespace", &self.0.namespace).finish_non_exhaustive()
+    }
+}
+
+fn layer_status(known: &KnownLayer, open: Option<&Layer>) -> LayerStatus {
+    let image = known.description.get(IMAGE).and_then(|image| image.as_str()).unwrap_or_default();
+    let progress = open.map(Layer::progress).unwrap_or_default();
+    LayerStatus {
+        layer: RemoteLayer { layer: known.layer, image: image.to_owned() },
+        frames_present: progress.frames_present,
+        frames_total: progress.frames_total,
+        fetched_bytes: progress.fetched_bytes,
+    }
+}
+
+/// Runs `work` where it may block.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+}

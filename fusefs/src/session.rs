@@ -1,0 +1,195 @@
+//! A FUSE session: mounted, served by threads of its own, unmounted.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use fuser::{Config, INodeNo, MountOption, Notifier, SessionACL, SessionUnmounter};
+use rustix::{
+    fs::{major, minor},
+    io::Errno,
+    mount::UnmountFlags,
+};
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+
+use crate::{error::Error, fs::LazuliFs, namespace::Namespace};
+
+/// Name of the file system in the mount table.
+const NAME: &str = "lazuli";
+/// Session threads: more than the cores only help while cache files are read from a slow disk.
+const THREADS_MAX: usize = 4;
+
+/// How a session behaves.
+#[derive(Debug, Clone)]
+pub struct SessionOptions {
+    /// What the kernel reads ahead of a sequential reader, and around a page fault. The kernel's default of 128 KiB
+    /// is less than a frame.
+    pub read_ahead_kib: u32,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self { read_ahead_kib: 1024 }
+    }
+}
+
+/// A mounted session. Dropping it leaves the mount.
+#[derive(Debug)]
+pub(crate) struct Session {
+    mount_point: PathBuf,
+    unmounter: Option<SessionUnmounter>,
+    notifier: Notifier,
+    /// `Some` when the threads have ended.
+    ended: watch::Receiver<Option<Result<(), Arc<io::Error>>>>,
+}
+
+impl Session {
+    /// Mounts `namespace` on the directory `mount_point` and serves it; blocks until it can be used.
+    ///
+    /// # Errors
+    ///
+    /// When the mount point or FUSE cannot be used; then nothing is mounted.
+    pub(crate) fn mount(
+        namespace: Arc<Namespace>,
+        mount_point: &Path,
+        options: &SessionOptions,
+    ) -> Result<Self, Error> {
+        let mount_point = Self::check_mount_point(mount_point)?;
+        File::options().read(true).write(true).open("/dev/fuse").map_err(Error::Device)?;
+        let failed = |error| Error::Mount { path: mount_point.clone(), error };
+        let mut session = fuser::Session::new(LazuliFs::new(namespace), &mount_point, &config()).map_err(failed)?;
+        let (sender, ended) = watch::channel(None);
+        let unmounter = session.unmount_callable();
+        let notifier = session.notifier();
+        let run = move || {
+            let result = session.run().map_err(Arc::new);
+            sender.send_replace(Some(result));
+        };
+        thread::Builder::new().name("lazuli-session".to_owned()).spawn(run).map_err(failed)?;
+        let session = Self { unmounter: Some(unmounter), notifier, ended, mount_point };
+        raise_read_ahead(&session.mount_point, options.read_ahead_kib);
+        info!(mount_point = %session.mount_point.display(), "mounted");
+        Ok(session)
+    }
+
+    /// The absolute path of a directory that can be mounted on.
+    ///
+    /// # Errors
+    ///
+    /// When it is not there or no directory.
+    pub(crate) fn check_mount_point(path: &Path) -> Result<PathBuf, Error> {
+        let refuse = |error| Error::MountPoint { path: path.to_owned(), error };
+        let path = path.canonicalize().map_err(refuse)?;
+        if fs::metadata(&path).map_err(refuse)?.is_dir() {
+            return Ok(path);
+        }
+        Err(refuse(io::ErrorKind::NotADirectory.into()))
+    }
+
+    /// Where it is mounted.
+    pub(crate) fn mount_point(&self) -> &Path {
+        &self.mount_point
+    }
+
+    /// To tell the kernel of changes.
+    pub(crate) fn notifier(&self) -> Notifier {
+        self.notifier.clone()
+    }
+
+    /// Waits until the session has ended: unmounted and no longer used by anybody. May be dropped and called again.
+    ///
+    /// # Errors
+    ///
+    /// When it ended by itself.
+    pub(crate) async fn wait(&mut self) -> Result<(), Error> {
+        let ended = self.ended.wait_for(Option::is_some).await;
+        let error = match ended.as_deref() {
+            Ok(Some(Ok(()))) => return Ok(()),
+            Ok(Some(Err(error))) => io::Error::new(error.kind(), error.to_string()),
+            Ok(None) | Err(_) => io::Error::other("a session thread panicked"),
+        };
+        Err(Error::Session { path: self.mount_point.clone(), error })
+    }
+
+    /// Unmounts; if somebody uses it still, takes it from the directory tree only, for the process to end it.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub(crate) async fn unmount(&mut self) -> Result<(), Error> {
+        let Some(mut unmounter) = self.unmounter.take() else { return Ok(()) };
+        let failed = |error| Error::Unmount { path: self.mount_point.clone(), error };
+        let unmounted = tokio::task::spawn_blocking(move || unmounter.unmount()).await;
+        match unmounted.map_err(io::Error::other).and_then(|result| result) {
+            Ok(()) => {
+                info!(mount_point = %self.mount_point.display(), "unmounted");
+                self.wait().await
+            }
+            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+                warn!(mount_point = %self.mount_point.display(), "still in use, detached");
+                rustix::mount::unmount(&self.mount_point, UnmountFlags::DETACH).map_err(|error| failed(error.into()))
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+/// The mount options: everything an image can hold works as on a local file system, but for writing.
+fn config() -> Config {
+    let mut config = Config::default();
+    config.mount_options = vec![
+        MountOption::FSName(NAME.to_owned()),
+        MountOption::RO,
+        MountOption::Suid,
+        MountOption::Dev,
+        MountOption::DefaultPermissions,
+    ];
+    config.acl = SessionACL::All;
+    config.n_threads = Some(thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX));
+    config.clone_fd = true;
+    config
+}
+
+/// Detaches what a process that died left on `mount_point`; anything alive stays.
+///
+/// # Errors
+///
+/// When the kernel refuses.
+pub(crate) fn detach_dead_mount(mount_point: &Path) -> Result<(), Error> {
+    let is_dead =
+        fs::metadata(mount_point).is_err_and(|error| error.raw_os_error() == Some(Errno::NOTCONN.raw_os_error()));
+    if !is_dead {
+        return Ok(());
+    }
+    warn!(mount_point = %mount_point.display(), "detaching the mount of a process that has died");
+    rustix::mount::unmount(mount_point, UnmountFlags::DETACH)
+        .map_err(|error| Error::MountPoint { path: mount_point.to_owned(), error: error.into() })
+}
+
+/// Only makes reading faster, so a machine that does not let us is no error.
+fn raise_read_ahead(mount_point: &Path, read_ahead_kib: u32) {
+    let raised = rustix::fs::stat(mount_point).map_err(io::Error::from).and_then(|stat| {
+        let device = format!("{}:{}", major(stat.st_dev), minor(stat.st_dev));
+        fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), read_ahead_kib.to_string())
+    });
+    if let Err(error) = raised {
+        debug!(mount_point = %mount_point.display(), %error, "read-ahead stays as it is");
+    }
+}
+
+/// Has the kernel look again at a directory of which it keeps the listing, and at one name in it.
+pub(crate) fn notify_change(notifier: &Notifier, directory: u64, name: &str) {
+    let directory = INodeNo(directory);
+    // Both fail with ENOENT when the kernel keeps nothing, which is as good.
+    if let Err(error) = notifier.inval_entry(directory, name.as_ref()) {
+        debug!(%directory, name, %error, "name not invalidated");
+    }
+    if let Err(error) = notifier.inval_inode(directory, 0, 0) {
+        debug!(%directory, %error, "listing not invalidated");
+    }
+}

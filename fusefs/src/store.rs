@@ -1,0 +1,210 @@
+//! Merged trees on disk: made once, mapped ever after.
+//!
+//! For each tree a file `<hex ID>` with its bytes in open form and a file `<hex ID>.json` beside it, the
+//! *record*: the tree's slot among the node numbers, and its layers. The record is written last, so a tree
+//! without one does not exist. `next-slot` holds the slot for the next tree; it only grows.
+//!
+//! The one file with unsafe code: mapping.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use format_spec::Index;
+use memmap2::Mmap;
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use crate::{
+    control::{RemoteLayer, TreeId},
+    error::Error,
+    number::Slot,
+    tree,
+};
+
+const RECORD_SUFFIX: &str = ".json";
+const NEXT_SLOT: &str = "next-slot";
+
+/// The directory of trees.
+#[derive(Debug)]
+pub(crate) struct TreeStore {
+    directory: PathBuf,
+    next_slot: Mutex<u32>,
+}
+
+/// What is known about a tree besides its bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TreeRecord {
+    /// Its slot.
+    slot: u32,
+    /// Lowest first.
+    pub(crate) layers: Vec<RemoteLayer>,
+    /// Blocks of its regular files.
+    block_count: u64,
+}
+
+/// A tree from the store.
+#[derive(Debug)]
+pub(crate) struct StoredTree {
+    pub(crate) slot: Slot,
+    pub(crate) index: Index<Mmap>,
+    pub(crate) block_count: u64,
+}
+
+impl TreeStore {
+    /// Opens the store, making it if needed.
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub(crate) fn open(directory: PathBuf) -> Result<Self, Error> {
+        fs::create_dir_all(&directory).map_err(Error::disk(&directory))?;
+        let store = Self { directory, next_slot: Mutex::new(Slot::FIRST.number()) };
+        let mut next_slot = store.read_next_slot();
+        for (_, record) in store.records()? {
+            next_slot = next_slot.max(record.slot.saturating_add(1));
+        }
+        Ok(Self { next_slot: Mutex::new(next_slot), ..store })
+    }
+
+    fn read_next_slot(&self) -> u32 {
+        let text = fs::read_to_string(self.directory.join(NEXT_SLOT));
+        text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(Slot::FIRST.number())
+    }
+
+    /// Every tree that the store knows; damaged records are left out.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be listed.
+    pub(crate) fn records(&self) -> Result<Vec<(TreeId, TreeRecord)>, Error> {
+        let mut records = Vec::new();
+        for entry in fs::read_dir(&self.directory).map_err(Error::disk(&self.directory))? {
+            let name = entry.map_err(Error::disk(&self.directory))?.file_name();
+            let hex = name.to_str().and_then(|name| name.strip_suffix(RECORD_SUFFIX));
+            let Some(id) = hex.and_then(|hex| format!("sha256:{hex}").parse().ok()) else { continue };
+            records.extend(self.record(id).map(|record| (id, record)));
+        }
+        records.sort_unstable_by_key(|(id, _)| *id);
+        Ok(records)
+    }
+
+    fn record(&self, id: TreeId) -> Option<TreeRecord> {
+        let path = self.record_path(id);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                warn!(path = %path.display(), %error, "tree is made again");
+                return None;
+            }
+        };
+        serde_json::from_slice(&bytes).map_err(|error| warn!(path = %path.display(), %error, "tree is made again")).ok()
+    }
+
+    /// A tree that was made before; `None` if there is none, or if it is damaged.
+    ///
+    /// Takes constant time: the content was checked when it was made.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OtherLayers`] if it was made from layers of the same name with other indexes.
+    pub(crate) fn load(&self, id: TreeId, layers: &[RemoteLayer]) -> Result<Option<StoredTree>, Error> {
+        let Some(record) = self.record(id) else { return Ok(None) };
+        if !record.layers.iter().map(|layer| layer.layer).eq(layers.iter().map(|layer| layer.layer)) {
+            return Err(Error::OtherLayers(id));
+        }
+        let path = self.path(id);
+        let opened = map(&path).map_err(|error| error.to_string()).and_then(|bytes| {
+            let index = Index::open(bytes).map_err(|error| error.to_string())?;
+            let slot = Slot::new(record.slot).ok_or("its slot is out of range")?;
+            let is_ours = index.layers().eq(layers.iter().map(|layer| layer.layer.blob));
+            if is_ours { Ok((index, slot)) } else { Err("it has other layers".to_owned()) }
+        });
+        match opened {
+            Ok((index, slot)) => Ok(Some(StoredTree { slot, index, block_count: record.block_count })),
+            Err(error) => {
+                warn!(path = %path.display(), error, "tree is made again");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Keeps a new tree (open form, checked) and gives it a slot.
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub(crate) fn create(&self, id: TreeId, layers: &[RemoteLayer], bytes: &[u8]) -> Result<StoredTree, Error> {
+        let path = self.path(id);
+        self.write(&path, bytes)?;
+        let mapped = map(&path).map_err(Error::disk(&path))?;
+        let index = Index::open(mapped).map_err(|error| Error::Tree { path, error })?;
+        let block_count = tree::block_count(&index);
+        let slot = self.take_slot()?;
+        let record = TreeRecord { slot: slot.number(), layers: layers.to_vec(), block_count };
+        let record = serde_json::to_vec(&record).expect("a record has text keys only");
+        self.write(&self.record_path(id), &record)?;
+        Ok(StoredTree { slot, index, block_count })
+    }
+
+    /// Deletes a tree; unknown ones are deleted already.
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub(crate) fn remove(&self, id: TreeId) -> Result<(), Error> {
+        for path in [self.record_path(id), self.path(id)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Disk { path, error }),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The slot is taken on disk before anybody can see it.
+    fn take_slot(&self) -> Result<Slot, Error> {
+        let mut next_slot = self.next_slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = self.directory.join(NEXT_SLOT);
+        let exhausted = || Error::Disk { path: path.clone(), error: io::Error::other("no slots are left") };
+        let slot = Slot::new(*next_slot).ok_or_else(exhausted)?;
+        let after = slot.number().checked_add(1).ok_or_else(exhausted)?;
+        self.write(&path, after.to_string().as_bytes())?;
+        *next_slot = after;
+        Ok(slot)
+    }
+
+    /// All of it or nothing, and durable.
+    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+        let write = || -> io::Result<()> {
+            let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
+            file.write_all(bytes)?;
+            file.as_file().sync_all()?;
+            file.persist(path)?;
+            File::open(&self.directory)?.sync_all()
+        };
+        write().map_err(Error::disk(path))
+    }
+
+    fn path(&self, id: TreeId) -> PathBuf {
+        self.directory.join(id.hex())
+    }
+
+    fn record_path(&self, id: TreeId) -> PathBuf {
+        self.directory.join(id.hex() + RECORD_SUFFIX)
+    }
+}
+
+#[allow(unsafe_code)]
+fn map(path: &Path) -> io::Result<Mmap> {
+    let file = File::open(path)?;
+    // SAFETY: a map is sound while nobody changes or shortens the file. Files of the store are never opened for
+    // writing again after they were renamed into place; a new version is a new file, and removing one leaves
+    // the map alive. The directory is for root only. There is no safe way to map a file, and reading it
+    // instead would cost resident memory for every tree that nobody looks at.
+    unsafe { Mmap::map(&file) }
+}
