@@ -22,6 +22,8 @@ use tracing_subscriber::EnvFilter;
 
 /// How long requests under way may take after the signal to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(10);
+/// How long the last answers may take to leave; clients may keep their connections open forever.
+const ANSWERS_LEAVE_WITHIN: Duration = Duration::from_millis(200);
 
 /// Starts containers before their image has arrived: containerd's snapshots service.
 #[derive(Debug, Parser)]
@@ -83,9 +85,10 @@ async fn serve(config: &Config, snapshotter: Snapshotter) -> Result<(), Box<dyn 
     info!(address = %config.address.display(), root = %config.root.display(), "serving");
     let watching = snapshotter.clone();
     tokio::spawn(async move { watching.watch_lazy_layers().await });
+    let service = Service::new(snapshotter);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
-        .add_service(SnapshotsServer::new(Service::new(snapshotter)))
+        .add_service(SnapshotsServer::new(service.clone()))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async { _ = stopped.await });
     tokio::pin!(server);
     tokio::select! {
@@ -99,11 +102,14 @@ async fn serve(config: &Config, snapshotter: Snapshotter) -> Result<(), Box<dyn 
         warn!(address = %config.address.display(), %error, "socket stays");
     }
     _ = stop.send(());
-    match tokio::time::timeout(STOP_WITHIN, server).await {
-        Ok(served) => Ok(served?),
-        Err(_) => {
-            warn!("requests under way are given up");
-            Ok(())
-        }
+    let idle = async {
+        service.idle().await;
+        tokio::time::sleep(ANSWERS_LEAVE_WITHIN).await;
+    };
+    tokio::select! {
+        served = server => served?,
+        () = idle => {}
+        () = tokio::time::sleep(STOP_WITHIN) => warn!("requests under way are given up"),
     }
+    Ok(())
 }

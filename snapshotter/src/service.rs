@@ -5,12 +5,14 @@
 
 use std::{
     collections::HashMap,
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use prost_types::Timestamp;
+use tokio::sync::RwLock;
 use tokio_stream::Iter;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::{debug, warn};
 
 use crate::{
@@ -23,16 +25,23 @@ use crate::{
 /// Snapshots in one message of a list, as containerd sends them: far below gRPC's limit of 4 MiB.
 const LIST_BATCH_LEN: usize = 100;
 
-/// The service.
+/// The service. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Service {
     snapshotter: Snapshotter,
+    /// Shared by the requests under way.
+    under_way: Arc<RwLock<()>>,
 }
 
 impl Service {
     /// Serves these snapshots.
     pub fn new(snapshotter: Snapshotter) -> Self {
-        Self { snapshotter }
+        Self { snapshotter, under_way: Arc::default() }
+    }
+
+    /// Returns when no request is under way.
+    pub async fn idle(&self) {
+        drop(self.under_way.write().await);
     }
 
     async fn run<T: Send + 'static, F: Future<Output = Result<T, Error>> + Send + 'static>(
@@ -40,13 +49,18 @@ impl Service {
         request: &'static str,
         work: impl FnOnce(Snapshotter) -> F,
     ) -> Result<T, Status> {
-        let done = tokio::spawn(work(self.snapshotter.clone())).await;
+        let (work, under_way) = (work(self.snapshotter.clone()), Arc::clone(&self.under_way));
+        let work = async move {
+            let _under_way = under_way.read().await;
+            work.await
+        };
+        let done = tokio::spawn(work).await;
         let done = done.map_err(|error| Status::internal(format!("{request}: {error}")))?;
         done.map_err(|error| {
             let status = status_of(&error);
-            // containerd asks for snapshots that are not there, or are there already, in its normal course.
+            // containerd asks for what is not there, is there already or is in use in its normal course.
             match status.code() {
-                tonic::Code::NotFound | tonic::Code::AlreadyExists => debug!(request, %error, "refused"),
+                Code::NotFound | Code::AlreadyExists | Code::FailedPrecondition => debug!(request, %error, "refused"),
                 _ => warn!(request, %error, "failed"),
             }
             status

@@ -317,7 +317,7 @@ impl Snapshotter {
             self.inner.lazy_added.notify_one();
         } else {
             // What was announced is freed by the next cleanup.
-            info!(%target, %blob, parent = ?new.parent, "layer lies on one that is not lazy, it is pulled completely");
+            info!(%target, %blob, "layer lies on one that is not lazy, it is pulled completely");
         }
         Ok(committed)
     }

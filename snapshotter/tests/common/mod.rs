@@ -1,0 +1,265 @@
+//! The real daemon, its clients, and real mounts.
+
+#![allow(dead_code, unreachable_pub)]
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use containerd_client::{
+    services::v1::snapshots::{
+        CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
+        RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest, UsageRequest, UsageResponse,
+        ViewSnapshotRequest, snapshots_client::SnapshotsClient,
+    },
+    types::Mount,
+};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
+    fsconfig_set_string, fsmount, fsopen, mount_bind_recursive, mount_remount, move_mount, unmount,
+};
+use tempfile::TempDir;
+use tonic::{Code, Status, transport::Channel};
+
+/// How long the daemon may take to serve, or to end.
+const SOON: Duration = Duration::from_secs(30);
+
+pub type Answer<T> = Result<T, Status>;
+
+/// A running `lazuli-snapshotter` with a root of its own, ended when dropped.
+pub struct Daemon {
+    pub directory: TempDir,
+    child: Child,
+    client: SnapshotsClient<Channel>,
+}
+
+impl Daemon {
+    pub async fn start() -> Self {
+        Self::start_in(tempfile::tempdir().unwrap()).await
+    }
+
+    pub async fn start_in(directory: TempDir) -> Self {
+        let child = spawn(directory.path(), &[]);
+        let client = connect(&directory.path().join("s.sock")).await;
+        Self { directory, child, client }
+    }
+
+    /// Ends the daemon with `signal` and starts it again on the same root.
+    pub async fn restarted(mut self, signal: rustix::process::Signal) -> Self {
+        self.end(signal);
+        self.child = spawn(self.directory.path(), &[]);
+        self.client = connect(&self.directory.path().join("s.sock")).await;
+        self
+    }
+
+    pub fn end(&mut self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.directory.path().join("root")
+    }
+
+    pub fn address(&self) -> PathBuf {
+        self.directory.path().join("s.sock")
+    }
+
+    pub async fn prepare(&self, key: &str, parent: &str) -> Answer<Mount> {
+        self.prepare_with(key, parent, HashMap::new()).await
+    }
+
+    pub async fn prepare_with(&self, key: &str, parent: &str, labels: HashMap<String, String>) -> Answer<Mount> {
+        let (key, parent) = (key.to_owned(), parent.to_owned());
+        let request = PrepareSnapshotRequest { snapshotter: "lazuli".to_owned(), key, parent, labels };
+        let mut mounts = self.client.clone().prepare(request).await?.into_inner().mounts;
+        assert_eq!(mounts.len(), 1);
+        Ok(mounts.remove(0))
+    }
+
+    pub async fn view(&self, key: &str, parent: &str) -> Answer<Mount> {
+        let (key, parent) = (key.to_owned(), parent.to_owned());
+        let request = ViewSnapshotRequest { key, parent, ..ViewSnapshotRequest::default() };
+        Ok(self.client.clone().view(request).await?.into_inner().mounts.remove(0))
+    }
+
+    pub async fn mounts(&self, key: &str) -> Answer<Mount> {
+        let request = MountsRequest { key: key.to_owned(), ..MountsRequest::default() };
+        Ok(self.client.clone().mounts(request).await?.into_inner().mounts.remove(0))
+    }
+
+    pub async fn commit(&self, key: &str, name: &str) -> Answer<()> {
+        let (key, name) = (key.to_owned(), name.to_owned());
+        let request = CommitSnapshotRequest { key, name, ..CommitSnapshotRequest::default() };
+        self.client.clone().commit(request).await.map(|_| ())
+    }
+
+    pub async fn remove(&self, key: &str) -> Answer<()> {
+        let request = RemoveSnapshotRequest { key: key.to_owned(), ..RemoveSnapshotRequest::default() };
+        self.client.clone().remove(request).await.map(|_| ())
+    }
+
+    pub async fn stat(&self, key: &str) -> Answer<Info> {
+        let request = StatSnapshotRequest { key: key.to_owned(), ..StatSnapshotRequest::default() };
+        Ok(self.client.clone().stat(request).await?.into_inner().info.unwrap())
+    }
+
+    pub async fn update(&self, key: &str, labels: &[(&str, &str)], paths: &[&str]) -> Answer<Info> {
+        let info = Info { name: key.to_owned(), labels: to_labels(labels), ..Info::default() };
+        let paths = paths.iter().map(|path| (*path).to_owned()).collect();
+        let request = UpdateSnapshotRequest {
+            info: Some(info),
+            update_mask: Some(prost_types::FieldMask { paths }),
+            ..UpdateSnapshotRequest::default()
+        };
+        Ok(self.client.clone().update(request).await?.into_inner().info.unwrap())
+    }
+
+    pub async fn list(&self, filters: &[&str]) -> Answer<Vec<Info>> {
+        let filters = filters.iter().map(|filter| (*filter).to_owned()).collect();
+        let request = ListSnapshotsRequest { filters, ..ListSnapshotsRequest::default() };
+        let mut stream = self.client.clone().list(request).await?.into_inner();
+        let mut infos = Vec::new();
+        while let Some(message) = stream.message().await? {
+            infos.extend(message.info);
+        }
+        Ok(infos)
+    }
+
+    pub async fn names(&self, filters: &[&str]) -> Vec<String> {
+        self.list(filters).await.unwrap().into_iter().map(|info| info.name).collect()
+    }
+
+    pub async fn usage(&self, key: &str) -> Answer<UsageResponse> {
+        let request = UsageRequest { key: key.to_owned(), ..UsageRequest::default() };
+        Ok(self.client.clone().usage(request).await?.into_inner())
+    }
+
+    pub async fn cleanup(&self) -> Answer<()> {
+        self.client.clone().cleanup(CleanupRequest::default()).await.map(|_| ())
+    }
+
+    /// Commits `name` on `parent` after `change` has run in the mounted snapshot.
+    pub async fn layer(&self, name: &str, parent: &str, change: impl FnOnce(&Path)) {
+        let key = format!("{name}-active");
+        let mount = self.prepare(&key, parent).await.unwrap();
+        change(Mounted::new(&mount).path());
+        self.commit(&key, name).await.unwrap();
+    }
+
+    /// The ids of the snapshot directories.
+    pub fn directories(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.root().join("snapshots")).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have been ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts the daemon in `directory` with further arguments.
+pub fn spawn(directory: &Path, arguments: &[&str]) -> Child {
+    command(directory, arguments).stdin(Stdio::null()).spawn().unwrap()
+}
+
+/// Runs the daemon to its end, which is expected to be an error.
+pub fn run(directory: &Path, arguments: &[&str]) -> Output {
+    command(directory, arguments).output().unwrap()
+}
+
+fn command(directory: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli-snapshotter"));
+    command.arg("--root").arg(directory.join("root")).arg("--fused").arg("/nonexistent/lazuli-fused");
+    if !arguments.contains(&"--address") {
+        command.arg("--address").arg(directory.join("s.sock"));
+    }
+    command.args(arguments);
+    command
+}
+
+pub async fn connect(address: &Path) -> SnapshotsClient<Channel> {
+    let give_up_at = Instant::now() + SOON;
+    loop {
+        match containerd_client::connect(address).await {
+            Ok(channel) => return SnapshotsClient::new(channel),
+            Err(error) if Instant::now() > give_up_at => panic!("{}: {error}", address.display()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    }
+}
+
+pub fn code<T: std::fmt::Debug>(answer: Answer<T>) -> Code {
+    answer.unwrap_err().code()
+}
+
+pub fn to_labels(labels: &[(&str, &str)]) -> HashMap<String, String> {
+    labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+/// A snapshot mounted as containerd would, unmounted when dropped.
+pub struct Mounted(TempDir);
+
+impl Mounted {
+    pub fn new(mount: &Mount) -> Self {
+        let target = tempfile::tempdir().unwrap();
+        match mount.r#type.as_str() {
+            "bind" => {
+                mount_bind_recursive(&mount.source, target.path()).unwrap();
+                if mount.options.iter().any(|option| option == "ro") {
+                    mount_remount(target.path(), MountFlags::BIND | MountFlags::RDONLY, "").unwrap();
+                }
+            }
+            "overlay" => overlay(mount, target.path()).unwrap(),
+            other => panic!("mount type {other}"),
+        }
+        Self(target)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub fn read(&self, name: &str) -> io::Result<String> {
+        fs::read_to_string(self.path().join(name))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Err(error) = unmount(self.0.path(), UnmountFlags::DETACH) {
+            eprintln!("{}: {error}", self.0.path().display());
+        }
+    }
+}
+
+/// Through the new mount API: one lower directory a call, so that their number does not matter.
+fn overlay(mount: &Mount, target: &Path) -> io::Result<()> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for option in &mount.options {
+        match option.split_once('=') {
+            Some(("lowerdir", paths)) => {
+                for path in paths.split(':') {
+                    fsconfig_set_string(&context, "lowerdir+", path)?;
+                }
+            }
+            Some((key, value)) => fsconfig_set_string(&context, key, value)?,
+            None => rustix::mount::fsconfig_set_flag(&context, option.as_str())?,
+        }
+    }
+    fsconfig_create(&context)?;
+    let mounted = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    move_mount(&mounted, "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    Ok(())
+}

@@ -1,0 +1,95 @@
+//! The daemon as a process: restarts, orphans, and what stands in its way at start.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{collections::HashSet, fs};
+
+use common::{Daemon, Mounted, run};
+use rustix::process::Signal;
+
+#[tokio::test]
+async fn snapshots_and_mounts_survive_a_restart() {
+    for signal in [Signal::TERM, Signal::KILL] {
+        let daemon = Daemon::start().await;
+        daemon.layer("base", "", |root| fs::write(root.join("file"), "base").unwrap()).await;
+        let mount = daemon.prepare("active", "base").await.unwrap();
+        let mounted = Mounted::new(&mount);
+        let before = daemon.list(&[]).await.unwrap();
+        let daemon = daemon.restarted(signal).await;
+        assert_eq!(daemon.list(&[]).await.unwrap(), before);
+        assert_eq!(daemon.mounts("active").await.unwrap(), mount);
+        fs::write(mounted.path().join("file"), "still writable").unwrap();
+        daemon.commit("active", "done").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn ids_go_on_after_a_restart() {
+    let daemon = Daemon::start().await;
+    daemon.prepare("a", "").await.unwrap();
+    daemon.prepare("b", "").await.unwrap();
+    daemon.remove("b").await.unwrap();
+    let before: HashSet<_> = daemon.directories().into_iter().collect();
+    let daemon = daemon.restarted(Signal::TERM).await;
+    daemon.prepare("b", "").await.unwrap();
+    let after: HashSet<_> = daemon.directories().into_iter().collect();
+    assert_eq!((before.len(), after.difference(&before).count()), (1, 1));
+}
+
+#[tokio::test]
+async fn orphans_go_at_cleanup_and_at_start() {
+    let daemon = Daemon::start().await;
+    daemon.prepare("a", "").await.unwrap();
+    let orphan = daemon.root().join("snapshots/99/fs");
+    let make_orphan = || fs::create_dir_all(&orphan).and_then(|()| fs::write(orphan.join("file"), "x")).unwrap();
+    make_orphan();
+    daemon.cleanup().await.unwrap();
+    assert_eq!(daemon.directories(), ["1"]);
+    make_orphan();
+    let daemon = daemon.restarted(Signal::KILL).await;
+    assert_eq!(daemon.directories(), ["1"]);
+}
+
+#[tokio::test]
+async fn stops_on_a_signal_and_takes_its_socket_along() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut daemon = Daemon::start().await;
+        assert!(daemon.address().exists());
+        daemon.end(signal);
+        assert!(!daemon.address().exists());
+    }
+}
+
+#[tokio::test]
+async fn refuses_what_stands_in_its_way_with_one_line() {
+    let daemon = Daemon::start().await;
+    let directory = daemon.directory.path();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let config = elsewhere.path().join("config.toml");
+    fs::write(&config, "rot = '/x'\n").unwrap();
+    let (config, live) = (config.display().to_string(), daemon.address().display().to_string());
+    let root = daemon.root().display().to_string();
+    let cases = [
+        (directory, &["--address", "/tmp/unused.sock"][..], format!("root {root} is in use by another")),
+        (elsewhere.path(), &["--address", &live], format!("another process listens on {live}")),
+        (elsewhere.path(), &["--address", &config], format!("{config} exists and is no socket")),
+        (elsewhere.path(), &["--config", &config], format!("{config}: configuration: line 1: unknown field `rot`")),
+        (elsewhere.path(), &["--config", "/nonexistent"], "configuration /nonexistent: No such file".to_owned()),
+    ];
+    for (directory, arguments, expected) in cases {
+        let output = run(directory, arguments);
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
+        assert!(message.starts_with(&format!("lazuli-snapshotter: {expected}")), "{message}");
+    }
+    assert_eq!(daemon.names(&[]).await.len(), 0);
+}
+
+#[tokio::test]
+async fn wrong_usage_exits_with_two() {
+    let directory = tempfile::tempdir().unwrap();
+    assert_eq!(run(directory.path(), &["--no-such-flag"]).status.code(), Some(2));
+}

@@ -1,0 +1,307 @@
+//! Lazy layers, over gRPC against the real daemon and real mounts. The other daemon is a stand-in that
+//! speaks its protocol and shows plain directories as trees: what is tested is who asks it for what, when.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use common::{Daemon, Mounted, code, to_labels};
+use containerd_client::services::v1::snapshots::Kind;
+use format_spec::{Digest, IndexLocation, LazyLayer};
+use fusefs::control::{LayerStatus, RemoteLayer, Request, Response, TreeId, tree_id};
+use rustix::process::Signal;
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+};
+use tonic::Code;
+
+/// Stands in for `lazuli-fused`.
+struct Fused {
+    asked: Arc<Mutex<Vec<Request>>>,
+    serving: tokio::task::JoinHandle<()>,
+}
+
+impl Fused {
+    /// Serves the control socket of the daemon that will run in `directory`. A tree is a directory with a
+    /// file for each of its layers, owned by user 7.
+    fn start(directory: &Path, holds: Vec<RemoteLayer>) -> Self {
+        let root = directory.join("root");
+        fs::create_dir_all(&root).unwrap();
+        let socket = root.join("fused.sock");
+        let _stale = fs::remove_file(&socket);
+        let listener = UnixListener::bind(socket).unwrap();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (trees, log) = (root.join("trees"), Arc::clone(&asked));
+        let serving = tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.spawn(serve(stream, trees.clone(), Arc::clone(&log), holds.clone()));
+            }
+        });
+        Self { asked, serving }
+    }
+
+    fn take_asked(&self) -> Vec<Request> {
+        std::mem::take(&mut *self.asked.lock().unwrap())
+    }
+
+    /// Waits until `wanted` was asked: for what the daemon does by itself.
+    async fn wait_until_asked(&self, wanted: &Request) {
+        for _ in 0..1000 {
+            if self.asked.lock().unwrap().contains(wanted) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{wanted:?} was not asked, but {:?}", self.asked.lock().unwrap());
+    }
+}
+
+impl Drop for Fused {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+async fn serve(stream: UnixStream, trees: PathBuf, log: Arc<Mutex<Vec<Request>>>, holds: Vec<RemoteLayer>) {
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    while stream.read_line(&mut line).await.is_ok_and(|len| len > 0) {
+        let request: Request = serde_json::from_str(&line).unwrap();
+        line.clear();
+        let response = match &request {
+            Request::MountTree { layers } if layers.iter().any(|layer| layer.image == "broken/image") => {
+                Response::Error { message: "index of the layer does not match".to_owned() }
+            }
+            Request::MountTree { layers } => Response::Tree { path: tree(&trees, layers).unwrap() },
+            Request::LayerUsage { .. } => Response::Usage { bytes: 12345 },
+            Request::Status => Response::Status {
+                layers: holds.iter().cloned().map(status).collect(),
+                trees: holds.iter().map(|held| held.layer.blob).collect(),
+            },
+            _ => Response::Done,
+        };
+        log.lock().unwrap().push(request);
+        let mut answer = serde_json::to_vec(&response).unwrap();
+        answer.push(b'\n');
+        stream.write_all(&answer).await.unwrap();
+    }
+}
+
+fn tree(trees: &Path, layers: &[RemoteLayer]) -> io::Result<PathBuf> {
+    let id: TreeId = tree_id(layers.iter().map(|layer| layer.layer.blob)).unwrap();
+    let path = trees.join(id.hex());
+    fs::create_dir_all(&path)?;
+    std::os::unix::fs::chown(&path, Some(7), Some(8))?;
+    for layer in layers {
+        fs::write(path.join(layer.layer.blob.hex()), &layer.image)?;
+    }
+    Ok(path)
+}
+
+fn status(layer: RemoteLayer) -> LayerStatus {
+    LayerStatus { layer, frames_present: 0, frames_total: 1, fetched_bytes: 0 }
+}
+
+fn remote(name: &str) -> RemoteLayer {
+    let index = IndexLocation { offset: 0, compressed_len: 10, plain_len: 20, digest: Digest::of(b"index") };
+    let layer = LazyLayer { blob: Digest::of(name.as_bytes()), blob_len: 100, index };
+    RemoteLayer { layer, image: "host/repo:tag".to_owned() }
+}
+
+fn file_of(name: &str) -> String {
+    remote(name).layer.blob.hex()
+}
+
+/// The labels that containerd passes for the layer `name`.
+fn labels(name: &str) -> HashMap<String, String> {
+    let mut labels: HashMap<_, _> = remote(name).layer.to_annotations().into_iter().collect();
+    labels.extend(to_labels(&[
+        ("containerd.io/snapshot.ref", name),
+        ("containerd.io/snapshot/cri.image-ref", "host/repo:tag"),
+        ("containerd.io/snapshot/cri.layer-digest", &remote(name).layer.blob.to_string()),
+    ]));
+    labels
+}
+
+async fn start() -> (Daemon, Fused) {
+    let directory = tempfile::tempdir().unwrap();
+    let fused = Fused::start(directory.path(), Vec::new());
+    (Daemon::start_in(directory).await, fused)
+}
+
+async fn prepare_lazy(daemon: &Daemon, name: &str, parent: &str) {
+    let answer = daemon.prepare_with(&format!("extract {name}"), parent, labels(name)).await;
+    assert_eq!(code(answer), Code::AlreadyExists);
+}
+
+#[tokio::test]
+async fn a_lazy_layer_is_committed_at_prepare_and_found_as_containerd_looks_for_it() {
+    let (daemon, fused) = start().await;
+    prepare_lazy(&daemon, "one", "").await;
+    prepare_lazy(&daemon, "two", "one").await;
+    let announced = ["one", "two"].map(|name| Request::AnnounceLayer { layer: remote(name) });
+    let asked: Vec<_> = fused.take_asked().into_iter().filter(|asked| *asked != Request::Status).collect();
+    assert_eq!(asked, announced);
+    let found = daemon.list(&[r#"labels."containerd.io/snapshot.ref"==two,parent=="one""#]).await.unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].name.as_str(), found[0].kind(), found[0].parent.as_str()), ("two", Kind::Committed, "one"));
+    assert_eq!(found[0].labels["containerd.io/snapshot/remote"], "remote snapshot");
+    assert_eq!(daemon.names(&[]).await, ["one", "two"]);
+    assert_eq!(daemon.directories(), [""; 0]);
+    assert_eq!(code(daemon.mounts("two").await), Code::FailedPrecondition);
+}
+
+#[tokio::test]
+async fn a_container_runs_on_the_merged_tree() {
+    let (daemon, fused) = start().await;
+    prepare_lazy(&daemon, "one", "").await;
+    prepare_lazy(&daemon, "two", "one").await;
+    fused.take_asked();
+    let mount = daemon.prepare("container", "two").await.unwrap();
+    assert!(fused.take_asked().contains(&Request::MountTree { layers: vec![remote("one"), remote("two")] }));
+    let container = Mounted::new(&mount);
+    assert_eq!(container.read(&file_of("one")).unwrap(), "host/repo:tag");
+    fs::write(container.path().join(file_of("two")), "changed").unwrap();
+    let root = fs::metadata(container.path()).unwrap();
+    assert_eq!((std::os::unix::fs::MetadataExt::uid(&root), std::os::unix::fs::MetadataExt::gid(&root)), (7, 8));
+    assert_eq!(daemon.mounts("container").await.unwrap(), mount);
+    let view = Mounted::new(&daemon.view("view", "two").await.unwrap());
+    assert_eq!(view.read(&file_of("two")).unwrap(), "host/repo:tag");
+    let refused = fs::write(view.path().join("new"), "x").unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
+}
+
+#[tokio::test]
+async fn ordinary_layers_stack_on_lazy_ones_and_not_the_other_way() {
+    let (daemon, fused) = start().await;
+    prepare_lazy(&daemon, "lazy", "").await;
+    daemon.layer("ordinary", "lazy", |root| fs::remove_file(root.join(file_of("lazy"))).unwrap()).await;
+    fused.take_asked();
+    let mount = daemon.prepare_with("extract", "ordinary", labels("above")).await.unwrap();
+    assert_eq!(mount.r#type, "overlay");
+    assert_eq!(daemon.stat("extract").await.unwrap().kind(), Kind::Active);
+    let view = Mounted::new(&daemon.view("view", "ordinary").await.unwrap());
+    assert_eq!(view.read(&file_of("lazy")).unwrap_err().kind(), io::ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn the_same_layer_under_another_namespace_is_there_already() {
+    let (daemon, _fused) = start().await;
+    prepare_lazy(&daemon, "one", "").await;
+    prepare_lazy(&daemon, "one", "").await;
+    assert_eq!(daemon.names(&[]).await, ["one"]);
+}
+
+#[tokio::test]
+async fn a_layer_without_annotations_or_image_is_ordinary() {
+    let (daemon, fused) = start().await;
+    for without in ["containerd.io/snapshot/lazuli/version", "containerd.io/snapshot/cri.image-ref"] {
+        let mut labels = labels("one");
+        labels.remove(without);
+        let mount = daemon.prepare_with(without, "", labels).await.unwrap();
+        assert_eq!(mount.r#type, "bind", "{without}");
+    }
+    assert_eq!(fused.take_asked(), []);
+}
+
+#[tokio::test]
+async fn refuses_annotations_of_another_layer() {
+    let (daemon, fused) = start().await;
+    for (key, value) in [
+        ("containerd.io/snapshot/cri.layer-digest", Digest::of(b"other").to_string()),
+        ("containerd.io/snapshot/lazuli/index.digest", "sha256:no".to_owned()),
+    ] {
+        let mut labels = labels("one");
+        labels.insert(key.to_owned(), value);
+        assert_eq!(code(daemon.prepare_with("extract", "", labels).await), Code::InvalidArgument, "{key}");
+    }
+    assert_eq!(fused.take_asked(), []);
+    assert_eq!(daemon.names(&[]).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn an_unusable_index_fails_the_container_and_leaves_nothing() {
+    let (daemon, _fused) = start().await;
+    let mut broken = labels("one");
+    broken.insert("containerd.io/snapshot/lazuli/image".to_owned(), "broken/image".to_owned());
+    assert_eq!(code(daemon.prepare_with("extract", "", broken).await), Code::AlreadyExists);
+    let failed = daemon.prepare("container", "one").await.unwrap_err();
+    assert_eq!(failed.code(), Code::Unavailable);
+    assert_eq!(failed.message(), "snapshot container: index of the layer does not match");
+    assert_eq!((daemon.names(&[]).await, daemon.directories()), (vec!["one".to_owned()], vec![]));
+}
+
+#[tokio::test]
+async fn removing_the_last_user_frees_tree_and_cache() {
+    let (daemon, fused) = start().await;
+    prepare_lazy(&daemon, "one", "").await;
+    prepare_lazy(&daemon, "two", "one").await;
+    // The same blob a second time, below nothing: another tree.
+    let mut again = labels("two");
+    again.insert("containerd.io/snapshot.ref".to_owned(), "two alone".to_owned());
+    assert_eq!(code(daemon.prepare_with("extract", "", again).await), Code::AlreadyExists);
+    assert_eq!(code(daemon.remove("one").await), Code::FailedPrecondition);
+    let (one, two) = (remote("one").layer.blob, remote("two").layer.blob);
+    let both = tree_id([one, two]).unwrap();
+    let release = |tree| Request::ReleaseTree { tree };
+    let remove = |blob| Request::RemoveLayer { blob };
+    for (key, expected) in [
+        ("two", vec![release(both)]),
+        ("two alone", vec![release(two), remove(two)]),
+        ("one", vec![release(one), remove(one)]),
+    ] {
+        // The daemon looks once for what is unused, some time after its first lazy layer.
+        let asked_by_remove = |asked: Vec<Request>| asked.into_iter().filter(|asked| *asked != Request::Status);
+        fused.take_asked();
+        daemon.remove(key).await.unwrap();
+        assert_eq!(asked_by_remove(fused.take_asked()).collect::<Vec<_>>(), expected, "{key}");
+    }
+}
+
+#[tokio::test]
+async fn usage_is_what_has_arrived() {
+    let (daemon, _fused) = start().await;
+    prepare_lazy(&daemon, "one", "").await;
+    let usage = daemon.usage("one").await.unwrap();
+    assert_eq!((usage.size, usage.inodes), (12345, 0));
+}
+
+#[tokio::test]
+async fn after_a_restart_trees_in_use_are_mounted_and_unused_ones_freed() {
+    let (daemon, fused) = start().await;
+    prepare_lazy(&daemon, "one", "").await;
+    daemon.prepare("container", "one").await.unwrap();
+    drop(fused);
+    let fused = Fused::start(daemon.directory.path(), vec![remote("one"), remote("left over")]);
+    let daemon = daemon.restarted(Signal::KILL).await;
+    fused.wait_until_asked(&Request::MountTree { layers: vec![remote("one")] }).await;
+    let left_over = remote("left over").layer.blob;
+    fused.wait_until_asked(&Request::RemoveLayer { blob: left_over }).await;
+    fused.wait_until_asked(&Request::ReleaseTree { tree: left_over }).await;
+    let one = remote("one").layer.blob;
+    let asked = fused.take_asked();
+    assert!(
+        !asked.contains(&Request::RemoveLayer { blob: one }) && !asked.contains(&Request::ReleaseTree { tree: one })
+    );
+    drop(daemon);
+}
+
+#[tokio::test]
+async fn without_the_other_daemon_a_base_layer_is_pulled_completely() {
+    let daemon = Daemon::start_in(TempDir::new().unwrap()).await;
+    let mount = daemon.prepare_with("extract", "", labels("one")).await.unwrap();
+    assert_eq!(mount.r#type, "bind");
+    daemon.commit("extract", "one").await.unwrap();
+    assert_eq!(daemon.stat("one").await.unwrap().labels, HashMap::new());
+}
