@@ -1,1 +1,21 @@
-//! (see Cargo.toml)
+//! Image in, lazy image out: the library behind the `lazuli` command.
+
+pub mod blob_reader;
+pub mod compress;
+pub mod convert;
+pub mod framer;
+mod header;
+pub mod image;
+pub mod layer;
+pub mod layer_index;
+pub mod location;
+pub mod manifest;
+pub mod oci_directory;
+mod pax;
+mod plain;
+pub mod report;
+pub mod resolve;
+pub mod tree;
+pub mod walker;
+
+pub use pax::Time;

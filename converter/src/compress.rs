@@ -1,0 +1,95 @@
+//! The threads that compress frames, shared by all layers of a conversion.
+//!
+//! Frames of one layer come back in any order; whoever sent them puts them in order again.
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread,
+};
+
+use format_spec::Digest;
+
+use crate::plain::{BufferPool, PlainFrame};
+
+/// Most compressor threads: beyond this one decompressor cannot keep them busy, and each costs some megabytes.
+pub const JOBS_MAX: usize = 64;
+
+/// A pool of compressor threads. Dropping it ends them.
+#[derive(Debug)]
+pub struct Compressor {
+    jobs: Sender<Job>,
+    buffers: BufferPool,
+}
+
+struct Job {
+    sequence: u64,
+    plain: PlainFrame,
+    done: Sender<CompressedFrame>,
+}
+
+/// A frame that comes back.
+#[derive(Debug)]
+pub(crate) struct CompressedFrame {
+    /// Its place among the frames of its layer.
+    pub(crate) sequence: u64,
+    pub(crate) plain: PlainFrame,
+    /// The zstd frame and its digest.
+    pub(crate) compressed: io::Result<(Vec<u8>, Digest)>,
+}
+
+impl Compressor {
+    /// Starts `job_count` threads that compress with zstd `level`, for at most `layer_count` layers at a time.
+    ///
+    /// # Errors
+    ///
+    /// When the level is unknown or the system has no threads left.
+    pub fn new(level: i32, job_count: usize, layer_count: usize) -> io::Result<Self> {
+        let job_count = job_count.clamp(1, JOBS_MAX);
+        let (jobs, receiver) = channel();
+        let receiver = Arc::new(Mutex::new(receiver));
+        for _ in 0..job_count {
+            let mut compressor = new_context(level)?;
+            let receiver = Arc::clone(&receiver);
+            thread::Builder::new().name("compress".to_owned()).spawn(move || work(&mut compressor, &receiver))?;
+        }
+        // One is being filled in each layer; the others wait to be compressed, are compressed, or wait to be written.
+        Ok(Self { jobs, buffers: BufferPool::new(layer_count + 2 * job_count + 2) })
+    }
+
+    pub(crate) fn buffers(&self) -> &BufferPool {
+        &self.buffers
+    }
+
+    pub(crate) fn compress(&self, sequence: u64, plain: PlainFrame, done: Sender<CompressedFrame>) -> io::Result<()> {
+        self.jobs.send(Job { sequence, plain, done }).map_err(|_| io::Error::other("the compressor threads are gone"))
+    }
+}
+
+/// Content size yes, checksum no: the index has a better one. No dictionary.
+fn new_context(level: i32) -> io::Result<zstd::bulk::Compressor<'static>> {
+    let mut compressor = zstd::bulk::Compressor::new(level)?;
+    compressor.include_checksum(false)?;
+    compressor.include_contentsize(true)?;
+    compressor.include_dictid(false)?;
+    Ok(compressor)
+}
+
+fn work(compressor: &mut zstd::bulk::Compressor<'_>, receiver: &Mutex<Receiver<Job>>) {
+    let mut scratch = Vec::new();
+    loop {
+        let job = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(Job { sequence, plain, done }) = job else { return };
+        scratch.clear();
+        scratch.reserve(zstd::zstd_safe::compress_bound(plain.len()));
+        let compressed = compressor.compress_to_buffer(&plain, &mut scratch).map(|_| {
+            let digest = Digest::of(&scratch);
+            (scratch.as_slice().to_vec(), digest)
+        });
+        // A layer that failed meanwhile no longer listens.
+        let _ = done.send(CompressedFrame { sequence, plain, compressed });
+    }
+}

@@ -1,0 +1,329 @@
+//! Converts an image: finds it, converts its layers side by side, publishes the new manifest last.
+//!
+//! Nothing but layers changes: the config is carried over byte for byte, and a layer is only accepted when
+//! its tar stream is what the config says.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    num::NonZeroUsize,
+    sync::Arc,
+    time::Instant,
+};
+
+use bytes::Bytes;
+use format_spec::{Digest, LazyLayer, annotation::AnnotationError};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use storage::ByteStream;
+use tokio::sync::mpsc;
+
+use crate::{
+    blob_reader::BlobReader,
+    compress::Compressor,
+    image::{ImageDestination, ImageError, ImageSource},
+    layer::{ConvertedLayer, LayerError, convert_layer},
+    manifest::{Descriptor, Platform, media_type},
+    report::{LayerContent, LayerReport, Observer, Report},
+    resolve::{ResolveError, ResolvedImage, resolve_image},
+};
+
+/// Pieces of a blob that wait for the decompressor; registry and file pieces have up to 256 KiB.
+const PIECES_WAITING_MAX: usize = 16;
+/// Layers converted side by side at most: more only cost memory and temporary space.
+const LAYERS_AT_ONCE_MAX: usize = 8;
+
+/// How to convert.
+#[derive(Debug, Clone)]
+pub struct ConvertOptions {
+    /// The platform to take from an index; `None` for the host's.
+    pub platform: Option<Platform>,
+    /// zstd level of the frames.
+    pub level: i32,
+    /// Number of compressor threads, and of layers side by side.
+    pub jobs: NonZeroUsize,
+}
+
+/// An image cannot be converted.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// Finding the image.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    /// Reading or writing the image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A layer.
+    #[error("layer {digest}: {error}")]
+    Layer {
+        /// The original blob.
+        digest: Digest,
+        /// What is wrong with it.
+        error: LayerError,
+    },
+    /// A layer's content is not what the config says.
+    #[error("layer {digest}: its tar stream has digest {found}, the config says {expected}: the image is damaged")]
+    DiffId {
+        /// The original blob.
+        digest: Digest,
+        /// Diff ID in the config.
+        expected: Digest,
+        /// Digest of the tar stream.
+        found: Digest,
+    },
+    /// A layer says that it is lazy, in words that mean nothing.
+    #[error("layer {digest}: {error}")]
+    Annotations {
+        /// The blob.
+        digest: Digest,
+        /// What is wrong with its annotations.
+        error: AnnotationError,
+    },
+    /// The compressor threads could not be started.
+    #[error("compressor: {0}")]
+    Compressor(std::io::Error),
+    /// A bug or a lack of memory: a thread ended early.
+    #[error("layer {0}: the conversion ended abnormally")]
+    Aborted(Digest),
+}
+
+/// Converts the image at `source` and publishes it at `destination`.
+///
+/// # Errors
+///
+/// When the image cannot be found, read, converted or written; then nothing is published.
+pub async fn convert(
+    source: &ImageSource,
+    destination: &ImageDestination,
+    options: &ConvertOptions,
+    observer: Arc<dyn Observer>,
+) -> Result<Report, ConvertError> {
+    let started = Instant::now();
+    let mut image = resolve_image(source, options.platform.as_ref()).await?;
+    let jobs = options.jobs.get();
+    let layers_at_once = jobs.min(LAYERS_AT_ONCE_MAX);
+    let compressor = Compressor::new(options.level, jobs, layers_at_once).map_err(ConvertError::Compressor)?;
+    let work = LayerWork { source, destination, compressor: Arc::new(compressor), observer };
+    let pending = pending_layers(&image);
+    let done: HashMap<Digest, (Descriptor, LayerReport)> = stream::iter(pending)
+        .map(|(number, descriptor, diff_id)| {
+            let work = &work;
+            async move { Ok::<_, ConvertError>((descriptor.digest, work.process(number, descriptor, diff_id).await?)) }
+        })
+        .buffer_unordered(layers_at_once)
+        .try_collect::<HashMap<_, _>>()
+        .await?;
+    let mut reports = Vec::with_capacity(image.manifest.layers.len());
+    for layer in &mut image.manifest.layers {
+        let (descriptor, report) = &done[&layer.digest];
+        reports.push(report.clone());
+        *layer = descriptor.clone();
+    }
+    let digest = publish(destination, source, &mut image).await?;
+    let content = |of: fn(&LayerReport) -> u64| reports.iter().map(of).sum();
+    Ok(Report {
+        destination: destination.name(),
+        digest,
+        source_digest: image.digest,
+        config_digest: image.manifest.config.digest,
+        source_len: content(|layer| layer.source_len),
+        target_len: content(|layer| layer.target_len),
+        plain_len: content(|layer| layer.content.map_or(0, |content| content.plain_len)),
+        uploaded_len: content(|layer| if layer.uploaded { layer.target_len } else { 0 }),
+        layers: reports,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// Every different layer once, with its number and diff ID; the largest first, so that it is not waited for alone.
+fn pending_layers(image: &ResolvedImage) -> Vec<(usize, Descriptor, Digest)> {
+    let mut pending: Vec<(usize, Descriptor, Digest)> = Vec::new();
+    for (number, (layer, diff_id)) in image.manifest.layers.iter().zip(&image.diff_ids).enumerate() {
+        if pending.iter().all(|(_, other, _)| other.digest != layer.digest) {
+            pending.push((number, layer.clone(), *diff_id));
+        }
+    }
+    pending.sort_by_key(|(number, layer, _)| (std::cmp::Reverse(layer.size), *number));
+    pending
+}
+
+/// Stores the config and then the manifest.
+async fn publish(
+    destination: &ImageDestination,
+    source: &ImageSource,
+    image: &mut ResolvedImage,
+) -> Result<Digest, ConvertError> {
+    let config = &mut image.manifest.config;
+    // Both types name the same content; an OCI manifest has the OCI one.
+    config.media_type = media_type::OCI_CONFIG.to_owned();
+    if !destination.has_blob(&config.digest, config.size).await?
+        && !destination.mount_blob(source, &config.digest).await?
+    {
+        destination.put_bytes(&config.digest, &image.config).await?;
+    }
+    let manifest_type = registry::media_type::OCI_MANIFEST;
+    image.manifest.media_type = Some(manifest_type.to_owned());
+    let bytes = Bytes::from(serde_json::to_vec(&image.manifest).expect("maps with text keys"));
+    let digest = Digest::of(&bytes);
+    destination.publish(manifest_type, bytes).await?;
+    Ok(digest)
+}
+
+/// What the work on every layer needs.
+struct LayerWork<'a> {
+    source: &'a ImageSource,
+    destination: &'a ImageDestination,
+    compressor: Arc<Compressor>,
+    observer: Arc<dyn Observer>,
+}
+
+impl LayerWork<'_> {
+    /// Brings one layer to the destination, converted where it can be; returns its new descriptor.
+    async fn process(
+        &self,
+        number: usize,
+        descriptor: Descriptor,
+        diff_id: Digest,
+    ) -> Result<(Descriptor, LayerReport), ConvertError> {
+        let started = Instant::now();
+        let digest = descriptor.digest;
+        self.observer.layer_starts(number, &digest, descriptor.size);
+        let lazy = LazyLayer::from_annotations(|key| descriptor.annotation(key))
+            .map_err(|error| ConvertError::Annotations { digest, error })?
+            .filter(|lazy| lazy.blob == digest && lazy.blob_len == descriptor.size);
+        let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&descriptor.media_type.as_str());
+        let (target, content, uploaded) = if lazy.is_some() || !is_convertible {
+            let uploaded = self.carry_over(number, &descriptor).await?;
+            (descriptor.clone(), None, uploaded)
+        } else {
+            self.convert(number, &descriptor, diff_id).await?
+        };
+        let report = LayerReport {
+            source_digest: digest,
+            source_len: descriptor.size,
+            target_digest: target.digest,
+            target_len: target.size,
+            diff_id,
+            converted: content.is_some(),
+            content,
+            uploaded,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        self.observer.layer_done(number, &report);
+        Ok((target, report))
+    }
+
+    async fn convert(
+        &self,
+        number: usize,
+        descriptor: &Descriptor,
+        diff_id: Digest,
+    ) -> Result<(Descriptor, Option<LayerContent>, bool), ConvertError> {
+        let digest = descriptor.digest;
+        let stream = self.source.blob_stream(&digest).await?;
+        let mut spool = self.destination.spool()?;
+        let compressor = Arc::clone(&self.compressor);
+        let (converted, mut spool) = self
+            .read_blob(number, stream, descriptor, move |blob| {
+                let converted = convert_layer(blob, &mut spool, &compressor);
+                converted.map(|converted| (converted, spool))
+            })
+            .await?;
+        if converted.diff_id != diff_id {
+            return Err(ConvertError::DiffId { digest, expected: diff_id, found: converted.diff_id });
+        }
+        let lazy = converted.layer;
+        let uploaded = self.send(number, &lazy.blob, lazy.blob_len, &mut spool).await?;
+        let mut annotations = descriptor.annotations.clone().unwrap_or_default();
+        annotations.extend(lazy.to_annotations());
+        let target = Descriptor {
+            media_type: media_type::OCI_LAYER_ZSTD.to_owned(),
+            digest: lazy.blob,
+            size: lazy.blob_len,
+            annotations: Some(annotations),
+            platform: None,
+            // What else there is says something about the original blob, like its address.
+            rest: BTreeMap::new(),
+        };
+        Ok((target, Some(content_of(&converted)), uploaded))
+    }
+
+    /// Copies a blob as it is; returns whether bytes had to be moved.
+    async fn carry_over(&self, number: usize, descriptor: &Descriptor) -> Result<bool, ConvertError> {
+        let Descriptor { digest, size, .. } = descriptor;
+        // A layer that lies elsewhere, as those of Windows do, stays there.
+        let is_elsewhere = descriptor.rest.contains_key("urls");
+        if is_elsewhere
+            || self.destination.has_blob(digest, *size).await?
+            || self.destination.mount_blob(self.source, digest).await?
+        {
+            return Ok(false);
+        }
+        let stream = self.source.blob_stream(digest).await?;
+        let mut spool = self.destination.spool()?;
+        let mut spool = self
+            .read_blob(number, stream, descriptor, move |mut blob| {
+                std::io::copy(&mut blob, &mut spool).map_err(LayerError::Write)?;
+                blob.finish()?;
+                Ok(spool)
+            })
+            .await?;
+        self.send(number, digest, *size, &mut spool).await
+    }
+
+    /// Runs `work` on a thread of its own over a blob that streams in.
+    async fn read_blob<T: Send + 'static>(
+        &self,
+        number: usize,
+        mut stream: ByteStream,
+        descriptor: &Descriptor,
+        work: impl FnOnce(BlobReader<Pieces>) -> Result<T, LayerError> + Send + 'static,
+    ) -> Result<T, ConvertError> {
+        let (digest, len) = (descriptor.digest, descriptor.size);
+        let (sender, receiver) = mpsc::channel(PIECES_WAITING_MAX);
+        let thread = tokio::task::spawn_blocking(move || work(BlobReader::new(Pieces(receiver), digest, len)));
+        let mut read_len = 0;
+        while let Some(piece) = stream.next().await {
+            read_len += piece.as_ref().map_or(0, Bytes::len) as u64;
+            self.observer.layer_read(number, read_len);
+            // The thread stops listening when it has failed; it says why.
+            if sender.send(piece.map_err(|error| error.0)).await.is_err() {
+                break;
+            }
+        }
+        drop((sender, stream));
+        let result = thread.await.map_err(|_| ConvertError::Aborted(digest))?;
+        result.map_err(|error| ConvertError::Layer { digest, error })
+    }
+
+    /// Sends a spooled blob to the destination; returns whether that was necessary.
+    async fn send(&self, number: usize, digest: &Digest, len: u64, spool: &mut File) -> Result<bool, ConvertError> {
+        if self.destination.has_blob(digest, len).await? {
+            return Ok(false);
+        }
+        let observer = Arc::clone(&self.observer);
+        let progress = Arc::new(move |sent_len| observer.layer_sent(number, sent_len, len));
+        self.destination.put_file(digest, len, spool, progress).await?;
+        Ok(true)
+    }
+}
+
+fn content_of(converted: &ConvertedLayer) -> LayerContent {
+    LayerContent {
+        plain_len: converted.tar_len,
+        content_len: converted.content_len,
+        frames: converted.frame_count,
+        files: converted.inode_count,
+        index_len: converted.layer.index.compressed_len,
+    }
+}
+
+/// The pieces of a blob, as the thread that works on it takes them.
+struct Pieces(mpsc::Receiver<Result<Bytes, String>>);
+
+impl Iterator for Pieces {
+    type Item = Result<Bytes, String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.blocking_recv()
+    }
+}

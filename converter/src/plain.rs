@@ -1,0 +1,177 @@
+//! The plain tar stream on its way through the walker, cut into frames without copying what is in them.
+//!
+//! Bytes are decompressed straight into the buffer that becomes the frame. Buffers come from a pool of
+//! fixed size, which bounds the memory of a conversion: who needs one waits until a frame is written.
+
+use std::{
+    io::{self, Read},
+    ops::Deref,
+    sync::{Arc, Condvar, Mutex, PoisonError},
+};
+
+use crate::{
+    framer::{FRAME_LEN_MAX, PIECE_LEN_MAX},
+    walker::TarInput,
+};
+
+/// Most bytes asked of the decompressor at once: small enough to stay in the processor's cache.
+const READ_LEN: usize = 128 << 10;
+/// Most bytes that can be looked at ahead.
+const PEEK_LEN_MAX: usize = PIECE_LEN_MAX;
+/// A frame, what is looked at ahead of it, and one read beyond.
+const BUFFER_LEN: usize = FRAME_LEN_MAX + PEEK_LEN_MAX + READ_LEN;
+
+/// Lends a fixed number of buffers. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct BufferPool(Arc<Pool>);
+
+#[derive(Debug)]
+struct Pool {
+    /// Buffers at hand, and how many may still be allocated.
+    state: Mutex<(Vec<Box<[u8]>>, usize)>,
+    returned: Condvar,
+}
+
+impl BufferPool {
+    pub(crate) fn new(buffer_count: usize) -> Self {
+        Self(Arc::new(Pool { state: Mutex::new((Vec::new(), buffer_count)), returned: Condvar::new() }))
+    }
+
+    /// Waits for a buffer.
+    fn take(&self) -> Buffer {
+        let state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_empty = |state: &mut (Vec<Box<[u8]>>, usize)| state.0.is_empty() && state.1 == 0;
+        let mut state = self.0.returned.wait_while(state, is_empty).unwrap_or_else(PoisonError::into_inner);
+        let bytes = state.0.pop().unwrap_or_else(|| {
+            state.1 -= 1;
+            vec![0; BUFFER_LEN].into()
+        });
+        Buffer { bytes, pool: self.clone() }
+    }
+}
+
+/// A buffer that returns to its pool when dropped.
+#[derive(Debug)]
+struct Buffer {
+    bytes: Box<[u8]>,
+    pool: BufferPool,
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let pool = &self.pool.0;
+        pool.state.lock().unwrap_or_else(PoisonError::into_inner).0.push(std::mem::take(&mut self.bytes));
+        pool.returned.notify_one();
+    }
+}
+
+/// The plain bytes of one frame.
+#[derive(Debug)]
+pub(crate) struct PlainFrame {
+    buffer: Buffer,
+    len: usize,
+}
+
+impl Deref for PlainFrame {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buffer.bytes[..self.len]
+    }
+}
+
+/// A plain stream that is read and cut at the same time; `sink` takes the frames in order.
+pub(crate) struct PlainStream<R, S> {
+    source: R,
+    sink: S,
+    pool: BufferPool,
+    /// Holds the stream from `frame_start` on.
+    buffer: Buffer,
+    frame_start: u64,
+    /// How much of the buffer the walker has consumed, and how much is filled.
+    consumed: usize,
+    filled: usize,
+    is_at_end: bool,
+}
+
+impl<R: Read, S: FnMut(PlainFrame) -> io::Result<()>> PlainStream<R, S> {
+    pub(crate) fn new(source: R, pool: &BufferPool, sink: S) -> Self {
+        let buffer = pool.take();
+        Self { source, sink, pool: pool.clone(), buffer, frame_start: 0, consumed: 0, filled: 0, is_at_end: false }
+    }
+
+    /// Ends the current frame at `position` of the stream, which lies in what it has consumed; an empty
+    /// frame stays open.
+    pub(crate) fn cut_at(&mut self, position: u64) -> io::Result<()> {
+        let len = usize::try_from(position - self.frame_start).expect("the buffer holds it");
+        debug_assert!(len <= self.consumed);
+        if len == 0 {
+            return Ok(());
+        }
+        let mut next = self.pool.take();
+        let rest = &self.buffer.bytes[len..self.filled];
+        next.bytes[..rest.len()].copy_from_slice(rest);
+        let buffer = std::mem::replace(&mut self.buffer, next);
+        self.frame_start = position;
+        self.consumed -= len;
+        self.filled -= len;
+        (self.sink)(PlainFrame { buffer, len })
+    }
+
+    /// Length of the current frame as far as it is consumed.
+    pub(crate) fn frame_len(&self) -> u64 {
+        self.consumed as u64
+    }
+
+    /// Consumes `len` bytes; returns how many there were before the stream ended.
+    pub(crate) fn skip(&mut self, len: u64) -> io::Result<u64> {
+        let mut skipped = 0;
+        while skipped < len {
+            let wanted = usize::try_from(len - skipped).map_or(READ_LEN, |wanted| wanted.min(READ_LEN));
+            let found = self.peek(wanted)?.len();
+            if found == 0 {
+                break;
+            }
+            self.consume(found)?;
+            skipped += found as u64;
+        }
+        Ok(skipped)
+    }
+
+    /// Consumes everything up to the end of the stream and ends the last frame there; returns the stream's length.
+    pub(crate) fn finish(mut self) -> io::Result<u64> {
+        self.skip(u64::MAX)?;
+        let end = self.position();
+        self.cut_at(end)?;
+        Ok(end)
+    }
+}
+
+impl<R: Read, S: FnMut(PlainFrame) -> io::Result<()>> TarInput for PlainStream<R, S> {
+    fn peek(&mut self, len: usize) -> io::Result<&[u8]> {
+        let len = len.min(PEEK_LEN_MAX);
+        while self.filled - self.consumed < len && !self.is_at_end {
+            let end = BUFFER_LEN.min(self.filled + READ_LEN);
+            match self.source.read(&mut self.buffer.bytes[self.filled..end]) {
+                Ok(0) => self.is_at_end = true,
+                Ok(read_len) => self.filled += read_len,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(&self.buffer.bytes[self.consumed..self.filled.min(self.consumed + len)])
+    }
+
+    fn consume(&mut self, len: usize) -> io::Result<()> {
+        debug_assert!(len <= self.filled - self.consumed);
+        self.consumed += len;
+        if self.consumed >= FRAME_LEN_MAX {
+            self.cut_at(self.frame_start + FRAME_LEN_MAX as u64)?;
+        }
+        Ok(())
+    }
+
+    fn position(&self) -> u64 {
+        self.frame_start + self.consumed as u64
+    }
+}

@@ -1,0 +1,316 @@
+//! An image into containerd, lazily where the layers allow it.
+//!
+//! containerd's own client does this for CRI; `ctr image pull` of containerd 1.6 and 1.7 does not tell a
+//! snapshotter what a layer is, so this does. Everything goes through containerd's API and is held by a
+//! *lease* until the image record exists: what a failed pull leaves behind, containerd collects.
+//!
+//! A layer is *present* when its snapshot exists, *lazy* when the snapshotter takes it as it is, and else
+//! downloaded into the content store, unpacked by containerd and held against its diff ID.
+
+pub mod containerd;
+mod source;
+
+use std::{collections::HashMap, path::PathBuf};
+
+use bytes::Bytes;
+use containerd_client::types::Descriptor as ContainerdDescriptor;
+use format_spec::{Digest, annotation};
+use futures_util::StreamExt;
+use registry::{Client, Reference};
+use storage::ByteStream;
+
+use crate::{
+    image::ImageSource,
+    location::Location,
+    manifest::Descriptor,
+    pull::{
+        containerd::{Containerd, ContainerdError, Prepared},
+        source::{PulledManifest, PulledSource},
+    },
+    resolve::ResolveError,
+};
+
+/// Annotations and labels under this prefix are passed between clients and snapshotters.
+const SNAPSHOT_PREFIX: &str = "containerd.io/snapshot/";
+/// Names the snapshot that a prepare is for.
+const TARGET: &str = "containerd.io/snapshot.ref";
+/// The image and the layer, as CRI names them to snapshotters.
+const CRI_IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
+const CRI_LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
+/// On a layer blob: the digest of what it unpacks to.
+const UNCOMPRESSED: &str = "containerd.io/uncompressed";
+
+/// What to pull, and where to.
+#[derive(Debug, Clone)]
+pub struct PullOptions {
+    /// The image; under this name it stands in containerd afterwards.
+    pub reference: Reference,
+    /// containerd's socket.
+    pub address: PathBuf,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The snapshotter, as containerd's configuration names it.
+    pub snapshotter: String,
+}
+
+/// What was pulled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pulled {
+    /// The name of the image in containerd.
+    pub name: String,
+    /// The digest it points to: of the manifest, or of the index over several.
+    pub digest: Digest,
+    /// The layers, lowest first.
+    pub layers: Vec<PulledLayer>,
+}
+
+/// What became of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PulledLayer {
+    /// Its snapshot was there.
+    Present,
+    /// It will be read when it is needed.
+    Lazy,
+    /// It was unpacked; so many bytes were downloaded for it.
+    Unpacked {
+        /// Compressed bytes; none when the blob was there.
+        downloaded_len: u64,
+    },
+}
+
+/// Is told how a pull goes on; layers are counted from 0.
+pub trait PullObserver: Send + Sync {
+    /// A layer must be downloaded.
+    fn download_starts(&self, layer: usize, digest: &Digest, len: u64);
+    /// So much of it has arrived.
+    fn downloaded(&self, layer: usize, len: u64);
+    /// containerd unpacks it.
+    fn unpack_starts(&self, layer: usize);
+    /// It is there.
+    fn layer_done(&self, layer: usize, digest: &Digest, outcome: PulledLayer);
+}
+
+/// An image cannot be pulled.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    /// The image is not there, or is none for this host.
+    #[error(transparent)]
+    Image(#[from] ResolveError),
+    /// containerd refused or is not there.
+    #[error(transparent)]
+    Containerd(#[from] ContainerdError),
+    /// A layer cannot be downloaded.
+    #[error("layer {digest}: {reason}")]
+    Layer {
+        /// The blob.
+        digest: Digest,
+        /// What the source said.
+        reason: String,
+    },
+    /// A layer unpacks to something else than the image says.
+    #[error("layer {digest} unpacks to {found}, the image says {expected}: the image is damaged")]
+    DiffId {
+        /// The blob.
+        digest: Digest,
+        /// The diff ID in the config.
+        expected: Digest,
+        /// What containerd found.
+        found: String,
+    },
+    /// Somebody asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+type Result<T> = std::result::Result<T, PullError>;
+
+/// Pulls an image; on `interrupted` it stops and gives up what it holds.
+///
+/// # Errors
+///
+/// As [`PullError`] says; containerd then has no new image, and collects what was stored for it.
+pub async fn pull(
+    options: &PullOptions,
+    client: &Client,
+    observer: &dyn PullObserver,
+    interrupted: impl Future<Output = ()>,
+) -> Result<Pulled> {
+    let containerd = Containerd::connect(&options.address, &options.namespace).await?;
+    let pull = async {
+        // The registry is asked first: a misspelt name needs no lease.
+        let source = ImageSource::new(Location::Registry(options.reference.clone()), client);
+        let image = PulledSource::resolve(&source).await?;
+        let leased = containerd.with_lease().await?;
+        let pulled = Pull { options, containerd: &leased, source: &source, image: &image, observer }.run().await;
+        Ok::<_, PullError>((leased, pulled))
+    };
+    tokio::pin!(pull);
+    let lease_of = containerd.clone();
+    tokio::select! {
+        done = &mut pull => {
+            let (leased, pulled) = done?;
+            // A failed pull has its remains collected now, a successful one has none.
+            let ended = leased.end_lease(pulled.is_err()).await;
+            let pulled = pulled?;
+            ended?;
+            Ok(pulled)
+        }
+        () = interrupted => {
+            lease_of.end_lease(true).await?;
+            Err(PullError::Interrupted)
+        }
+    }
+}
+
+/// One pull under its lease.
+struct Pull<'a> {
+    options: &'a PullOptions,
+    containerd: &'a Containerd,
+    source: &'a ImageSource,
+    image: &'a PulledSource,
+    observer: &'a dyn PullObserver,
+}
+
+impl Pull<'_> {
+    async fn run(&self) -> Result<Pulled> {
+        let PulledSource { manifests, config, config_bytes, layers, diff_ids } = self.image;
+        for manifest in manifests {
+            let labels = self.labels(manifest_labels(manifest));
+            self.containerd.store(&manifest.descriptor, manifest.bytes.clone(), labels).await?;
+        }
+        self.containerd.store(config, config_bytes.clone(), self.labels([])).await?;
+        let (mut outcomes, mut chain) = (Vec::with_capacity(layers.len()), None);
+        for (number, (layer, diff_id)) in layers.iter().zip(diff_ids).enumerate() {
+            let name = chain_above(chain, *diff_id);
+            let outcome = self.layer(number, layer, *diff_id, chain, name).await?;
+            self.observer.layer_done(number, &layer.digest, outcome);
+            outcomes.push(outcome);
+            chain = Some(name);
+        }
+        if let Some(chain) = chain {
+            // Keeps the snapshots as long as the image.
+            let label = format!("containerd.io/gc.ref.snapshot.{}", self.options.snapshotter);
+            self.containerd.label(&config.digest, [(label, chain.to_string())].into()).await?;
+        }
+        let name = self.options.reference.to_string();
+        let target = &manifests[0].descriptor;
+        self.containerd.put_image(&name, to_containerd(target)).await?;
+        Ok(Pulled { name, digest: target.digest, layers: outcomes })
+    }
+
+    async fn layer(
+        &self,
+        number: usize,
+        layer: &Descriptor,
+        diff_id: Digest,
+        parent: Option<Digest>,
+        name: Digest,
+    ) -> Result<PulledLayer> {
+        let Self { options: PullOptions { snapshotter, .. }, containerd, .. } = self;
+        if containerd.has_snapshot(snapshotter, &name).await? {
+            return Ok(PulledLayer::Present);
+        }
+        let key = format!("extract-{}-{number} {name}", containerd.lease());
+        let labels = self.snapshot_labels(layer, &name);
+        match containerd.prepare(snapshotter, &key, parent, &name, labels).await? {
+            Prepared::Exists => Ok(PulledLayer::Lazy),
+            Prepared::Mounts(mounts) => {
+                let unpacked = self.unpack(number, layer, diff_id, mounts).await;
+                let committed = match unpacked {
+                    Ok(len) => containerd.commit(snapshotter, &key, &name).await.map(|()| len).map_err(Into::into),
+                    Err(error) => Err(error),
+                };
+                if committed.is_err() {
+                    containerd.remove_snapshot(snapshotter, &key).await;
+                }
+                committed.map(|downloaded_len| PulledLayer::Unpacked { downloaded_len })
+            }
+        }
+    }
+
+    /// Returns how many bytes were downloaded.
+    async fn unpack(
+        &self,
+        number: usize,
+        layer: &Descriptor,
+        diff_id: Digest,
+        mounts: Vec<containerd_client::types::Mount>,
+    ) -> Result<u64> {
+        let downloaded_len = self.download(number, layer).await?;
+        self.observer.unpack_starts(number);
+        let found = self.containerd.apply(to_containerd(layer), mounts).await?;
+        if found != diff_id.to_string() {
+            return Err(PullError::DiffId { digest: layer.digest, expected: diff_id, found });
+        }
+        self.containerd.label(&layer.digest, [(UNCOMPRESSED.to_owned(), found)].into()).await?;
+        Ok(downloaded_len)
+    }
+
+    async fn download(&self, number: usize, layer: &Descriptor) -> Result<u64> {
+        let labels = self.labels([]);
+        if self.containerd.has_blob(&layer.digest, &labels).await? {
+            return Ok(0);
+        }
+        self.observer.download_starts(number, &layer.digest, layer.size);
+        let digest = layer.digest;
+        let failed = |reason| PullError::Layer { digest, reason };
+        let stream = self.source.blob_stream(&digest).await.map_err(|error| failed(error.to_string()))?;
+        let mut arrived = 0;
+        let observer = ObservedDownload { observer: self.observer, number };
+        let stream: ByteStream = Box::pin(stream);
+        let pieces = stream.map(move |piece| {
+            if let Ok(piece) = &piece {
+                arrived += piece.len() as u64;
+                observer.observer.downloaded(observer.number, arrived);
+            }
+            piece
+        });
+        self.containerd.write(layer, pieces, labels).await?;
+        Ok(layer.size)
+    }
+
+    /// Labels of a blob: `others`, and where it came from, as containerd notes it.
+    fn labels(&self, others: impl IntoIterator<Item = (String, String)>) -> HashMap<String, String> {
+        let reference = &self.options.reference;
+        let from = (format!("containerd.io/distribution.source.{}", reference.host()), reference.repository().to_owned());
+        others.into_iter().chain([from]).collect()
+    }
+
+    /// What the snapshotter is told about a layer.
+    fn snapshot_labels(&self, layer: &Descriptor, name: &Digest) -> HashMap<String, String> {
+        let annotations = layer.annotations.iter().flatten();
+        let passed = annotations.filter(|(key, _)| key.starts_with(SNAPSHOT_PREFIX));
+        let image = self.options.reference.to_string();
+        let own = [
+            (TARGET, name.to_string()),
+            (annotation::IMAGE, image.clone()),
+            (CRI_IMAGE, image),
+            (CRI_LAYER_DIGEST, layer.digest.to_string()),
+        ];
+        let own = own.map(|(key, value)| (key.to_owned(), value));
+        passed.map(|(key, value)| (key.clone(), value.clone())).chain(own).collect()
+    }
+}
+
+/// The labels by which containerd's garbage collector finds what a manifest needs.
+fn manifest_labels(manifest: &PulledManifest) -> Vec<(String, String)> {
+    let reference = |kind: &str, digest: Digest| (format!("containerd.io/gc.ref.content.{kind}"), digest.to_string());
+    let config = manifest.config.iter().map(|config| reference("config", *config));
+    let layers = manifest.layers.iter().enumerate().map(|(number, layer)| reference(&format!("l.{number}"), *layer));
+    let below = manifest.manifests.iter().enumerate().map(|(number, below)| reference(&format!("m.{number}"), *below));
+    config.chain(layers).chain(below).collect()
+}
+
+/// The chain ID of a layer, the name of its snapshot. Source: OCI image specification, config.md.
+fn chain_above(below: Option<Digest>, diff_id: Digest) -> Digest {
+    below.map_or(diff_id, |below| Digest::of(format!("{below} {diff_id}").as_bytes()))
+}
+
+fn to_containerd(descriptor: &Descriptor) -> ContainerdDescriptor {
+    ContainerdDescriptor {
+        media_type: descriptor.media_type.clone(),
+        digest: descriptor.digest.to_string(),
+        size: i64::try_from(descriptor.size).unwrap_or(i64::MAX),
+        annotations: HashMap::new(),
+    }
+}
