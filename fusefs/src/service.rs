@@ -42,6 +42,8 @@ struct Inner {
     namespace: Arc<Namespace>,
     /// Trees that are available, or being made by somebody.
     trees: Mutex<HashMap<TreeId, Arc<PendingTree>>>,
+    /// Held while a tree is made or deleted on disk, so that the one never undoes half of the other.
+    changing: Mutex<()>,
     notifier: OnceLock<Notifier>,
 }
 
@@ -63,6 +65,7 @@ impl Service {
             sources,
             namespace: Arc::new(Namespace::of_node()),
             trees: Mutex::default(),
+            changing: Mutex::default(),
             notifier: OnceLock::new(),
         })))
     }
@@ -169,6 +172,7 @@ impl Service {
     }
 
     fn load_or_merge(&self, id: TreeId, remote: &[RemoteLayer], layers: Vec<Layer>) -> Result<Arc<Tree>, Error> {
+        let _changing = lock(&self.0.changing);
         let stored = match self.0.store.load(id, remote)? {
             Some(stored) => stored,
             None => {
@@ -198,23 +202,33 @@ impl Service {
     ///
     /// When the disk refuses.
     pub(crate) async fn release_tree(&self, id: TreeId) -> Result<(), Error> {
-        let removed = {
-            let mut trees = self.trees();
-            let is_available = trees.get(&id).is_none_or(|pending| pending.tree.get().is_some());
-            if is_available {
-                trees.remove(&id);
-            }
-            is_available
-        };
-        if !removed {
-            // Somebody mounts it again at this moment.
-            return Ok(());
-        }
-        if self.0.namespace.remove_tree(id).is_some() {
-            self.notify_change(Node::Trees, id);
+        let pending = self.trees().get(&id).cloned();
+        if let Some(pending) = &pending {
+            // Waits for whoever is making it, and makes nothing itself.
+            let _ = pending.tree.get_or_try_init(|| async { Err(()) }).await;
         }
         let service = self.clone();
-        blocking(move || service.0.store.remove(id)).await
+        blocking(move || {
+            let _changing = lock(&service.0.changing);
+            {
+                let mut trees = service.trees();
+                let is_wanted = pending.is_some_and(|pending| {
+                    let holders = 1 + usize::from(trees.get(&id).is_some_and(|entry| Arc::ptr_eq(entry, &pending)));
+                    pending.tree.get().is_none() && Arc::strong_count(&pending) > holders
+                });
+                if is_wanted {
+                    return Ok(());
+                }
+                trees.remove(&id);
+            }
+            let removed = service.0.namespace.remove_tree(id);
+            service.0.store.remove(id)?;
+            if removed.is_some() {
+                service.notify_change(Node::Trees, id);
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Deletes the cache of a layer; unknown ones are deleted already.
@@ -278,8 +292,7 @@ impl Service {
     }
 
     fn trees(&self) -> MutexGuard<'_, HashMap<TreeId, Arc<PendingTree>>> {
-        // The map is changed by single inserts and removes: a panic elsewhere leaves it whole.
-        self.0.trees.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.trees)
     }
 
     /// The kernel answers only when it holds no lock that a lookup under way needs, so nobody waits for it here.
@@ -293,6 +306,11 @@ impl std::fmt::Debug for Service {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Service").field("namespace", &self.0.namespace).finish_non_exhaustive()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these protect is changed by single inserts and removes: a panic elsewhere leaves it whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn layer_status(known: &KnownLayer, open: Option<&Layer>) -> LayerStatus {
