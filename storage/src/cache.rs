@@ -80,7 +80,7 @@ pub struct KnownLayer {
 
 /// A cache directory. Cheap to clone.
 ///
-/// When the last handle of a layer goes, what arrived of it is made durable, which may block for a moment.
+/// When the last handle goes, what arrived is made durable, which may block for a moment.
 #[derive(Debug, Clone)]
 pub struct Cache {
     inner: Arc<CacheInner>,
@@ -394,6 +394,17 @@ impl CacheInner {
         work: impl FnOnce() -> Result<T, CacheError> + Send + 'static,
     ) -> Result<T, CacheError> {
         self.runtime.spawn_blocking(work).await.unwrap_or(Err(CacheError::Stopped(blob)))
+    }
+}
+
+impl Drop for CacheInner {
+    fn drop(&mut self) {
+        // Not left to the layers: requests that are just ending may hold them a little longer.
+        for layer in self.open_layers() {
+            if let Err(error) = layer.flush() {
+                tracing::warn!(%error, "what arrived last is fetched again");
+            }
+        }
     }
 }
 

@@ -46,6 +46,7 @@ pub(crate) struct FrameStore {
     has_unwritten_bits: AtomicBool,
     unkept: Mutex<VecDeque<(u32, Bytes)>>,
     has_unkept: AtomicBool,
+    is_disk_refusing: AtomicBool,
     /// The bits of the file `frames`; the lock is held while files are written.
     durable: Mutex<Durable>,
 }
@@ -77,6 +78,7 @@ impl FrameStore {
             has_unwritten_bits: AtomicBool::new(false),
             unkept: Mutex::default(),
             has_unkept: AtomicBool::new(false),
+            is_disk_refusing: AtomicBool::new(false),
             durable: Mutex::new(Durable { bits, is_removed: false }),
             index,
         })
@@ -167,6 +169,7 @@ impl FrameStore {
             Ok(())
         })?;
         self.data.write_all_at(&run, run_offset)?;
+        self.is_disk_refusing.store(false, Ordering::Release);
         self.present.set(frame);
         self.has_unwritten_bits.store(true, Ordering::Release);
         Ok(())
@@ -181,6 +184,12 @@ impl FrameStore {
             unkept.pop_front();
         }
         self.has_unkept.store(true, Ordering::Release);
+        self.is_disk_refusing.store(true, Ordering::Release);
+    }
+
+    /// Whether the disk did not take the last frame: then there is no place for frames that nobody waits for.
+    pub(crate) fn is_disk_refusing(&self) -> bool {
+        self.is_disk_refusing.load(Ordering::Acquire)
     }
 
     fn find_unkept(&self, frame: u32) -> Option<(u32, Bytes)> {

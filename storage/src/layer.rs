@@ -262,7 +262,7 @@ impl Layer {
     /// Notes a read and fetches what its file's reader wants next.
     fn read_ahead(&self, plain: Range<u64>) {
         let index = self.index();
-        if self.is_complete() {
+        if self.is_complete() || self.inner.store.is_disk_refusing() {
             return;
         }
         let mut frames = needed_frames(index, plain.clone());

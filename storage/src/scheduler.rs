@@ -214,49 +214,55 @@ impl Scheduler {
         frames: impl DoubleEndedIterator<Item = InFlight>,
         error: Option<&ReadError>,
     ) {
-        let mut failed = Vec::new();
+        let (mut has_failed, mut failed_waits) = (false, Vec::new());
         let mut state = lock(&self.state);
         // The queue is filled at its front, last frame first: these have waited longest.
         for mut in_flight in frames.rev() {
-            let State { pending, queues, .. } = &mut *state;
-            let Some(pending) =
-                pending.get_mut(&in_flight.key()).filter(|pending| pending.request == Some(in_flight.request))
-            else {
-                in_flight.is_settled = true;
-                continue;
-            };
+            in_flight.is_settled = true;
+            let Some(pending) = state.pending_in(&in_flight) else { continue };
             pending.retry_count += u32::from(error.is_some());
             if pending.retry_count > RETRIES_MAX {
-                failed.push(in_flight);
+                has_failed = true;
+                failed_waits.extend(state.settle(&in_flight));
                 continue;
             }
             pending.request = None;
-            queues[pending.priority as usize]
-                .push_front(Queued { layer: in_flight.layer.clone(), frame: in_flight.frame });
-            in_flight.is_settled = true;
+            let class = pending.priority as usize;
+            state.queues[class].push_front(Queued { layer: in_flight.layer.clone(), frame: in_flight.frame });
         }
         drop(state);
-        if let Some(error) = error {
-            failed.into_iter().for_each(|in_flight| in_flight.fail(error.clone()));
+        if has_failed && let Some(error) = error {
+            self.fail_waits(failed_waits, error.clone());
         }
         self.dispatch();
     }
 
-    fn settle(&self, in_flight: &InFlight, outcome: Result<Option<Bytes>, ReadError>) {
+    /// These frames will not come: everybody who waits gets the error.
+    ///
+    /// All of them at once, so that a read that comes when the error is known asks the source anew.
+    pub(crate) fn fail(&self, frames: impl IntoIterator<Item = InFlight>, error: ReadError) {
+        let mut waits = Vec::new();
         let mut state = lock(&self.state);
-        let is_ours =
-            state.pending.get(&in_flight.key()).is_some_and(|pending| pending.request == Some(in_flight.request));
-        let settled = if is_ours { state.pending.remove(&in_flight.key()) } else { None };
-        drop(state);
-        let Some(Pending { waits, .. }) = settled.filter(|pending| !pending.waits.is_empty()) else { return };
-        let frame = in_flight.frame;
-        match outcome {
-            Ok(unkept) => waits.iter().for_each(|wait| wait.frame_arrived(frame, unkept.clone())),
-            // A failure may come from the reactor, where callers' code must not run.
-            Err(error) => {
-                self.runtime.spawn_blocking(move || waits.iter().for_each(|wait| wait.fail(error.clone())));
-            }
+        for mut in_flight in frames {
+            in_flight.is_settled = true;
+            waits.extend(state.settle(&in_flight));
         }
+        drop(state);
+        self.fail_waits(waits, error);
+    }
+
+    fn fail_waits(&self, waits: Vec<Arc<Wait>>, error: ReadError) {
+        match &error {
+            ReadError::Corrupt { blob, frame, expected, found } => {
+                tracing::error!(%blob, frame, %expected, %found, "frame refused: wrong digest");
+            }
+            ReadError::Undecodable { blob, frame, reason, .. } => {
+                tracing::error!(%blob, frame, reason, "frame refused: wrong content");
+            }
+            error => tracing::warn!(%error, wait_count = waits.len(), "frames not fetched"),
+        }
+        // This may be the reactor, where callers' code must not run.
+        self.runtime.spawn_blocking(move || waits.iter().for_each(|wait| wait.fail(error.clone())));
     }
 }
 
@@ -271,11 +277,14 @@ impl State {
                 return;
             }
             pending.priority = priority;
-            let running = pending.request.and_then(|request| self.running.get(&request));
-            if running.is_some_and(|running| priority != Priority::Read || !running.is_far_from(layer, frame)) {
-                return;
+            if let Some(request) = pending.request {
+                // A request that runs no longer has received it: it is being decoded.
+                let running = self.running.get(&request).filter(|_| priority == Priority::Read);
+                if !running.is_some_and(|running| running.is_far_from(layer, frame)) {
+                    return;
+                }
+                pending.request = None;
             }
-            pending.request = None;
         } else if layer.store.is_present(frame) {
             return;
         } else {
@@ -284,6 +293,19 @@ impl State {
             self.pending.insert(key, Pending { priority, waits, retry_count: 0, request: None });
         }
         self.queues[priority as usize].push_back(Queued { layer: layer.clone(), frame });
+    }
+
+    /// What is known of a frame, unless a read has taken it over.
+    fn pending_in(&mut self, in_flight: &InFlight) -> Option<&mut Pending> {
+        self.pending.get_mut(&in_flight.key()).filter(|pending| pending.request == Some(in_flight.request))
+    }
+
+    /// Ends that a frame is pending; returns who waits for it.
+    fn settle(&mut self, in_flight: &InFlight) -> Vec<Arc<Wait>> {
+        if self.pending_in(in_flight).is_none() {
+            return Vec::new();
+        }
+        self.pending.remove(&in_flight.key()).map(|pending| pending.waits).unwrap_or_default()
     }
 
     /// Takes a queued frame and the queued ones right after it out of their queue, for one request.
@@ -329,35 +351,24 @@ impl InFlight {
 
     /// Whether its request still has to bring it: no read has taken it over.
     pub(crate) fn is_wanted(&self) -> bool {
-        let state = lock(&self.scheduler.state);
-        state.pending.get(&self.key()).is_some_and(|pending| pending.request == Some(self.request))
+        lock(&self.scheduler.state).pending_in(self).is_some()
     }
 
     /// It is in the cache, or `unkept` when the disk did not take it. Call it on a thread that may block.
-    pub(crate) fn arrived(mut self, unkept: Option<Bytes>) {
+    pub(crate) fn arrived(mut self, unkept: Option<&Bytes>) {
         self.is_settled = true;
-        self.scheduler.settle(&self, Ok(unkept));
-    }
-
-    /// It will not come: everybody who waits gets the error, and a later read tries again.
-    pub(crate) fn fail(mut self, error: ReadError) {
-        self.is_settled = true;
-        let (blob, frame) = (self.layer.blob(), self.frame);
-        match &error {
-            ReadError::Corrupt { expected, found, .. } => {
-                tracing::error!(%blob, frame, %expected, %found, "frame refused: wrong digest");
-            }
-            ReadError::Undecodable { reason, .. } => tracing::error!(%blob, frame, reason, "frame refused"),
-            error => tracing::debug!(%blob, frame, %error, "frame not fetched"),
-        }
-        self.scheduler.settle(&self, Err(error));
+        let waits = lock(&self.scheduler.state).settle(&self);
+        waits.iter().for_each(|wait| wait.frame_arrived(self.frame, unkept.cloned()));
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        if !self.is_settled {
-            self.scheduler.settle(self, Err(ReadError::Stopped(self.layer.blob())));
+        if self.is_settled {
+            return;
         }
+        let waits = lock(&self.scheduler.state).settle(self);
+        let error = ReadError::Stopped(self.layer.blob());
+        self.scheduler.runtime.spawn_blocking(move || waits.iter().for_each(|wait| wait.fail(error.clone())));
     }
 }

@@ -67,9 +67,8 @@ pub(crate) async fn run(mut request: Request) {
         Ok(stream) => stream,
         Err(error) => {
             let error = request.source_error(error);
-            tracing::warn!(%error, "frames cannot be fetched");
-            request.take_frames().for_each(|in_flight| in_flight.fail(error.clone()));
-            return;
+            let frames = request.take_frames();
+            return request.scheduler.fail(frames, error);
         }
     };
     let mut received = BytesMut::new();
@@ -129,7 +128,7 @@ fn keep(scheduler: &Arc<Scheduler>, in_flight: InFlight, record: &Frame, compres
         Err(error @ ReadError::Corrupt { .. }) => {
             return scheduler.requeue(std::iter::once(in_flight), Some(&error));
         }
-        Err(error) => return in_flight.fail(error),
+        Err(error) => return scheduler.fail([in_flight], error),
     };
     let layer = in_flight.layer.clone();
     match layer.store.write_frame(frame, &content) {
@@ -138,7 +137,7 @@ fn keep(scheduler: &Arc<Scheduler>, in_flight: InFlight, record: &Frame, compres
             tracing::warn!(%blob, frame, %error, "cache cannot be written: frame is served from memory");
             let content = Bytes::from(content);
             layer.store.keep_in_memory(frame, content.clone());
-            in_flight.arrived(Some(content));
+            in_flight.arrived(Some(&content));
         }
     }
 }

@@ -1,0 +1,105 @@
+//! Layers of a cache: opened, known, replaced, removed.
+
+use std::{os::unix::fs::PermissionsExt, sync::Arc};
+
+use format_spec::{Digest, LazyLayer};
+use serde_json::json;
+use storage::{CacheError, KnownLayer, Priority, ReadError};
+
+use crate::support::{Fixture, MemorySource, TestLayer, check_read, one_request_a_class, open_cache};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_at_once_share_one_request_for_the_index() {
+    let test = Arc::new(TestLayer::of_frames(1, 1000));
+    let directory = tempfile::tempdir().unwrap();
+    let cache = open_cache(directory.path());
+    let source = MemorySource::new(&test);
+    source.hold_at(test.lazy.index.offset);
+    let open = || {
+        let (cache, source, test) = (cache.clone(), source.clone(), test.clone());
+        tokio::spawn(async move { cache.layer(&test.lazy, source, json!(null)).await.map(drop) })
+    };
+    let first = open();
+    source.wait_for_frame_requests(0).await;
+    let others: Vec<_> = (0..20).map(|_| open()).collect();
+    // Whoever asked first may go: the others still get the layer.
+    first.abort();
+    source.release(test.lazy.index.offset);
+    for other in others {
+        other.await.unwrap().unwrap();
+    }
+    assert_eq!(source.requests(), [test.index_request()]);
+    assert_eq!(cache.open_layers().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_blob_with_another_index_is_refused() {
+    let test = TestLayer::of_frames(1, 1000);
+    let fixture = Fixture::new(&test).await;
+    let other = TestLayer::of_frames(2, 1000);
+    let lie = LazyLayer { blob: test.lazy.blob, ..other.lazy };
+    for cache in [fixture.cache.clone(), open_cache(fixture.directory.path())] {
+        let error = cache.layer(&lie, MemorySource::new(&other), json!(null)).await.unwrap_err();
+        let expected = (test.lazy.index.digest, other.lazy.index.digest);
+        assert!(
+            matches!(error, CacheError::OtherIndex { cached, asked, .. } if (cached, asked) == expected),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_later_process_knows_layers_and_their_last_description() {
+    let test = TestLayer::of_frames(1, 1000);
+    let fixture = Fixture::new(&test).await;
+    let known = |description| vec![KnownLayer { layer: test.lazy, description }];
+    let open_again = || open_cache(fixture.directory.path()).known_layers().unwrap();
+    assert_eq!(open_again(), known(json!("test")));
+
+    let new_source = MemorySource::new(&test);
+    let layer = fixture.cache.layer(&test.lazy, new_source.clone(), json!({"image": "new"})).await.unwrap();
+    assert_eq!(layer.description(), json!({"image": "new"}));
+    assert_eq!(open_again(), known(json!({"image": "new"})));
+    check_read(&fixture.layer, &test, 0..10).await;
+    assert_eq!((fixture.source.requests().len(), new_source.requests().len()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn directories_belong_to_the_daemons_user_alone() {
+    let test = TestLayer::of_frames(1, 1000);
+    let fixture = Fixture::new(&test).await;
+    let layers = fixture.directory.path().join("layers");
+    for path in [layers.join(test.lazy.blob.hex()), layers] {
+        assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn removing_a_layer_frees_it_and_stops_its_fetches() {
+    let test = TestLayer::of_frames(20, 1 << 20);
+    let fixture = Fixture::with_options(&test, one_request_a_class()).await;
+    let (blob, second) = (test.lazy.blob, test.frames[1].blob_offset.get());
+    fixture.source.hold_at(second);
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    fixture.layer.fetch(0..u64::MAX, Priority::Background, move |result| sender.send(result).unwrap());
+    check_read(&fixture.layer, &test, test.plain_of_frame(0)).await;
+    assert!(fixture.cache.usage(blob).unwrap() >= 1 << 20);
+
+    fixture.cache.remove(blob).await.unwrap();
+    assert_eq!(fixture.cache.usage(blob).unwrap(), 0);
+    assert_eq!(fixture.cache.known_layers().unwrap(), []);
+    assert!(matches!(receiver.await.unwrap(), Err(ReadError::Stopped(_))));
+    fixture.source.release(second);
+    check_read(&fixture.layer, &test, test.plain_of_frame(0)).await;
+    assert!(matches!(fixture.layer.read_async(15 << 20, 1).await, Err(ReadError::Stopped(_))));
+    assert_eq!(fixture.source.frame_requests(), [test.request_for(0..3)]);
+
+    fixture.cache.remove(blob).await.unwrap();
+    fixture.cache.remove(Digest::of(b"unknown")).await.unwrap();
+    assert_eq!(std::fs::read_dir(fixture.directory.path().join("removed")).unwrap().count(), 0);
+
+    let layer = fixture.cache.layer(&test.lazy, fixture.source.clone(), json!("again")).await.unwrap();
+    assert_eq!(layer.progress().frames_present, 0);
+    fixture.layer.flush().unwrap();
+    check_read(&layer, &test, test.plain_of_frame(0)).await;
+}

@@ -1,0 +1,11 @@
+//! The cache against a source in memory that counts requests, and fails or waits on demand.
+
+// Helpers of tests may unwrap like tests; layers made here are small.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod durability;
+mod faults;
+mod layers;
+mod reads;
+mod scheduling;
+mod support;

@@ -1,0 +1,333 @@
+//! Layers made from a few numbers, a source over memory, a cache in a directory of its own.
+
+use std::{
+    collections::BTreeSet,
+    ops::Range,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use format_spec::{
+    Digest, Extent, Frame, IndexBuilder, LazyLayer,
+    builder::blank_inode,
+    footer::{Footer, SkippableKind, skippable_header},
+    index::{PLAIN_ALIGN, mode},
+};
+use futures_util::{FutureExt, StreamExt, stream};
+use serde_json::json;
+use storage::{ByteStream, Cache, CacheOptions, FetchFuture, Layer, Source, SourceError};
+use tokio::sync::watch;
+
+/// Bytes that hardly compress, different for every seed.
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    })
+    .flatten()
+    .take(len)
+    .collect()
+}
+
+/// A file as pieces of a hole and the bytes after it.
+#[derive(Debug, Clone)]
+pub(crate) struct TestFile(pub(crate) Vec<(usize, usize)>);
+
+impl TestFile {
+    pub(crate) fn of_len(len: usize) -> Self {
+        Self(vec![(0, len)])
+    }
+}
+
+/// A layer blob and what must be read from it.
+#[derive(Debug, Clone)]
+pub(crate) struct TestLayer {
+    pub(crate) lazy: LazyLayer,
+    pub(crate) blob: Vec<u8>,
+    /// The whole plain address space.
+    pub(crate) space: Vec<u8>,
+    pub(crate) files: Vec<Range<u64>>,
+    pub(crate) frames: Vec<Frame>,
+}
+
+impl TestLayer {
+    /// A layer with these files, cut into frames after each of `frame_lens` (the last one repeats).
+    pub(crate) fn new(files: &[TestFile], frame_lens: &[usize]) -> Self {
+        Self::with_frames(files, frame_lens, |_, content| content.to_vec())
+    }
+
+    /// One file that fills `count` frames of `len` bytes, headers aside.
+    pub(crate) fn of_frames(count: usize, len: usize) -> Self {
+        Self::new(&[TestFile::of_len(count * len - 512)], &[len])
+    }
+
+    /// Like [`Self::new`], with `change` to alter what is compressed; the index promises the original.
+    pub(crate) fn with_frames(
+        files: &[TestFile],
+        frame_lens: &[usize],
+        change: impl Fn(usize, &[u8]) -> Vec<u8>,
+    ) -> Self {
+        let mut builder = IndexBuilder::default();
+        builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+        let (mut tar, mut space, mut extents, mut ranges, mut children) = (vec![], vec![], vec![], vec![], vec![]);
+        for (number, file) in files.iter().enumerate() {
+            tar.extend(noise(!0 - number as u64, 512));
+            space.resize(space.len().next_multiple_of(PLAIN_ALIGN as usize), 0);
+            let start = space.len() as u64;
+            for (piece, (hole_len, len)) in file.0.iter().enumerate() {
+                space.resize(space.len() + hole_len, 0);
+                if *len > 0 {
+                    extents.push(Extent {
+                        tar_offset: (tar.len() as u64).into(),
+                        plain_offset: (space.len() as u64).into(),
+                        len: (*len as u64).into(),
+                    });
+                }
+                let content = noise((number * 1000 + piece) as u64, *len);
+                tar.extend_from_slice(&content);
+                space.extend_from_slice(&content);
+            }
+            tar.resize(tar.len().next_multiple_of(512), 0);
+            ranges.push(start..space.len() as u64);
+            let mut inode = blank_inode(mode::REGULAR | 0o644);
+            inode.size = (space.len() as u64 - start).into();
+            inode.plain_offset = start.into();
+            children.push((format!("{number:06}"), builder.add_inode(inode).unwrap()));
+        }
+        space.resize(space.len().next_multiple_of(PLAIN_ALIGN as usize), 0);
+        builder.add_directory(0, children).unwrap();
+
+        let (mut blob, mut frames, mut tar_offset) = (vec![], vec![], 0);
+        while tar_offset < tar.len() {
+            let len = frame_lens.get(frames.len()).or(frame_lens.last()).copied().unwrap();
+            let content = &tar[tar_offset..(tar_offset + len).min(tar.len())];
+            let compressed = zstd::bulk::compress(&change(frames.len(), content), 1).unwrap();
+            frames.push(Frame {
+                blob_offset: (blob.len() as u64).into(),
+                tar_offset: (tar_offset as u64).into(),
+                compressed_len: u32::try_from(compressed.len()).unwrap().into(),
+                plain_len: u32::try_from(content.len()).unwrap().into(),
+                digest: *Digest::of(&compressed).as_bytes(),
+            });
+            blob.extend(compressed);
+            tar_offset += content.len();
+        }
+        let index = builder.finish_layer(tar.len() as u64, space.len() as u64, &extents, &frames).unwrap();
+        blob.extend(skippable_header(SkippableKind::Index, index.bytes.len() as u64).unwrap());
+        let location = index.location(blob.len() as u64);
+        blob.extend(index.bytes);
+        blob.extend(Footer::new(&location).to_frame());
+        let lazy = LazyLayer { blob: Digest::of(&blob), blob_len: blob.len() as u64, index: location };
+        Self { lazy, blob, space, files: ranges, frames }
+    }
+
+    /// The bytes that a read must return.
+    pub(crate) fn expected(&self, plain: Range<u64>) -> &[u8] {
+        &self.space[plain.start as usize..plain.end as usize]
+    }
+
+    /// The range of the plain space that frame `number` alone holds, of a layer with one file.
+    pub(crate) fn plain_of_frame(&self, number: usize) -> Range<u64> {
+        let tar = self.frames[number].tar_range();
+        tar.start.saturating_sub(512)..(tar.end - 512).min(self.files[0].end)
+    }
+
+    /// The range of the blob that a request for these frames asks for.
+    pub(crate) fn request_for(&self, frames: Range<usize>) -> Range<u64> {
+        self.frames[frames.start].blob_offset.get()..self.frames[frames.end - 1].blob_range().end
+    }
+
+    pub(crate) fn index_request(&self) -> Range<u64> {
+        self.lazy.index.range()
+    }
+}
+
+/// What a source does to the next request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Fault {
+    /// Refuses it.
+    Refuse,
+    /// Ends the answer with an error at this offset of the blob.
+    BreakAt(u64),
+    /// Ends the answer without an error at this offset of the blob.
+    EndAt(u64),
+    /// Changes the byte at this offset of the blob.
+    FlipAt(u64),
+}
+
+/// A blob in memory.
+#[derive(Debug)]
+pub(crate) struct MemorySource {
+    blob: Vec<u8>,
+    faults: Mutex<Vec<Fault>>,
+    requests: watch::Sender<Vec<Range<u64>>>,
+    ended_count: watch::Sender<usize>,
+    holds: watch::Sender<BTreeSet<u64>>,
+}
+
+impl MemorySource {
+    pub(crate) fn new(layer: &TestLayer) -> Arc<Self> {
+        Arc::new(Self {
+            blob: layer.blob.clone(),
+            faults: Mutex::default(),
+            requests: watch::Sender::default(),
+            ended_count: watch::Sender::default(),
+            holds: watch::Sender::default(),
+        })
+    }
+
+    /// The requests so far.
+    pub(crate) fn requests(&self) -> Vec<Range<u64>> {
+        self.requests.borrow().clone()
+    }
+
+    /// The requests for frames: all but the first one, which brings the index.
+    pub(crate) fn frame_requests(&self) -> Vec<Range<u64>> {
+        self.requests().split_off(1)
+    }
+
+    /// Like [`Self::frame_requests`], in blob order: for requests that are made at the same time.
+    pub(crate) fn sorted_frame_requests(&self) -> Vec<Range<u64>> {
+        let mut requests = self.frame_requests();
+        requests.sort_by_key(|range| range.start);
+        requests
+    }
+
+    /// The requests for frames when there are at least `count`.
+    pub(crate) async fn wait_for_frame_requests(&self, count: usize) -> Vec<Range<u64>> {
+        let mut receiver = self.requests.subscribe();
+        let requests = receiver.wait_for(|requests| requests.len() > count).await.unwrap();
+        requests[1..].to_vec()
+    }
+
+    /// Waits until the answers of `count` requests were dropped, whole or not.
+    pub(crate) async fn wait_for_ended(&self, count: usize) {
+        self.ended_count.subscribe().wait_for(|ended| *ended >= count).await.unwrap();
+    }
+
+    /// Each of the next requests meets one of `faults`.
+    pub(crate) fn fail_next(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.faults.lock().unwrap().extend(faults);
+    }
+
+    /// No answer passes this offset of the blob until [`Self::release`].
+    pub(crate) fn hold_at(&self, offset: u64) {
+        self.holds.send_modify(|holds| {
+            holds.insert(offset);
+        });
+    }
+
+    pub(crate) fn release(&self, offset: u64) {
+        self.holds.send_modify(|holds| {
+            holds.remove(&offset);
+        });
+    }
+}
+
+impl Source for MemorySource {
+    fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
+        /// Odd on purpose: pieces end nowhere near the frames.
+        const PIECE_LEN: u64 = 7919;
+        self.requests.send_modify(|requests| requests.push(range.clone()));
+        let mut faults = self.faults.lock().unwrap();
+        let fault = if faults.is_empty() { None } else { Some(faults.remove(0)) };
+        drop(faults);
+        let mut blob = self.blob.clone();
+        let mut end = range.end;
+        match fault {
+            Some(Fault::Refuse) => return async { Err(SourceError("refused".to_owned())) }.boxed(),
+            Some(Fault::FlipAt(offset)) => blob[offset as usize] ^= 1,
+            Some(Fault::BreakAt(offset) | Fault::EndAt(offset)) => end = end.min(offset),
+            None => {}
+        }
+        let holds = self.holds.subscribe();
+        let ended = Ended(self.ended_count.clone());
+        let answer = stream::unfold((range.start, holds, blob), move |(start, mut holds, blob)| async move {
+            if start >= end {
+                let is_broken = matches!(fault, Some(Fault::BreakAt(_))) && start == end;
+                let error = is_broken.then(|| Err(SourceError("broke off".to_owned())));
+                return error.map(|error| (error, (u64::MAX, holds, blob)));
+            }
+            holds.wait_for(|holds| !holds.contains(&start)).await.ok()?;
+            let hold = holds.borrow().range(start..).next().copied().unwrap_or(u64::MAX);
+            let piece_end = (start + PIECE_LEN).min(end).min(hold);
+            let piece = Bytes::copy_from_slice(&blob[start as usize..piece_end as usize]);
+            Some((Ok(piece), (piece_end, holds, blob)))
+        });
+        async { Ok(Box::pin(answer.inspect(move |_| ended.note_open())) as ByteStream) }.boxed()
+    }
+}
+
+/// Counts when it is dropped.
+struct Ended(watch::Sender<usize>);
+
+impl Ended {
+    fn note_open(&self) {}
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count += 1);
+    }
+}
+
+/// Options under which nothing is flushed by itself.
+pub(crate) fn options() -> CacheOptions {
+    CacheOptions { flush_interval: Duration::from_secs(3600), ..CacheOptions::default() }
+}
+
+/// Options under which requests of one class wait for each other.
+pub(crate) fn one_request_a_class() -> CacheOptions {
+    CacheOptions { read_requests_max: 1, hot_requests_max: 1, background_requests_max: 1, ..options() }
+}
+
+/// Opens a cache on the runtime of the calling test.
+pub(crate) fn open_cache(root: &Path) -> Cache {
+    Cache::open(root, tokio::runtime::Handle::current(), options()).unwrap()
+}
+
+/// A layer in a fresh cache.
+pub(crate) struct Fixture {
+    pub(crate) layer: Layer,
+    pub(crate) cache: Cache,
+    pub(crate) source: Arc<MemorySource>,
+    pub(crate) directory: tempfile::TempDir,
+}
+
+impl Fixture {
+    pub(crate) async fn new(layer: &TestLayer) -> Self {
+        Self::with_options(layer, options()).await
+    }
+
+    pub(crate) async fn with_options(layer: &TestLayer, options: CacheOptions) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::open(directory.path(), tokio::runtime::Handle::current(), options).unwrap();
+        let source = MemorySource::new(layer);
+        let open = cache.layer(&layer.lazy, source.clone(), json!("test")).await.unwrap();
+        Self { layer: open, cache, source, directory }
+    }
+
+    /// What a second process finds after a crash right now: a copy of the files as they are.
+    pub(crate) fn crash(&self) -> tempfile::TempDir {
+        let copy = tempfile::tempdir().unwrap();
+        let status = std::process::Command::new("cp")
+            .args(["-a", "--sparse=always"])
+            .arg(self.directory.path().join("layers"))
+            .arg(copy.path())
+            .status()
+            .unwrap();
+        assert!(status.success());
+        copy
+    }
+}
+
+/// Reads a range and compares it.
+pub(crate) async fn check_read(layer: &Layer, test: &TestLayer, plain: Range<u64>) {
+    let bytes = layer.read_async(plain.start, (plain.end - plain.start) as usize).await.unwrap();
+    assert!(bytes == test.expected(plain.clone()), "{plain:?} differs");
+}
