@@ -17,6 +17,7 @@ pub mod process;
 pub mod programs;
 pub mod real_images;
 pub mod registry_server;
+pub mod samples;
 pub mod scratch;
 pub mod tar_layer;
 

@@ -102,6 +102,11 @@ impl LazyMount {
         std::fs::read_to_string(self.service.log()).unwrap_or_default()
     }
 
+    /// The process `lazuli mount`.
+    pub fn service(&mut self) -> &mut Service {
+        &mut self.service
+    }
+
     /// Ends `lazuli mount` by SIGTERM; returns whether the mount is gone.
     pub fn stop(&mut self) -> bool {
         self.service.stop();

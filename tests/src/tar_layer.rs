@@ -1,6 +1,6 @@
 //! Tar streams of layers, made in memory, with every kind of entry.
 
-use std::{io::Read, path::Path};
+use std::{ffi::OsStr, io::Read, os::unix::ffi::OsStrExt as _, path::Path};
 
 use tar::{Builder, EntryType, Header};
 
@@ -56,12 +56,20 @@ impl TarLayer {
 
     /// A directory.
     pub fn directory_with(self, path: &str, attributes: &Attributes) -> Self {
+        // The root itself is called `./`.
+        let path = if path.is_empty() { "./" } else { path };
         self.append(path, EntryType::Directory, attributes, None, &[])
     }
 
     /// A regular file of mode 0644.
     pub fn file(self, path: &str, content: impl AsRef<[u8]>) -> Self {
         self.file_with(path, &Attributes::of_mode(0o644), content)
+    }
+
+    /// A regular file of mode 0644 whose name need not be UTF-8.
+    pub fn file_bytes(self, path: &[u8], content: impl AsRef<[u8]>) -> Self {
+        let path = Path::new(OsStr::from_bytes(path));
+        self.append(path, EntryType::Regular, &Attributes::of_mode(0o644), None, content.as_ref())
     }
 
     /// An executable file of mode 0755.
@@ -122,7 +130,7 @@ impl TarLayer {
 
     fn append(
         self,
-        path: &str,
+        path: impl AsRef<Path>,
         entry_type: EntryType,
         attributes: &Attributes,
         link: Option<&str>,
@@ -136,7 +144,7 @@ impl TarLayer {
     fn append_header(
         mut self,
         mut header: Header,
-        path: &str,
+        path: impl AsRef<Path>,
         attributes: &Attributes,
         link: Option<&str>,
         content: &[u8],
@@ -147,7 +155,7 @@ impl TarLayer {
         header.set_mtime(attributes.time.0);
         header.set_size(content.len() as u64);
         let written = self.append_extensions(attributes).and_then(|()| match link {
-            Some(target) => self.builder.append_link(&mut header, Path::new(path), Path::new(target)),
+            Some(target) => self.builder.append_link(&mut header, path.as_ref(), Path::new(target)),
             None => self.builder.append_data(&mut header, path, content.take(content.len() as u64)),
         });
         self.note(written);
