@@ -22,7 +22,7 @@ use std::collections::{HashMap, VecDeque};
 use format_spec::{
     Digest, FormatError, Index, IndexBuilder, Inode,
     builder::BuildError,
-    index::{LAYER_COUNT_MAX, NO_XATTRS, WHITEOUT, flag},
+    index::{LAYER_COUNT_MAX, NO_XATTRS, WHITEOUT, flag, mode},
 };
 
 /// Attributes under this prefix are overlayfs's own (Linux fs/overlayfs/overlayfs.h).
@@ -165,7 +165,10 @@ impl<'a, B: AsRef<[u8]>> Merger<'a, B> {
         } else {
             inode.payload
         };
+        // Linux knows no permissions of symbolic links, whatever a tar stream says.
+        let mode = if inode.is_symlink() { (mode::SYMLINK | 0o777).into() } else { inode.mode };
         let inode = Inode {
+            mode,
             payload,
             xattrs: self.add_xattrs(at, inode)?.into(),
             flags: 0.into(),

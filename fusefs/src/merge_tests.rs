@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 
 use format_spec::builder::{blank_inode, implicit_directory};
-use format_spec::index::mode;
 use proptest::prelude::*;
 
 use super::*;
@@ -90,7 +89,7 @@ fn add_inode(builder: &mut IndexBuilder, node: &Node, links: &mut BTreeMap<u32, 
                 mtime_seconds: u64::from(*number).into(),
                 payload: payload.into(),
                 size: (target.len() as u64).into(),
-                ..blank_inode(mode::SYMLINK | 0o777)
+                ..blank_inode(mode::SYMLINK | 0o640)
             }
         }
         Node::Directory { metadata, is_opaque, .. } => {
@@ -215,6 +214,7 @@ fn walk(tree: &Index<Vec<u8>>) -> BTreeMap<Path, Shown> {
         let has_xattrs = inode.is_regular() && seconds % 10 == 5;
         assert_eq!(xattrs, if has_xattrs { xattrs_of(seconds, false) } else { Vec::new() }, "{path:?}");
         if inode.is_symlink() {
+            assert_eq!(inode.mode, mode::SYMLINK | 0o777, "{path:?}");
             assert_eq!(tree.symlink_target(inode), format!("target {seconds}").as_bytes());
         }
         assert_eq!(inode.flags, 0, "{path:?}");
