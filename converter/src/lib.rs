@@ -13,6 +13,7 @@ pub mod manifest;
 pub mod oci_directory;
 mod pax;
 mod plain;
+pub mod pull;
 pub mod report;
 pub mod resolve;
 pub mod tree;

@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 the image or the world is at fault (one line on standard error), 2 wrong usage.
 
 mod progress;
+mod pull_command;
 
 use std::{num::NonZeroUsize, process::ExitCode};
 
@@ -33,6 +34,10 @@ enum Action {
     ///
     /// The image stays the same image: its layers are compressed anew and get an index, nothing else changes.
     Convert(ConvertArguments),
+    /// Pull an image into containerd, lazily where it is converted.
+    ///
+    /// Afterwards `ctr run --snapshotter lazuli REF NAME` starts it.
+    Pull(pull_command::PullArguments),
 }
 
 #[derive(Debug, Args)]
@@ -71,6 +76,7 @@ fn main() -> ExitCode {
     let result = runtime.block_on(async {
         let interrupted = interruption().map_err(|error| error.to_string())?;
         match command.action {
+            Action::Pull(arguments) => pull_command::run(arguments, interrupted).await,
             Action::Convert(arguments) => tokio::select! {
                 result = run_convert(arguments) => result,
                 () = interrupted => Err("interrupted".to_owned()),

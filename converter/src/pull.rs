@@ -10,24 +10,21 @@
 pub mod containerd;
 mod source;
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
-use bytes::Bytes;
-use containerd_client::types::Descriptor as ContainerdDescriptor;
+use containerd_client::types::{Descriptor as ContainerdDescriptor, Mount};
 use format_spec::{Digest, annotation};
-use futures_util::StreamExt;
+use futures_util::TryStreamExt;
 use registry::{Client, Reference};
-use storage::ByteStream;
 
 use crate::{
-    image::ImageSource,
+    image::{ImageError, ImageSource},
     location::Location,
-    manifest::Descriptor,
+    manifest::{Descriptor, Platform},
     pull::{
-        containerd::{Containerd, ContainerdError, Prepared},
-        source::{PulledManifest, PulledSource},
+        containerd::{Containerd, ContainerdError, Prepared, WriteError},
+        source::{ImageLayer, PulledImage, PulledManifest},
     },
-    resolve::ResolveError,
 };
 
 /// Annotations and labels under this prefix are passed between clients and snapshotters.
@@ -93,9 +90,25 @@ pub trait PullObserver: Send + Sync {
 /// An image cannot be pulled.
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
-    /// The image is not there, or is none for this host.
+    /// The image cannot be read.
     #[error(transparent)]
-    Image(#[from] ResolveError),
+    Image(#[from] ImageError),
+    /// There is none for this host.
+    #[error("no image for this host, {host}; there is: {available}")]
+    Platform {
+        /// The host.
+        host: Platform,
+        /// What there is.
+        available: String,
+    },
+    /// The manifest describes no container image.
+    #[error("manifest {digest}: {reason}")]
+    NoImage {
+        /// The manifest.
+        digest: Digest,
+        /// What it is instead.
+        reason: String,
+    },
     /// containerd refused or is not there.
     #[error(transparent)]
     Containerd(#[from] ContainerdError),
@@ -132,34 +145,31 @@ type Result<T> = std::result::Result<T, PullError>;
 pub async fn pull(
     options: &PullOptions,
     client: &Client,
-    observer: &dyn PullObserver,
+    observer: Arc<dyn PullObserver>,
     interrupted: impl Future<Output = ()>,
 ) -> Result<Pulled> {
-    let containerd = Containerd::connect(&options.address, &options.namespace).await?;
-    let pull = async {
-        // The registry is asked first: a misspelt name needs no lease.
-        let source = ImageSource::new(Location::Registry(options.reference.clone()), client);
-        let image = PulledSource::resolve(&source).await?;
-        let leased = containerd.with_lease().await?;
-        let pulled = Pull { options, containerd: &leased, source: &source, image: &image, observer }.run().await;
-        Ok::<_, PullError>((leased, pulled))
+    tokio::pin!(interrupted);
+    let source = ImageSource::new(Location::Registry(options.reference.clone()), client);
+    let begin = async {
+        // A misspelt name needs no lease.
+        let image = PulledImage::resolve(&source).await?;
+        let containerd = Containerd::lease(&options.address, &options.namespace).await?;
+        Ok::<_, PullError>((image, containerd))
     };
-    tokio::pin!(pull);
-    let lease_of = containerd.clone();
-    tokio::select! {
-        done = &mut pull => {
-            let (leased, pulled) = done?;
-            // A failed pull has its remains collected now, a successful one has none.
-            let ended = leased.end_lease(pulled.is_err()).await;
-            let pulled = pulled?;
-            ended?;
-            Ok(pulled)
-        }
-        () = interrupted => {
-            lease_of.end_lease(true).await?;
-            Err(PullError::Interrupted)
-        }
-    }
+    let (image, containerd) = tokio::select! {
+        begun = begin => begun?,
+        () = &mut interrupted => return Err(PullError::Interrupted),
+    };
+    let pull = Pull { options, containerd: &containerd, source: &source, image: &image, observer };
+    let pulled = tokio::select! {
+        pulled = pull.run() => pulled,
+        () = &mut interrupted => Err(PullError::Interrupted),
+    };
+    // What a failed pull leaves is collected at once; a successful one leaves nothing.
+    let ended = containerd.end_lease(pulled.is_err()).await;
+    let pulled = pulled?;
+    ended?;
+    Ok(pulled)
 }
 
 /// One pull under its lease.
@@ -167,23 +177,23 @@ struct Pull<'a> {
     options: &'a PullOptions,
     containerd: &'a Containerd,
     source: &'a ImageSource,
-    image: &'a PulledSource,
-    observer: &'a dyn PullObserver,
+    image: &'a PulledImage,
+    observer: Arc<dyn PullObserver>,
 }
 
 impl Pull<'_> {
     async fn run(&self) -> Result<Pulled> {
-        let PulledSource { manifests, config, config_bytes, layers, diff_ids } = self.image;
+        let PulledImage { manifests, config, config_bytes, layers } = self.image;
         for manifest in manifests {
-            let labels = self.labels(manifest_labels(manifest));
+            let labels = self.blob_labels(manifest_labels(manifest));
             self.containerd.store(&manifest.descriptor, manifest.bytes.clone(), labels).await?;
         }
-        self.containerd.store(config, config_bytes.clone(), self.labels([])).await?;
+        self.containerd.store(config, config_bytes.clone(), self.blob_labels([])).await?;
         let (mut outcomes, mut chain) = (Vec::with_capacity(layers.len()), None);
-        for (number, (layer, diff_id)) in layers.iter().zip(diff_ids).enumerate() {
-            let name = chain_above(chain, *diff_id);
-            let outcome = self.layer(number, layer, *diff_id, chain, name).await?;
-            self.observer.layer_done(number, &layer.digest, outcome);
+        for (number, layer) in layers.iter().enumerate() {
+            let name = chain_above(chain, layer.diff_id);
+            let outcome = self.layer(number, layer, chain, name).await?;
+            self.observer.layer_done(number, &layer.descriptor.digest, outcome);
             outcomes.push(outcome);
             chain = Some(name);
         }
@@ -192,8 +202,7 @@ impl Pull<'_> {
             let label = format!("containerd.io/gc.ref.snapshot.{}", self.options.snapshotter);
             self.containerd.label(&config.digest, [(label, chain.to_string())].into()).await?;
         }
-        let name = self.options.reference.to_string();
-        let target = &manifests[0].descriptor;
+        let (name, target) = (self.options.reference.to_string(), &manifests[0].descriptor);
         self.containerd.put_image(&name, to_containerd(target)).await?;
         Ok(Pulled { name, digest: target.digest, layers: outcomes })
     }
@@ -201,78 +210,68 @@ impl Pull<'_> {
     async fn layer(
         &self,
         number: usize,
-        layer: &Descriptor,
-        diff_id: Digest,
+        layer: &ImageLayer,
         parent: Option<Digest>,
         name: Digest,
     ) -> Result<PulledLayer> {
-        let Self { options: PullOptions { snapshotter, .. }, containerd, .. } = self;
-        if containerd.has_snapshot(snapshotter, &name).await? {
+        let snapshots = self.containerd.snapshots(&self.options.snapshotter);
+        if snapshots.has(&name).await? {
             return Ok(PulledLayer::Present);
         }
-        let key = format!("extract-{}-{number} {name}", containerd.lease());
-        let labels = self.snapshot_labels(layer, &name);
-        match containerd.prepare(snapshotter, &key, parent, &name, labels).await? {
-            Prepared::Exists => Ok(PulledLayer::Lazy),
-            Prepared::Mounts(mounts) => {
-                let unpacked = self.unpack(number, layer, diff_id, mounts).await;
-                let committed = match unpacked {
-                    Ok(len) => containerd.commit(snapshotter, &key, &name).await.map(|()| len).map_err(Into::into),
-                    Err(error) => Err(error),
-                };
-                if committed.is_err() {
-                    containerd.remove_snapshot(snapshotter, &key).await;
-                }
-                committed.map(|downloaded_len| PulledLayer::Unpacked { downloaded_len })
-            }
+        let key = format!("extract-{}-{number} {name}", self.containerd.lease_id());
+        let labels = self.snapshot_labels(&layer.descriptor, &name);
+        let Prepared::Mounts(mounts) = snapshots.prepare(&key, parent, &name, labels).await? else {
+            return Ok(PulledLayer::Lazy);
+        };
+        let unpacked = async {
+            let downloaded_len = self.unpack(number, layer, mounts).await?;
+            snapshots.commit(&key, &name).await?;
+            Ok(PulledLayer::Unpacked { downloaded_len })
+        };
+        let unpacked = unpacked.await;
+        if unpacked.is_err() {
+            snapshots.abandon(&key).await;
         }
+        unpacked
     }
 
     /// Returns how many bytes were downloaded.
-    async fn unpack(
-        &self,
-        number: usize,
-        layer: &Descriptor,
-        diff_id: Digest,
-        mounts: Vec<containerd_client::types::Mount>,
-    ) -> Result<u64> {
-        let downloaded_len = self.download(number, layer).await?;
+    async fn unpack(&self, number: usize, layer: &ImageLayer, mounts: Vec<Mount>) -> Result<u64> {
+        let ImageLayer { descriptor, diff_id } = layer;
+        let downloaded_len = self.download(number, descriptor).await?;
         self.observer.unpack_starts(number);
-        let found = self.containerd.apply(to_containerd(layer), mounts).await?;
+        let found = self.containerd.apply(to_containerd(descriptor), mounts).await?;
         if found != diff_id.to_string() {
-            return Err(PullError::DiffId { digest: layer.digest, expected: diff_id, found });
+            return Err(PullError::DiffId { digest: descriptor.digest, expected: *diff_id, found });
         }
-        self.containerd.label(&layer.digest, [(UNCOMPRESSED.to_owned(), found)].into()).await?;
+        self.containerd.label(&descriptor.digest, [(UNCOMPRESSED.to_owned(), found)].into()).await?;
         Ok(downloaded_len)
     }
 
     async fn download(&self, number: usize, layer: &Descriptor) -> Result<u64> {
-        let labels = self.labels([]);
-        if self.containerd.has_blob(&layer.digest, &labels).await? {
+        let (digest, labels) = (layer.digest, self.blob_labels([]));
+        if self.containerd.has_blob(&digest, &labels).await? {
             return Ok(0);
         }
-        self.observer.download_starts(number, &layer.digest, layer.size);
-        let digest = layer.digest;
-        let failed = |reason| PullError::Layer { digest, reason };
-        let stream = self.source.blob_stream(&digest).await.map_err(|error| failed(error.to_string()))?;
-        let mut arrived = 0;
-        let observer = ObservedDownload { observer: self.observer, number };
-        let stream: ByteStream = Box::pin(stream);
-        let pieces = stream.map(move |piece| {
-            if let Ok(piece) = &piece {
-                arrived += piece.len() as u64;
-                observer.observer.downloaded(observer.number, arrived);
-            }
-            piece
+        self.observer.download_starts(number, &digest, layer.size);
+        let stream = self.source.blob_stream(&digest).await?;
+        let (observer, mut arrived) = (Arc::clone(&self.observer), 0);
+        let pieces = stream.inspect_ok(move |piece| {
+            arrived += piece.len() as u64;
+            observer.downloaded(number, arrived);
         });
-        self.containerd.write(layer, pieces, labels).await?;
-        Ok(layer.size)
+        match self.containerd.write(layer, pieces, labels).await {
+            Ok(()) => Ok(layer.size),
+            Err(WriteError::Containerd(error)) => Err(error.into()),
+            Err(WriteError::Source(error)) => Err(PullError::Layer { digest, reason: error.0 }),
+        }
     }
 
     /// Labels of a blob: `others`, and where it came from, as containerd notes it.
-    fn labels(&self, others: impl IntoIterator<Item = (String, String)>) -> HashMap<String, String> {
+    fn blob_labels(&self, others: impl IntoIterator<Item = (String, String)>) -> HashMap<String, String> {
         let reference = &self.options.reference;
-        let from = (format!("containerd.io/distribution.source.{}", reference.host()), reference.repository().to_owned());
+        let from =
+            (format!("containerd.io/distribution.source.{}", reference.host()), reference.repository().to_owned());
         others.into_iter().chain([from]).collect()
     }
 
@@ -312,5 +311,34 @@ fn to_containerd(descriptor: &Descriptor) -> ContainerdDescriptor {
         digest: descriptor.digest.to_string(),
         size: i64::try_from(descriptor.size).unwrap_or(i64::MAX),
         annotations: HashMap::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_ids_are_those_of_the_specification() {
+        let (one, two) = (Digest::of(b"one"), Digest::of(b"two"));
+        assert_eq!(chain_above(None, one), one);
+        assert_eq!(chain_above(Some(one), two), Digest::of(format!("{one} {two}").as_bytes()));
+    }
+
+    #[test]
+    fn a_manifest_refers_to_all_that_it_needs() {
+        let [config, one, two] = [b"config", b"layer1", b"layer2"].map(|content| Digest::of(content));
+        let descriptor = Descriptor::of("type", b"");
+        let manifest = PulledManifest {
+            descriptor,
+            bytes: bytes::Bytes::new(),
+            config: Some(config),
+            layers: vec![one, two],
+            manifests: Vec::new(),
+        };
+        let expected = [("config", config), ("l.0", one), ("l.1", two)];
+        let expected =
+            expected.map(|(kind, digest)| (format!("containerd.io/gc.ref.content.{kind}"), digest.to_string()));
+        assert_eq!(manifest_labels(&manifest), expected);
     }
 }
