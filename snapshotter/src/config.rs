@@ -20,6 +20,8 @@ pub struct Settings {
     pub root: Option<PathBuf>,
     /// The program `lazuli-fused`.
     pub fused: Option<PathBuf>,
+    /// Whether it speaks plain HTTP to every registry; on loopback it does so anyway.
+    pub plain_http: Option<bool>,
 }
 
 /// The whole configuration.
@@ -31,6 +33,8 @@ pub struct Config {
     pub root: PathBuf,
     /// The program `lazuli-fused`.
     pub fused: PathBuf,
+    /// Whether it speaks plain HTTP to every registry; on loopback it does so anyway.
+    pub plain_http: bool,
 }
 
 /// A configuration file is unusable.
@@ -65,6 +69,7 @@ impl Settings {
             address: self.address.or(file.address).unwrap_or_else(|| ADDRESS.into()),
             root: self.root.or(file.root).unwrap_or_else(|| ROOT.into()),
             fused: self.fused.or(file.fused).or_else(fused_beside).unwrap_or_else(|| FUSED.into()),
+            plain_http: self.plain_http.or(file.plain_http).unwrap_or_default(),
         }
     }
 }
@@ -75,9 +80,9 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let file = Settings::parse("address = '/a.sock'\nroot = '/b'\n").unwrap();
+        let file = Settings::parse("address = '/a.sock'\nroot = '/b'\nplain_http = true\n").unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
-        let expected = Config { address: "/a.sock".into(), root: "/c".into(), fused: FUSED.into() };
+        let expected = Config { address: "/a.sock".into(), root: "/c".into(), fused: FUSED.into(), plain_http: true };
         assert_eq!(flags.or(file, None), expected);
     }
 

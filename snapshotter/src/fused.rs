@@ -36,12 +36,21 @@ const START_PAUSE: Duration = Duration::from_secs(1);
 /// Longest answer: a status with some ten thousand layers.
 const ANSWER_LEN_MAX: u64 = 64 << 20;
 
+/// What `lazuli-fused` is started from.
+#[derive(Debug, Clone)]
+pub struct FusedProgram {
+    /// The program.
+    pub path: PathBuf,
+    /// Whether it speaks plain HTTP to every registry.
+    pub plain_http: bool,
+}
+
 /// A client of `lazuli-fused`.
 #[derive(Debug)]
 pub struct Fused {
     root: PathBuf,
     address: PathBuf,
-    binary: PathBuf,
+    program: FusedProgram,
     last_failure: Mutex<Option<(Instant, String)>>,
 }
 
@@ -84,9 +93,9 @@ pub enum FusedError {
 type Result<T> = std::result::Result<T, FusedError>;
 
 impl Fused {
-    /// A client for the daemon of `root`, to be started from `binary` if need be.
-    pub fn new(root: &Path, binary: PathBuf) -> Self {
-        Self { root: root.to_owned(), address: root.join("fused.sock"), binary, last_failure: Mutex::default() }
+    /// A client for the daemon of `root`, to be started from `program` if need be.
+    pub fn new(root: &Path, program: FusedProgram) -> Self {
+        Self { root: root.to_owned(), address: root.join("fused.sock"), program, last_failure: Mutex::default() }
     }
 
     /// Has a layer's index fetched in the background.
@@ -231,7 +240,7 @@ impl Fused {
 
     async fn spawn_and_connect(&self) -> Result<UnixStream> {
         let log = self.root.join("fused.log");
-        let mut child = self.spawn(&log).map_err(|error| FusedError::Start(self.binary.clone(), error))?;
+        let mut child = self.spawn(&log).map_err(|error| FusedError::Start(self.program.path.clone(), error))?;
         let give_up_at = Instant::now() + START_WITHIN;
         let started = loop {
             if let Some(connection) = self.try_connect().await? {
@@ -239,7 +248,7 @@ impl Fused {
             }
             if let Ok(Some(status)) = child.try_wait() {
                 let last_line = last_line(&log).unwrap_or_default();
-                return Err(FusedError::Ended { binary: self.binary.clone(), status, last_line });
+                return Err(FusedError::Ended { binary: self.program.path.clone(), status, last_line });
             }
             if Instant::now() > give_up_at {
                 break Err(FusedError::NoSocket(self.address.clone()));
@@ -255,11 +264,12 @@ impl Fused {
     /// file, so that it does not depend on whoever reads our messages.
     fn spawn(&self, log: &Path) -> io::Result<Child> {
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(log)?;
-        Command::new(&self.binary)
+        Command::new(&self.program.path)
             .arg("--root")
             .arg(&self.root)
             .arg("--address")
             .arg(&self.address)
+            .args(self.program.plain_http.then_some("--plain-http"))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -308,10 +318,14 @@ mod tests {
     /// Any program that says something about the flags it does not know, and ends.
     const NOT_A_DAEMON: &str = "/bin/ls";
 
+    fn client(root: &Path, program: &str) -> Fused {
+        Fused::new(root, FusedProgram { path: program.into(), plain_http: false })
+    }
+
     #[tokio::test]
     async fn a_daemon_that_cannot_start_is_reported_with_its_last_words() {
         let root = tempfile::tempdir().unwrap();
-        let fused = Fused::new(root.path(), NOT_A_DAEMON.into());
+        let fused = client(root.path(), NOT_A_DAEMON);
         let error = fused.release_tree(Digest::of(b"")).await.unwrap_err().to_string();
         assert_eq!(error, "/bin/ls ended at start, exit status: 2: Try '/bin/ls --help' for more information.");
     }
@@ -319,7 +333,7 @@ mod tests {
     #[tokio::test]
     async fn a_failed_start_is_not_repeated_at_once() {
         let root = tempfile::tempdir().unwrap();
-        let fused = Fused::new(root.path(), NOT_A_DAEMON.into());
+        let fused = client(root.path(), NOT_A_DAEMON);
         let first = fused.release_tree(Digest::of(b"")).await.unwrap_err().to_string();
         match fused.release_tree(Digest::of(b"")).await {
             Err(FusedError::StartedInVain(message)) => assert_eq!(message, first),
@@ -330,7 +344,7 @@ mod tests {
     #[tokio::test]
     async fn a_missing_program_is_named() {
         let root = tempfile::tempdir().unwrap();
-        let fused = Fused::new(root.path(), root.path().join("missing"));
+        let fused = client(root.path(), "/nonexistent/lazuli-fused");
         assert!(matches!(fused.status().await, Err(FusedError::Start(..))));
     }
 }

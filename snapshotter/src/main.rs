@@ -11,6 +11,7 @@ use clap::Parser;
 use snapshotter::{
     api::snapshots_server::SnapshotsServer,
     config::{CONFIG_PATH, Config, Settings},
+    fused::FusedProgram,
     service::Service,
     snapshotter::Snapshotter,
     socket,
@@ -41,6 +42,9 @@ struct Arguments {
     /// The program lazuli-fused [default: beside this one]
     #[arg(long, value_name = "PATH")]
     fused: Option<PathBuf>,
+    /// Fetch lazy layers in plain HTTP from every registry; on loopback that is done anyway
+    #[arg(long)]
+    plain_http: bool,
 }
 
 fn main() -> ExitCode {
@@ -60,7 +64,8 @@ fn main() -> ExitCode {
 fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let config = configuration(arguments)?;
     let runtime = tokio::runtime::Runtime::new()?;
-    let snapshotter = Snapshotter::open(&config.root, config.fused.clone())?;
+    let fused = FusedProgram { path: config.fused.clone(), plain_http: config.plain_http };
+    let snapshotter = Snapshotter::open(&config.root, fused)?;
     runtime.block_on(serve(&config, snapshotter))?;
     // A request that waits for the registry is not waited for.
     runtime.shutdown_timeout(Duration::ZERO);
@@ -75,7 +80,8 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         Err(error) => return Err(format!("configuration {}: {error}", path.display()).into()),
     };
     let program = std::env::current_exe()?;
-    let flags = Settings { address: arguments.address, root: arguments.root, fused: arguments.fused };
+    let Arguments { address, root, fused, plain_http, .. } = arguments;
+    let flags = Settings { address, root, fused, plain_http: plain_http.then_some(true) };
     Ok(flags.or(file, program.parent()))
 }
 

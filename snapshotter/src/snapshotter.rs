@@ -21,7 +21,7 @@ use tokio::sync::{Notify, RwLock};
 use tracing::{debug, info, warn};
 
 use crate::{
-    fused::{Fused, FusedError},
+    fused::{Fused, FusedError, FusedProgram},
     host::{self, Root, RootError},
     metadata::{
         Chain, Kind, LabelChange, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotId, SnapshotKey,
@@ -94,14 +94,14 @@ pub enum Error {
 type Result<T> = std::result::Result<T, Error>;
 
 impl Snapshotter {
-    /// Opens the snapshots under `root` and removes orphans. `fused` is the program of the other daemon.
+    /// Opens the snapshots under `root` and removes orphans. `fused` is what the other daemon is started from.
     ///
     /// Nothing lazy is touched yet; [`Self::watch_lazy_layers`] does that. Blocks.
     ///
     /// # Errors
     ///
     /// When the root directory or the records cannot be used.
-    pub fn open(root: &Path, fused: PathBuf) -> Result<Self> {
+    pub fn open(root: &Path, fused: FusedProgram) -> Result<Self> {
         let root = Root::open(root)?;
         let inner = Inner {
             metadata: Metadata::open(&root.path().join("snapshotter.redb"))?,
