@@ -37,7 +37,7 @@ impl Mount {
 
     /// Unmounts it if nobody did, waits until the session has ended, and makes what arrived durable.
     ///
-    /// If somebody uses the files still, the mount is detached only and works until the process ends.
+    /// If somebody uses the files still, the mount is detached only and works until he is done or the process ends.
     ///
     /// # Errors
     ///

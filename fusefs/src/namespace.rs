@@ -366,3 +366,7 @@ fn tree_statistics(tree: &Tree) -> Statistics {
 fn digest_of_name(name: &[u8]) -> Option<Digest> {
     format!("sha256:{}", std::str::from_utf8(name).ok()?).parse().ok()
 }
+
+#[cfg(test)]
+#[path = "namespace_tests.rs"]
+mod tests;

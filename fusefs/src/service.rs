@@ -13,7 +13,11 @@ use format_spec::{Digest, LazyLayer, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use serde_json::json;
 use storage::{Cache, CacheOptions, KnownLayer, Layer};
-use tokio::{runtime::Handle, sync::OnceCell, task::JoinSet};
+use tokio::{
+    runtime::Handle,
+    sync::{OnceCell, RwLock},
+    task::JoinSet,
+};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -44,6 +48,8 @@ struct Inner {
     trees: Mutex<HashMap<TreeId, Arc<PendingTree>>>,
     /// Held while a tree is made or deleted on disk, so that the one never undoes half of the other.
     changing: Mutex<()>,
+    /// Held for writing while a layer is removed: no tree may begin to use it meanwhile.
+    removing: RwLock<()>,
     notifier: OnceLock<Notifier>,
 }
 
@@ -66,6 +72,7 @@ impl Service {
             namespace: Arc::new(Namespace::of_node()),
             trees: Mutex::default(),
             changing: Mutex::default(),
+            removing: RwLock::default(),
             notifier: OnceLock::new(),
         })))
     }
@@ -133,6 +140,7 @@ impl Service {
         let id = id.ok_or(MergeError::LayerCount(layers.len()))?;
         let lazy_layers: Vec<LazyLayer> = layers.iter().map(|layer| layer.layer).collect();
         let pending = {
+            let _not_removing = self.0.removing.read().await;
             let new = || Arc::new(PendingTree { layers: lazy_layers.clone(), tree: OnceCell::new() });
             self.trees().entry(id).or_insert_with(new).clone()
         };
@@ -237,6 +245,7 @@ impl Service {
     ///
     /// When a tree uses it, or the disk refuses.
     pub(crate) async fn remove_layer(&self, blob: Digest) -> Result<(), Error> {
+        let _removing = self.0.removing.write().await;
         let user = self
             .trees()
             .iter()

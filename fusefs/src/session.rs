@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use fuser::{Config, INodeNo, MountOption, Notifier, SessionACL, SessionUnmounter};
@@ -14,7 +15,7 @@ use rustix::{
     io::Errno,
     mount::UnmountFlags,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use tracing::{debug, info, warn};
 
 use crate::{error::Error, fs::LazuliFs, namespace::Namespace};
@@ -23,6 +24,8 @@ use crate::{error::Error, fs::LazuliFs, namespace::Namespace};
 const NAME: &str = "lazuli";
 /// Session threads: more than the cores only help while cache files are read from a slow disk.
 const THREADS_MAX: usize = 4;
+/// How long an unmounted session may take to end: at once, unless an overlayfs mount keeps it as a layer.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How a session behaves.
 #[derive(Debug, Clone)]
@@ -116,7 +119,8 @@ impl Session {
         Err(Error::Session { path: self.mount_point.clone(), error })
     }
 
-    /// Unmounts; if somebody uses it still, takes it from the directory tree only, for the process to end it.
+    /// Unmounts; if somebody uses it still, takes it from the directory tree only: it ends with its last user or
+    /// with the process.
     ///
     /// # Errors
     ///
@@ -128,7 +132,13 @@ impl Session {
         match unmounted.map_err(io::Error::other).and_then(|result| result) {
             Ok(()) => {
                 info!(mount_point = %self.mount_point.display(), "unmounted");
-                self.wait().await
+                match timeout(END_PATIENCE, self.wait()).await {
+                    Ok(ended) => ended,
+                    Err(_) => {
+                        warn!(mount_point = %self.mount_point.display(), "still in use below other mounts");
+                        Ok(())
+                    }
+                }
             }
             Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
                 warn!(mount_point = %self.mount_point.display(), "still in use, detached");

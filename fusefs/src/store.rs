@@ -208,3 +208,66 @@ fn map(path: &Path) -> io::Result<Mmap> {
     // instead would cost resident memory for every tree that nobody looks at.
     unsafe { Mmap::map(&file) }
 }
+
+#[cfg(test)]
+mod tests {
+    use format_spec::{Digest, IndexBuilder, IndexLocation, LazyLayer, builder::implicit_directory};
+
+    use super::*;
+
+    fn layers(blob: &[u8]) -> Vec<RemoteLayer> {
+        let index = IndexLocation { offset: 0, compressed_len: 1, plain_len: 2, digest: Digest::of(b"index") };
+        let layer = LazyLayer { blob: Digest::of(blob), blob_len: 1, index };
+        vec![RemoteLayer { layer, image: "host/repository:tag".to_owned() }]
+    }
+
+    fn tree(layers: &[RemoteLayer]) -> Vec<u8> {
+        let mut builder = IndexBuilder::default();
+        builder.add_inode(implicit_directory()).unwrap();
+        builder.add_directory(0, std::iter::empty::<(&[u8], u32)>()).unwrap();
+        builder.finish_tree(&layers.iter().map(|layer| layer.layer.blob).collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn a_slot_is_never_given_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
+        for expected in 1..4 {
+            let store = TreeStore::open(directory.path().join("trees")).unwrap();
+            assert!(store.load(id, &layers).unwrap().is_none());
+            assert_eq!(store.create(id, &layers, &tree(&layers)).unwrap().slot.number(), expected);
+            assert_eq!(store.load(id, &layers).unwrap().unwrap().slot.number(), expected);
+            store.remove(id).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_tree_of_other_layers_is_not_loaded() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = TreeStore::open(directory.path().join("trees")).unwrap();
+        let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
+        store.create(id, &layers, &tree(&layers)).unwrap();
+        let mut other = layers.clone();
+        other[0].layer.index.digest = Digest::of(b"another index");
+        assert!(matches!(store.load(id, &other), Err(Error::OtherLayers(_))));
+        let elsewhere = vec![RemoteLayer { image: "mirror/repository:tag".to_owned(), ..layers[0].clone() }];
+        assert!(store.load(id, &elsewhere).unwrap().is_some(), "the place to fetch from does not matter");
+        assert_eq!(store.records().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_a_broken_off_write_leaves_is_no_tree() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = TreeStore::open(directory.path().to_owned()).unwrap();
+        let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
+        store.create(id, &layers, &tree(&layers)).unwrap();
+        let record = fs::read(store.record_path(id)).unwrap();
+        for len in 0..record.len() {
+            fs::write(store.record_path(id), &record[..len]).unwrap();
+            assert!(store.load(id, &layers).unwrap().is_none(), "record of {len} bytes");
+        }
+        fs::write(store.record_path(id), &record).unwrap();
+        fs::remove_file(store.path(id)).unwrap();
+        assert!(store.load(id, &layers).unwrap().is_none());
+    }
+}

@@ -20,7 +20,10 @@ use fusefs::{
     Daemon, DaemonOptions, Error, SessionOptions,
     control::{RemoteLayer, Request, Response},
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    mount::{MountFlags, UnmountFlags},
+    process::{Pid, Signal, kill_process},
+};
 use support::*;
 use tokio::{runtime::Runtime, sync::oneshot, task::JoinHandle};
 
@@ -286,6 +289,23 @@ fn a_root_and_a_socket_have_one_daemon() {
     let socket = fs::metadata(&daemon.address).unwrap();
     assert!(socket.file_type().is_socket());
     assert_eq!(socket.permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn a_daemon_told_to_end_does_not_wait_for_containers() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
+    let layers = two_layers(&registry);
+    let daemon = Running::start(root.path(), &registry);
+    let lower = daemon.mount(&layers);
+    for name in ["upper", "work", "merged"] {
+        fs::create_dir(root.path().join(name)).unwrap();
+    }
+    let at = |name: &str| root.path().join(name).display().to_string();
+    let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), at("upper"), at("work"));
+    let options = std::ffi::CString::new(options).unwrap();
+    rustix::mount::mount("overlay", at("merged"), "overlay", MountFlags::empty(), Some(options.as_c_str())).unwrap();
+    drop(daemon);
+    rustix::mount::unmount(at("merged"), UnmountFlags::DETACH).unwrap();
 }
 
 /// The program itself; killed if the test fails.
