@@ -149,7 +149,7 @@ mod tests {
         header.set_cksum();
         let mut block = *header.as_bytes();
         let decoded = Header::decode(&block).unwrap();
-        assert_eq!((decoded.path, decoded.size, decoded.type_flag), (path.into_bytes(), 7, b'0'));
+        assert_eq!((decoded.path, decoded.size, decoded.type_flag), (path.into_bytes(), 7, 0));
         block[0] ^= 1;
         assert_eq!(Header::decode(&block), Err("the checksum of its header does not match"));
     }

@@ -242,3 +242,7 @@ fn finish_blob(
         content_len: built.content_len,
     })
 }
+
+#[cfg(test)]
+#[path = "layer_tests.rs"]
+mod tests;

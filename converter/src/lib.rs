@@ -3,6 +3,7 @@
 pub mod blob_reader;
 pub mod compress;
 pub mod convert;
+pub mod file_source;
 pub mod framer;
 mod header;
 pub mod image;
@@ -10,6 +11,7 @@ pub mod layer;
 pub mod layer_index;
 pub mod location;
 pub mod manifest;
+pub mod mount;
 pub mod oci_directory;
 mod pax;
 mod plain;

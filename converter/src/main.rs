@@ -5,14 +5,15 @@
 mod progress;
 mod pull_command;
 
-use std::{num::NonZeroUsize, process::ExitCode};
+use std::{num::NonZeroUsize, path::PathBuf, process::ExitCode};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use converter::{
     convert::{ConvertError, ConvertOptions, convert},
     image::{ImageDestination, ImageSource},
     location::Location,
     manifest::Platform,
+    mount::mount,
     report::Report,
 };
 use indicatif::HumanBytes;
@@ -34,6 +35,10 @@ enum Action {
     ///
     /// The image stays the same image: its layers are compressed anew and get an index, nothing else changes.
     Convert(ConvertArguments),
+    /// Mount a converted image and read it as it arrives, without containerd.
+    ///
+    /// Stays in the foreground until it is interrupted or the directory is unmounted.
+    Mount(MountArguments),
     /// Pull an image into containerd, lazily where it is converted.
     ///
     /// Afterwards `ctr run --snapshotter lazuli REF NAME` starts it.
@@ -65,6 +70,36 @@ struct ConvertArguments {
     json: bool,
 }
 
+#[derive(Debug, Args)]
+struct MountArguments {
+    /// The image: host/repository:tag, host/repository@sha256:..., or oci:DIR[:tag]
+    #[arg(value_name = "IMG")]
+    image: Location,
+    /// The directory to mount it on
+    #[arg(value_name = "DIR")]
+    mount_point: PathBuf,
+    /// Where to keep what has arrived [default: lazuli in the user's cache directory]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// How the kernel reads the image
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    mode: Mode,
+    /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
+    #[arg(long)]
+    platform: Option<Platform>,
+    /// Speak plain HTTP to registries; loopback addresses are spoken to in plain HTTP anyway
+    #[arg(long)]
+    plain_http: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Mode {
+    /// What works best here
+    Auto,
+    /// Through FUSE
+    Fuse,
+}
+
 fn main() -> ExitCode {
     let command = Command::parse();
     let filter = EnvFilter::try_from_env("LAZULI_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
@@ -76,11 +111,12 @@ fn main() -> ExitCode {
     let result = runtime.block_on(async {
         let interrupted = interruption().map_err(|error| error.to_string())?;
         match command.action {
-            Action::Pull(arguments) => pull_command::run(arguments, interrupted).await,
             Action::Convert(arguments) => tokio::select! {
                 result = run_convert(arguments) => result,
                 () = interrupted => Err("interrupted".to_owned()),
             },
+            Action::Mount(arguments) => run_mount(arguments, interrupted).await,
+            Action::Pull(arguments) => pull_command::run(arguments, interrupted).await,
         }
     });
     // Threads may still work on what nobody waits for any more.
@@ -139,4 +175,35 @@ fn print(report: &Report, json: bool) {
         report.plain_len as f64 / 1e6 / report.seconds.max(0.001)
     );
     println!("{} {}", report.destination, report.digest);
+}
+
+async fn run_mount(arguments: MountArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
+    let MountArguments { image, mount_point, cache, mode, platform, plain_http } = arguments;
+    let (Mode::Auto | Mode::Fuse) = mode;
+    let client = Client::new(ClientOptions { plain_http, ..ClientOptions::from_environment() });
+    let cache_root = cache.unwrap_or_else(default_cache);
+    let named = image.to_string();
+    let source = ImageSource::new(image, &client);
+    let describe = |error: String| format!("{named}: {error}");
+    tokio::pin!(interrupted);
+    let mut mounted = tokio::select! {
+        result = mount(&source, platform.as_ref(), &mount_point, &cache_root) => {
+            result.map_err(|error| describe(error.to_string()))?
+        }
+        () = &mut interrupted => return Err("interrupted".to_owned()),
+    };
+    println!("{named} is mounted on {}", mounted.mount_point().display());
+    let ended = tokio::select! {
+        result = mounted.wait() => result,
+        () = interrupted => Ok(()),
+    };
+    let unmounted = mounted.unmount().await;
+    ended.and(unmounted).map_err(|error| describe(error.to_string()))
+}
+
+/// Source: XDG Base Directory Specification.
+fn default_cache() -> PathBuf {
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
+    base.unwrap_or_else(|| PathBuf::from("/var/cache")).join("lazuli")
 }

@@ -360,3 +360,7 @@ fn clean(path: &[u8]) -> Vec<Vec<u8>> {
     }
     names
 }
+
+#[cfg(test)]
+#[path = "tree_tests.rs"]
+mod tests;

@@ -316,3 +316,7 @@ fn read_sparse_map(input: &mut impl TarInput, entry: &mut Entry) -> Result<Vec<u
     entry.stored_len = entry.stored_len.saturating_sub(read_len);
     Ok(map)
 }
+
+#[cfg(test)]
+#[path = "walker_tests.rs"]
+mod tests;

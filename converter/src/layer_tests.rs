@@ -1,0 +1,240 @@
+//! Whole layers, converted in memory and read back by what a reader uses: zstd and the index.
+
+use std::io::{Read as _, Seek as _};
+
+use flate2::{Compression, write::GzEncoder};
+use format_spec::{Footer, Index, Inode, footer::FOOTER_FRAME_LEN};
+use proptest::prelude::*;
+
+use super::*;
+use crate::framer::{GROUP_LEN_MAX, LARGE_FILE_LEN_MIN};
+
+const LEVEL: i32 = 3;
+
+/// Converts a source blob that arrives in pieces of `piece_len`.
+fn convert(source: &[u8], piece_len: usize, jobs: usize) -> Result<(ConvertedLayer, Vec<u8>), LayerError> {
+    let pieces = source.chunks(piece_len).map(|piece| Ok(Bytes::copy_from_slice(piece)));
+    convert_blob(BlobReader::new(pieces, Digest::of(source), source.len() as u64), jobs)
+}
+
+fn convert_blob(
+    blob: BlobReader<impl Iterator<Item = Result<Bytes, String>>>,
+    jobs: usize,
+) -> Result<(ConvertedLayer, Vec<u8>), LayerError> {
+    let compressor = Compressor::new(LEVEL, jobs, 1).unwrap();
+    let mut output = tempfile::tempfile().unwrap();
+    let converted = convert_layer(blob, &mut output, &compressor)?;
+    let mut bytes = Vec::new();
+    output.rewind().unwrap();
+    output.read_to_end(&mut bytes).unwrap();
+    Ok((converted, bytes))
+}
+
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut byte = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        // Half of it repeats, so that it compresses.
+        if state & 1 == 0 { b'a' } else { state.to_le_bytes()[3] }
+    };
+    (0..len).map(|_| byte()).collect()
+}
+
+/// A tar stream with a file of each length, in one directory.
+fn archive(lens: &[usize]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (number, len) in lens.iter().enumerate() {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(*len as u64);
+        header.set_mode(0o644);
+        header.set_cksum();
+        let content = noise(number as u64, *len);
+        builder.append_data(&mut header, format!("directory/{number}"), content.as_slice()).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn open_index(layer: &LazyLayer, blob: &[u8]) -> Index<Vec<u8>> {
+    let range = layer.index.range();
+    let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+    Index::from_compressed(&blob[range], &layer.index).unwrap()
+}
+
+/// What a reader of the layer sees in a file: frames found through the index, checked, decompressed.
+fn read_file(index: &Index<Vec<u8>>, blob: &[u8], inode: &Inode) -> Vec<u8> {
+    let plain = inode.plain_range();
+    let at = |offset: u64| usize::try_from(offset).unwrap();
+    let mut content = vec![0; at(inode.size.get())];
+    for extent in index.extents_in_plain(&plain).map(|number| index.extents()[number]) {
+        for frame in index.frames_in_tar(&extent.tar_range()).map(|number| index.frames()[number]) {
+            let compressed = &blob[at(frame.blob_range().start)..at(frame.blob_range().end)];
+            assert_eq!(Digest::of(compressed), frame.digest());
+            let bytes = zstd::bulk::decompress(compressed, frame.plain_len.get() as usize).unwrap();
+            assert_eq!(bytes.len() as u64, u64::from(frame.plain_len.get()));
+            let start = frame.tar_range().start.max(extent.tar_range().start);
+            let end = frame.tar_range().end.min(extent.tar_range().end);
+            let target = at(extent.plain_offset.get() - plain.start + (start - extent.tar_offset.get()));
+            let part = &bytes[at(start - frame.tar_offset.get())..at(end - frame.tar_offset.get())];
+            content[target..target + part.len()].copy_from_slice(part);
+        }
+    }
+    content
+}
+
+/// Everything a reader relies on, for a plain archive with files of these lengths.
+fn check(lens: &[usize]) {
+    let tar = archive(lens);
+    let (converted, blob) = convert(&gzip(&tar), 1000, 2).unwrap();
+    assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), tar);
+    assert_eq!((converted.diff_id, converted.tar_len), (Digest::of(&tar), tar.len() as u64));
+    assert_eq!((converted.layer.blob, converted.layer.blob_len), (Digest::of(&blob), blob.len() as u64));
+    let footer = &blob[blob.len() - usize::try_from(FOOTER_FRAME_LEN).unwrap()..];
+    assert_eq!(Footer::from_frame(footer, blob.len() as u64), Ok(Some(converted.layer.index)));
+    let index = open_index(&converted.layer, &blob);
+    assert_eq!(index.frames().len() as u64, converted.frame_count);
+    assert_eq!(index.tar_len(), tar.len() as u64);
+    if lens.is_empty() {
+        return;
+    }
+    let directory = index.inode(index.lookup(&index.inodes()[0], b"directory").unwrap()).unwrap();
+    for (number, len) in lens.iter().enumerate() {
+        let inode = index.inode(index.lookup(directory, number.to_string().as_bytes()).unwrap()).unwrap();
+        assert!(read_file(&index, &blob, inode) == noise(number as u64, *len), "file {number}");
+    }
+}
+
+#[test]
+fn every_file_is_reached_through_the_index() {
+    let large = usize::try_from(LARGE_FILE_LEN_MIN).unwrap();
+    check(&[]);
+    check(&[0, 1, 511, 512, 513, 4096]);
+    check(&[large - 1, large, large + 1, 10, 3 * PIECE_LEN_MAX + 7, 0, PIECE_LEN_MAX, 20]);
+    check(&[30_000; 100]);
+}
+
+#[test]
+fn a_large_file_starts_a_frame() {
+    let (converted, blob) = convert(&archive(&[100, 2_000_000, 100]), 1 << 20, 1).unwrap();
+    let index = open_index(&converted.layer, &blob);
+    let starts = |offset: u64| index.frames().iter().any(|frame| frame.tar_offset == offset);
+    let extents: Vec<_> = index.extents().iter().map(|extent| extent.tar_offset.get()).collect();
+    assert_eq!(extents.iter().map(|start| starts(*start)).collect::<Vec<_>>(), [false, true, false]);
+    // The small file behind it starts a frame with its header.
+    assert!(starts(extents[2] - 512));
+    assert!(index.frames().iter().all(|frame| u64::from(frame.plain_len.get()) <= 2 * GROUP_LEN_MAX + 511));
+}
+
+#[test]
+fn the_result_depends_on_the_content_only() {
+    let tar = archive(&[0, 300_000, 5_000, 5_000_000, 40_000, 900_000, 1]);
+    let (_, expected) = convert(&tar, 1 << 20, 1).unwrap();
+    let zstd = zstd::encode_all(tar.as_slice(), 1).unwrap();
+    for (source, piece_len, jobs) in [(gzip(&tar), 777, 4), (zstd, 10, 3), (tar, 1, 2), (expected.clone(), 4096, 1)] {
+        let (_, blob) = convert(&source, piece_len, jobs).unwrap();
+        assert!(blob == expected, "{piece_len} {jobs}");
+    }
+}
+
+#[test]
+fn gzip_may_have_many_members() {
+    let tar = archive(&[1000, 2000, 3000]);
+    let members = tar.chunks(700).flat_map(gzip).collect::<Vec<_>>();
+    let (converted, _) = convert(&members, 100, 1).unwrap();
+    assert_eq!(converted.diff_id, Digest::of(&tar));
+}
+
+#[test]
+fn what_follows_the_archive_is_kept() {
+    let tar = [archive(&[10]), vec![0; 5000], b"something".to_vec(), noise(1, 3_000_000)].concat();
+    let (converted, blob) = convert(&gzip(&tar), 1 << 16, 2).unwrap();
+    assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), tar);
+    assert_eq!(converted.inode_count, 3);
+}
+
+#[test]
+fn empty_streams_are_layers_too() {
+    for tar in [Vec::new(), vec![0; 1024]] {
+        let (converted, blob) = convert(&gzip(&tar), 10, 1).unwrap();
+        assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), tar);
+        assert_eq!((converted.inode_count, converted.frame_count), (1, u64::from(!tar.is_empty())));
+    }
+}
+
+#[test]
+fn a_damaged_source_is_named_before_what_it_leads_to() {
+    let tar = archive(&[100_000]);
+    let source = gzip(&tar);
+    let (digest, len) = (Digest::of(&source), source.len() as u64);
+    let message = |bytes: Vec<u8>| {
+        let pieces = bytes.chunks(500).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect::<Vec<_>>();
+        convert_blob(BlobReader::new(pieces.into_iter(), digest, len), 1).unwrap_err().to_string()
+    };
+    for at in [0, 3, source.len() / 2, source.len() - 1] {
+        let mut damaged = source.clone();
+        damaged[at] ^= 1;
+        let found = Digest::of(&damaged);
+        assert_eq!(message(damaged), format!("its content has digest {found}: the source is damaged"), "{at}");
+    }
+    let truncated = source[..source.len() - 9].to_vec();
+    assert_eq!(message(truncated), format!("it ends after {} of {len} bytes: the source is damaged", len - 9));
+    let longer = [source.as_slice(), b"x"].concat();
+    assert_eq!(message(longer), format!("it is longer than the {len} bytes that its descriptor says"));
+}
+
+#[test]
+fn a_source_that_gives_up_says_why() {
+    let pieces = [Ok(Bytes::from_static(&[0; 700])), Err("the host went away".to_owned())];
+    let error = convert_blob(BlobReader::new(pieces.into_iter(), Digest::of(b""), 10_000), 1).unwrap_err();
+    assert_eq!(error.to_string(), "the host went away");
+}
+
+#[test]
+fn refuses_compressed_streams_that_end_early_although_the_blob_is_whole() {
+    let source = gzip(&archive(&[100_000]));
+    let error = convert(&source[..source.len() - 9], 500, 1).unwrap_err();
+    assert!(matches!(error, LayerError::Tar(TarError::Io(_))), "{error}");
+    let zstd = zstd::encode_all(archive(&[100_000]).as_slice(), 1).unwrap();
+    let error = convert(&zstd[..zstd.len() - 9], 500, 1).unwrap_err();
+    assert!(matches!(error, LayerError::Tar(TarError::Io(_))), "{error}");
+}
+
+#[test]
+fn refuses_a_stream_that_ends_within_a_file() {
+    for lens in [&[100_000][..], &[1_000_000]] {
+        let tar = archive(lens);
+        let error = convert(&gzip(&tar[..50_000]), 500, 1).unwrap_err();
+        assert_eq!(error.to_string(), "the tar stream ends at byte 50000, within an entry");
+    }
+}
+
+#[test]
+fn a_full_disk_ends_the_conversion() {
+    let tar = archive(&[3_000_000; 5]);
+    let mut output = File::options().write(true).open("/dev/full").unwrap();
+    let pieces = tar.chunks(1 << 16).map(|piece| Ok(Bytes::copy_from_slice(piece)));
+    let blob = BlobReader::new(pieces, Digest::of(&tar), tar.len() as u64);
+    let compressor = Compressor::new(LEVEL, 2, 1).unwrap();
+    let error = convert_layer(blob, &mut output, &compressor).unwrap_err();
+    assert!(matches!(error, LayerError::Write(_)), "{error}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn garbage_is_refused_or_kept_byte_for_byte(bytes in proptest::collection::vec(any::<u8>(), 0..3000), magic: bool) {
+        let source = if magic { [&[0x1f, 0x8b, 8], bytes.as_slice()].concat() } else { bytes };
+        if let Ok((converted, blob)) = convert(&source, 100, 1) {
+            let plain = zstd::decode_all(blob.as_slice()).unwrap();
+            prop_assert_eq!(Digest::of(&plain), converted.diff_id);
+        }
+    }
+}

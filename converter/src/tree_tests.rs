@@ -1,0 +1,295 @@
+//! Tests of the tree: each rule of unpacking with the smallest layer that shows it.
+
+use std::collections::BTreeMap;
+
+use format_spec::{Index, IndexLocation, Inode, index::WHITEOUT};
+
+use super::*;
+use crate::layer_index::build_index;
+
+fn entry(kind: EntryKind, path: &str) -> Entry {
+    Entry {
+        start: 0,
+        path: path.as_bytes().to_vec(),
+        kind,
+        mode: 0o640,
+        uid: 1,
+        gid: 2,
+        mtime: Time { seconds: 100, nanoseconds: 5 },
+        link_target: Vec::new(),
+        device: (0, 0),
+        xattrs: BTreeMap::new(),
+        size: 0,
+        segments: None,
+        stored_len: 0,
+        padding_len: 0,
+    }
+}
+
+fn file(path: &str) -> Entry {
+    entry(EntryKind::Regular, path)
+}
+
+fn sized(path: &str, size: u64) -> Entry {
+    Entry { size, stored_len: size, ..file(path) }
+}
+
+fn directory(path: &str) -> Entry {
+    Entry { mode: 0o700, ..entry(EntryKind::Directory, path) }
+}
+
+fn link(kind: EntryKind, path: &str, target: &str) -> Entry {
+    Entry { link_target: target.as_bytes().to_vec(), ..entry(kind, path) }
+}
+
+fn symlink(path: &str, target: &str) -> Entry {
+    link(EntryKind::Symlink, path, target)
+}
+
+fn hard_link(path: &str, target: &str) -> Entry {
+    link(EntryKind::HardLink, path, target)
+}
+
+/// The index of a layer with these entries, whose content lies at 1000, 2000 and so on.
+fn index(entries: Vec<Entry>) -> Index<Vec<u8>> {
+    let mut tree = LayerTree::default();
+    for (number, entry) in (1..).zip(entries) {
+        tree.apply(entry, number * 1000).unwrap();
+    }
+    let built = build_index(tree).unwrap();
+    let frame = format_spec::Frame {
+        blob_offset: 0.into(),
+        tar_offset: 0.into(),
+        compressed_len: 1.into(),
+        plain_len: (1 << 20).into(),
+        digest: [0; 32],
+    };
+    let compressed = built.builder.finish_layer(1 << 20, built.space_len, &built.extents, &[frame]).unwrap();
+    let location: IndexLocation = compressed.location(0);
+    Index::from_compressed(&compressed.bytes, &location).unwrap()
+}
+
+fn refusal(entries: Vec<Entry>) -> String {
+    let mut tree = LayerTree::default();
+    let results: Vec<_> = entries.into_iter().map(|entry| tree.apply(entry, 0)).collect();
+    results.into_iter().find_map(Result::err).expect("refused").to_string()
+}
+
+/// All paths, sorted; directories end with a slash, whiteouts with `!`, symlinks show their target,
+/// opaque directories end with `//`, implicit ones with `/?`.
+fn listing(index: &Index<Vec<u8>>) -> Vec<String> {
+    fn walk(index: &Index<Vec<u8>>, inode: &Inode, path: &str, lines: &mut Vec<String>) {
+        for (name, number) in index.children(inode) {
+            let path = format!("{path}{}", String::from_utf8_lossy(name));
+            if number == WHITEOUT {
+                lines.push(format!("{path}!"));
+                continue;
+            }
+            let child = index.inode(number).unwrap();
+            match child.file_type() {
+                mode::DIRECTORY => {
+                    let opaque = if child.flags.get() & flag::OPAQUE != 0 { "/" } else { "" };
+                    let implicit = if child.flags.get() & flag::IMPLICIT != 0 { "?" } else { "" };
+                    lines.push(format!("{path}/{opaque}{implicit}"));
+                    walk(index, child, &format!("{path}/"), lines);
+                }
+                mode::SYMLINK => {
+                    lines.push(format!("{path} -> {}", String::from_utf8_lossy(index.symlink_target(child))));
+                }
+                _ => lines.push(path),
+            }
+        }
+    }
+    let mut lines = Vec::new();
+    walk(index, &index.inodes()[0], "", &mut lines);
+    lines
+}
+
+fn check(entries: Vec<Entry>, expected: &[&str]) {
+    assert_eq!(listing(&index(entries)), expected);
+}
+
+fn find(index: &Index<Vec<u8>>, path: &str) -> Inode {
+    let number = path
+        .split('/')
+        .fold(0, |number, name| index.lookup(index.inode(number).unwrap(), name.as_bytes()).expect("the path exists"));
+    *index.inode(number).unwrap()
+}
+
+#[test]
+fn paths_are_cleaned_and_stay_inside() {
+    let paths = ["./a", "/b", "c//d", "../../e", "f/../g", "h/./i/"];
+    check(paths.map(file).into(), &["a", "b", "c/?", "c/d", "e", "g", "h/?", "h/i"]);
+}
+
+#[test]
+fn directories_merge_and_the_last_metadata_holds() {
+    let first = Entry { xattrs: [(b"user.a".to_vec(), b"1".to_vec())].into(), ..directory("d") };
+    let second = Entry { uid: 9, xattrs: [(b"user.b".to_vec(), b"2".to_vec())].into(), ..directory("d/") };
+    let index = index(vec![first, file("d/f"), second]);
+    assert_eq!(listing(&index), ["d/", "d/f"]);
+    let found = find(&index, "d");
+    assert_eq!((found.uid.get(), found.mode.get() & 0o7777), (9, 0o700));
+    assert_eq!(index.xattrs(&found).map(|(name, _)| name.to_vec()).collect::<Vec<_>>(), [b"user.a", b"user.b"]);
+}
+
+#[test]
+fn a_directory_may_follow_its_content() {
+    let index = index(vec![file("d/e/f"), directory("d")]);
+    assert_eq!(listing(&index), ["d/", "d/e/?", "d/e/f"]);
+    let implicit = find(&index, "d/e");
+    assert_eq!((implicit.mode.get(), implicit.uid.get(), implicit.mtime_seconds()), (0o40755, 0, 0));
+}
+
+#[test]
+fn later_entries_replace_earlier_ones() {
+    check(vec![file("a"), symlink("a", "x")], &["a -> x"]);
+    check(vec![directory("a"), file("a/b"), file("a")], &["a"]);
+    check(vec![file("a"), directory("a"), file("a/b")], &["a/", "a/b"]);
+}
+
+#[test]
+fn a_replaced_file_leaves_no_inode_and_no_content() {
+    let index = index(vec![sized("a", 10), sized("b", 20), sized("a", 30)]);
+    let extents: Vec<_> = index.extents().iter().map(|extent| (extent.tar_offset.get(), extent.len.get())).collect();
+    assert_eq!(extents, [(2000, 20), (3000, 30)]);
+    assert_eq!(index.inodes().len(), 3);
+    assert_eq!(find(&index, "b").plain_range(), 0..20);
+    assert_eq!(find(&index, "a").plain_range(), 4096..4126);
+}
+
+#[test]
+fn hard_links_share_an_inode_and_bring_their_metadata() {
+    let late = Entry { uid: 7, ..hard_link("b", "./a") };
+    let index = index(vec![sized("a", 10), late, file("c")]);
+    assert_eq!(find(&index, "a"), find(&index, "b"));
+    assert_eq!((find(&index, "a").uid.get(), find(&index, "a").nlink.get(), find(&index, "a").size.get()), (7, 2, 10));
+}
+
+#[test]
+fn a_hard_link_keeps_what_its_first_name_loses() {
+    let index = index(vec![sized("a", 10), hard_link("b", "a"), sized("a", 20)]);
+    assert_eq!((find(&index, "b").size.get(), find(&index, "b").nlink.get()), (10, 1));
+    assert_eq!(find(&index, "a").plain_range(), 4096..4116);
+}
+
+#[test]
+fn a_hard_link_to_a_symlink_is_that_symlink() {
+    check(vec![file("f"), symlink("s", "f"), hard_link("h", "s")], &["f", "h -> f", "s -> f"]);
+}
+
+#[test]
+fn hard_links_need_a_file_of_the_layer() {
+    let message = refusal(vec![hard_link("b", "a")]);
+    assert_eq!(message, r#"tar entry "b": it is a hard link to "a", which this layer lacks"#);
+    assert!(refusal(vec![file("a"), hard_link("a", "a")]).contains("lacks"));
+    assert!(refusal(vec![file(".wh.a"), hard_link("b", "a")]).contains("lacks"));
+    assert!(refusal(vec![directory("a"), hard_link("b", "a")]).contains("a directory"));
+    assert!(refusal(vec![hard_link("b", "/")]).contains("root directory"));
+}
+
+#[test]
+fn whiteouts_hide_lower_layers_only() {
+    check(vec![file("d/.wh.a"), file(".wh.b")], &["b!", "d/?", "d/a!"]);
+    check(vec![file("a"), file(".wh.a")], &["a"]);
+    check(vec![file(".wh.a"), file("a")], &["a"]);
+    check(vec![directory("a"), file(".wh.a")], &["a//"]);
+    check(vec![file(".wh.a"), directory("a")], &["a//"]);
+    check(vec![file(".wh.a"), file("a/b")], &["a//", "a/b"]);
+    check(vec![entry(EntryKind::Character, "a")], &["a!"]);
+}
+
+#[test]
+fn opaque_whiteouts_mark_their_directory() {
+    check(vec![directory("d"), file("d/f"), file("d/.wh..wh..opq")], &["d//", "d/f"]);
+    check(vec![file("d/.wh..wh..opq"), directory("d")], &["d//"]);
+    check(vec![file("d/.wh..wh..opq")], &["d//?"]);
+    let root = index(vec![file(".wh..wh..opq")]).inodes()[0];
+    assert_eq!(root.flags.get(), flag::OPAQUE | flag::IMPLICIT);
+}
+
+#[test]
+fn what_aufs_keeps_for_itself_is_skipped() {
+    check(vec![directory(".wh..wh.plnk"), file(".wh..wh.plnk/1.2"), file(".wh..wh.aufs"), file("a")], &["a"]);
+}
+
+#[test]
+fn refuses_whiteouts_of_no_name() {
+    for path in [".wh.", ".wh..", "d/.wh..."] {
+        assert!(refusal(vec![file(path)]).contains("whiteout of no possible name"), "{path}");
+    }
+}
+
+#[test]
+fn symlinks_of_the_layer_are_followed_to_a_parent() {
+    let usr = || vec![directory("usr"), directory("usr/lib")];
+    let with = |entries: Vec<Entry>| usr().into_iter().chain(entries).collect::<Vec<_>>();
+    check(with(vec![symlink("lib", "usr/lib"), file("lib/a")]), &["lib -> usr/lib", "usr/", "usr/lib/", "usr/lib/a"]);
+    check(with(vec![symlink("lib", "/usr/lib"), file("lib/a")]), &["lib -> /usr/lib", "usr/", "usr/lib/", "usr/lib/a"]);
+    check(vec![symlink("s", "../../out"), file("s/a")], &["out/?", "out/a", "s -> ../../out"]);
+    check(
+        with(vec![symlink("usr/s", "lib"), symlink("t", "usr/s"), file("t/a")]),
+        &["t -> usr/s", "usr/", "usr/lib/", "usr/lib/a", "usr/s -> lib"],
+    );
+    check(
+        with(vec![file("usr/lib/a"), symlink("lib", "usr/lib"), hard_link("b", "lib/a")]),
+        &["b", "lib -> usr/lib", "usr/", "usr/lib/", "usr/lib/a"],
+    );
+}
+
+#[test]
+fn refuses_ways_that_lead_nowhere() {
+    assert!(refusal(vec![symlink("a", "b"), symlink("b", "a"), file("a/f")]).contains("too many symbolic links"));
+    assert!(refusal(vec![file("a"), file("a/b")]).contains("is no directory"));
+    assert!(refusal(vec![file(&"n".repeat(256))]).contains("longer than 255"));
+    assert!(refusal(vec![symlink("s", "")]).contains("target of 0 bytes"));
+    assert!(refusal(vec![entry(EntryKind::Other(b'S'), "s")]).contains("old GNU sparse"));
+    assert!(refusal(vec![entry(EntryKind::Other(b'7'), "s")]).contains("type '7'"));
+    assert!(refusal(vec![Entry { uid: -1, ..file("f") }]).contains("-1"));
+    assert!(refusal(vec![Entry { device: (1 << 12, 0), ..entry(EntryKind::Block, "f") }]).contains("device number"));
+}
+
+#[test]
+fn the_root_keeps_owner_and_mode() {
+    let root = index(vec![directory("./")]).inodes()[0];
+    let found = (root.mode.get(), root.uid.get(), root.flags.get(), root.mtime_seconds());
+    assert_eq!(found, (0o40755, 0, 0, 100));
+}
+
+#[test]
+fn times_that_containerd_gives_up_become_1970() {
+    let time = |seconds| Entry { mtime: Time { seconds, nanoseconds: 5 }, ..file("f") };
+    for (seconds, expected) in [(-1, (0, 0)), (0, (0, 5)), (1 << 33, (1 << 33, 5)), (1 << 40, (0, 0))] {
+        let found = find(&index(vec![time(seconds)]), "f");
+        assert_eq!((found.mtime_seconds(), found.mtime_nanoseconds.get()), expected, "{seconds}");
+    }
+}
+
+#[test]
+fn metadata_survives() {
+    let names = ["user.a", "trusted.b", "security.c", "system.posix_acl_access", "other.d", "user."];
+    let xattrs = names.map(|name| (name.as_bytes().to_vec(), b"\0\xff".to_vec())).into();
+    let device = Entry { device: (0x123, 0x45678), mode: 0o4755, xattrs, ..entry(EntryKind::Block, "d") };
+    let index = index(vec![device, symlink("s", "t"), entry(EntryKind::Fifo, "p")]);
+    let found = find(&index, "d");
+    // new_encode_dev: the minor number's low byte, the major number, the rest of the minor number.
+    assert_eq!(found.payload.get(), 0x4561_2378);
+    assert_eq!((found.mode.get(), found.uid.get(), found.gid.get()), (0o64755, 1, 2));
+    let names: Vec<_> = index.xattrs(&found).map(|(name, _)| String::from_utf8_lossy(name).into_owned()).collect();
+    assert_eq!(names, ["security.c", "system.posix_acl_access", "trusted.b", "user.a"]);
+    assert_eq!((find(&index, "s").mode.get(), find(&index, "p").mode.get()), (0o120777, 0o10640));
+}
+
+#[test]
+fn holes_have_no_extents() {
+    let segments =
+        vec![Segment { offset: 4096, len: 10 }, Segment { offset: 9000, len: 5 }, Segment { offset: 10000, len: 0 }];
+    let sparse = Entry { size: 10000, stored_len: 15, segments: Some(segments), ..file("s") };
+    let index = index(vec![sized("f", 1), sparse, sized("g", 1)]);
+    let extents = index.extents().iter().map(|extent| (extent.tar_offset.get(), extent.plain_range()));
+    assert_eq!(
+        extents.collect::<Vec<_>>(),
+        [(1000, 0..1), (2000, 8192..8202), (2010, 13096..13101), (3000, 16384..16385)]
+    );
+    assert_eq!(index.space_len(), 20480);
+}
