@@ -30,14 +30,17 @@ const END_PATIENCE: Duration = Duration::from_secs(1);
 /// How a session behaves.
 #[derive(Debug, Clone)]
 pub struct SessionOptions {
-    /// What the kernel reads ahead of a sequential reader, and around a page fault. The kernel's default of 128 KiB
-    /// is less than a frame.
+    /// What the kernel reads ahead of a sequential reader, and around a page fault.
+    ///
+    /// The default is a frame's worth; the kernel's own is 128. Importing numpy and pandas from a cold image of
+    /// 160 MB fetched 30.0 MB with 128, 31.3 with 512, 32.2 with 1024; reading everything from the local cache
+    /// took the same time with each (2 cores, under load).
     pub read_ahead_kib: u32,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { read_ahead_kib: 1024 }
+        Self { read_ahead_kib: 512 }
     }
 }
 
