@@ -105,7 +105,7 @@ enum Entry {
 type Opening = Shared<BoxFuture<'static, Result<Layer, CacheError>>>;
 
 impl Cache {
-    /// Opens the cache under `root`, making it if needed; transfers run on `runtime`.
+    /// Opens the cache under `root`, making it if needed; transfers run on `runtime`, which has its timers enabled.
     ///
     /// # Errors
     ///

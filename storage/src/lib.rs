@@ -1,4 +1,16 @@
 //! Frames by digest: fetched once, verified, decompressed, kept.
+//!
+//! A [`Cache`] is a directory with one subdirectory a [`Layer`]. A layer's *plain address space* holds
+//! the content of all its files; the index maps it to *frames* of the layer blob. A read names a range
+//! of that space; the frames that hold it are fetched from a [`Source`] unless they are there, each is
+//! checked against its digest before anything else looks at it, decompressed, written where it belongs
+//! in the layer's sparse file, and its readers are called back.
+//!
+//! What stays outside: how a registry is spoken to (`registry` implements [`Source`]), what the files of
+//! a layer are called (`fusefs` reads the index), and who decides that a layer is no longer needed.
+//!
+//! `layer.rs` is the way of a read, `scheduler.rs` decides what is requested, `transfer.rs` carries a
+//! request out, `frame_store.rs` keeps the frames, `directory.rs` the files.
 
 mod bitmap;
 pub mod cache;

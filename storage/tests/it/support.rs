@@ -163,7 +163,7 @@ pub(crate) enum Fault {
 /// A blob in memory.
 #[derive(Debug)]
 pub(crate) struct MemorySource {
-    blob: Vec<u8>,
+    blob: Bytes,
     faults: Mutex<Vec<Fault>>,
     requests: watch::Sender<Vec<Range<u64>>>,
     ended_count: watch::Sender<usize>,
@@ -173,7 +173,7 @@ pub(crate) struct MemorySource {
 impl MemorySource {
     pub(crate) fn new(layer: &TestLayer) -> Arc<Self> {
         Arc::new(Self {
-            blob: layer.blob.clone(),
+            blob: layer.blob.clone().into(),
             faults: Mutex::default(),
             requests: watch::Sender::default(),
             ended_count: watch::Sender::default(),
@@ -241,7 +241,11 @@ impl Source for MemorySource {
         let mut end = range.end;
         match fault {
             Some(Fault::Refuse) => return async { Err(SourceError("refused".to_owned())) }.boxed(),
-            Some(Fault::FlipAt(offset)) => blob[offset as usize] ^= 1,
+            Some(Fault::FlipAt(offset)) => {
+                let mut changed = blob.to_vec();
+                changed[offset as usize] ^= 1;
+                blob = changed.into();
+            }
             Some(Fault::BreakAt(offset) | Fault::EndAt(offset)) => end = end.min(offset),
             None => {}
         }
@@ -256,7 +260,7 @@ impl Source for MemorySource {
             holds.wait_for(|holds| !holds.contains(&start)).await.ok()?;
             let hold = holds.borrow().range(start..).next().copied().unwrap_or(u64::MAX);
             let piece_end = (start + PIECE_LEN).min(end).min(hold);
-            let piece = Bytes::copy_from_slice(&blob[start as usize..piece_end as usize]);
+            let piece = blob.slice(start as usize..piece_end as usize);
             Some((Ok(piece), (piece_end, holds, blob)))
         });
         async { Ok(Box::pin(answer.inspect(move |_| ended.note_open())) as ByteStream) }.boxed()
