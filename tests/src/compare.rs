@@ -2,7 +2,8 @@
 //!
 //! Not compared, because they are of the mount and not of the image: inode and device numbers, access
 //! and change times, block counts, sizes of directories, and the link counts of directories where a
-//! file system does not count them (it says 1 then, as overlayfs does).
+//! file system does not count them (it says 1 then, as overlayfs does). Nor the time of the root itself:
+//! containerd ignores a layer's entry for the root and leaves it the time of unpacking.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -58,7 +59,11 @@ struct Entry {
 ///
 /// When one of the trees cannot be read.
 pub fn compare_trees(original: &Path, lazy: &Path) -> Result<Vec<Difference>> {
-    let (left, right) = (walk(original)?, walk(lazy)?);
+    let (left, mut right) = (walk(original)?, walk(lazy)?);
+    let root = Path::new("");
+    if let (Some(left), Some(right)) = (left.get(root), right.get_mut(root)) {
+        right.modified = left.modified;
+    }
     let mut differences = Vec::new();
     let paths: BTreeSet<&PathBuf> = left.keys().chain(right.keys()).collect();
     for path in paths {

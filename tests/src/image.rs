@@ -96,6 +96,28 @@ impl ImageBuilder {
     /// When a file cannot be written.
     pub fn write(&self, scratch: &Scratch, name: &str) -> Result<String> {
         let layout = Layout::create(scratch.join(name))?;
+        let manifest = self.add_to(&layout)?;
+        layout.tag(manifest)?;
+        Ok(layout.reference())
+    }
+
+    /// Writes the image into the layout `<scratch>/<name>` as the only one of an index that says for
+    /// which platform it is; returns `oci:DIR:latest`.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be written.
+    pub fn write_index(&self, scratch: &Scratch, name: &str) -> Result<String> {
+        const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+        let layout = Layout::create(scratch.join(name))?;
+        let mut manifest = self.add_to(&layout)?;
+        manifest["platform"] = json!({ "os": "linux", "architecture": self.architecture });
+        let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [manifest] });
+        layout.tag(layout.add(INDEX, index.to_string().as_bytes())?)?;
+        Ok(layout.reference())
+    }
+
+    fn add_to(&self, layout: &Layout) -> Result<Value> {
         let mut layers = Vec::new();
         let mut diff_ids = Vec::new();
         for (tar, compression) in &self.layers {
@@ -111,8 +133,7 @@ impl ImageBuilder {
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
         });
         let config = layout.add("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes())?;
-        layout.add_manifest(&config, &layers)?;
-        Ok(layout.reference())
+        layout.add_manifest(&config, &layers)
     }
 }
 
@@ -142,7 +163,7 @@ pub fn extend_image(base: &str, tar: &[u8], scratch: &Scratch, name: &str) -> Re
     let blob = Compression::Gzip.compress(tar).context("compressing a layer")?;
     layers.push(layout.add(Compression::Gzip.media_type(), &blob)?);
     let config = layout.add("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes())?;
-    layout.add_manifest(&config, &layers)?;
+    layout.tag(layout.add_manifest(&config, &layers)?)?;
     Ok(layout.reference())
 }
 
@@ -202,10 +223,14 @@ impl Layout {
         Ok(json!({ "mediaType": media_type, "digest": digest.to_string(), "size": content.len() }))
     }
 
-    fn add_manifest(&self, config: &Value, layers: &[Value]) -> Result<()> {
+    fn add_manifest(&self, config: &Value, layers: &[Value]) -> Result<Value> {
         const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
         let manifest = json!({ "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers });
-        let mut descriptor = self.add(MANIFEST, manifest.to_string().as_bytes())?;
+        self.add(MANIFEST, manifest.to_string().as_bytes())
+    }
+
+    /// Makes `latest` of the manifest or index that `descriptor` describes.
+    fn tag(&self, mut descriptor: Value) -> Result<()> {
         descriptor["annotations"] = json!({ "org.opencontainers.image.ref.name": "latest" });
         self.write("index.json", &json!({ "schemaVersion": 2, "manifests": [descriptor] }))
     }

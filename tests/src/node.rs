@@ -27,7 +27,16 @@ pub struct Snapshotter {
     socket: PathBuf,
     root: PathBuf,
     log: PathBuf,
+    daemon_log: PathBuf,
     service: Option<Service>,
+}
+
+impl Drop for Snapshotter {
+    /// Keeps the log of `lazuli-fused`, which is about to be removed with the root.
+    fn drop(&mut self) {
+        // There is none when the daemon was never started.
+        let _ = fs::copy(self.root.join("fused.log"), &self.daemon_log);
+    }
 }
 
 impl Snapshotter {
@@ -39,7 +48,8 @@ impl Snapshotter {
     pub fn start(scratch: &Scratch) -> Result<Self> {
         let root = scratch.directory("snapshotter")?;
         let socket = scratch.join("snapshotter.sock");
-        let mut snapshotter = Self { socket, root, log: scratch.log("snapshotter"), service: None };
+        let mut snapshotter =
+            Self { socket, root, log: scratch.log("snapshotter"), daemon_log: scratch.log("fused"), service: None };
         snapshotter.launch()?;
         Ok(snapshotter)
     }
@@ -148,7 +158,7 @@ impl Node {
     /// When `lazuli` has not been built.
     pub fn lazuli_pull_command(&self, reference: &str) -> Result<std::process::Command> {
         let mut pull = command(program("lazuli")?, ["pull", reference]);
-        pull.arg("--containerd").arg(self.containerd.socket());
+        pull.arg("--address").arg(self.containerd.socket());
         Ok(pull)
     }
 

@@ -54,12 +54,28 @@ impl TestRegistry {
     ///
     /// When `docker-registry` is not installed or does not start.
     pub fn start(scratch: &Scratch) -> Result<Self> {
+        Self::start_with(scratch, "")
+    }
+
+    /// Starts one that lets nobody in: it asks for a password that nobody has.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start`].
+    pub fn start_closed(scratch: &Scratch) -> Result<Self> {
+        let passwords = scratch.join("passwords");
+        fs::write(&passwords, "").at("writing", &passwords)?;
+        let authentication = "auth:\n  htpasswd:\n    realm: nobody\n    path: ";
+        Self::start_with(scratch, &format!("{authentication}{}\n", passwords.display()))
+    }
+
+    fn start_with(scratch: &Scratch, authentication: &str) -> Result<Self> {
         require_program("docker-registry")?;
         let directory = scratch.directory("registry")?;
         let storage = directory.join("storage");
         let address = free_address()?;
         let config = directory.join("config.yml");
-        fs::write(&config, configuration(&storage, &address)).at("writing", &config)?;
+        fs::write(&config, configuration(&storage, &address) + authentication).at("writing", &config)?;
         let log = scratch.log("registry");
         let mut serve = command("docker-registry", ["serve"]);
         serve.arg(&config);

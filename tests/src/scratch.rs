@@ -129,7 +129,7 @@ pub fn mounts_below(path: &Path) -> Vec<PathBuf> {
 ///
 /// containerd's shims and their containers outlive containerd, `lazuli-fused` outlives the
 /// snapshotter: guards of the processes that the harness started itself are not enough.
-fn clear(path: &Path) {
+pub fn clear(path: &Path) {
     kill_processes_of(path);
     for mount in mounts_below(path).iter().rev() {
         if let Err(error) = unmount(mount, UnmountFlags::DETACH) {

@@ -145,8 +145,8 @@ fn mount_ends_with_the_command_and_the_command_with_the_mount() -> Result<()> {
     let scratch = Scratch::new("mount-ends")?;
     let registry = TestRegistry::start(&scratch)?;
     let (_, lazy) = publish(&registry, &image_of(readable_layers()?).write(&scratch, "image")?)?;
-    for signal in [rustix::process::Signal::TERM, rustix::process::Signal::INT] {
-        let mut mount = LazyMount::new(&scratch, "by-signal", &lazy)?;
+    for (name, signal) in [("by-sigterm", rustix::process::Signal::TERM), ("by-sigint", rustix::process::Signal::INT)] {
+        let mut mount = LazyMount::new(&scratch, name, &lazy)?;
         assert_eq!(mount.printed().lines().count(), 1, "{}", mount.printed());
         mount.service().signal(signal);
         assert_eq!(exit_code(&mut mount)?, Some(0), "{}", mount.printed());

@@ -1,0 +1,41 @@
+# What a person calls. Everything is built in release, the one profile of tests and programs.
+#
+#   make build         the programs
+#   make test          everything that every change must pass
+#   make test-images   the three real images, in every field (minutes)
+#   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
+#   make lint          formatting and clippy
+#   make deps          the Debian packages that all this needs
+#   make images        the images of the tests and the demo, without a hub
+
+CARGO ?= cargo
+SHELL := /bin/bash
+
+.PHONY: build test test-images demo lint deps images clean
+
+build: deps
+	$(CARGO) build --release --workspace --bins
+
+test: build
+	tests/images/build busybox debian python
+	$(CARGO) test --release --workspace
+	$(CARGO) test --release --package lazuli-tests --test real_images -- --nocapture python
+
+test-images: build images
+	$(CARGO) test --release --package lazuli-tests --test real_images -- --nocapture --test-threads 1
+
+demo: build
+	@target/release/demo
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+deps:
+	@tests/deps
+
+images: deps
+	tests/images/build busybox debian python node jre
+
+clean:
+	$(CARGO) clean

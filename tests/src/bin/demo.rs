@@ -1,0 +1,242 @@
+//! `make demo`: a real image, run after a full pull and run with Lazuli, both cold, side by side.
+//!
+//! Everything runs privately below `target/demo`: a registry, two containerds with empty state, the
+//! Lazuli snapshotter. `IMAGE=host/repository:tag` takes another image than the Python one made here.
+//! *Ready* is the first line that the container prints, or its end if it prints none.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use lazuli_tests::{
+    Containerd, ContainerdOptions, HarnessError, Node, Result, Scratch, TestRegistry,
+    containerd::{LAZULI, OVERLAYFS},
+    error::Context as _,
+    process::{command, run},
+    programs::{lazuli_ok, target_directory},
+    real_images::real_image,
+    scratch::clear,
+};
+
+/// How long a container may go on after it was ready: one that is a server is ended then.
+const END_PATIENCE: Duration = Duration::from_secs(3);
+/// Longest path below which unix sockets still fit.
+const PATH_LEN_MAX: usize = 60;
+
+fn main() -> ExitCode {
+    match demonstrate() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("demo: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn demonstrate() -> Result<()> {
+    let directory = demo_directory()?;
+    clear_when_interrupted(directory.clone());
+    let scratch = Scratch::at(&directory, "demo")?;
+    let registry = TestRegistry::start(&scratch)?;
+
+    let original = registry.reference("demo:original");
+    let name = provide_image(&registry, &original)?;
+    say("converting it, registry to registry");
+    let lazy = registry.reference("demo:lazy");
+    let clock = Instant::now();
+    lazuli_ok(["convert", &original, &lazy])?;
+    let conversion = clock.elapsed();
+    let sizes = [layer_bytes(&registry, "demo:original")?, layer_bytes(&registry, "demo:lazy")?];
+    say(&format!(
+        "{name}: {} layers, {} gzip, {} converted in {:.1} s; image ID unchanged: {}",
+        sizes[0].0,
+        megabytes(sizes[0].1),
+        megabytes(sizes[1].1),
+        conversion.as_secs_f64(),
+        if registry.config("demo:original")? == registry.config("demo:lazy")? { "yes" } else { "NO" },
+    ));
+
+    say("full pull, then run with overlayfs");
+    let full = {
+        let scratch = Scratch::at(&directory.join("full"), "demo-full")?;
+        let containerd = Containerd::start(&scratch, &ContainerdOptions::default())?;
+        let start =
+            Start { registry: &registry, containerd: &containerd, reference: &original, snapshotter: OVERLAYFS };
+        start.measure(&scratch, || containerd.pull(&original, OVERLAYFS))?
+    };
+    say("lazy pull, then run with Lazuli");
+    let lazily = {
+        let scratch = Scratch::at(&directory.join("lazy"), "demo-lazy")?;
+        let node = Node::start(&scratch)?;
+        let start = Start { registry: &registry, containerd: &node.containerd, reference: &lazy, snapshotter: LAZULI };
+        start.measure(&scratch, || run(&mut node.lazuli_pull_command(&lazy)?).map(drop))?
+    };
+    print_table(&full, &lazily);
+    Ok(())
+}
+
+/// What one cold start took.
+struct Measured {
+    pull: Duration,
+    start: Duration,
+    /// Bytes of blobs that the registry sent until the container was ready.
+    moved: u64,
+    /// Bytes of the image's files that a cold start brings into the page cache.
+    read: u64,
+}
+
+/// One way to start the image.
+struct Start<'a> {
+    registry: &'a TestRegistry,
+    containerd: &'a Containerd,
+    reference: &'a str,
+    snapshotter: &'static str,
+}
+
+impl Start<'_> {
+    /// Pulls and runs with nothing in any cache, then runs once more to see what a start reads.
+    ///
+    /// The second run is a cold one too: after a full pull the page cache holds what was unpacked, read
+    /// or not, so that the first cannot tell.
+    fn measure(&self, scratch: &Scratch, pull: impl FnOnce() -> Result<()>) -> Result<Measured> {
+        let before = self.registry.blob_bytes()?;
+        drop_page_cache()?;
+        let clock = Instant::now();
+        pull()?;
+        let pulled = clock.elapsed();
+        let container = self.run_until_ready("first")?;
+        let ready = clock.elapsed();
+        container.end()?;
+        let moved = self.registry.blob_bytes()? - before;
+
+        drop_page_cache()?;
+        self.run_until_ready("second")?.end()?;
+        let read = self.cached_bytes(&scratch.directory("view")?, "second")?;
+        Ok(Measured { pull: pulled, start: ready - pulled, moved, read })
+    }
+
+    fn run_until_ready(&self, id: &'static str) -> Result<Container<'_>> {
+        let arguments = ["run", "--snapshotter", self.snapshotter, self.reference, id];
+        let ctr = self.containerd.ctr(arguments);
+        // One stream for both outputs: the first line of either is the sign of life.
+        let mut joined = command("sh", ["-c", "exec \"$@\" 2>&1", "sh"]);
+        joined.arg(ctr.get_program()).args(ctr.get_args()).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = joined.spawn().context("running ctr")?;
+        let mut line = String::new();
+        if let Some(output) = child.stdout.take() {
+            let mut output = BufReader::new(output);
+            output.read_line(&mut line).context("reading what the container prints")?;
+            // Somebody must read the rest, or the container waits for it.
+            std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
+        }
+        match line.strip_prefix("ctr: ") {
+            Some(failure) => Err(HarnessError::Unexpected(format!("ctr run {}: {}", self.reference, failure.trim()))),
+            None => Ok(Container { containerd: self.containerd, id, child }),
+        }
+    }
+
+    /// How much of the container's root file system is in the page cache.
+    fn cached_bytes(&self, view: &Path, id: &str) -> Result<u64> {
+        let snapshots = ["snapshots", "--snapshotter", self.snapshotter, "mounts"];
+        let mount = run(self.containerd.ctr(snapshots).arg(view).arg(id))?;
+        run(&mut command("sh", ["-ec", &mount]))?;
+        let list =
+            "find \"$1\" -xdev -type f -size +0 -print0 | xargs -0 -r fincore --bytes --noheadings --raw --output RES";
+        let sizes = run(command("sh", ["-ec", list, "sh"]).arg(view))?;
+        run(&mut command("umount", [view]))?;
+        Ok(sizes.lines().filter_map(|line| line.trim().parse::<u64>().ok()).sum())
+    }
+}
+
+/// A container that has become ready.
+struct Container<'a> {
+    containerd: &'a Containerd,
+    id: &'static str,
+    child: Child,
+}
+
+impl Container<'_> {
+    /// Waits for its end, or ends it when it goes on.
+    fn end(mut self) -> Result<()> {
+        let deadline = Instant::now() + END_PATIENCE;
+        while self.child.try_wait().context("waiting for ctr")?.is_none() {
+            if Instant::now() > deadline {
+                run(&mut self.containerd.ctr(["tasks", "kill", "--signal", "SIGKILL", self.id]))?;
+                self.child.wait().context("waiting for ctr")?;
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+}
+
+/// Brings the image into the registry; returns what to call it.
+fn provide_image(registry: &TestRegistry, reference: &str) -> Result<String> {
+    let wanted = std::env::var("IMAGE").unwrap_or_default();
+    if wanted.is_empty() {
+        say("making an image: Debian, Python with numpy, pandas, scipy, scikit-learn, an application");
+        registry.push(&real_image("python")?, "demo:original")?;
+        return Ok("python".to_owned());
+    }
+    say(&format!("copying {wanted}"));
+    let is_loopback = wanted.starts_with("127.") || wanted.starts_with("localhost:");
+    let mut copy = command("skopeo", ["copy", "--quiet", "--dest-tls-verify=false"]);
+    copy.arg(format!("--src-tls-verify={}", !is_loopback));
+    run(copy.args([format!("docker://{wanted}"), format!("docker://{reference}")]))?;
+    Ok(wanted)
+}
+
+/// Number of layers, and their length together.
+fn layer_bytes(registry: &TestRegistry, name: &str) -> Result<(usize, u64)> {
+    let layers = registry.manifest(name)?["layers"].as_array().cloned().unwrap_or_default();
+    Ok((layers.len(), layers.iter().filter_map(|layer| layer["size"].as_u64()).sum()))
+}
+
+fn print_table(full: &Measured, lazy: &Measured) {
+    let seconds = |duration: Duration| format!("{:.2} s", duration.as_secs_f64());
+    let row = |what: &str, full: &str, lazy: &str| println!("{what:<34}{full:>18}{lazy:>18}");
+    println!();
+    row("", "full pull", "Lazuli");
+    row("pull", &seconds(full.pull), &seconds(lazy.pull));
+    row("run until ready", &seconds(full.start), &seconds(lazy.start));
+    row("time to ready", &seconds(full.pull + full.start), &seconds(lazy.pull + lazy.start));
+    row("bytes moved (registry's side)", &megabytes(full.moved), &megabytes(lazy.moved));
+    row("bytes read (page cache, cold run)", &megabytes(full.read), &megabytes(lazy.read));
+    println!();
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}
+
+fn say(what: &str) {
+    println!("* {what}");
+}
+
+fn drop_page_cache() -> Result<()> {
+    rustix::fs::sync();
+    fs::write("/proc/sys/vm/drop_caches", "3").context("dropping the page cache")
+}
+
+/// `target/demo`, or a shorter path where that is too long for the sockets below.
+fn demo_directory() -> Result<PathBuf> {
+    let usual = target_directory()?.join("demo");
+    let is_short = usual.as_os_str().len() <= PATH_LEN_MAX;
+    Ok(if is_short { usual } else { std::env::temp_dir().join("lazuli-demo") })
+}
+
+/// Ctrl-C ends the processes and mounts of the demo too.
+fn clear_when_interrupted(directory: PathBuf) {
+    std::thread::spawn(move || {
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+            clear(&directory);
+            std::process::exit(130);
+        }
+    });
+}

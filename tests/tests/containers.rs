@@ -1,0 +1,240 @@
+//! Containers on lazy images, through `ctr` and through the container runtime interface.
+
+use std::fs;
+
+use format_spec::Digest;
+use lazuli_tests::{
+    Compression, HarnessError, ImageBuilder, Node, Pod, Result, Scratch, TarLayer, TestRegistry,
+    containerd::LAZULI,
+    image::extend_image,
+    process::{command, run, wait_for},
+    programs::lazuli_ok,
+    registry_server::digest_in,
+    samples::{LARGE_FILE_COUNT, LARGE_FILE_LEN, large_file, readable_layers},
+};
+
+/// Bytes of the large files together, which do not compress.
+const WHOLE: u64 = (LARGE_FILE_LEN * LARGE_FILE_COUNT) as u64;
+
+/// A registry with `sample:original` and, converted, `sample:lazy`.
+fn publish(scratch: &Scratch) -> Result<TestRegistry> {
+    let registry = TestRegistry::start(scratch)?;
+    let image = ImageBuilder::new().command(&["/bin/cat", "/etc/greeting"]);
+    let image = readable_layers()?.into_iter().fold(image, |image, tar| image.layer(tar, Compression::Gzip));
+    let original = registry.push(&image.write(scratch, "image")?, "sample:original")?;
+    lazuli_ok(["convert", &original, &registry.reference("sample:lazy")])?;
+    Ok(registry)
+}
+
+/// What `sha256sum` prints for large file `index`.
+fn checksum_line(index: usize) -> String {
+    format!("{}  /large/{index}\n", Digest::of(&large_file(index)).hex())
+}
+
+/// Runs a shell command in a container; returns its standard output.
+fn shell(pod: &Pod<'_>, container: &str, script: &str) -> Result<String> {
+    let finished = pod.exec(container, &["/bin/sh", "-c", script])?;
+    match finished.code {
+        Some(0) => Ok(finished.stdout),
+        _ => Err(HarnessError::Unexpected(format!("{script}: {finished:?}"))),
+    }
+}
+
+fn pull_lazily(node: &Node, reference: &str) -> Result<()> {
+    let finished = node.lazuli_pull(reference)?;
+    match finished.code {
+        Some(0) => Ok(()),
+        _ => Err(HarnessError::Unexpected(format!("lazuli pull: {}", finished.stderr))),
+    }
+}
+
+#[test]
+fn ctr_runs_an_image_after_a_lazy_pull() -> Result<()> {
+    let scratch = Scratch::new("ctr-runs")?;
+    let registry = publish(&scratch)?;
+    let node = Node::start(&scratch)?;
+    let lazy = registry.reference("sample:lazy");
+    let before = registry.blob_bytes()?;
+    pull_lazily(&node, &lazy)?;
+    let finished = node.containerd.run(&lazy, LAZULI, "greeting", &[])?;
+    assert_eq!((finished.code, finished.stdout.as_str()), (Some(0), "good morning\n"), "{}", finished.stderr);
+    let moved = registry.blob_bytes()? - before;
+    assert!(moved < WHOLE / 4, "{moved} bytes for a container that reads a line");
+
+    let script = "sha256sum /large/1; echo new > /etc/greeting; rm /large/2; cat /etc/greeting; ls /large";
+    let finished = node.containerd.run(&lazy, LAZULI, "writing", &["/bin/sh", "-c", script])?;
+    let expected = format!("{}new\n0\n1\n3\n4\n5\n", checksum_line(1));
+    assert_eq!((finished.code, finished.stdout), (Some(0), expected), "{}", finished.stderr);
+    // What one container wrote, another does not see.
+    let finished = node.containerd.run(&lazy, LAZULI, "again", &["/bin/cat", "/etc/greeting"])?;
+    assert_eq!((finished.code, finished.stdout.as_str()), (Some(0), "good morning\n"), "{}", finished.stderr);
+    Ok(())
+}
+
+#[test]
+fn ctr_runs_an_ordinary_image() -> Result<()> {
+    let scratch = Scratch::new("ctr-runs-ordinary")?;
+    let registry = publish(&scratch)?;
+    let node = Node::start(&scratch)?;
+    let original = registry.reference("sample:original");
+    node.containerd.pull(&original, LAZULI)?;
+    let finished =
+        node.containerd.run(&original, LAZULI, "ordinary", &["/bin/sh", "-c", "sha256sum /large/0; ls /etc"])?;
+    assert_eq!((finished.code, finished.stdout), (Some(0), checksum_line(0) + "greeting\n"), "{}", finished.stderr);
+    Ok(())
+}
+
+/// Builds an image on the converted one as a builder would, with one ordinary layer on top that adds,
+/// replaces and deletes, and runs it after a lazy pull.
+#[test]
+fn ctr_runs_an_image_built_on_a_lazy_one() -> Result<()> {
+    let scratch = Scratch::new("ctr-runs-built-on")?;
+    let registry = publish(&scratch)?;
+    let base = format!("oci:{}:latest", scratch.join("base").display());
+    let copy = ["copy", "--quiet", "--src-tls-verify=false"];
+    run(command("skopeo", copy).arg(format!("docker://{}", registry.reference("sample:lazy"))).arg(&base))?;
+    let layer = TarLayer::new()
+        .directory("etc")
+        .file("etc/greeting", "good evening\n")
+        .directory("large")
+        .whiteout("large", "0")
+        .directory("application")
+        .file("application/name", "built on top\n")
+        .finish()?;
+    let built = registry.push(&extend_image(&base, &layer, &scratch, "built")?, "built:latest")?;
+
+    let node = Node::start(&scratch)?;
+    let before = registry.blob_bytes()?;
+    pull_lazily(&node, &built)?;
+    let script = "cat /etc/greeting /application/name; ls /large; sha256sum /large/3";
+    let finished = node.containerd.run(&built, LAZULI, "built", &["/bin/sh", "-c", script])?;
+    let expected = format!("good evening\nbuilt on top\n1\n2\n3\n4\n5\n{}", checksum_line(3));
+    assert_eq!((finished.code, finished.stdout), (Some(0), expected), "{}", finished.stderr);
+    let moved = registry.blob_bytes()? - before;
+    assert!(moved < WHOLE / 2, "{moved} bytes: the layers below were not lazy");
+    Ok(())
+}
+
+/// A pod on a lazy image: containerd downloads nothing of it, the container reads and writes; then the
+/// snapshotter is restarted and after that killed, and the same container reads what it has not read
+/// before, keeps what it wrote, and another container starts beside it.
+#[test]
+fn pod_outlives_restarts_of_the_snapshotter() -> Result<()> {
+    let scratch = Scratch::new("pod-outlives-restarts")?;
+    let registry = publish(&scratch)?;
+    let (mut node, cri) = Node::start_with_cri(&scratch, &registry)?;
+    let lazy = registry.reference("sample:lazy");
+    let before = registry.blob_bytes()?;
+    cri.pull_image(&lazy)?;
+    let pod = cri.run_pod("reader")?;
+    let container = pod.start_container("reader", &lazy, &["/bin/sleep", "600"])?;
+    assert_eq!(shell(&pod, &container, "cat /etc/greeting; ls /etc | grep obsolete || true")?, "good morning\n");
+    let moved = registry.blob_bytes()? - before;
+    assert!(moved < WHOLE / 2, "{moved} bytes to start a container that reads a line");
+    assert_eq!(shell(&pod, &container, "sha256sum /large/0; echo mine > /tmp/note")?, checksum_line(0));
+
+    node.snapshotter.restart()?;
+    assert_eq!(shell(&pod, &container, "sha256sum /large/1; cat /tmp/note")?, checksum_line(1) + "mine\n");
+    node.snapshotter.kill_and_restart()?;
+    assert_eq!(shell(&pod, &container, "sha256sum /large/2; cat /tmp/note")?, checksum_line(2) + "mine\n");
+
+    // containerd redials the plugin with a back-off of some seconds and fails meanwhile.
+    let second = wait_for("no container could be started after the restarts", || {
+        match pod.start_container("second", &lazy, &["/bin/sleep", "600"]) {
+            Err(HarnessError::Rpc { status, .. }) if status.code() == tonic::Code::Unavailable => Ok(None),
+            result => result.map(Some),
+        }
+    })?;
+    assert_eq!(shell(&pod, &second, "sha256sum /large/3")?, checksum_line(3));
+    assert_eq!(shell(&pod, &container, "cat /tmp/note")?, "mine\n");
+    Ok(())
+}
+
+#[test]
+fn pod_runs_an_ordinary_image_beside_a_lazy_one() -> Result<()> {
+    let scratch = Scratch::new("pod-runs-ordinary")?;
+    let registry = publish(&scratch)?;
+    let (_node, cri) = Node::start_with_cri(&scratch, &registry)?;
+    let pod = cri.run_pod("both")?;
+    for name in ["sample:original", "sample:lazy"] {
+        let reference = registry.reference(name);
+        cri.pull_image(&reference)?;
+        let container = pod.start_container(&name.replace(':', "-"), &reference, &["/bin/sleep", "600"])?;
+        assert_eq!(
+            shell(&pod, &container, "cat /etc/greeting; sha256sum /large/5")?,
+            format!("good morning\n{}", checksum_line(5))
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn removed_image_leaves_nothing_in_the_cache() -> Result<()> {
+    let scratch = Scratch::new("removed-image")?;
+    let registry = publish(&scratch)?;
+    let (node, cri) = Node::start_with_cri(&scratch, &registry)?;
+    let lazy = registry.reference("sample:lazy");
+    cri.pull_image(&lazy)?;
+    let pod = cri.run_pod("reader")?;
+    let container = pod.start_container("reader", &lazy, &["/bin/sleep", "600"])?;
+    shell(&pod, &container, "sha256sum /large/*")?;
+    let used = run(command("du", ["-sk"]).arg(node.snapshotter.root().join("cache")))?;
+    assert!(kibibytes(&used) > WHOLE / 1024 / 2, "{used}");
+    drop(pod);
+    cri.remove_image(&lazy)?;
+    wait_for("the cache was not emptied", || {
+        let blob = digest_in(&registry.manifest("sample:lazy")?["layers"][2])?;
+        let names = run(&mut command("find", [node.snapshotter.root().join("cache")]))?;
+        Ok((!names.contains(&blob.hex())).then_some(()))
+    })
+}
+
+/// Several containers of one cold image at once read everything, and every byte comes once.
+#[test]
+fn containers_of_one_image_share_what_is_fetched() -> Result<()> {
+    let scratch = Scratch::new("containers-share")?;
+    let registry = publish(&scratch)?;
+    let node = Node::start(&scratch)?;
+    let lazy = registry.reference("sample:lazy");
+    let before = registry.blob_bytes()?;
+    pull_lazily(&node, &lazy)?;
+    let sums: String = (0..LARGE_FILE_COUNT).map(checksum_line).collect();
+    let outputs: Vec<_> = std::thread::scope(|scope| {
+        let run = |number: usize| {
+            let id = format!("sharing-{number}");
+            node.containerd.run(&lazy, LAZULI, &id, &["/bin/sh", "-c", "sha256sum /large/*"])
+        };
+        let threads: Vec<_> = (0..4).map(|number| scope.spawn(move || run(number))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("the thread does not panic")).collect()
+    });
+    for output in outputs {
+        let finished = output?;
+        assert_eq!((finished.code, finished.stdout.as_str()), (Some(0), sums.as_str()), "{}", finished.stderr);
+    }
+    let blobs = registry.manifest("sample:lazy")?["layers"].as_array().cloned().unwrap_or_default();
+    let size: u64 = blobs.iter().filter_map(|layer| layer["size"].as_u64()).sum();
+    let moved = registry.blob_bytes()? - before;
+    assert!(moved <= size + size / 20, "{moved} bytes moved of an image of {size}");
+    Ok(())
+}
+
+/// The first number of a line of `du -k`.
+fn kibibytes(line: &str) -> u64 {
+    line.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or_default()
+}
+
+/// Logs are kept under the name of the test, also the daemon's: a failure can be understood.
+#[test]
+fn logs_outlive_the_test() -> Result<()> {
+    let scratch = Scratch::new("logs-outlive")?;
+    let registry = publish(&scratch)?;
+    let node = Node::start(&scratch)?;
+    pull_lazily(&node, &registry.reference("sample:lazy"))?;
+    node.containerd.run(&registry.reference("sample:lazy"), LAZULI, "once", &[])?;
+    let logs = ["registry", "containerd", "snapshotter", "fused"].map(|name| scratch.log(name));
+    drop((node, registry, scratch));
+    for log in logs {
+        assert!(fs::metadata(&log).is_ok_and(|log| log.len() > 0), "{}", log.display());
+    }
+    Ok(())
+}
