@@ -18,8 +18,9 @@ use tokio::time::Instant;
 use crate::{
     client::Client,
     credentials::find_credential,
+    endpoint::Endpoint,
     error::Error,
-    transport::{read_bounded, refusal},
+    transport::{host_shown, read_bounded, refusal},
 };
 
 /// Longest answer of a token service; tokens are some kilobytes.
@@ -79,18 +80,18 @@ type Slot = Arc<tokio::sync::Mutex<Option<Kept>>>;
 pub(crate) struct AuthCache(Mutex<HashMap<(String, Scopes), Slot>>);
 
 impl AuthCache {
-    fn slot(&self, host: &str, scopes: &Scopes) -> Slot {
+    fn slot(&self, endpoint: &Endpoint, scopes: &Scopes) -> Slot {
         // A panic elsewhere leaves the map usable: every change to it is a single call.
         let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if slots.len() >= SLOTS_MAX {
             slots.clear();
         }
-        slots.entry((host.to_owned(), scopes.clone())).or_default().clone()
+        slots.entry((endpoint.root().to_owned(), scopes.clone())).or_default().clone()
     }
 
     /// The answer to use without being asked, if there is one.
-    pub(crate) async fn current(&self, host: &str, scopes: &Scopes) -> Option<Authorization> {
-        let slot = self.slot(host, scopes);
+    pub(crate) async fn current(&self, endpoint: &Endpoint, scopes: &Scopes) -> Option<Authorization> {
+        let slot = self.slot(endpoint, scopes);
         let kept = slot.lock().await;
         kept.as_ref().filter(|kept| kept.is_alive()).map(|kept| kept.authorization.clone())
     }
@@ -142,12 +143,13 @@ impl Client {
     pub(crate) async fn authorize(
         &self,
         what: &str,
-        host: &str,
+        endpoint: &Endpoint,
         scopes: &Scopes,
         challenge: &Challenge,
         refused: Option<&Authorization>,
     ) -> Result<Option<Authorization>, Error> {
-        let slot = self.auth_cache().slot(host, scopes);
+        let host = endpoint.name();
+        let slot = self.auth_cache().slot(endpoint, scopes);
         let mut kept = slot.lock().await;
         if let Some(kept) = kept.as_ref().filter(|kept| kept.is_alive() && Some(&kept.authorization) != refused) {
             return Ok(Some(kept.authorization.clone()));
@@ -160,7 +162,7 @@ impl Client {
                     Some(scope) => scopes.clone().and(Scopes(scope.split(' ').map(str::to_owned).collect())),
                     None => scopes.clone(),
                 };
-                Some(self.fetch_token(what, host, realm, service.as_deref(), &scopes, credential).await?)
+                Some(self.fetch_token(what, endpoint, realm, service.as_deref(), &scopes, credential).await?)
             }
             (Challenge::Basic, Some(DockerCredential::UsernamePassword(user, password))) => {
                 Some(Kept { authorization: Authorization::Basic { user, password }, expires: None })
@@ -182,18 +184,18 @@ impl Client {
     async fn fetch_token(
         &self,
         what: &str,
-        host: &str,
+        endpoint: &Endpoint,
         realm: &str,
         service: Option<&str>,
         scopes: &Scopes,
         credential: Option<DockerCredential>,
     ) -> Result<Kept, Error> {
-        let what = format!("token for {what}");
+        let (what, host) = (format!("token for {what}"), endpoint.name());
         let mut url = Url::parse(realm)
             .ok()
             .filter(|url| matches!(url.scheme(), "http" | "https") && url.host_str().is_some())
             .ok_or_else(|| Error::malformed(&what, host, "its token service has no usable address"))?;
-        if url.scheme() == "http" && !self.is_plain(host) && credential.is_some() {
+        if url.scheme() == "http" && !endpoint.is_plain() && credential.is_some() {
             return Err(Error::malformed(&what, host, "its token service would send the credentials unencrypted"));
         }
         let (method, body, basic) = match credential {
@@ -218,8 +220,8 @@ impl Client {
                 (Method::GET, None, basic)
             }
         };
-        let token_host = url.host_str().unwrap_or(host).to_owned();
-        let mut request = self.http(&url)?.request(method, url);
+        let token_host = host_shown(endpoint, &url);
+        let mut request = endpoint.http(&url, self)?.request(method, url);
         if let Some(form) = body {
             request = request.header(header::CONTENT_TYPE, "application/x-www-form-urlencoded").body(form);
         }
@@ -228,7 +230,7 @@ impl Client {
         }
         let response = self.answer(&what, &token_host, request).await?;
         if !response.status().is_success() {
-            return Err(refusal(self, &what, &token_host, response).await);
+            return Err(refusal(self, &what, endpoint, response).await);
         }
         let bytes = read_bounded(self, &what, &token_host, response, TOKEN_ANSWER_LEN_MAX).await?;
         parse_token(&bytes).ok_or_else(|| Error::malformed(&what, &token_host, "no token in it"))

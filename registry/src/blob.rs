@@ -3,44 +3,63 @@
 //! A download goes on where it was when the connection breaks. It asks the registry again each time, never
 //! the place it was redirected to, whose address may have expired.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use format_spec::Digest;
 use futures_util::stream;
-use reqwest::{Method, Response, StatusCode, header};
+use reqwest::{Method, Response, StatusCode, Url, header};
 use storage::{ByteStream, SourceError};
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::{
     auth::Scopes,
     client::Client,
+    endpoint::Endpoint,
     error::{Error, clean},
+    hosts::Capability,
     reference::Reference,
     retry::Retry,
-    transport::{Request, header_text, next_piece, refusal},
+    transport::{Request, header_text, host_shown, next_piece, refusal},
 };
 
 impl Client {
     /// The length in bytes of the blob `digest` in the repository of `reference`; `None` when it is not there.
+    ///
+    /// A mirror may answer: whoever wants to know what a push can leave out asks [`Self::stored_blob_len`].
     pub async fn blob_len(&self, reference: &Reference, digest: &Digest) -> Result<Option<u64>, Error> {
-        self.with_retries(reference.host(), || self.blob_len_once(reference, digest)).await
+        let attempt = |endpoint| self.blob_len_once(reference, digest, endpoint);
+        let found = self.with_mirrors(reference.host(), Capability::Pull, attempt).await;
+        none_if_missing(found)
+    }
+
+    /// The same where [`Self::push_blob`] would store it.
+    pub async fn stored_blob_len(&self, reference: &Reference, digest: &Digest) -> Result<Option<u64>, Error> {
+        let endpoint = self.push_endpoint(reference.host()).await?;
+        let attempt = || self.blob_len_once(reference, digest, Arc::clone(&endpoint));
+        let found = self.with_retries(reference.host(), attempt).await;
+        none_if_missing(found)
     }
 
     /// One attempt at [`Self::blob_len`].
-    pub(crate) async fn blob_len_once(&self, reference: &Reference, digest: &Digest) -> Result<Option<u64>, Error> {
-        let (what, host) = (what(reference, digest), reference.host());
-        let url = self.address(reference, &format!("blobs/{digest}"))?;
-        let request = Request::new(&what, host, Method::HEAD, url, Scopes::pull(reference.repository()));
+    pub(crate) async fn blob_len_once(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        endpoint: Arc<Endpoint>,
+    ) -> Result<u64, Error> {
+        let what = what(reference, digest);
+        let url = endpoint.url(reference.repository(), &format!("blobs/{digest}"))?;
+        let request = Request::new(&what, &endpoint, Method::HEAD, url, Scopes::pull(reference.repository()));
         let response = self.send(&request).await?;
         match response.status() {
             // Not Response::content_length: that is the length of the body, and HEAD has none.
-            StatusCode::OK => header_text(response.headers(), header::CONTENT_LENGTH)
-                .and_then(|text| text.parse().ok())
-                .map(Some)
-                .ok_or_else(|| Error::malformed(&what, host, "it has the blob but does not say how long it is")),
-            StatusCode::NOT_FOUND => Ok(None),
-            _ => Err(refusal(self, &what, host, response).await),
+            StatusCode::OK => {
+                header_text(response.headers(), header::CONTENT_LENGTH).and_then(|text| text.parse().ok()).ok_or_else(
+                    || Error::malformed(&what, endpoint.name(), "it has the blob but does not say how long it is"),
+                )
+            }
+            _ => Err(refusal(self, &what, &endpoint, response).await),
         }
     }
 
@@ -62,6 +81,14 @@ impl Client {
     }
 }
 
+fn none_if_missing<T>(found: Result<T, Error>) -> Result<Option<T>, Error> {
+    match found {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 fn what(reference: &Reference, digest: &Digest) -> String {
     format!("blob {digest} of {}", reference.name())
 }
@@ -78,9 +105,17 @@ pub(crate) struct Download {
     end: Option<u64>,
     /// Length of the whole blob, where the caller or the registry has said it.
     blob_len: Option<u64>,
-    /// The answer being read, and how many of its bytes lie in front of `next`.
-    answer: Option<(Response, u64)>,
+    answer: Option<Answer>,
     retry: Retry,
+}
+
+/// An answer being read.
+struct Answer {
+    response: Response,
+    endpoint: Arc<Endpoint>,
+    /// How many of its bytes lie in front of the next one to yield.
+    skip: u64,
+    has_yielded: bool,
 }
 
 impl Download {
@@ -138,7 +173,11 @@ impl Download {
                 }
                 Ok(None) => self.end = Some(self.next),
                 Err(error) => {
-                    self.answer = None;
+                    // A mirror that promises and does not deliver would be asked again and again.
+                    if let Some(answer) = self.answer.take().filter(|answer| !answer.has_yielded) {
+                        answer.endpoint.rest();
+                    }
+                    self.client.redirects().forget(&self.reference.name(), self.digest);
                     self.retry.wait_after(error).await?;
                 }
             }
@@ -150,15 +189,15 @@ impl Download {
         if self.answer.is_none() {
             self.answer = Some(self.open().await?);
         }
-        let host = self.reference.host();
-        let (response, skip) = self.answer.as_mut().expect("opened above");
+        let Answer { response, endpoint, skip, has_yielded } = self.answer.as_mut().expect("opened above");
+        let host = host_shown(endpoint, response.url());
         loop {
-            let Some(mut bytes) = next_piece(&self.client, &self.what, host, response).await? else {
+            let Some(mut bytes) = next_piece(&self.client, &self.what, &host, response).await? else {
                 return match self.end {
                     None => Ok(None),
                     Some(end) => Err(Error::Broken {
                         what: self.what.clone(),
-                        host: host.to_owned(),
+                        host,
                         reason: format!("it ended at byte {} of {end}", self.next),
                     }),
                 };
@@ -172,78 +211,129 @@ impl Download {
                 bytes.truncate(usize::try_from(wanted).expect("at most the length of the piece"));
             }
             if !bytes.is_empty() {
+                *has_yielded = true;
                 return Ok(Some(bytes));
             }
         }
     }
 
-    /// Asks for what is left. Returns the answer and how many of its bytes to skip.
-    async fn open(&mut self) -> Result<(Response, u64), Error> {
-        let host = self.reference.host();
-        let url = self.client.address(&self.reference, &format!("blobs/{}", self.digest))?;
+    /// Asks for what is left: where the last read was redirected to, else the hosts of the registry in their order.
+    async fn open(&mut self) -> Result<Answer, Error> {
+        if let Some(answer) = self.open_redirect().await {
+            return Ok(answer);
+        }
+        let mut round = self.client.round(self.reference.host(), Capability::Pull).await?;
+        while let Some(endpoint) = round.next() {
+            let url = endpoint.url(self.reference.repository(), &format!("blobs/{}", self.digest))?;
+            match self.open_at(&endpoint, url, true).await {
+                Ok(answer) => {
+                    self.learn_redirect(&answer);
+                    return Ok(answer);
+                }
+                Err(error) => round.failed(&endpoint, error),
+            }
+        }
+        Err(round.into_error())
+    }
+
+    async fn open_at(&mut self, endpoint: &Arc<Endpoint>, url: Url, is_trusted: bool) -> Result<Answer, Error> {
+        let what = self.what.clone();
         let scopes = Scopes::pull(self.reference.repository());
-        let mut request = Request::new(&self.what, host, Method::GET, url, scopes);
-        let is_partial = self.next > 0 || self.end.is_some();
+        let mut request = Request { is_trusted, ..Request::new(&what, endpoint, Method::GET, url, scopes) };
+        let is_partial = self.is_partial();
         if is_partial {
             let last = self.end.map_or(String::new(), |end| (end - 1).to_string());
             request = request.header(header::RANGE, format!("bytes={}-{last}", self.next));
         }
         let response = self.client.send(&request).await?;
-        match response.status() {
+        let host = &*host_shown(endpoint, response.url());
+        let skip = match response.status() {
             StatusCode::PARTIAL_CONTENT if is_partial => {
                 let text = header_text(response.headers(), header::CONTENT_RANGE).unwrap_or_default().to_owned();
-                self.accept_range(&text, response.content_length())?;
-                Ok((response, 0))
+                self.accept_range(host, &text, response.content_length())?;
+                0
             }
             StatusCode::OK => {
                 if is_partial && self.client.note_rangeless(host) {
                     info!(host, "the registry answers ranges with whole blobs: reads cost more than they should");
                 }
                 if let Some(len) = response.content_length() {
-                    self.accept_blob_len(len)?;
+                    self.accept_blob_len(host, len)?;
                 }
-                Ok((response, self.next))
+                self.next
             }
             StatusCode::RANGE_NOT_SATISFIABLE => {
-                Err(self.malformed(format!("the blob ends before byte {}", self.next)))
+                return Err(self.malformed(host, format!("the blob ends before byte {}", self.next)));
             }
-            _ => Err(refusal(&self.client, &self.what, host, response).await),
+            _ => return Err(refusal(&self.client, &what, endpoint, response).await),
+        };
+        Ok(Answer { response, endpoint: Arc::clone(endpoint), skip, has_yielded: false })
+    }
+
+    fn is_partial(&self) -> bool {
+        self.next > 0 || self.end.is_some()
+    }
+
+    /// [`Self::open`] at the address of the last redirect, if there is one and it still delivers.
+    async fn open_redirect(&mut self) -> Option<Answer> {
+        if !self.is_partial() {
+            return None;
+        }
+        let redirect = self.client.redirects().find(&self.reference.name(), self.digest)?;
+        match self.open_at(&redirect.endpoint, redirect.url.clone(), false).await {
+            Ok(answer) => Some(answer),
+            Err(error) => {
+                debug!(%error, "asking the registry instead of the address it redirected to");
+                self.client.redirects().refused(&self.reference.name(), self.digest, &redirect);
+                None
+            }
+        }
+    }
+
+    fn learn_redirect(&self, answer: &Answer) {
+        let is_elsewhere =
+            Url::parse(answer.endpoint.root()).is_ok_and(|own| own.origin() != answer.response.url().origin());
+        if is_elsewhere && self.is_partial() {
+            let (name, url) = (self.reference.name(), answer.response.url());
+            self.client.redirects().learn(&name, self.digest, &answer.endpoint, url);
         }
     }
 
     /// Checks the head of a 206.
-    fn accept_range(&mut self, text: &str, content_len: Option<u64>) -> Result<(), Error> {
+    fn accept_range(&mut self, host: &str, text: &str, content_len: Option<u64>) -> Result<(), Error> {
         let Some((range, blob_len)) = parse_content_range(text) else {
-            return Err(self.malformed(format!("Content-Range {:?}", clean(text))));
+            return Err(self.malformed(host, format!("Content-Range {:?}", clean(text))));
         };
         if let Some(blob_len) = blob_len {
-            self.accept_blob_len(blob_len)?;
+            self.accept_blob_len(host, blob_len)?;
         }
         let expected = self.next..self.end.unwrap_or(range.end);
         if range != expected {
-            return Err(self.malformed(format!("bytes {range:?} where {expected:?} was asked for")));
+            return Err(self.malformed(host, format!("bytes {range:?} where {expected:?} was asked for")));
         }
         match content_len {
-            Some(len) if len != range.end - range.start => Err(self.malformed(format!("{len} bytes for {range:?}"))),
+            Some(len) if len != range.end - range.start => {
+                Err(self.malformed(host, format!("{len} bytes for {range:?}")))
+            }
             _ => Ok(()),
         }
     }
 
     /// Checks what an answer says about the length of the blob.
-    fn accept_blob_len(&mut self, found: u64) -> Result<(), Error> {
+    fn accept_blob_len(&mut self, host: &str, found: u64) -> Result<(), Error> {
         if let Some(expected) = self.blob_len.filter(|expected| *expected != found) {
-            return Err(self.malformed(format!("the blob has {found} bytes, expected {expected}")));
+            return Err(self.malformed(host, format!("the blob has {found} bytes, expected {expected}")));
         }
         let end = *self.end.get_or_insert(found);
         if end > found || self.next > found {
-            return Err(self.malformed(format!("the blob has {found} bytes, asked for bytes up to {end}")));
+            return Err(self.malformed(host, format!("the blob has {found} bytes, asked for bytes up to {end}")));
         }
         self.blob_len = Some(found);
         Ok(())
     }
 
-    fn malformed(&self, reason: String) -> Error {
-        Error::malformed(&self.what, self.reference.host(), reason)
+    fn malformed(&self, host: &str, reason: String) -> Error {
+        Error::malformed(&self.what, host, reason)
     }
 }
 

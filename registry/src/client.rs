@@ -1,15 +1,25 @@
 //! The client itself: its options, and what it has learned about hosts.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fmt,
-    net::IpAddr,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use reqwest::Url;
+use tokio::time::Instant;
 
-use crate::{auth::AuthCache, error::Error, options::ClientOptions, reference::Reference};
+use crate::{
+    auth::AuthCache,
+    endpoint::Endpoint,
+    error::Error,
+    hosts_dir::{HostSettings, read_hosts},
+    options::ClientOptions,
+    redirects::Redirects,
+};
+
+/// How long the files of [`ClientOptions::hosts_dir`] are taken as read.
+const HOSTS_LIFE: Duration = Duration::from_secs(30);
 
 /// A client for any number of registries. Cheap to clone; clones share connections and tokens.
 #[derive(Clone)]
@@ -17,27 +27,35 @@ pub struct Client(Arc<Inner>);
 
 struct Inner {
     options: ClientOptions,
-    /// Speaks to loopback hosts, past any proxy of the environment.
-    direct: OnceLock<reqwest::Client>,
-    /// Speaks to all others.
-    remote: OnceLock<reqwest::Client>,
     auth: AuthCache,
-    /// Hosts that have answered.
+    redirects: Redirects,
+    /// The hosts that answer for a registry, in the order to try them, and when that was read.
+    endpoints: Mutex<HashMap<String, (Instant, Endpoints)>>,
+    /// Registries that have answered.
     reached: Mutex<HashSet<String>>,
     /// Hosts that ignore the Range header.
     rangeless: Mutex<HashSet<String>>,
+    /// Hosts that take blobs in chunks of at most so many bytes only.
+    upload_chunks: Mutex<HashMap<String, u64>>,
+    /// One list of referrers is changed at a time: each change reads it and writes it back.
+    referrers: tokio::sync::Mutex<()>,
 }
 
+/// At least one.
+type Endpoints = Arc<[Arc<Endpoint>]>;
+
 impl Client {
-    /// A client that behaves as `options` say. Opens no connection yet.
+    /// A client that behaves as `options` say. Opens no connection and no file yet.
     pub fn new(options: ClientOptions) -> Self {
         Self(Arc::new(Inner {
             options,
-            direct: OnceLock::new(),
-            remote: OnceLock::new(),
             auth: AuthCache::default(),
+            redirects: Redirects::default(),
+            endpoints: Mutex::default(),
             reached: Mutex::default(),
             rangeless: Mutex::default(),
+            upload_chunks: Mutex::default(),
+            referrers: tokio::sync::Mutex::default(),
         }))
     }
 
@@ -49,100 +67,92 @@ impl Client {
         &self.0.auth
     }
 
-    /// Whether `host` is spoken to in plain HTTP.
-    pub(crate) fn is_plain(&self, host: &str) -> bool {
-        self.0.options.plain_http || is_loopback(host)
+    pub(crate) fn redirects(&self) -> &Redirects {
+        &self.0.redirects
     }
 
-    /// The address of `path` (below `/v2/REPOSITORY/`) in the repository of `reference`.
-    pub(crate) fn address(&self, reference: &Reference, path: &str) -> Result<Url, Error> {
-        let host = match reference.host() {
-            "docker.io" => "registry-1.docker.io",
-            host => host,
-        };
-        let scheme = if self.is_plain(host) { "http" } else { "https" };
-        let text = format!("{scheme}://{host}/v2/{}/{path}", reference.repository());
-        Url::parse(&text).map_err(|error| Error::Setup(format!("{reference}: {error}")))
+    pub(crate) async fn lock_referrers(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.0.referrers.lock().await
     }
 
-    /// The HTTP client to use for `url`.
-    pub(crate) fn http(&self, url: &Url) -> Result<&reqwest::Client, Error> {
-        let is_direct = url.host_str().is_some_and(is_loopback);
-        let cell = if is_direct { &self.0.direct } else { &self.0.remote };
-        if let Some(client) = cell.get() {
-            return Ok(client);
+    /// The hosts that answer for `registry`, the registry itself last.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::HostsFile`] when its files cannot be read the first time; later what was read before goes on.
+    pub(crate) async fn endpoints(&self, registry: &str) -> Result<Endpoints, Error> {
+        let kept = lock(&self.0.endpoints).get(registry).cloned();
+        let has_files = self.0.options.hosts_dir.is_some();
+        if let Some((read_at, endpoints)) = &kept
+            && (!has_files || read_at.elapsed() < HOSTS_LIFE)
+        {
+            return Ok(Arc::clone(endpoints));
         }
-        let built = build(&self.0.options, is_direct)?;
-        Ok(cell.get_or_init(|| built))
+        let old = kept.map(|(_, endpoints)| endpoints);
+        let endpoints = match (self.read_settings(registry).await, old) {
+            (Ok(settings), old) => self.make_endpoints(registry, settings, old.as_deref().unwrap_or_default()),
+            (Err(error), Some(old)) => {
+                tracing::warn!(%error, registry, "hosts stay as they were");
+                old
+            }
+            (Err(error), None) => return Err(error),
+        };
+        lock(&self.0.endpoints).insert(registry.to_owned(), (Instant::now(), Arc::clone(&endpoints)));
+        Ok(endpoints)
     }
 
-    pub(crate) fn is_reached(&self, host: &str) -> bool {
-        self.0.reached.lock().unwrap_or_else(PoisonError::into_inner).contains(host)
+    async fn read_settings(&self, registry: &str) -> Result<Vec<HostSettings>, Error> {
+        let own = || vec![HostSettings::default()];
+        let Some(directory) = self.0.options.hosts_dir.clone() else { return Ok(own()) };
+        let name = registry.to_owned();
+        match tokio::task::spawn_blocking(move || read_hosts(&directory, &name)).await {
+            Ok(found) => Ok(found?.unwrap_or_else(own)),
+            Err(error) => Err(Error::Setup(error.to_string())),
+        }
     }
 
-    pub(crate) fn note_reached(&self, host: &str) {
-        let mut reached = self.0.reached.lock().unwrap_or_else(PoisonError::into_inner);
-        if !reached.contains(host) {
-            reached.insert(host.to_owned());
+    /// Endpoints for `settings`; the `old` ones stay, with their connections, where nothing has changed.
+    fn make_endpoints(&self, registry: &str, settings: Vec<HostSettings>, old: &[Arc<Endpoint>]) -> Endpoints {
+        let make = |settings| match old.iter().find(|old| *old.settings() == settings) {
+            Some(same) => Arc::clone(same),
+            None => Arc::new(Endpoint::new(registry, settings, &self.0.options)),
+        };
+        settings.into_iter().map(make).collect()
+    }
+
+    pub(crate) fn is_reached(&self, registry: &str) -> bool {
+        lock(&self.0.reached).contains(registry)
+    }
+
+    pub(crate) fn note_reached(&self, registry: &str) {
+        let mut reached = lock(&self.0.reached);
+        if !reached.contains(registry) {
+            reached.insert(registry.to_owned());
         }
     }
 
     /// Notes that `host` ignores ranges; true the first time.
     pub(crate) fn note_rangeless(&self, host: &str) -> bool {
-        self.0.rangeless.lock().unwrap_or_else(PoisonError::into_inner).insert(host.to_owned())
+        lock(&self.0.rangeless).insert(host.to_owned())
     }
+
+    /// The longest chunk to send to `host`; `None` where whole blobs are fine.
+    pub(crate) fn upload_chunk_len(&self, host: &str) -> Option<u64> {
+        lock(&self.0.upload_chunks).get(host).copied().or(self.0.options.upload_chunk_len)
+    }
+
+    pub(crate) fn note_upload_chunk_len(&self, host: &str, len: u64) {
+        lock(&self.0.upload_chunks).insert(host.to_owned(), len);
+    }
+}
+
+/// A panic elsewhere leaves these maps usable: every change to one is a single call.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("options", &self.0.options).finish_non_exhaustive()
-    }
-}
-
-fn build(options: &ClientOptions, is_direct: bool) -> Result<reqwest::Client, Error> {
-    // Fails when a provider is there already: then that one is used.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let builder = || {
-        let builder = reqwest::Client::builder()
-            .user_agent(concat!("lazuli/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(options.connect_timeout)
-            // An identity token or password in a redirected address must not show up elsewhere.
-            .referer(false);
-        if is_direct { builder.no_proxy() } else { builder }
-    };
-    builder().build().or_else(|error| {
-        // A node without CA certificates can still speak plain HTTP; TLS then says that it knows no issuer.
-        tracing::warn!(%error, "no TLS with the system's CA certificates; install ca-certificates");
-        builder().tls_certs_only([]).build().map_err(|error| Error::Setup(error.to_string()))
-    })
-}
-
-/// Whether `host` (with or without a port) is this machine, as docker decides it.
-fn is_loopback(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or_default(),
-        None => host.split(':').next().unwrap_or_default(),
-    };
-    name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn plain_http_is_for_loopback_or_on_demand() {
-        let check = |plain_http, reference: &str, expected: &str| {
-            let client = Client::new(ClientOptions { plain_http, ..ClientOptions::default() });
-            let url = client.address(&reference.parse().unwrap(), "blobs/x").unwrap();
-            assert_eq!(url.as_str(), expected);
-        };
-        check(false, "localhost/a", "http://localhost/v2/a/blobs/x");
-        check(false, "127.3.2.1:5000/a", "http://127.3.2.1:5000/v2/a/blobs/x");
-        check(false, "[::1]:5000/a", "http://[::1]:5000/v2/a/blobs/x");
-        check(false, "localhost.example/a", "https://localhost.example/v2/a/blobs/x");
-        check(false, "128.0.0.1/a", "https://128.0.0.1/v2/a/blobs/x");
-        check(true, "r.example/a", "http://r.example/v2/a/blobs/x");
-        check(false, "docker.io/debian", "https://registry-1.docker.io/v2/library/debian/blobs/x");
     }
 }

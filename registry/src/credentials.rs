@@ -15,7 +15,7 @@ const DOCKER_HUB_KEY: &str = "https://index.docker.io/v1/";
 pub(crate) async fn find_credential(config: Option<&Path>, host: &str) -> Result<Option<DockerCredential>, Error> {
     let Some(config) = config.map(Path::to_owned) else { return Ok(None) };
     let refuse = |reason: String| Error::Credentials { host: host.to_owned(), reason };
-    let key = if host == "docker.io" { DOCKER_HUB_KEY } else { host }.to_owned();
+    let key = if matches!(host, "docker.io" | "registry-1.docker.io") { DOCKER_HUB_KEY } else { host }.to_owned();
     let lookup = tokio::task::spawn_blocking(move || read_credential(&config, &key));
     match tokio::time::timeout(HELPER_TIMEOUT, lookup).await {
         Err(_) => Err(refuse(format!("the credential helper did not answer in {} s", HELPER_TIMEOUT.as_secs()))),

@@ -3,7 +3,7 @@
 //! An error names the operation (`what`), the host, and where it helps what to do. Texts that come from
 //! outside are shortened and cleaned before they get in here.
 
-use std::{error::Error as StdError, io, time::Duration};
+use std::{error::Error as StdError, io, path::PathBuf, time::Duration};
 
 use format_spec::Digest;
 use reqwest::StatusCode;
@@ -37,7 +37,7 @@ pub enum Error {
     },
     /// No TLS session: an unknown certificate, or no TLS at all on the other side.
     #[error(
-        "{what}: TLS with {host} failed: {reason}; install its CA certificate, or use --plain-http if it has no TLS"
+        "{what}: TLS with {host} failed: {reason}; install its CA certificate or name it in hosts.toml, or use --plain-http if it has no TLS"
     )]
     Tls {
         /// What was attempted.
@@ -45,6 +45,16 @@ pub enum Error {
         /// The registry.
         host: String,
         /// What is wrong with the session.
+        reason: String,
+    },
+    /// The other side wants a client certificate, or another one.
+    #[error("{what}: {host} refuses us without a client certificate that it knows: {reason}; name one in hosts.toml")]
+    ClientCertificate {
+        /// What was attempted.
+        what: String,
+        /// The registry.
+        host: String,
+        /// What it said.
         reason: String,
     },
     /// Nothing moved for too long.
@@ -68,12 +78,14 @@ pub enum Error {
         reason: String,
     },
     /// 401 or 403.
-    #[error("{what}: no permission: {host} answered {status}{detail}; check the name and `docker login {host}`")]
+    #[error("{what}: no permission: {host} answered {status}{detail}; check the name and `docker login {login}`")]
     Denied {
         /// What was attempted.
         what: String,
-        /// The registry.
+        /// Who refused: the registry, its token service or its storage.
         host: String,
+        /// The host that credentials are for.
+        login: String,
         /// 401 or 403.
         status: u16,
         /// The registry's own words, with a separator in front; may be empty.
@@ -159,6 +171,30 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A `hosts.toml`, or a file that it names, cannot be used.
+    #[error("{}: {reason}", path.display())]
+    HostsFile {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No host of `hosts.toml` may be asked.
+    #[error("no host that hosts.toml names for {host} has the capability {capability:?}")]
+    NoHost {
+        /// The registry.
+        host: String,
+        /// `pull`, `resolve` or `push`.
+        capability: &'static str,
+    },
+    /// Mirrors could not help, and neither could the registry.
+    #[error("{last} (before that: {mirrors})")]
+    Mirrors {
+        /// What counts: mostly what the registry itself said.
+        last: Box<Error>,
+        /// What the others said.
+        mirrors: String,
+    },
     /// The HTTP client cannot be set up.
     #[error("cannot set up HTTP: {0}")]
     Setup(String),
@@ -194,18 +230,31 @@ impl Error {
         }
     }
 
+    /// Whether the connection ended in the middle.
+    pub(crate) fn is_broken(&self) -> bool {
+        matches!(self.root(), Self::Broken { .. } | Self::Stalled { .. })
+    }
+
+    /// The status of an answer that is neither a refusal of permission nor "not found".
+    pub(crate) fn status(&self) -> Option<u16> {
+        match self.root() {
+            Self::Status { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
     /// How long the registry asks to wait before the next attempt.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
-        match self {
+        match self.root() {
             Self::Status { retry_after, .. } => *retry_after,
             _ => None,
         }
     }
 
-    /// The failure itself, without how often it was met.
+    /// The failure itself, without how often it was met and where else.
     fn root(&self) -> &Self {
         match self {
-            Self::GaveUp { last, .. } => last.root(),
+            Self::GaveUp { last, .. } | Self::Mirrors { last, .. } => last.root(),
             other => other,
         }
     }
@@ -214,6 +263,7 @@ impl Error {
     pub(crate) fn from_status(
         what: &str,
         host: &str,
+        login: &str,
         status: StatusCode,
         retry_after: Option<Duration>,
         detail: &str,
@@ -224,7 +274,7 @@ impl Error {
             detail.push_str(&format!(" (to be repeated after {} s)", wait.as_secs()));
         }
         match status.as_u16() {
-            status @ (401 | 403) => Self::Denied { what, host, status, detail },
+            status @ (401 | 403) => Self::Denied { what, host, login: login.to_owned(), status, detail },
             404 => Self::NotFound { what, host, detail },
             status => Self::Status { what, host, status, detail, retry_after },
         }
@@ -233,11 +283,12 @@ impl Error {
     /// What a failure of the HTTP library means.
     pub(crate) fn from_transport(what: &str, host: &str, error: &reqwest::Error) -> Self {
         let chain = Chain::of(error);
+        if let Some(reason) = chain.certificate_wanted {
+            return Self::ClientCertificate { what: what.to_owned(), host: host.to_owned(), reason };
+        }
         let reason = chain.reason;
         let (what, host) = (what.to_owned(), host.to_owned());
-        if error.is_redirect() {
-            Self::Redirects { what, host }
-        } else if error.is_builder() {
+        if error.is_builder() {
             Self::Malformed { what, host, reason }
         } else if chain.has_tls {
             Self::Tls { what, host, reason }
@@ -261,12 +312,15 @@ struct Chain {
     reason: String,
     has_tls: bool,
     has_dns: bool,
+    /// What the other side said about our certificate.
+    certificate_wanted: Option<String>,
 }
 
 impl Chain {
     fn of(error: &reqwest::Error) -> Self {
         // The outermost text carries the whole address, so it is not taken.
-        let mut chain = Self { reason: "the request failed".to_owned(), has_tls: false, has_dns: false };
+        let mut chain =
+            Self { reason: "the request failed".to_owned(), has_tls: false, has_dns: false, certificate_wanted: None };
         let mut current = error.source();
         while let Some(error) = current {
             chain.reason = clean(&error.to_string());
@@ -274,6 +328,13 @@ impl Chain {
                 chain.has_tls = true;
                 if matches!(tls, rustls::Error::InvalidMessage(_)) {
                     chain.reason = "it does not speak TLS".to_owned();
+                }
+            }
+            // Over HTTP/2 only the text of a TLS failure is left.
+            if let Some(alert) = error.to_string().strip_prefix("received fatal alert: ") {
+                chain.has_tls = true;
+                if is_about_our_certificate(alert) {
+                    chain.certificate_wanted = Some(chain.reason.clone());
                 }
             }
             // hyper-util marks a failed name resolution by this text only.
@@ -287,6 +348,12 @@ impl Chain {
         }
         chain
     }
+}
+
+/// Whether an alert (by rustls's name for it) complains about the client's certificate: about its own a server has
+/// nothing to say. Source: RFC 8446 6.2.
+fn is_about_our_certificate(alert: &str) -> bool {
+    alert == "UnknownCA" || alert.contains("Certificate")
 }
 
 /// Cleans a text from outside: one line, no control or direction characters, at most some 200 characters.
@@ -316,7 +383,7 @@ mod tests {
 
     #[test]
     fn only_what_may_pass_is_transient() {
-        let status = |code| Error::from_status("x", "h", StatusCode::from_u16(code).unwrap(), None, "");
+        let status = |code| Error::from_status("x", "h", "h", StatusCode::from_u16(code).unwrap(), None, "");
         for (code, transient) in [
             (400, false),
             (401, false),

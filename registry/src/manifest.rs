@@ -1,5 +1,7 @@
 //! Manifests and indexes: fetched whole, verified, pushed.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use format_spec::Digest;
 use reqwest::{Method, StatusCode, header};
@@ -8,7 +10,9 @@ use serde::Deserialize;
 use crate::{
     auth::Scopes,
     client::Client,
+    endpoint::Endpoint,
     error::{Error, clean},
+    hosts::Capability,
     reference::Reference,
     transport::{Payload, Request, header_text, is_html, read_bounded, refusal},
 };
@@ -17,6 +21,8 @@ use crate::{
 pub const MANIFEST_LEN_MAX: u64 = 4 << 20;
 /// Tells what the registry thinks it stores or sends.
 const CONTENT_DIGEST: header::HeaderName = header::HeaderName::from_static("docker-content-digest");
+/// Tells that the registry has understood the manifest's subject. Source: OCI distribution specification 1.1.
+const SUBJECT: header::HeaderName = header::HeaderName::from_static("oci-subject");
 
 /// The media types of manifests that registries deliver.
 pub mod media_type {
@@ -60,15 +66,21 @@ impl Client {
     /// [`Error::Malformed`] when it is no manifest of a type in [`media_type`];
     /// [`Error::TooLong`] above [`MANIFEST_LEN_MAX`].
     pub async fn manifest(&self, reference: &Reference) -> Result<Manifest, Error> {
-        self.with_retries(reference.host(), || self.manifest_once(reference)).await
+        let attempt = |endpoint| self.manifest_once(reference, endpoint);
+        self.with_mirrors(reference.host(), capability(reference), attempt).await
     }
 
-    async fn manifest_once(&self, reference: &Reference) -> Result<Manifest, Error> {
-        let what = what(reference);
-        let response = self.send(&self.manifest_request(Method::GET, reference, &what)?).await?;
-        let host = reference.host();
+    /// The same where [`Self::push_manifest`] would store it, past any mirror.
+    pub async fn stored_manifest(&self, reference: &Reference) -> Result<Manifest, Error> {
+        let endpoint = self.push_endpoint(reference.host()).await?;
+        self.with_retries(reference.host(), || self.manifest_once(reference, Arc::clone(&endpoint))).await
+    }
+
+    async fn manifest_once(&self, reference: &Reference, endpoint: Arc<Endpoint>) -> Result<Manifest, Error> {
+        let (what, host) = (what(reference), endpoint.name());
+        let response = self.send(&manifest_request(Method::GET, reference, &endpoint, &what)?).await?;
         if response.status() != StatusCode::OK {
-            return Err(refusal(self, &what, host, response).await);
+            return Err(refusal(self, &what, &endpoint, response).await);
         }
         let content_type = header_text(response.headers(), header::CONTENT_TYPE).unwrap_or_default().to_owned();
         let announced = announced_digest(response.headers());
@@ -85,38 +97,24 @@ impl Client {
     /// The digest of the manifest that `reference` names; `None` when there is none. Nothing is fetched where the
     /// registry says it in a header.
     pub async fn manifest_digest(&self, reference: &Reference) -> Result<Option<Digest>, Error> {
-        let announced = self.with_retries(reference.host(), || self.manifest_head_once(reference)).await;
-        match announced {
-            Ok(Some(digest)) => Ok(Some(digest)),
-            Ok(None) => match self.manifest(reference).await {
-                Ok(manifest) => Ok(Some(manifest.digest)),
-                Err(error) if error.is_not_found() => Ok(None),
-                Err(error) => Err(error),
-            },
+        let attempt = |endpoint| self.manifest_digest_once(reference, endpoint);
+        match self.with_mirrors(reference.host(), capability(reference), attempt).await {
+            Ok(digest) => Ok(Some(digest)),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// `None` where the registry does not announce the digest.
-    async fn manifest_head_once(&self, reference: &Reference) -> Result<Option<Digest>, Error> {
+    async fn manifest_digest_once(&self, reference: &Reference, endpoint: Arc<Endpoint>) -> Result<Digest, Error> {
         let what = what(reference);
-        let response = self.send(&self.manifest_request(Method::HEAD, reference, &what)?).await?;
-        match response.status() {
-            StatusCode::OK => Ok(announced_digest(response.headers())),
-            _ => Err(refusal(self, &what, reference.host(), response).await),
+        let response = self.send(&manifest_request(Method::HEAD, reference, &endpoint, &what)?).await?;
+        if response.status() != StatusCode::OK {
+            return Err(refusal(self, &what, &endpoint, response).await);
         }
-    }
-
-    fn manifest_request<'a>(
-        &self,
-        method: Method,
-        reference: &'a Reference,
-        what: &'a str,
-    ) -> Result<Request<'a>, Error> {
-        let url = self.address(reference, &format!("manifests/{}", reference.manifest_name()))?;
-        let scopes = Scopes::pull(reference.repository());
-        Ok(Request::new(what, reference.host(), method, url, scopes).header(header::ACCEPT, ACCEPTED.join(", ")))
+        match announced_digest(response.headers()) {
+            Some(digest) => Ok(digest),
+            None => self.manifest_once(reference, endpoint).await.map(|manifest| manifest.digest),
+        }
     }
 
     /// Stores `bytes` under the tag of `reference`, or under their digest where it has no tag.
@@ -131,34 +129,53 @@ impl Client {
             let host = reference.host().to_owned();
             return Err(Error::DigestMismatch { what: format!("push of {reference}"), host, expected, found: digest });
         }
-        let once = || self.push_manifest_once(reference, media_type, &bytes, digest);
-        self.with_retries(reference.host(), once).await.map(|()| digest)
+        let endpoint = self.push_endpoint(reference.host()).await?;
+        let once = || self.push_manifest_once(reference, &endpoint, media_type, &bytes, digest);
+        self.with_retries(reference.host(), once).await.map(|_| digest)
     }
 
-    async fn push_manifest_once(
+    /// Returns whether the registry lists it with the referrers of its subject.
+    pub(crate) async fn push_manifest_once(
         &self,
         reference: &Reference,
+        endpoint: &Endpoint,
         media_type: &str,
         bytes: &Bytes,
         digest: Digest,
-    ) -> Result<(), Error> {
-        let (what, host) = (format!("push of {reference}"), reference.host());
+    ) -> Result<bool, Error> {
+        let what = format!("push of {reference}");
         let name = reference.tag().map_or_else(|| digest.to_string(), str::to_owned);
-        let url = self.address(reference, &format!("manifests/{name}"))?;
-        let request = Request::new(&what, host, Method::PUT, url, Scopes::push(reference.repository()))
+        let url = endpoint.url(reference.repository(), &format!("manifests/{name}"))?;
+        let request = Request::new(&what, endpoint, Method::PUT, url, Scopes::push(reference.repository()))
             .header(header::CONTENT_TYPE, media_type)
             .payload(Payload::Bytes(bytes.clone()));
         let response = self.send(&request).await?;
         if !response.status().is_success() {
-            return Err(refusal(self, &what, host, response).await);
+            return Err(refusal(self, &what, endpoint, response).await);
         }
         match announced_digest(response.headers()) {
             Some(found) if found != digest => {
-                Err(Error::DigestMismatch { what, host: host.to_owned(), expected: digest, found })
+                Err(Error::DigestMismatch { what, host: endpoint.name().to_owned(), expected: digest, found })
             }
-            _ => Ok(()),
+            _ => Ok(response.headers().contains_key(SUBJECT)),
         }
     }
+}
+
+fn manifest_request<'a>(
+    method: Method,
+    reference: &'a Reference,
+    endpoint: &'a Endpoint,
+    what: &'a str,
+) -> Result<Request<'a>, Error> {
+    let url = endpoint.url(reference.repository(), &format!("manifests/{}", reference.manifest_name()))?;
+    let scopes = Scopes::pull(reference.repository());
+    Ok(Request::new(what, endpoint, method, url, scopes).header(header::ACCEPT, ACCEPTED.join(", ")))
+}
+
+/// What a host must be trusted with to answer for `reference`.
+fn capability(reference: &Reference) -> Capability {
+    if reference.digest().is_some() { Capability::Pull } else { Capability::Resolve }
 }
 
 fn what(reference: &Reference) -> String {

@@ -5,7 +5,8 @@ use std::{path::PathBuf, time::Duration};
 /// How a [`crate::Client`] behaves. A plain struct: the program fills it in once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientOptions {
-    /// Plain HTTP for every host. Loopback hosts are spoken to in plain HTTP anyway.
+    /// Plain HTTP for every registry without an address in a `hosts.toml`. Loopback hosts are spoken to in plain
+    /// HTTP anyway, unless certificates are configured for them.
     pub plain_http: bool,
     /// Longest wait for a TCP and TLS connection.
     pub connect_timeout: Duration,
@@ -22,6 +23,11 @@ pub struct ClientOptions {
     pub retry_delay_max: Duration,
     /// docker's `config.json`; `None`, or a file that is not there, means anonymous.
     pub docker_config: Option<PathBuf>,
+    /// A directory like containerd's `/etc/containerd/certs.d`: in `HOST_PORT_`, `HOST:PORT`, `HOST` or `_default`
+    /// a `hosts.toml`, or docker's `*.crt`, `*.cert`, `*.key`. Changes in it count within half a minute.
+    pub hosts_dir: Option<PathBuf>,
+    /// Blobs go up in chunks of so many bytes; `None` sends them whole, and in chunks where a registry refuses that.
+    pub upload_chunk_len: Option<u64>,
 }
 
 impl Default for ClientOptions {
@@ -36,17 +42,25 @@ impl Default for ClientOptions {
             retry_delay_min: Duration::from_millis(200),
             retry_delay_max: Duration::from_secs(10),
             docker_config: None,
+            hosts_dir: None,
+            upload_chunk_len: None,
         }
     }
 }
 
 impl ClientOptions {
     /// The defaults with docker's `config.json` where docker itself looks for it: in `$DOCKER_CONFIG`, else in
-    /// `~/.docker`. For use in `main` only.
+    /// `~/.docker`; and `$LAZULI_HOSTS_DIR` as [`Self::hosts_dir`]. For use in `main` only.
+    ///
+    /// `/etc/containerd/certs.d` is not taken unasked: a containerd that is not configured to use it ignores it too.
     pub fn from_environment() -> Self {
         let directory = std::env::var_os("DOCKER_CONFIG")
             .map(PathBuf::from)
             .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker")));
-        Self { docker_config: directory.map(|directory| directory.join("config.json")), ..Self::default() }
+        Self {
+            docker_config: directory.map(|directory| directory.join("config.json")),
+            hosts_dir: std::env::var_os("LAZULI_HOSTS_DIR").filter(|path| !path.is_empty()).map(PathBuf::from),
+            ..Self::default()
+        }
     }
 }

@@ -15,14 +15,15 @@ use crate::{client::Client, error::Error};
 /// The attempts of one operation since it last got anywhere.
 pub(crate) struct Retry {
     client: Client,
-    host: String,
+    /// The registry, as references name it.
+    registry: String,
     failures: u32,
     first_failure: Option<Instant>,
 }
 
 impl Retry {
-    pub(crate) fn new(client: &Client, host: &str) -> Self {
-        Self { client: client.clone(), host: host.to_owned(), failures: 0, first_failure: None }
+    pub(crate) fn new(client: &Client, registry: &str) -> Self {
+        Self { client: client.clone(), registry: registry.to_owned(), failures: 0, first_failure: None }
     }
 
     /// Forgets the failures so far: bytes have arrived.
@@ -43,7 +44,7 @@ impl Retry {
         self.failures += 1;
         let elapsed = self.first_failure.get_or_insert_with(Instant::now).elapsed();
         let options = self.client.options();
-        let is_reached = self.client.is_reached(&self.host);
+        let is_reached = self.client.is_reached(&self.registry);
         let patience = if is_reached { options.patience } else { options.first_contact_patience };
         let backoff = options
             .retry_delay_min
@@ -56,20 +57,20 @@ impl Retry {
             }
             return Err(Error::GaveUp { last: Box::new(error), attempts: self.failures, seconds: elapsed.as_secs() });
         };
-        debug!(host = self.host, attempt = self.failures, ?delay, %error, "trying again");
+        debug!(registry = self.registry, attempt = self.failures, ?delay, %error, "trying again");
         tokio::time::sleep(delay).await;
         Ok(())
     }
 }
 
 impl Client {
-    /// Runs `attempt` until it succeeds, fails for good, or patience runs out.
+    /// Runs `attempt` until it succeeds, fails for good, or patience with `registry` runs out.
     pub(crate) async fn with_retries<T, F: Future<Output = Result<T, Error>>>(
         &self,
-        host: &str,
-        mut attempt: impl FnMut() -> F,
+        registry: &str,
+        attempt: impl Fn() -> F,
     ) -> Result<T, Error> {
-        let mut retry = Retry::new(self, host);
+        let mut retry = Retry::new(self, registry);
         loop {
             match attempt().await {
                 Ok(value) => return Ok(value),

@@ -1,4 +1,4 @@
-//! One HTTP request and its answer: authentication, time limits, and what a refusal means.
+//! One HTTP request and its answer: authentication, redirects, time limits, and what a refusal means.
 //!
 //! No retries here, except the one after a 401.
 
@@ -11,24 +11,27 @@ use serde::Deserialize;
 use crate::{
     auth::{Authorization, Challenge, Scopes},
     client::Client,
+    endpoint::Endpoint,
     error::{Error, clean},
-    push::Upload,
+    upload::Upload,
 };
 
 /// Longest part of an error answer that is read.
 const REFUSAL_LEN_MAX: usize = 16 << 10;
+/// Redirects followed for one request, as browsers and Go do.
+const REDIRECTS_MAX: usize = 10;
 
 /// A request to a registry, repeatable because of authentication.
 pub(crate) struct Request<'a> {
     /// The operation, as errors name it.
     pub(crate) what: &'a str,
-    /// The registry, as the reference names it.
-    pub(crate) host: &'a str,
+    /// The host that is asked.
+    pub(crate) endpoint: &'a Endpoint,
     pub(crate) method: Method,
     pub(crate) url: Url,
     pub(crate) headers: Vec<(header::HeaderName, String)>,
     pub(crate) scopes: Scopes,
-    /// Whether the address is the registry's own, so that credentials may go there.
+    /// Whether the address is the host's own, so that credentials and configured headers may go there.
     pub(crate) is_trusted: bool,
     pub(crate) payload: Payload<'a>,
 }
@@ -41,9 +44,9 @@ pub(crate) enum Payload<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// A request without a body to the registry itself.
-    pub(crate) fn new(what: &'a str, host: &'a str, method: Method, url: Url, scopes: Scopes) -> Self {
-        Self { what, host, method, url, headers: Vec::new(), scopes, is_trusted: true, payload: Payload::Empty }
+    /// A request without a body to the host itself.
+    pub(crate) fn new(what: &'a str, endpoint: &'a Endpoint, method: Method, url: Url, scopes: Scopes) -> Self {
+        Self { what, endpoint, method, url, headers: Vec::new(), scopes, is_trusted: true, payload: Payload::Empty }
     }
 
     pub(crate) fn header(mut self, name: header::HeaderName, value: impl Into<String>) -> Self {
@@ -55,57 +58,112 @@ impl<'a> Request<'a> {
         self.payload = payload;
         self
     }
+
+    /// Trusted only where the address has the origin of `own`, an address of the host itself.
+    pub(crate) fn trusted_like(mut self, own: &Url) -> Self {
+        self.is_trusted = self.url.origin() == own.origin();
+        self
+    }
 }
 
 impl Client {
     /// Sends `request`, and once more with a new authorization after a 401; any status is an answer.
     pub(crate) async fn send(&self, request: &Request<'_>) -> Result<Response, Error> {
+        let (what, endpoint) = (request.what, request.endpoint);
         let authorization = match request.is_trusted {
-            true => self.auth_cache().current(request.host, &request.scopes).await,
+            true => self.auth_cache().current(endpoint, &request.scopes).await,
             false => None,
         };
-        let response = self.send_once(request, authorization.as_ref()).await?;
+        let response = self.send_with(request, authorization.as_ref()).await?;
         // Another server behind a redirect must not learn the credentials of this one.
         let is_ours = request.is_trusted && response.url().origin() == request.url.origin();
         if response.status() != StatusCode::UNAUTHORIZED || !is_ours {
             return Ok(response);
         }
         let Some(challenge) = Challenge::find(response.headers()) else { return Ok(response) };
-        let refused = refusal(self, request.what, request.host, response).await;
-        let renewed =
-            self.authorize(request.what, request.host, &request.scopes, &challenge, authorization.as_ref()).await?;
+        let refused = refusal(self, what, endpoint, response).await;
+        let renewed = self.authorize(what, endpoint, &request.scopes, &challenge, authorization.as_ref()).await?;
         match renewed {
-            Some(renewed) => self.send_once(request, Some(&renewed)).await,
+            Some(renewed) => self.send_with(request, Some(&renewed)).await,
             None => Err(refused),
         }
     }
 
-    async fn send_once(&self, request: &Request<'_>, authorization: Option<&Authorization>) -> Result<Response, Error> {
-        let mut built = self.http(&request.url)?.request(request.method.clone(), request.url.clone());
+    /// Sends `request` and follows redirects; what is secret stays with the host itself.
+    async fn send_with(&self, request: &Request<'_>, authorization: Option<&Authorization>) -> Result<Response, Error> {
+        let mut url = request.url.clone();
+        let mut is_trusted = request.is_trusted;
+        for _ in 0..=REDIRECTS_MAX {
+            let response = self.send_once(request, &url, authorization.filter(|_| is_trusted), is_trusted).await?;
+            match redirect_target(&request.method, &response) {
+                None => return Ok(response),
+                Some(target) => url = target,
+            }
+            is_trusted &= url.origin() == request.url.origin();
+        }
+        Err(Error::Redirects { what: request.what.to_owned(), host: request.endpoint.name().to_owned() })
+    }
+
+    async fn send_once(
+        &self,
+        request: &Request<'_>,
+        url: &Url,
+        authorization: Option<&Authorization>,
+        is_trusted: bool,
+    ) -> Result<Response, Error> {
+        let endpoint = request.endpoint;
+        let mut built = endpoint.http(url, self)?.request(request.method.clone(), url.clone());
         for (name, value) in &request.headers {
             built = built.header(name, value);
+        }
+        if is_trusted {
+            for (name, value) in &endpoint.settings().config.headers {
+                built = built.header(name, value);
+            }
         }
         if let Some(authorization) = authorization {
             built = authorization.apply(built);
         }
-        match &request.payload {
-            Payload::Empty => self.answer(request.what, request.host, built).await,
-            Payload::Bytes(bytes) => self.answer(request.what, request.host, built.body(bytes.clone())).await,
-            Payload::Upload(upload) => upload.send(self, request.what, request.host, built).await,
-        }
+        let (what, host) = (request.what, &*host_shown(endpoint, url));
+        let response = match &request.payload {
+            Payload::Empty => self.answer(what, host, built).await,
+            Payload::Bytes(bytes) => self.answer(what, host, built.body(bytes.clone())).await,
+            Payload::Upload(upload) => upload.send(self, what, host, built).await,
+        }?;
+        self.note_reached(endpoint.registry());
+        Ok(response)
     }
 
     /// Sends `request` and waits for the head of the answer.
     pub(crate) async fn answer(&self, what: &str, host: &str, request: RequestBuilder) -> Result<Response, Error> {
         let stall = self.options().stall_timeout;
         match tokio::time::timeout(stall, request.send()).await {
-            Ok(Ok(response)) => {
-                self.note_reached(host);
-                Ok(response)
-            }
+            Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(Error::from_transport(what, host, &error)),
             Err(_) => Err(stalled(what, host, stall)),
         }
+    }
+}
+
+/// Where `response` sends on to, if it does. 301 to 303 make a GET of other methods, which nobody here means.
+fn redirect_target(method: &Method, response: &Response) -> Option<Url> {
+    let is_followed = match response.status().as_u16() {
+        307 | 308 => true,
+        301..=303 => matches!(*method, Method::GET | Method::HEAD),
+        _ => false,
+    };
+    let location = header_text(response.headers(), header::LOCATION).filter(|_| is_followed)?;
+    response.url().join(location).ok().filter(|url| matches!(url.scheme(), "http" | "https"))
+}
+
+/// How errors name the host at `url`: the endpoint, or one that it has sent us to.
+pub(crate) fn host_shown(endpoint: &Endpoint, url: &Url) -> String {
+    match Url::parse(endpoint.root()) {
+        Ok(own) if own.origin() != url.origin() => {
+            let port = url.port().map_or(String::new(), |port| format!(":{port}"));
+            format!("{}{port} (for {})", url.host_str().unwrap_or_default(), endpoint.name())
+        }
+        _ => endpoint.name().to_owned(),
     }
 }
 
@@ -155,7 +213,8 @@ pub(crate) async fn read_bounded(
 }
 
 /// The error that an answer without success means, with the registry's own words.
-pub(crate) async fn refusal(client: &Client, what: &str, host: &str, mut response: Response) -> Error {
+pub(crate) async fn refusal(client: &Client, what: &str, endpoint: &Endpoint, mut response: Response) -> Error {
+    let host = &*host_shown(endpoint, response.url());
     let status = response.status();
     let retry_after = parse_retry_after(response.headers(), SystemTime::now());
     let mut body = Vec::new();
@@ -169,7 +228,7 @@ pub(crate) async fn refusal(client: &Client, what: &str, host: &str, mut respons
     };
     let is_whole = tokio::time::timeout(client.options().stall_timeout, read).await.is_ok();
     tracing::trace!(host, is_whole, "refusal read");
-    Error::from_status(what, host, status, retry_after, &describe_refusal(&body))
+    Error::from_status(what, host, endpoint.name(), status, retry_after, &describe_refusal(&body))
 }
 
 /// A header as text, where it is there and is text.

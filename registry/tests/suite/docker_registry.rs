@@ -9,6 +9,8 @@ use std::{
 use registry::Reference;
 use tempfile::TempDir;
 
+use crate::certificates::Certificates;
+
 /// bcrypt of "open sesame".
 const ALADDIN: &str = "aladdin:$2y$05$abcdefghijklmnopqrstuupx2xBUC4954936wVIjyyPHmUBFu0wCW\n";
 
@@ -17,7 +19,8 @@ pub(crate) struct DockerRegistry {
     host: String,
     process: Child,
     storage: TempDir,
-    more_config: &'static str,
+    /// Lines below `http:`, and further sections.
+    more_config: String,
 }
 
 impl DockerRegistry {
@@ -30,10 +33,20 @@ impl DockerRegistry {
         Self::start_with("auth: {htpasswd: {realm: cave, path: DIRECTORY/htpasswd}}\n")
     }
 
-    fn start_with(more_config: &'static str) -> Self {
+    /// Speaks TLS with the server certificate; `wants_client` lets in only who has a certificate of the same CA.
+    pub(crate) fn start_with_tls(certificates: &Certificates, wants_client: bool) -> Self {
+        let path = certificates.path().display();
+        let clients = if wants_client { format!(", clientcas: ['{path}/ca.pem']") } else { String::new() };
+        Self::start_with(&format!(
+            "  tls: {{certificate: '{path}/server.pem', key: '{path}/server-key.pem'{clients}}}\n"
+        ))
+    }
+
+    fn start_with(more_config: &str) -> Self {
         let storage = tempfile::tempdir().unwrap();
         std::fs::write(storage.path().join("htpasswd"), ALADDIN).unwrap();
-        let (process, host) = serve(storage.path(), "127.0.0.1:0", more_config);
+        let more_config = more_config.to_owned();
+        let (process, host) = serve(storage.path(), "127.0.0.1:0", &more_config);
         Self { host, process, storage, more_config }
     }
 
@@ -44,7 +57,7 @@ impl DockerRegistry {
 
     /// Starts again what was stopped, at the same address and with the same content.
     pub(crate) fn restart(&mut self) {
-        self.process = serve(self.storage.path(), &self.host, self.more_config).0;
+        self.process = serve(self.storage.path(), &self.host, &self.more_config).0;
     }
 
     pub(crate) fn host(&self) -> &str {
@@ -68,7 +81,7 @@ impl Drop for DockerRegistry {
 fn serve(directory: &Path, address: &str, more_config: &str) -> (Child, String) {
     let config = format!(
         "version: 0.1\nlog: {{level: info}}\nstorage: {{filesystem: {{rootdirectory: DIRECTORY/storage}}}}\n\
-         http: {{addr: '{address}'}}\n{more_config}"
+         http:\n  addr: '{address}'\n{more_config}"
     )
     .replace("DIRECTORY", &directory.display().to_string());
     let config_path = directory.join("config.yml");

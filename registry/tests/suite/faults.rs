@@ -278,7 +278,7 @@ async fn a_server_without_tls_suggests_plain_http() {
     let location = format!("Location: https://{plain_host}/x");
     let server = FaultServer::start(move |_, _| Reply::full(307, &[&location], b"")).await;
     let error = client().manifest(&server.reference("a")).await.unwrap_err();
-    let expected = format!("TLS with {} failed: it does not speak TLS; ", server.host());
+    let expected = format!("TLS with {plain_host} (for {}) failed: it does not speak TLS; ", server.host());
     assert!(matches!(error, Error::Tls { .. }) && error.to_string().contains(&expected), "{error}");
     assert!(error.to_string().ends_with("use --plain-http if it has no TLS"), "{error}");
 }

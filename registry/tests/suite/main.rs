@@ -4,17 +4,26 @@
 #![allow(clippy::unwrap_used)]
 
 mod auth;
+mod certificates;
+mod chunks;
 mod docker_registry;
 mod fault_server;
 mod faults;
+mod mirrors;
+mod proxies;
 mod push_faults;
 mod real;
+mod redirects;
+mod tls;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
+use bytes::Bytes;
+use format_spec::Digest;
 use futures_util::TryStreamExt;
-use registry::{Client, ClientOptions, Progress};
+use registry::{BlobContent, Client, ClientOptions, Progress, Reference, media_type};
 use storage::{ByteStream, SourceError};
+use tempfile::TempDir;
 
 /// Options under which a failing test fails soon.
 fn options() -> ClientOptions {
@@ -39,6 +48,41 @@ fn logged_in_client(directory: &Path, host: &str, user: &str, password: &str) ->
     let text = format!(r#"{{"auths": {{"{host}": {{"username": "{user}", "password": "{password}"}}}}}}"#);
     std::fs::write(&config, text).unwrap();
     Client::new(ClientOptions { docker_config: Some(config), ..options() })
+}
+
+/// A directory of `hosts.toml` files; each is given by the folder's name and its text.
+fn hosts_dir(files: &[(&str, &str)]) -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for (folder, text) in files {
+        let folder = directory.path().join(folder);
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("hosts.toml"), text).unwrap();
+    }
+    directory
+}
+
+/// A client that follows the `hosts.toml` files of `directory`.
+fn client_with_hosts(directory: &TempDir) -> Client {
+    Client::new(ClientOptions { hosts_dir: Some(directory.path().to_owned()), ..options() })
+}
+
+async fn push(client: &Client, reference: &Reference, content: &[u8]) -> Digest {
+    let digest = Digest::of(content);
+    let bytes = BlobContent::Bytes(Bytes::copy_from_slice(content));
+    client.push_blob(reference, &digest, content.len() as u64, bytes, no_progress()).await.unwrap();
+    digest
+}
+
+/// Pushes a config and a manifest that names it.
+async fn push_image(client: &Client, reference: &Reference) -> (Bytes, Digest) {
+    let config = push(client, reference, b"{}").await;
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"mediaType":"{}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config}","size":2}},"layers":[]}}"#,
+        media_type::OCI_MANIFEST
+    );
+    let bytes = Bytes::from(manifest);
+    let digest = client.push_manifest(reference, media_type::OCI_MANIFEST, bytes.clone()).await.unwrap();
+    (bytes, digest)
 }
 
 async fn collect(stream: ByteStream) -> Result<Vec<u8>, SourceError> {

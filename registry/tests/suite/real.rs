@@ -10,26 +10,9 @@ use format_spec::Digest;
 use registry::{BlobContent, BlobSource, Client, ClientOptions, Error, Reference, media_type};
 use storage::Source;
 
-use crate::{client, collect, docker_registry::DockerRegistry, logged_in_client, no_progress, options, pattern};
-
-async fn push(client: &Client, reference: &Reference, content: &[u8]) -> Digest {
-    let digest = Digest::of(content);
-    let bytes = BlobContent::Bytes(Bytes::copy_from_slice(content));
-    client.push_blob(reference, &digest, content.len() as u64, bytes, no_progress()).await.unwrap();
-    digest
-}
-
-/// Pushes a config and a manifest that names it.
-async fn push_image(client: &Client, reference: &Reference) -> (Bytes, Digest) {
-    let config = push(client, reference, b"{}").await;
-    let manifest = format!(
-        r#"{{"schemaVersion":2,"mediaType":"{}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config}","size":2}},"layers":[]}}"#,
-        media_type::OCI_MANIFEST
-    );
-    let bytes = Bytes::from(manifest);
-    let digest = client.push_manifest(reference, media_type::OCI_MANIFEST, bytes.clone()).await.unwrap();
-    (bytes, digest)
-}
+use crate::{
+    client, collect, docker_registry::DockerRegistry, logged_in_client, no_progress, options, pattern, push, push_image,
+};
 
 #[tokio::test]
 async fn a_pushed_manifest_is_found_by_tag_and_by_digest() {

@@ -1,0 +1,81 @@
+//! The HTTP library, set up for one host: certificates, proxy, connection time limit.
+
+use std::{net::IpAddr, sync::OnceLock};
+
+use reqwest::{Certificate, Identity, Proxy, Url, redirect};
+
+use crate::{error::Error, hosts_dir::HostSettings, options::ClientOptions};
+
+/// The connections to one host, and to where it redirects.
+#[derive(Default)]
+pub(crate) struct Connections {
+    /// To loopback hosts, past any proxy of the environment.
+    direct: OnceLock<reqwest::Client>,
+    /// To all others.
+    remote: OnceLock<reqwest::Client>,
+}
+
+impl Connections {
+    /// The HTTP client for `url`, made on first use.
+    pub(crate) fn to(
+        &self,
+        url: &Url,
+        options: &ClientOptions,
+        settings: &HostSettings,
+    ) -> Result<&reqwest::Client, Error> {
+        let is_direct = url.host_str().is_some_and(is_loopback) && settings.config.proxy.is_none();
+        let cell = if is_direct { &self.direct } else { &self.remote };
+        if let Some(client) = cell.get() {
+            return Ok(client);
+        }
+        let built = build(options, settings, is_direct)?;
+        Ok(cell.get_or_init(|| built))
+    }
+}
+
+fn build(options: &ClientOptions, settings: &HostSettings, is_direct: bool) -> Result<reqwest::Client, Error> {
+    // Fails when a provider is there already: then that one is used.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let refuse = |error: reqwest::Error| Error::Setup(error.to_string());
+    let mut ca = Vec::new();
+    for (pem, file) in settings.ca.iter().zip(&settings.config.ca) {
+        let found = Certificate::from_pem_bundle(pem).ok().filter(|found| !found.is_empty());
+        ca.extend(found.ok_or_else(|| Error::Setup(format!("{}: no certificate in it", file.display())))?);
+    }
+    let identity = settings.identity.as_deref().map(Identity::from_pem).transpose().map_err(refuse)?;
+    let proxy = settings.config.proxy.clone().map(Proxy::all).transpose().map_err(refuse)?;
+    let builder = || {
+        let mut builder = reqwest::Client::builder()
+            .user_agent(concat!("lazuli/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(settings.config.dial_timeout.unwrap_or(options.connect_timeout))
+            .tls_danger_accept_invalid_certs(settings.config.skip_verify)
+            // `transport` follows them: it knows what may be shown to whom.
+            .redirect(redirect::Policy::none())
+            // An identity token or password in a redirected address must not show up elsewhere.
+            .referer(false);
+        if is_direct {
+            builder = builder.no_proxy();
+        }
+        if let Some(proxy) = &proxy {
+            builder = builder.no_proxy().proxy(proxy.clone());
+        }
+        if let Some(identity) = &identity {
+            builder = builder.identity(identity.clone());
+        }
+        builder
+    };
+    builder().tls_certs_merge(ca.clone()).build().or_else(|error| {
+        // A node without CA certificates can still speak plain HTTP; TLS then says that it knows no issuer.
+        tracing::warn!(%error, "no TLS with the system's CA certificates; install ca-certificates");
+        builder().tls_certs_only(ca).build().map_err(refuse)
+    })
+}
+
+/// Whether `host` (with or without a port) is this machine, as docker decides it.
+pub(crate) fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}

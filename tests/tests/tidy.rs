@@ -1,0 +1,98 @@
+//! What `docs/ARCHITECTURE.md` says of the crates holds: arrows, lints, where `unsafe` stands.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Crate, and the crates of this project that it may use. `docs/ARCHITECTURE.md` draws the same.
+const ARROWS: [(&str, &[&str]); 7] = [
+    ("format-spec", &[]),
+    ("storage", &["format-spec"]),
+    ("registry", &["format-spec", "storage"]),
+    ("fusefs", &["format-spec", "storage", "registry"]),
+    ("converter", &["format-spec", "storage", "registry", "fusefs"]),
+    ("snapshotter", &["format-spec", "storage", "registry", "fusefs"]),
+    ("tests", &["format-spec", "storage", "registry", "fusefs", "converter", "snapshotter"]),
+];
+
+/// `registry` is for the program alone: the library takes any source of bytes.
+const PROGRAM_ONLY: [(&str, &str, &str); 1] = [("fusefs", "registry", "main.rs")];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies in the workspace").to_owned()
+}
+
+fn manifest(crate_name: &str) -> toml::Table {
+    let path = root().join(crate_name).join("Cargo.toml");
+    fs::read_to_string(&path).expect("every crate has a manifest").parse().expect("manifests are TOML")
+}
+
+fn sources(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).expect("a source directory").map(|entry| entry.expect("readable").path()) {
+        if entry.is_dir() {
+            found.extend(sources(&entry));
+        } else if entry.extension().is_some_and(|extension| extension == "rs") {
+            found.push(entry);
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn crates_depend_along_the_arrows_only() {
+    let allowed: BTreeMap<_, _> = ARROWS.into();
+    for (name, allowed_dependencies) in &allowed {
+        let manifest = manifest(name);
+        for section in ["dependencies", "build-dependencies"] {
+            let Some(dependencies) = manifest.get(section).and_then(|section| section.as_table()) else { continue };
+            for dependency in dependencies.keys().filter(|dependency| allowed.contains_key(dependency.as_str())) {
+                assert!(allowed_dependencies.contains(&dependency.as_str()), "{name} must not use {dependency}");
+            }
+        }
+    }
+}
+
+#[test]
+fn libraries_leave_to_programs_what_is_theirs() {
+    for (crate_name, dependency, program) in PROGRAM_ONLY {
+        for source in sources(&root().join(crate_name).join("src")) {
+            let text = fs::read_to_string(&source).expect("readable");
+            let uses = text.contains(&format!("{dependency}::")) || text.contains(&format!("use {dependency}"));
+            assert!(!uses || source.ends_with(program), "{} must not use {dependency}", source.display());
+        }
+    }
+}
+
+#[test]
+fn every_crate_opts_into_the_lints_of_the_workspace() {
+    for (name, _) in ARROWS {
+        let lints = manifest(name).get("lints").and_then(|lints| lints.get("workspace")).and_then(toml::Value::as_bool);
+        assert_eq!(lints, Some(true), "{name}");
+    }
+}
+
+#[test]
+fn unsafe_code_stands_in_one_file_a_crate_at_most() {
+    for (name, _) in ARROWS {
+        let allowing: Vec<_> = sources(&root().join(name).join("src"))
+            .into_iter()
+            .filter(|source| fs::read_to_string(source).expect("readable").contains("allow(unsafe_code)"))
+            .collect();
+        assert!(allowing.len() <= 1, "{name}: {allowing:?}");
+    }
+}
+
+#[test]
+fn no_test_is_switched_off() {
+    let switched_off = ["#[", "ignore"].concat();
+    for (name, _) in ARROWS {
+        for source in sources(&root().join(name)) {
+            let text = fs::read_to_string(&source).expect("readable");
+            assert!(!text.contains(&switched_off), "{}", source.display());
+        }
+    }
+}
