@@ -69,6 +69,12 @@ impl Reference {
         Ok(Self { tag: Some(tag.to_owned()), digest: None, ..self.clone() })
     }
 
+    /// The same without a tag, where it has a digest to stand instead.
+    #[must_use]
+    pub(crate) fn without_tag(&self) -> Self {
+        Self { tag: self.tag.clone().filter(|_| self.digest.is_none()), ..self.clone() }
+    }
+
     /// `host/repository`, without tag and digest.
     pub fn name(&self) -> String {
         format!("{}/{}", self.host, self.repository)

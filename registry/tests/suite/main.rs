@@ -14,6 +14,7 @@ mod proxies;
 mod push_faults;
 mod real;
 mod redirects;
+mod referrers;
 mod tls;
 
 use std::{path::Path, sync::Arc, time::Duration};

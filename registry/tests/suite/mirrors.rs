@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use format_spec::Digest;
 use registry::{BlobSource, Client, ClientOptions, Error};
 use storage::Source;
+use tempfile::TempDir;
 
 use crate::{
     client_with_hosts, collect,
@@ -20,23 +21,20 @@ async fn server(status: u16) -> FaultServer {
     FaultServer::start(move |_, _| Reply::full(status, &[], if status == 200 { MANIFEST } else { b"" })).await
 }
 
-/// Hosts for `r.example:5000`: mirrors with their capabilities, then the server.
-fn client(mirrors: &[(&FaultServer, &str)], server: &FaultServer) -> Client {
+/// Hosts for `r.example:5000`: mirrors with their capabilities, then the server. The files are read on first use.
+fn client(mirrors: &[(&FaultServer, &str)], server: &FaultServer) -> (Client, TempDir) {
     let mut text = format!("server = \"http://{}\"\n", server.host());
     for (mirror, capabilities) in mirrors {
         text.push_str(&format!("[host.\"http://{}\"]\ncapabilities = {capabilities}\n", mirror.host()));
     }
     let hosts = hosts_dir(&[("r.example:5000", &text)]);
-    let client = client_with_hosts(&hosts);
-    // The files are read on first use: they must outlive this function.
-    std::mem::forget(hosts);
-    client
+    (client_with_hosts(&hosts), hosts)
 }
 
 #[tokio::test]
 async fn a_mirror_is_asked_first_and_told_the_registry() {
     let (mirror, origin) = (server(200).await, server(200).await);
-    let client = client(&[(&mirror, r#"["pull", "resolve"]"#)], &origin);
+    let (client, _hosts) = client(&[(&mirror, r#"["pull", "resolve"]"#)], &origin);
     client.manifest(&"r.example:5000/a".parse().unwrap()).await.unwrap();
     assert_eq!(mirror.requests(), ["GET /v2/a/manifests/latest?ns=r.example%3A5000"]);
     assert_eq!(origin.requests(), [""; 0]);
@@ -47,7 +45,7 @@ async fn every_failure_moves_on_to_the_next_host() {
     for status in [400, 401, 403, 404, 429, 500, 503] {
         let (first, second, origin) = (server(status).await, server(status).await, server(200).await);
         let all = r#"["pull", "resolve"]"#;
-        let client = client(&[(&first, all), (&second, all)], &origin);
+        let (client, _hosts) = client(&[(&first, all), (&second, all)], &origin);
         client.manifest(&"r.example:5000/a".parse().unwrap()).await.unwrap();
         let counts = [first, second, origin].map(|server| server.requests().len());
         assert_eq!(counts, [1, 1, 1], "{status}");
@@ -57,7 +55,7 @@ async fn every_failure_moves_on_to_the_next_host() {
 #[tokio::test]
 async fn a_mirror_is_trusted_with_what_it_is_listed_for() {
     let (puller, resolver, origin) = (server(200).await, server(200).await, server(200).await);
-    let client = client(&[(&puller, r#"["pull"]"#), (&resolver, r#"["resolve"]"#)], &origin);
+    let (client, _hosts) = client(&[(&puller, r#"["pull"]"#), (&resolver, r#"["resolve"]"#)], &origin);
     client.manifest(&"r.example:5000/a:tag".parse().unwrap()).await.unwrap();
     let by_digest = format!("r.example:5000/a@{}", Digest::of(MANIFEST)).parse().unwrap();
     client.manifest(&by_digest).await.unwrap();
@@ -89,7 +87,7 @@ async fn a_mirror_that_is_down_is_asked_last_for_a_while() {
 #[tokio::test]
 async fn all_failures_are_said_and_the_registrys_own_counts() {
     let (mirror, origin) = (server(503).await, server(404).await);
-    let client = client(&[(&mirror, r#"["pull", "resolve"]"#)], &origin);
+    let (client, _hosts) = client(&[(&mirror, r#"["pull", "resolve"]"#)], &origin);
     let error = client.manifest(&"r.example:5000/a".parse().unwrap()).await.unwrap_err();
     assert!(error.is_not_found() && matches!(error, Error::Mirrors { .. }), "{error:?}");
     let expected = format!(
@@ -111,7 +109,7 @@ async fn content_that_only_a_mirror_has_is_waited_for() {
     })
     .await;
     let origin = server(404).await;
-    let client = client(&[(&mirror, r#"["pull"]"#)], &origin);
+    let (client, _hosts) = client(&[(&mirror, r#"["pull"]"#)], &origin);
     let found = client.blob_len(&"r.example:5000/a".parse().unwrap(), &Digest::of(b"blob")).await;
     assert_eq!(found.unwrap(), Some(4));
 }
