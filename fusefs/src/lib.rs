@@ -9,6 +9,7 @@
 
 pub mod control;
 pub mod daemon;
+pub mod erofs;
 pub mod error;
 pub mod factory;
 mod fs;

@@ -8,9 +8,7 @@ use std::iter::Peekable;
 use format_spec::{Index, Inode, index::mode};
 use zerocopy::IntoBytes;
 
-use super::layout::{BLOCK_LEN, Dirent};
-
-const BLOCK: usize = BLOCK_LEN as usize;
+use super::layout::{BLOCK, Dirent};
 
 /// Names and inode numbers of the entries that a directory of the image has.
 pub(super) fn entries<'a, B: AsRef<[u8]>>(
@@ -63,9 +61,8 @@ impl<'a, I: Iterator<Item = Entry<'a>>> Blocks<I> {
     pub(super) fn next_block(&mut self, block: &mut Vec<u8>) {
         block.clear();
         let mut names: Vec<u8> = Vec::new();
-        while let Some(entry) = self
-            .entries
-            .next_if(|entry| block.len() + size_of::<Dirent>() + names.len() + entry.name.len() <= BLOCK)
+        while let Some(entry) =
+            self.entries.next_if(|entry| block.len() + size_of::<Dirent>() + names.len() + entry.name.len() <= BLOCK)
         {
             let dirent = Dirent {
                 nid: entry.nid.into(),

@@ -10,8 +10,10 @@ use zerocopy::{
     little_endian::{U16, U32, U64},
 };
 
-/// Length of a block, in bytes.
-pub const BLOCK_LEN: u64 = 4096;
+/// Length of a block, in bytes, of memory.
+pub const BLOCK: usize = 4096;
+/// The same, of files.
+pub const BLOCK_LEN: u64 = BLOCK as u64;
 /// `log2` of [`BLOCK_LEN`].
 pub const BLOCK_BITS: u8 = 12;
 /// Offset of the [`SuperBlock`] in the image.

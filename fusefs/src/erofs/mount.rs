@@ -1,0 +1,261 @@
+//! Mounting an image over files, without loop devices, through the mount API of Linux 5.2.
+//!
+//! A mount is first *detached*: nobody sees it, and it goes when it is dropped. [`DetachedMount::attach`] puts
+//! it on a directory. So a mount can be tried, read and tuned before anything depends on it.
+
+use std::{
+    collections::BTreeSet,
+    ffi::{OsStr, OsString},
+    fs, io,
+    io::Read as _,
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use format_spec::{
+    Digest, Index, IndexBuilder, Inode,
+    builder::blank_inode,
+    index::mode::{DIRECTORY, REGULAR},
+};
+use rustix::{
+    fs::{CWD, Mode, OFlags, open, openat},
+    io::Errno,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_string, fsmount,
+        fsopen, move_mount,
+    },
+};
+
+use super::{layout::BLOCK, write_image};
+
+/// Longest value that `fsconfig` takes (Linux fs/fsopen.c: 256 with the closing zero).
+const OPTION_LEN_MAX: usize = 255;
+/// Most messages of the kernel that are reported; its own queue has 8 (Linux fs/fs_context.c).
+const MESSAGES_MAX: usize = 8;
+/// Where the kernel lists what reads ahead.
+const BDI_DIRECTORY: &str = "/sys/class/bdi";
+/// Names that [`BDI_DIRECTORY`] has for EROFS start so (Linux `super_setup_bdi`).
+const BDI_PREFIX: &str = "erofs-";
+
+/// Serialises mounts of this process, so that each finds its own entry of [`BDI_DIRECTORY`].
+static MOUNTING: Mutex<()> = Mutex::new(());
+
+/// An image cannot be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// This kernel has no EROFS, none over files (Linux 6.12 has), or this user may not mount.
+    #[error("kernel mode is not to be had: {0}")]
+    Unsupported(&'static str),
+    /// The kernel refused image or devices.
+    #[error("cannot mount the image {}: {error}{messages}", image.display())]
+    Image {
+        /// The image.
+        image: PathBuf,
+        /// What it said.
+        error: io::Error,
+        /// What it said in words, each message after a colon; may be empty.
+        messages: String,
+    },
+    /// A file cannot be used.
+    #[error("{}: {error}", path.display())]
+    File {
+        /// The file or directory.
+        path: PathBuf,
+        /// What happened.
+        error: io::Error,
+    },
+    /// The mount point cannot be used.
+    #[error("cannot mount on {}: {error}", path.display())]
+    MountPoint {
+        /// The directory.
+        path: PathBuf,
+        /// What happened.
+        error: io::Error,
+    },
+}
+
+/// Mounts an image read-only on a directory.
+///
+/// `devices` are the plain address spaces of the layers, lowest first, one for each: regular files on any file
+/// system that has a page cache, those of FUSE too, but not on a stacked one such as overlayfs. The kernel
+/// keeps all files open as long as the mount lives; content is read from them when it is first needed. A device
+/// must reach to the end of the last block in use (`ImageSummary::device_block_counts`), filled up with zeros:
+/// Linux 6.18 answers EIO where it ends within a block.
+/// `read_ahead_kb` replaces the kernel's 128; `None` keeps it.
+///
+/// # Errors
+///
+/// When the kernel cannot do it, or refuses; then nothing is mounted.
+pub fn mount_erofs(
+    image: &Path,
+    devices: &[PathBuf],
+    mount_point: &Path,
+    read_ahead_kb: Option<u32>,
+) -> Result<(), MountError> {
+    let mount = DetachedMount::open(image, devices)?;
+    if let Some(kb) = read_ahead_kb {
+        mount.set_read_ahead(kb)?;
+    }
+    mount.attach(mount_point)
+}
+
+/// Whether this kernel mounts images with device tables over files of `directory`: tries it with a small one.
+///
+/// `directory` must be writable; what is made there is removed.
+///
+/// # Errors
+///
+/// Why not.
+pub fn probe(directory: &Path) -> Result<(), MountError> {
+    const CONTENT: &[u8] = b"lazuli";
+    let file_error = |error| MountError::File { path: directory.to_owned(), error };
+    let scratch = tempfile::Builder::new().prefix("erofs-probe-").tempdir_in(directory).map_err(file_error)?;
+    let (image, device) = (scratch.path().join("image"), scratch.path().join("device"));
+    let mut block = [0; BLOCK];
+    block[..CONTENT.len()].copy_from_slice(CONTENT);
+    fs::write(&device, block).map_err(file_error)?;
+    let output = fs::File::create(&image).map_err(file_error)?;
+    write_image(&probe_tree(CONTENT.len() as u64), output).map_err(|error| file_error(io::Error::other(error)))?;
+
+    let mount = DetachedMount::open(&image, &[device])?;
+    let file = openat(&mount, "file", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let mut content = Vec::new();
+    file.map_err(io::Error::from)
+        .and_then(|file| fs::File::from(file).read_to_end(&mut content))
+        .map_err(|error| MountError::File { path: image, error })?;
+    if content == CONTENT { Ok(()) } else { Err(MountError::Unsupported("the kernel reads wrong bytes")) }
+}
+
+/// The tree of one file with `len` bytes.
+fn probe_tree(len: u64) -> Index<Vec<u8>> {
+    const VALID: &str = "one file makes a valid tree";
+    let mut builder = IndexBuilder::default();
+    builder.add_inode(blank_inode(DIRECTORY | 0o755)).expect(VALID);
+    let file = Inode { size: len.into(), ..blank_inode(REGULAR | 0o644) };
+    let file = builder.add_inode(file).expect(VALID);
+    builder.add_directory(0, [("file", file)]).expect(VALID);
+    Index::open(builder.finish_tree(&[Digest::of(b"")]).expect(VALID)).expect(VALID)
+}
+
+/// A mount that is on no directory yet. Dropping it unmounts.
+#[derive(Debug)]
+pub struct DetachedMount {
+    mount: OwnedFd,
+    /// What reads ahead for it; more than one if another process mounted at the same moment.
+    bdi_names: Vec<OsString>,
+}
+
+impl DetachedMount {
+    /// Mounts an image, see [`mount_erofs`].
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot do it, or refuses.
+    pub fn open(image: &Path, devices: &[PathBuf]) -> Result<Self, MountError> {
+        let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| match error {
+            Errno::NODEV => MountError::Unsupported("this kernel has no EROFS"),
+            Errno::PERM => MountError::Unsupported("mounting needs CAP_SYS_ADMIN"),
+            _ => MountError::Unsupported("this kernel has no fsopen"),
+        })?;
+        let refuse = |error| match error {
+            Errno::NOTBLK => MountError::Unsupported("this kernel mounts EROFS on no such files (Linux 6.12 does)"),
+            error => {
+                MountError::Image { image: image.to_owned(), error: error.into(), messages: messages(context.as_fd()) }
+            }
+        };
+        let source = OptionPath::new(image)?;
+        fsconfig_set_string(&context, "source", source.value.as_os_str()).map_err(refuse)?;
+        // Those with a long path must be open until the kernel has opened them itself.
+        let mut long_paths = Vec::new();
+        for device in devices {
+            let device = OptionPath::new(device)?;
+            fsconfig_set_string(&context, "device", device.value.as_os_str()).map_err(refuse)?;
+            long_paths.extend(device.file);
+        }
+        let guard = MOUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let bdi_names_before = bdi_names();
+        fsconfig_create(&context).map_err(refuse)?;
+        let bdi_names = bdi_names().difference(&bdi_names_before).cloned().collect();
+        drop(guard);
+        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY;
+        let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(refuse)?;
+        Ok(Self { mount, bdi_names })
+    }
+
+    /// Sets how far the kernel reads ahead of a sequential reader, for files opened from now on.
+    ///
+    /// # Errors
+    ///
+    /// When `/sys` does not list the mount or cannot be written.
+    pub fn set_read_ahead(&self, kb: u32) -> Result<(), MountError> {
+        let directory = Path::new(BDI_DIRECTORY);
+        if self.bdi_names.is_empty() {
+            let error = io::Error::new(io::ErrorKind::NotFound, "no entry for the mount");
+            return Err(MountError::File { path: directory.to_owned(), error });
+        }
+        for name in &self.bdi_names {
+            let path = directory.join(name).join("read_ahead_kb");
+            fs::write(&path, kb.to_string()).map_err(|error| MountError::File { path, error })?;
+        }
+        Ok(())
+    }
+
+    /// Puts the mount on a directory, where it stays until somebody unmounts it.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be a mount point.
+    pub fn attach(self, mount_point: &Path) -> Result<(), MountError> {
+        move_mount(&self.mount, "", CWD, mount_point, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .map_err(|error| MountError::MountPoint { path: mount_point.to_owned(), error: error.into() })
+    }
+}
+
+impl AsFd for DetachedMount {
+    /// The root directory of the mount.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.mount.as_fd()
+    }
+}
+
+/// A path as `fsconfig` takes it: as it is, or through a descriptor if it is too long.
+struct OptionPath {
+    value: OsString,
+    file: Option<OwnedFd>,
+}
+
+impl OptionPath {
+    fn new(path: &Path) -> Result<Self, MountError> {
+        if path.as_os_str().len() <= OPTION_LEN_MAX {
+            return Ok(Self { value: path.as_os_str().to_owned(), file: None });
+        }
+        let file = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| MountError::File { path: path.to_owned(), error: error.into() })?;
+        Ok(Self { value: format!("/proc/self/fd/{}", file.as_raw_fd()).into(), file: Some(file) })
+    }
+}
+
+/// What a file system context has to say, each message after a colon.
+fn messages(context: BorrowedFd<'_>) -> String {
+    let mut text = String::new();
+    let mut message = [0; 1024];
+    for _ in 0..MESSAGES_MAX {
+        let Ok(len) = rustix::io::read(context, &mut message) else { break };
+        // A letter for the level and a blank come first.
+        let line = OsStr::from_bytes(message.get(2..len).unwrap_or_default()).to_string_lossy().into_owned();
+        text.push_str(": ");
+        text.push_str(line.trim_end());
+    }
+    text
+}
+
+/// EROFS's entries of [`BDI_DIRECTORY`]; empty where that cannot be read.
+fn bdi_names() -> BTreeSet<OsString> {
+    let entries = fs::read_dir(BDI_DIRECTORY).into_iter().flatten();
+    let names = entries.flatten().map(|entry| entry.file_name());
+    names.filter(|name| name.as_bytes().starts_with(BDI_PREFIX.as_bytes())).collect()
+}
