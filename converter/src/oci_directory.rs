@@ -54,8 +54,15 @@ pub(crate) fn find_manifest(directory: &Path, tag: Option<&str>) -> Result<Descr
     found.cloned().ok_or_else(|| ImageError::NoTag {
         directory: directory.to_owned(),
         tag: tag.unwrap_or(TAG_DEFAULT).to_owned(),
-        present: index.manifests.iter().map(name_of).collect::<Vec<_>>().join(", "),
+        present: describe_tags(&index),
     })
+}
+
+/// The tags of a layout, for a message.
+fn describe_tags(index: &ImageIndex) -> String {
+    let tags = index.manifests.iter().map(|manifest| manifest.annotation(REF_NAME).unwrap_or("one without a tag"));
+    let tags = tags.collect::<Vec<_>>().join(", ");
+    if tags.is_empty() { "nothing".to_owned() } else { tags }
 }
 
 fn read_index(path: &Path) -> Result<Option<ImageIndex>, ImageError> {

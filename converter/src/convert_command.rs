@@ -1,0 +1,76 @@
+//! `lazuli convert`: flags in, progress and report out.
+
+use std::num::NonZeroUsize;
+
+use clap::Args;
+use converter::{
+    convert::{ConvertError, ConvertOptions, convert},
+    image::{ImageDestination, ImageSource},
+    location::Location,
+    manifest::Platform,
+    report::Report,
+};
+use indicatif::HumanBytes;
+use registry::{Client, ClientOptions};
+
+use crate::{fail_with, progress};
+
+/// What `lazuli convert` is told.
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArguments {
+    /// The image: host/repository:tag, host/repository@sha256:..., or oci:DIR[:tag]
+    #[arg(value_name = "SRC")]
+    source: Location,
+    /// Where the new image goes: host/repository:tag or oci:DIR[:tag]
+    #[arg(value_name = "DST")]
+    destination: Location,
+    /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
+    #[arg(long)]
+    platform: Option<Platform>,
+    /// zstd compression level
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+    level: i32,
+    /// Compressor threads, and layers converted side by side [default: number of processors]
+    #[arg(long)]
+    jobs: Option<NonZeroUsize>,
+    /// Speak plain HTTP to registries; loopback addresses are spoken to in plain HTTP anyway
+    #[arg(long)]
+    plain_http: bool,
+    /// Print a report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Converts, and prints the name and digest of the new image.
+pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
+    let ConvertArguments { source, destination, platform, level, jobs, plain_http, json } = arguments;
+    let client = Client::new(ClientOptions { plain_http, ..ClientOptions::from_environment() });
+    let jobs = jobs.or_else(|| std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
+    let named = source.to_string();
+    let report = async {
+        let source = ImageSource::new(source, &client);
+        let destination = ImageDestination::open(&destination, &client, &std::env::temp_dir())?;
+        let options = ConvertOptions { platform, level, jobs };
+        convert(&source, &destination, &options, progress::observer(json)).await
+    };
+    let report = report.await.map_err(|error: ConvertError| fail_with(&named, &error))?;
+    print(&report, json);
+    Ok(())
+}
+
+fn print(report: &Report, json: bool) {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report).expect("a report has no maps"));
+        return;
+    }
+    eprintln!(
+        "{} layers, {} to {}, {} uploaded, {:.1} s, {:.0} MB/s of plain bytes",
+        report.layers.len(),
+        HumanBytes(report.source_len),
+        HumanBytes(report.target_len),
+        HumanBytes(report.uploaded_len),
+        report.seconds,
+        report.plain_len as f64 / 1e6 / report.seconds.max(0.001)
+    );
+    println!("{} {}", report.destination, report.digest);
+}

@@ -1,0 +1,72 @@
+//! `lazuli mount`: flags in, a mount for as long as the command runs.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use converter::{image::ImageSource, location::Location, manifest::Platform, mount::mount};
+use registry::{Client, ClientOptions};
+
+use crate::fail_with;
+
+/// What `lazuli mount` is told.
+#[derive(Debug, Args)]
+pub(crate) struct MountArguments {
+    /// The image: host/repository:tag, host/repository@sha256:..., or oci:DIR[:tag]
+    #[arg(value_name = "IMG")]
+    image: Location,
+    /// The directory to mount it on
+    #[arg(value_name = "DIR")]
+    mount_point: PathBuf,
+    /// Where to keep what has arrived [default: lazuli in the user's cache directory]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// How the kernel reads the image
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    mode: Mode,
+    /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
+    #[arg(long)]
+    platform: Option<Platform>,
+    /// Speak plain HTTP to registries; loopback addresses are spoken to in plain HTTP anyway
+    #[arg(long)]
+    plain_http: bool,
+}
+
+/// How the kernel reads the image.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Mode {
+    /// What works best here
+    Auto,
+    /// Through FUSE
+    Fuse,
+}
+
+/// Mounts, says so, and waits until it is interrupted or the image is unmounted.
+pub(crate) async fn run(arguments: MountArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
+    let MountArguments { image, mount_point, cache, mode, platform, plain_http } = arguments;
+    let (Mode::Auto | Mode::Fuse) = mode;
+    let client = Client::new(ClientOptions { plain_http, ..ClientOptions::from_environment() });
+    let cache_root = cache.unwrap_or_else(default_cache);
+    let named = image.to_string();
+    let source = ImageSource::new(image, &client);
+    tokio::pin!(interrupted);
+    let mut mounted = tokio::select! {
+        result = mount(&source, platform.as_ref(), &mount_point, &cache_root) => {
+            result.map_err(|error| fail_with(&named, &error))?
+        }
+        () = &mut interrupted => return Err("interrupted".to_owned()),
+    };
+    println!("{named} is mounted on {}", mounted.mount_point().display());
+    let ended = tokio::select! {
+        result = mounted.wait() => result,
+        () = interrupted => Ok(()),
+    };
+    let unmounted = mounted.unmount().await;
+    ended.and(unmounted).map_err(|error| fail_with(&named, &error))
+}
+
+/// Source: XDG Base Directory Specification.
+fn default_cache() -> PathBuf {
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
+    base.unwrap_or_else(|| PathBuf::from("/var/cache")).join("lazuli")
+}

@@ -1,0 +1,392 @@
+//! The `lazuli convert` command on OCI layouts made here: what it keeps, what it refuses, what it leaves behind.
+//!
+//! Registries are the business of the end-to-end tests; everything else a user meets is here.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use converter::manifest::{Descriptor, ImageIndex, ImageManifest, media_type};
+use flate2::{Compression, write::GzEncoder};
+use format_spec::{Digest, LazyLayer};
+use rustix::{
+    fs::{CWD, FileType, Mode, mknodat},
+    process::{Pid, Signal, kill_process},
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A temporary directory with an image `src` of three layers: gzip, bare and zstd.
+struct Scene {
+    directory: TempDir,
+}
+
+fn tar(files: &[(&str, usize)]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (path, len) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(*len as u64);
+        header.set_mode(0o644);
+        let content = path.bytes().cycle().take(*len).collect::<Vec<_>>();
+        builder.append_data(&mut header, path, content.as_slice()).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    std::io::Write::write_all(&mut encoder, bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn layer_type(suffix: &str) -> String {
+    format!("application/vnd.oci.image.layer.v1.tar{suffix}")
+}
+
+fn list(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+impl Scene {
+    fn new() -> Self {
+        let scene = Self { directory: tempfile::tempdir().unwrap() };
+        let layers = scene.tars();
+        let blobs = [gzip(&layers[0]), layers[1].clone(), zstd::encode_all(layers[2].as_slice(), 1).unwrap()];
+        let types = ["+gzip", "", "+zstd"].map(layer_type);
+        let descriptors = blobs.iter().zip(types).map(|(blob, kind)| scene.put(&kind, blob)).collect();
+        scene.put_image(descriptors, &layers.map(|tar| Digest::of(&tar)));
+        scene
+    }
+
+    fn tars(&self) -> [Vec<u8>; 3] {
+        [tar(&[("etc/a", 10), ("large", 3_000_000)]), tar(&[("usr/b", 20)]), tar(&[("etc/.wh.a", 0)])]
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn put(&self, kind: &str, bytes: &[u8]) -> Descriptor {
+        let descriptor = Descriptor::of(kind, bytes);
+        fs::create_dir_all(self.path("src/blobs/sha256")).unwrap();
+        fs::write(self.blob("src", &descriptor.digest), bytes).unwrap();
+        descriptor
+    }
+
+    fn put_image(&self, layers: Vec<Descriptor>, diff_ids: &[Digest]) -> Descriptor {
+        let config = json!({
+            "architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}, "odd": [1, 2],
+        });
+        let config = self.put(media_type::OCI_CONFIG, config.to_string().as_bytes());
+        let annotations = Some([("note".to_owned(), "kept".to_owned())].into());
+        let manifest = ImageManifest {
+            schema_version: 2,
+            media_type: Some(registry::media_type::OCI_MANIFEST.to_owned()),
+            config,
+            layers,
+            annotations,
+            rest: BTreeMap::new(),
+        };
+        let bytes = serde_json::to_vec(&manifest).unwrap();
+        let descriptor = self.put(registry::media_type::OCI_MANIFEST, &bytes);
+        self.put_index(vec![descriptor.clone()]);
+        descriptor
+    }
+
+    fn put_index(&self, manifests: Vec<Descriptor>) {
+        let index =
+            ImageIndex { schema_version: 2, media_type: None, manifests, annotations: None, rest: BTreeMap::new() };
+        fs::write(self.path("src/index.json"), serde_json::to_vec(&index).unwrap()).unwrap();
+        fs::write(self.path("src/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    }
+
+    fn blob(&self, layout: &str, digest: &Digest) -> PathBuf {
+        self.path(layout).join("blobs/sha256").join(digest.hex())
+    }
+
+    /// Runs the command in the scene's directory.
+    fn lazuli(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli"));
+        command.args(arguments).current_dir(self.directory.path()).env("TMPDIR", self.directory.path());
+        command.output().unwrap()
+    }
+
+    /// Converts `src` to `dst`; returns the report.
+    fn convert(&self, arguments: &[&str]) -> Value {
+        let output = self.lazuli(&[&["convert", "oci:src", "oci:dst:v1", "--json"], arguments].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn manifest(&self, layout: &str, digest: &Digest) -> ImageManifest {
+        serde_json::from_slice(&fs::read(self.blob(layout, digest)).unwrap()).unwrap()
+    }
+
+    fn converted(&self) -> ImageManifest {
+        let index: ImageIndex = serde_json::from_slice(&fs::read(self.path("dst/index.json")).unwrap()).unwrap();
+        self.manifest("dst", &index.manifests[0].digest)
+    }
+
+    /// The command fails with exactly this line and leaves nothing in `dst`.
+    fn check_refusal(&self, arguments: &[&str], expected: &str) {
+        let output = self.lazuli(&[&["convert", "--json"], arguments].concat());
+        assert_eq!(String::from_utf8_lossy(&output.stderr), format!("lazuli: {expected}\n"));
+        assert_eq!(output.status.code(), Some(1));
+        assert!(!self.path("dst").exists());
+        assert_eq!(list(self.directory.path()), ["src"]);
+    }
+}
+
+#[test]
+fn the_image_stays_the_same_image() {
+    let scene = Scene::new();
+    let report = scene.convert(&[]);
+    let converted = scene.converted();
+    assert_eq!(report["digest"], Digest::of(&serde_json::to_vec(&converted).unwrap()).to_string());
+    let config = fs::read(scene.blob("dst", &converted.config.digest)).unwrap();
+    assert_eq!(Digest::of(&config), converted.config.digest);
+    assert_eq!(config, fs::read(scene.blob("src", &converted.config.digest)).unwrap());
+    assert_eq!(converted.annotations.unwrap()["note"], "kept");
+    for (layer, tar) in converted.layers.iter().zip(scene.tars()) {
+        let blob = fs::read(scene.blob("dst", &layer.digest)).unwrap();
+        assert_eq!((layer.media_type.as_str(), layer.size), (media_type::OCI_LAYER_ZSTD, blob.len() as u64));
+        assert_eq!(Digest::of(&blob), layer.digest);
+        assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), tar);
+        let lazy = LazyLayer::from_annotations(|key| layer.annotation(key)).unwrap().unwrap();
+        assert_eq!((lazy.blob, lazy.blob_len), (layer.digest, layer.size));
+    }
+    // Manifest, config and three layers, and nothing that is only half there.
+    assert_eq!(list(&scene.path("dst")), ["blobs", "index.json", "oci-layout"]);
+    assert_eq!(list(&scene.path("dst/blobs/sha256")).len(), 5);
+}
+
+#[test]
+fn any_number_of_jobs_gives_the_same_image() {
+    let scene = Scene::new();
+    let expected = scene.convert(&["--jobs", "1"])["digest"].clone();
+    for jobs in ["2", "5"] {
+        fs::remove_dir_all(scene.path("dst")).unwrap();
+        assert_eq!(scene.convert(&["--jobs", jobs])["digest"], expected, "{jobs}");
+    }
+}
+
+#[test]
+fn what_is_there_is_not_written_again() {
+    let scene = Scene::new();
+    let first = scene.convert(&[]);
+    let second = scene.convert(&[]);
+    assert_eq!(first["digest"], second["digest"]);
+    assert_eq!(
+        (first["uploaded_len"].clone(), second["uploaded_len"].clone()),
+        (first["target_len"].clone(), json!(0))
+    );
+    let index: ImageIndex = serde_json::from_slice(&fs::read(scene.path("dst/index.json")).unwrap()).unwrap();
+    assert_eq!(index.manifests.len(), 1);
+}
+
+#[test]
+fn a_lazy_image_is_carried_over() {
+    let scene = Scene::new();
+    let first = scene.convert(&[]);
+    let output = scene.lazuli(&["convert", "oci:dst:v1", "oci:third", "--json"]);
+    let second: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(first["digest"], second["digest"]);
+    assert_eq!((&second["layers"][0]["converted"], &second["layers"][0]["uploaded"]), (&json!(false), &json!(true)));
+    assert_eq!(list(&scene.path("third/blobs/sha256")), list(&scene.path("dst/blobs/sha256")));
+}
+
+#[test]
+fn a_layer_used_twice_is_converted_once() {
+    let scene = Scene::new();
+    let layer = scene.put(&layer_type("+gzip"), &gzip(&tar(&[])));
+    let diff_id = Digest::of(&tar(&[]));
+    scene.put_image(vec![layer.clone(), layer], &[diff_id, diff_id]);
+    scene.convert(&[]);
+    let converted = scene.converted();
+    assert_eq!(converted.layers[0], converted.layers[1]);
+    assert_eq!(list(&scene.path("dst/blobs/sha256")).len(), 3);
+}
+
+#[test]
+fn docker_media_types_become_those_of_oci() {
+    let scene = Scene::new();
+    let tar = tar(&[("a", 1)]);
+    let layer = scene.put("application/vnd.docker.image.rootfs.diff.tar.gzip", &gzip(&tar));
+    let image = scene.put_image(vec![layer], &[Digest::of(&tar)]);
+    let mut manifest = scene.manifest("src", &image.digest);
+    manifest.media_type = Some(registry::media_type::DOCKER_MANIFEST.to_owned());
+    manifest.config.media_type = media_type::DOCKER_CONFIG.to_owned();
+    let bytes = serde_json::to_vec(&manifest).unwrap();
+    scene.put_index(vec![scene.put(registry::media_type::DOCKER_MANIFEST, &bytes)]);
+    scene.convert(&[]);
+    let converted = scene.converted();
+    assert_eq!(converted.media_type.as_deref(), Some(registry::media_type::OCI_MANIFEST));
+    assert_eq!(converted.config.media_type, media_type::OCI_CONFIG);
+    assert_eq!(converted.config.digest, manifest.config.digest);
+}
+
+#[test]
+fn the_platform_is_chosen_from_an_index() {
+    let scene = Scene::new();
+    let platform = |architecture: &str| serde_json::from_value(json!({"os": "linux", "architecture": architecture}));
+    let images = ["s390x", "riscv64"].map(|architecture| {
+        let tar = tar(&[(architecture, 1)]);
+        let layer = scene.put(&layer_type("+gzip"), &gzip(&tar));
+        let mut image = scene.put_image(vec![layer], &[Digest::of(&tar)]);
+        image.platform = Some(platform(architecture).unwrap());
+        image
+    });
+    let index = ImageIndex {
+        schema_version: 2,
+        media_type: Some(registry::media_type::OCI_INDEX.to_owned()),
+        manifests: images.into(),
+        annotations: None,
+        rest: BTreeMap::new(),
+    };
+    scene.put_index(vec![scene.put(registry::media_type::OCI_INDEX, &serde_json::to_vec(&index).unwrap())]);
+    let refused = "oci:src: no image for linux/arm64; there is: linux/s390x, linux/riscv64; choose one with --platform";
+    scene.check_refusal(&["oci:src", "oci:dst", "--platform", "linux/arm64"], refused);
+    // The config in it says amd64, which is not what was asked for.
+    let refused = "oci:src: no image for linux/s390x; there is: linux/amd64; choose one with --platform";
+    scene.check_refusal(&["oci:src", "oci:dst", "--platform", "linux/s390x"], refused);
+}
+
+#[test]
+fn refuses_what_is_not_there() {
+    let scene = Scene::new();
+    scene.check_refusal(&["oci:none", "oci:dst"], "oci:none: none: no OCI image layout in this directory");
+    let refused = "oci:src:v2: src: no image tagged v2; there is: one without a tag";
+    scene.check_refusal(&["oci:src:v2", "oci:dst"], refused);
+    fs::create_dir(scene.path("src/other")).unwrap();
+    scene.check_refusal(&["oci:src", "oci:src/blobs"], "oci:src: src/blobs: no OCI image layout in this directory");
+}
+
+/// Replaces the first layer's blob in place.
+fn damage(scene: &Scene, change: impl FnOnce(&mut Vec<u8>)) -> (Digest, Vec<u8>) {
+    let digest = Digest::of(&gzip(&scene.tars()[0]));
+    let path = scene.blob("src", &digest);
+    let mut bytes = fs::read(&path).unwrap();
+    change(&mut bytes);
+    fs::write(path, &bytes).unwrap();
+    (digest, bytes)
+}
+
+#[test]
+fn refuses_damaged_layers_and_leaves_nothing() {
+    let scene = Scene::new();
+    let (digest, bytes) = damage(&scene, |bytes| bytes[1000] ^= 1);
+    let found = Digest::of(&bytes);
+    let refused = format!("oci:src: layer {digest}: its content has digest {found}: the source is damaged");
+    scene.check_refusal(&["oci:src", "oci:dst/deep/er"], &refused);
+
+    let scene = Scene::new();
+    let (digest, bytes) = damage(&scene, |bytes| bytes.truncate(2000));
+    let len = gzip(&scene.tars()[0]).len();
+    let refused =
+        format!("oci:src: layer {digest}: it ends after {} of {len} bytes: the source is damaged", bytes.len());
+    scene.check_refusal(&["oci:src", "oci:dst"], &refused);
+}
+
+#[test]
+fn refuses_layers_that_are_not_what_the_config_says() {
+    let scene = Scene::new();
+    let tar = tar(&[("a", 1)]);
+    let layer = scene.put(&layer_type("+gzip"), &gzip(&tar));
+    let other = Digest::of(b"other");
+    scene.put_image(vec![layer.clone()], &[other]);
+    let digest = layer.digest;
+    let refused = format!(
+        "oci:src: layer {digest}: its tar stream has digest {}, the config says {other}: the image is damaged",
+        Digest::of(&tar)
+    );
+    scene.check_refusal(&["oci:src", "oci:dst"], &refused);
+    let image = scene.put_image(vec![layer.clone(), layer], &[other]);
+    let refused = format!("oci:src: manifest {}: it has 2 layers, its config says 1", image.digest);
+    scene.check_refusal(&["oci:src", "oci:dst"], &refused);
+    let text = b"no tar at all, whatever its media type says";
+    let layer = scene.put(&layer_type("+gzip"), text);
+    scene.put_image(vec![layer.clone()], &[Digest::of(text)]);
+    let reason = "tar entry at byte 0: the stream ends within a header";
+    scene.check_refusal(&["oci:src", "oci:dst"], &format!("oci:src: layer {}: {reason}", layer.digest));
+}
+
+#[test]
+fn refuses_what_is_no_image() {
+    let scene = Scene::new();
+    let config = scene.put("application/vnd.wasm.config.v1+json", b"{}");
+    let mut manifest = scene.manifest("src", &scene.put_image(Vec::new(), &[]).digest);
+    manifest.config = config;
+    let image = scene.put(registry::media_type::OCI_MANIFEST, &serde_json::to_vec(&manifest).unwrap());
+    scene.put_index(vec![image.clone()]);
+    let refused = format!(
+        "oci:src: manifest {}: no container image: its config is of type \"application/vnd.wasm.config.v1+json\"",
+        image.digest
+    );
+    scene.check_refusal(&["oci:src", "oci:dst"], &refused);
+}
+
+#[test]
+fn a_failure_leaves_an_existing_layout_as_it_was() {
+    let scene = Scene::new();
+    scene.convert(&[]);
+    let before = (list(&scene.path("dst/blobs/sha256")), fs::read(scene.path("dst/index.json")).unwrap());
+    let good = tar(&[("new", 1_000_000)]);
+    let layers = vec![scene.put(&layer_type("+gzip"), &gzip(&good)), scene.put(&layer_type(""), b"no tar")];
+    scene.put_image(layers, &[Digest::of(&good), Digest::of(b"no tar")]);
+    let output = scene.lazuli(&["convert", "oci:src", "oci:dst:v2", "--jobs", "1"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!((list(&scene.path("dst/blobs/sha256")), fs::read(scene.path("dst/index.json")).unwrap()), before);
+}
+
+#[test]
+fn an_interrupted_command_leaves_nothing() {
+    let scene = Scene::new();
+    // A blob that does not come: opening the pipe for writing waits until the command reads it.
+    let blob = scene.blob("src", &Digest::of(&gzip(&scene.tars()[0])));
+    fs::remove_file(&blob).unwrap();
+    mknodat(CWD, &blob, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli"));
+    command.args(["convert", "--json", "oci:src", "oci:dst"]).current_dir(scene.directory.path());
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let writer = fs::File::options().write(true).open(&blob).unwrap();
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    drop(writer);
+    let found = (String::from_utf8_lossy(&output.stderr).into_owned(), output.status.code());
+    assert_eq!(found, ("lazuli: interrupted\n".to_owned(), Some(1)));
+    assert_eq!(list(scene.directory.path()), ["src"]);
+}
+
+#[test]
+fn wrong_usage_has_its_own_exit_code() {
+    let scene = Scene::new();
+    for arguments in [
+        &["convert"][..],
+        &["convert", "oci:src"],
+        &["convert", "src", "oci:dst"],
+        &["convert", "oci:src", "oci:dst", "--level", "99"],
+        &["convert", "oci:src", "oci:dst", "--jobs", "0"],
+        &["convert", "oci:src", "oci:dst", "--platform", "amd64"],
+        &["levitate"],
+    ] {
+        assert_eq!(scene.lazuli(arguments).status.code(), Some(2), "{arguments:?}");
+    }
+    assert_eq!(list(scene.directory.path()), ["src"]);
+}
+
+#[test]
+fn mounting_an_ordinary_image_says_what_to_do() {
+    let scene = Scene::new();
+    fs::create_dir(scene.path("mnt")).unwrap();
+    let output = scene.lazuli(&["mount", "oci:src", "mnt", "--cache", "cache"]);
+    let digest = Digest::of(&gzip(&scene.tars()[0]));
+    let expected =
+        format!("lazuli: oci:src: layer {digest} is an ordinary layer: convert the image first, with lazuli convert\n");
+    assert_eq!((String::from_utf8_lossy(&output.stderr).as_ref(), output.status.code()), (expected.as_str(), Some(1)));
+}
