@@ -17,7 +17,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::error::{Context as _, Result};
+use crate::{
+    error::{Context as _, HarnessError, Result},
+    process::{command, finish},
+};
 
 const BUFFER_LEN: usize = 256 << 10;
 
@@ -88,6 +91,28 @@ pub fn compare_trees(original: &Path, lazy: &Path) -> Result<Vec<Difference>> {
         differences.push(Difference { path: path.clone(), what: format!("links {set:?} are one file {origin}") });
     }
     Ok(differences)
+}
+
+/// What `diff -r --no-dereference` prints of two trees, line by line: a second opinion.
+///
+/// Without its lines on pairs of device nodes or pipes of the same kind, of which it only says that it
+/// cannot compare them.
+///
+/// # Errors
+///
+/// When `diff` cannot read something.
+pub fn diff_trees(original: &Path, lazy: &Path) -> Result<Vec<String>> {
+    let mut diff = command("diff", ["-r", "--no-dereference"]);
+    let finished = finish(diff.args([original, lazy]).env("LC_ALL", "C"))?;
+    if !matches!(finished.code, Some(0 | 1)) || !finished.stderr.is_empty() {
+        return Err(HarnessError::Unexpected(format!("diff: {}", finished.stderr)));
+    }
+    let is_difference = |line: &&str| {
+        let kinds =
+            line.split_once(" while file ").map(|sides| [sides.0, sides.1].map(|side| side.rsplit_once(" is a ")));
+        !matches!(kinds, Some([Some((_, left)), Some((_, right))]) if left == right)
+    };
+    Ok(finished.stdout.lines().filter(is_difference).map(str::to_owned).collect())
 }
 
 impl Entry {

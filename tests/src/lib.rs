@@ -21,7 +21,7 @@ pub mod samples;
 pub mod scratch;
 pub mod tar_layer;
 
-pub use compare::{Difference, compare_trees};
+pub use compare::{Difference, compare_trees, diff_trees};
 pub use containerd::{Containerd, ContainerdOptions};
 pub use cri::{Cri, Pod};
 pub use error::{HarnessError, Result};

@@ -4,7 +4,12 @@ use std::{fs, os::unix::fs::symlink, path::Path};
 
 use lazuli_tests::{
     Compression, Containerd, ContainerdOptions, HarnessError, ImageBuilder, Result, Scratch, TarLayer, TestRegistry,
-    compare_trees, containerd::OVERLAYFS, real_images::busybox, registry_server::digest_in,
+    compare_trees,
+    containerd::OVERLAYFS,
+    diff_trees,
+    process::{command, run},
+    real_images::busybox,
+    registry_server::digest_in,
 };
 
 /// Two equal trees, then the one thing changed that `change` changes in the second.
@@ -101,6 +106,20 @@ fn comparison_finds_a_broken_hard_link() -> Result<()> {
 }
 
 #[test]
+fn diff_passes_over_equal_device_nodes_only() -> Result<()> {
+    let scratch = Scratch::new("diff-devices")?;
+    let roots = [scratch.directory("original")?, scratch.directory("lazy")?];
+    for root in &roots {
+        run(command("mknod", ["-m", "600"]).arg(root.join("same")).args(["c", "1", "3"]))?;
+    }
+    assert_eq!(diff_trees(&roots[0], &roots[1])?, Vec::<String>::new());
+    run(command("mkfifo", [roots[0].join("other")]).arg(roots[0].join("more")))?;
+    fs::write(roots[1].join("other"), "").expect("a file can be written");
+    assert_eq!(diff_trees(&roots[0], &roots[1])?.len(), 2);
+    Ok(())
+}
+
+#[test]
 fn registry_counts_the_bytes_it_serves() -> Result<()> {
     let scratch = Scratch::new("registry-counts")?;
     let registry = TestRegistry::start(&scratch)?;
@@ -114,7 +133,7 @@ fn registry_counts_the_bytes_it_serves() -> Result<()> {
     let digest = digest_in(&manifest["layers"][0])?;
     let url = format!("http://{}", registry.reference(&format!("v2/counted/blobs/{digest}")));
     let path = format!("/v2/counted/blobs/{digest}");
-    lazuli_tests::process::run(&mut lazuli_tests::process::command("curl", ["--silent", "--range", "10-19", &url]))?;
+    run(&mut command("curl", ["--silent", "--range", "10-19", &url]))?;
     let served: Vec<_> = registry.served()?.into_iter().filter(|served| served.path == path).collect();
     let last = served.last().ok_or_else(|| HarnessError::Unexpected("nothing served".to_owned()))?;
     assert_eq!((last.method.as_str(), last.status, last.body_bytes), ("GET", 206, 10));
