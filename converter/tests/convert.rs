@@ -2,6 +2,8 @@
 //!
 //! Registries are the business of the end-to-end tests; everything else a user meets is here.
 
+#![allow(clippy::unwrap_used, reason = "only tests use it")]
+
 use std::{
     collections::BTreeMap,
     fs,
