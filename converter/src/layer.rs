@@ -14,7 +14,7 @@ use std::{
 
 use bytes::Bytes;
 use format_spec::{
-    Digest, DigestHasher, FormatError, Frame, LazyLayer,
+    Digest, DigestHasher, FormatError, Frame, LayerData, LazyLayer,
     builder::BuildError,
     footer::{Footer, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
 };
@@ -223,18 +223,24 @@ fn finish_blob(
 ) -> Result<ConvertedLayer, LayerError> {
     let Written { frames, mut blob_hasher, blob_len, tar_hasher, .. } = written;
     let built = build_index(tree)?;
-    let index = built.builder.finish_layer(tar_len, built.space_len, &built.extents, &frames)?;
+    let index = built.builder.finish_layer(&LayerData {
+        tar_len: tar_len,
+        space_len: built.space_len,
+        extents: &built.extents,
+        frames: &frames,
+        ..LayerData::default()
+    })?;
     let location = index.location(blob_len + SKIPPABLE_HEADER_LEN);
     let header = skippable_header(SkippableKind::Index, location.compressed_len)
         .ok_or(BuildError("an index of more than 4 GiB"))?;
-    let footer = Footer::new(&location).to_frame();
+    let footer = Footer::new(&location, 0, 0).to_frame();
     for bytes in [header.as_slice(), &index.bytes, &footer] {
         output.write_all(bytes).map_err(LayerError::Write)?;
         blob_hasher.update(bytes);
     }
     let blob_len = location.range().end + footer.len() as u64;
     Ok(ConvertedLayer {
-        layer: LazyLayer { blob: blob_hasher.finish(), blob_len, index: location },
+        layer: LazyLayer { blob: blob_hasher.finish(), blob_len, index: location, hot_len: 0 },
         diff_id: tar_hasher.finish(),
         tar_len,
         frame_count: frames.len() as u64,

@@ -97,7 +97,7 @@ fn check(lens: &[usize]) {
     assert_eq!((converted.diff_id, converted.tar_len), (Digest::of(&tar), tar.len() as u64));
     assert_eq!((converted.layer.blob, converted.layer.blob_len), (Digest::of(&blob), blob.len() as u64));
     let footer = &blob[blob.len() - usize::try_from(FOOTER_FRAME_LEN).unwrap()..];
-    assert_eq!(Footer::from_frame(footer, blob.len() as u64), Ok(Some(converted.layer.index)));
+    assert_eq!(Footer::from_frame(footer, blob.len() as u64), Ok(Some((converted.layer.index, 0))));
     let index = open_index(&converted.layer, &blob);
     assert_eq!(index.frames().len() as u64, converted.frame_count);
     assert_eq!(index.tar_len(), tar.len() as u64);

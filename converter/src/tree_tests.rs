@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use format_spec::{Index, IndexLocation, Inode, index::WHITEOUT};
+use format_spec::{Index, IndexLocation, Inode, LayerData, index::WHITEOUT};
 
 use super::*;
 use crate::layer_index::build_index;
@@ -64,7 +64,16 @@ fn index(entries: Vec<Entry>) -> Index<Vec<u8>> {
         plain_len: (1 << 20).into(),
         digest: [0; 32],
     };
-    let compressed = built.builder.finish_layer(1 << 20, built.space_len, &built.extents, &[frame]).unwrap();
+    let compressed = built
+        .builder
+        .finish_layer(&LayerData {
+            tar_len: 1 << 20,
+            space_len: built.space_len,
+            extents: &built.extents,
+            frames: &[frame],
+            ..LayerData::default()
+        })
+        .unwrap();
     let location: IndexLocation = compressed.location(0);
     Index::from_compressed(&compressed.bytes, &location).unwrap()
 }

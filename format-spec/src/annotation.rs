@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use serde::{Deserialize, Serialize};
 
-use crate::digest::Digest;
+use crate::{digest::Digest, footer::SKIPPABLE_HEADER_LEN};
 
 /// Format version, decimal. Present on every lazy layer, and what marks one.
 pub const VERSION: &str = "containerd.io/snapshot/lazuli/version";
@@ -27,10 +27,16 @@ pub const INDEX_DIGEST: &str = "containerd.io/snapshot/lazuli/index.digest";
 /// Image reference whose repository holds the blob: a snapshot label that `lazuli pull` adds, no annotation.
 pub const IMAGE: &str = "containerd.io/snapshot/lazuli/image";
 
+/// Length of the hot pack in bytes, decimal; absent without one. It lies directly behind the index.
+pub const HOT_LEN: &str = "containerd.io/snapshot/lazuli/hot.len";
+
 /// The format version that this crate reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
 /// Longest index, compressed or plain, that a reader accepts (SPEC.md 9): bounds what a node allocates.
 pub const INDEX_LEN_MAX: u64 = 1 << 30;
+
+/// What names a layer on a node ([`LazyLayer::id`]).
+pub type LayerId = Digest;
 
 /// Where the index of a layer blob lies and what it must hash to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,6 +67,9 @@ pub struct LazyLayer {
     pub blob_len: u64,
     /// Its index.
     pub index: IndexLocation,
+    /// Length of the hot pack, in bytes; 0 without one.
+    #[serde(default)]
+    pub hot_len: u64,
 }
 
 /// Annotations name a lazy layer but do not describe one.
@@ -87,9 +96,23 @@ pub enum AnnotationError {
 }
 
 impl LazyLayer {
+    /// What names the layer on a node: the digest of its index.
+    ///
+    /// It covers all that is believed of a layer that is read in parts. The blob digest does not serve: nobody
+    /// who reads a part can check it, so an image could claim a blob of another one under an index of its own.
+    pub fn id(&self) -> LayerId {
+        self.index.digest
+    }
+
+    /// The bytes of the blob that hold the hot pack, if there is one.
+    pub fn hot_range(&self) -> Option<Range<u64>> {
+        let start = self.index.range().end.saturating_add(SKIPPABLE_HEADER_LEN);
+        (self.hot_len > 0).then(|| start..start.saturating_add(self.hot_len))
+    }
+
     /// The annotations that describe this layer, sorted by key.
     pub fn to_annotations(&self) -> BTreeMap<String, String> {
-        [
+        let mut annotations: BTreeMap<_, _> = [
             (VERSION, FORMAT_VERSION.to_string()),
             (BLOB_DIGEST, self.blob.to_string()),
             (BLOB_LEN, self.blob_len.to_string()),
@@ -99,7 +122,11 @@ impl LazyLayer {
             (INDEX_DIGEST, self.index.digest.to_string()),
         ]
         .map(|(key, value)| (key.to_owned(), value))
-        .into()
+        .into();
+        if self.hot_len > 0 {
+            annotations.insert(HOT_LEN.to_owned(), self.hot_len.to_string());
+        }
+        annotations
     }
 
     /// Reads what [`Self::to_annotations`] wrote; `lookup` finds a value by key.
@@ -127,11 +154,15 @@ impl LazyLayer {
                 plain_len: number(INDEX_PLAIN_LEN)?,
                 digest: digest(INDEX_DIGEST)?,
             },
+            hot_len: if lookup(HOT_LEN).is_some() { number(HOT_LEN)? } else { 0 },
         };
         let refuse =
             |key, value: u64, expected| Err(AnnotationError::Malformed { key, value: value.to_string(), expected });
         if layer.index.offset.checked_add(layer.index.compressed_len).is_none_or(|end| end > layer.blob_len) {
             return refuse(INDEX_OFFSET, layer.index.offset, "an index inside the blob");
+        }
+        if layer.hot_range().is_some_and(|range| range.end > layer.blob_len) {
+            return refuse(HOT_LEN, layer.hot_len, "a hot pack inside the blob");
         }
         if layer.index.plain_len > INDEX_LEN_MAX || layer.index.compressed_len > INDEX_LEN_MAX {
             return refuse(INDEX_PLAIN_LEN, layer.index.plain_len, "an index of at most 1 GiB");
@@ -153,6 +184,7 @@ mod tests {
             blob: Digest::of(b"blob"),
             blob_len: 1000,
             index: IndexLocation { offset: 800, compressed_len: 100, plain_len: 640, digest: Digest::of(b"index") },
+            hot_len: 50,
         }
     }
 
@@ -173,14 +205,21 @@ mod tests {
             annotations.insert(key.clone(), "no".to_owned());
             assert!(read(&annotations).is_err(), "{key}");
             annotations.remove(key);
-            assert!(matches!(read(&annotations), Err(AnnotationError::Missing(_))), "{key}");
+            let expected = if key == HOT_LEN {
+                Ok(Some(LazyLayer { hot_len: 0, ..layer() }))
+            } else {
+                read(&annotations).inspect(|_| panic!("{key} is missed by nobody"))
+            };
+            assert_eq!(read(&annotations), expected);
         }
     }
 
     #[test]
     fn refuses_an_index_outside_the_blob_and_another_version() {
-        let outside = LazyLayer { blob_len: 899, ..layer() };
-        assert!(matches!(read(&outside.to_annotations()), Err(AnnotationError::Malformed { .. })));
+        for outside in [LazyLayer { blob_len: 899, ..layer() }, LazyLayer { hot_len: 193, ..layer() }] {
+            assert!(matches!(read(&outside.to_annotations()), Err(AnnotationError::Malformed { .. })), "{outside:?}");
+        }
+        assert!(read(&LazyLayer { hot_len: 92, ..layer() }.to_annotations()).is_ok());
         let mut newer = layer().to_annotations();
         newer.insert(VERSION.to_owned(), "2".to_owned());
         assert_eq!(read(&newer), Err(AnnotationError::Version(2)));

@@ -11,12 +11,18 @@ use zerocopy::{IntoBytes, little_endian::U32};
 use crate::{
     annotation::IndexLocation,
     digest::Digest,
-    index::{Dirent, Extent, Frame, Index, Inode, NO_XATTRS, WHITEOUT, Xattr, XattrSet, check_name, mode, section},
+    index::{
+        DedupLocation, Dirent, Extent, Frame, HotFrame, HotPiece, Index, Inode, NO_XATTRS, WHITEOUT, Xattr, XattrSet,
+        check_name, mode, section,
+    },
     table::{self, FormatError, NewSection},
 };
 
 /// Level of the index's own compression: it is small, written once and waited for at every start.
 const INDEX_COMPRESSION_LEVEL: i32 = 19;
+
+/// Names and values of extended attributes, sorted by name.
+pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// Collects inodes and directories.
 #[derive(Debug, Default)]
@@ -27,7 +33,7 @@ pub struct IndexBuilder {
     strings: Vec<u8>,
     string_offsets: HashMap<Vec<u8>, u32>,
     xattr_sets: Vec<XattrSet>,
-    xattr_set_numbers: HashMap<Vec<(Vec<u8>, Vec<u8>)>, u32>,
+    xattr_set_numbers: HashMap<Xattrs, u32>,
     xattrs: Vec<Xattr>,
 }
 
@@ -47,7 +53,34 @@ pub struct CompressedIndex {
     pub digest: Digest,
 }
 
+/// Where the content of a layer lies; the default says that there is none.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LayerData<'a> {
+    /// Length of the tar stream, in bytes.
+    pub tar_len: u64,
+    /// Length of the plain address space, in bytes.
+    pub space_len: u64,
+    /// Extents, in tar order.
+    pub extents: &'a [Extent],
+    /// Frames, in blob order.
+    pub frames: &'a [Frame],
+    /// Frames of the hot pack, in its order.
+    pub hot_frames: &'a [HotFrame],
+    /// Pieces of the hot pack, in its order.
+    pub hot_pieces: &'a [HotPiece],
+    /// The dedup section: one, or none.
+    pub dedup: &'a [DedupLocation],
+}
+
 impl CompressedIndex {
+    /// Compresses bytes in open form.
+    pub(crate) fn of(mut bytes: Vec<u8>) -> Result<Self, FormatError> {
+        table::to_wire(&mut bytes)?;
+        let compressed = zstd::bulk::compress(&bytes, INDEX_COMPRESSION_LEVEL)
+            .map_err(|error| FormatError::Compression(error.to_string()))?;
+        Ok(Self { digest: Digest::of(&compressed), plain_len: bytes.len() as u64, bytes: compressed })
+    }
+
     /// The location of this index when it is written at `offset` of a blob.
     pub fn location(&self, offset: u64) -> IndexLocation {
         IndexLocation {
@@ -62,7 +95,8 @@ impl CompressedIndex {
 impl IndexBuilder {
     /// Adds an inode and returns its number; the first one is the root.
     ///
-    /// `payload` and `size` of directories, `nlink` and `parent` are filled in by [`Self::add_directory`].
+    /// `payload` and `size` of directories, `nlink` and `parent` are filled in by [`Self::add_directory`];
+    /// `plain_offset` is filled in here for everything but regular files.
     ///
     /// # Errors
     ///
@@ -71,7 +105,9 @@ impl IndexBuilder {
         let number = u32::try_from(self.inodes.len()).ok().filter(|number| *number < WHITEOUT);
         let number = number.ok_or(BuildError("more than 4,294,967,294 inodes"))?;
         let nlink = if inode.is_directory() { 2 } else { 0 };
-        self.inodes.push(Inode { nlink: nlink.into(), parent: 0.into(), ..inode });
+        let previous_offset = self.inodes.last().map_or(0.into(), |previous| previous.plain_offset);
+        let plain_offset = if inode.is_regular() { inode.plain_offset } else { previous_offset };
+        self.inodes.push(Inode { nlink: nlink.into(), parent: 0.into(), plain_offset, ..inode });
         Ok(number)
     }
 
@@ -150,7 +186,7 @@ impl IndexBuilder {
     /// # Errors
     ///
     /// When there are too many.
-    pub fn add_xattrs(&mut self, xattrs: Vec<(Vec<u8>, Vec<u8>)>) -> Result<u32, BuildError> {
+    pub fn add_xattrs(&mut self, xattrs: Xattrs) -> Result<u32, BuildError> {
         if xattrs.is_empty() {
             return Ok(NO_XATTRS);
         }
@@ -181,18 +217,8 @@ impl IndexBuilder {
     /// # Errors
     ///
     /// When what was added breaks a rule of the format.
-    pub fn finish_layer(
-        self,
-        tar_len: u64,
-        space_len: u64,
-        extents: &[Extent],
-        frames: &[Frame],
-    ) -> Result<CompressedIndex, FormatError> {
-        let mut bytes = self.finish(tar_len, space_len, extents, frames, &[])?;
-        table::to_wire(&mut bytes)?;
-        let compressed = zstd::bulk::compress(&bytes, INDEX_COMPRESSION_LEVEL)
-            .map_err(|error| FormatError::Compression(error.to_string()))?;
-        Ok(CompressedIndex { digest: Digest::of(&compressed), plain_len: bytes.len() as u64, bytes: compressed })
+    pub fn finish_layer(self, data: &LayerData<'_>) -> Result<CompressedIndex, FormatError> {
+        CompressedIndex::of(self.finish(data, &[])?)
     }
 
     /// A merged tree over `layers` (lowest first), in open form.
@@ -201,21 +227,14 @@ impl IndexBuilder {
     ///
     /// When what was added breaks a rule of the format.
     pub fn finish_tree(self, layers: &[Digest]) -> Result<Vec<u8>, FormatError> {
-        self.finish(0, 0, &[], &[], layers)
+        self.finish(&LayerData::default(), layers)
     }
 
-    fn finish(
-        self,
-        tar_len: u64,
-        space_len: u64,
-        extents: &[Extent],
-        frames: &[Frame],
-        layers: &[Digest],
-    ) -> Result<Vec<u8>, FormatError> {
+    fn finish(self, data: &LayerData<'_>, layers: &[Digest]) -> Result<Vec<u8>, FormatError> {
         let layers: Vec<[u8; 32]> = layers.iter().map(|digest| *digest.as_bytes()).collect();
         let bytes = table::encode(
-            tar_len,
-            space_len,
+            data.tar_len,
+            data.space_len,
             &[
                 new_section(section::INODES, 0b1100_0000_0000, &self.inodes),
                 new_section(section::DIRENTS, 0b11, &self.dirents),
@@ -223,9 +242,12 @@ impl IndexBuilder {
                 new_section(section::STRINGS, 0, &self.strings),
                 new_section(section::XATTR_SETS, 0b1, &self.xattr_sets),
                 new_section(section::XATTRS, 0, &self.xattrs),
-                new_section(section::EXTENTS, 0b1111, extents),
-                new_section(section::FRAMES, 0b1111, frames),
+                new_section(section::EXTENTS, 0b1111, data.extents),
+                new_section(section::FRAMES, 0b1111, data.frames),
                 new_section(section::LAYERS, 0, &layers),
+                new_section(section::HOT_FRAMES, 0, data.hot_frames),
+                new_section(section::HOT_PIECES, 0b11, data.hot_pieces),
+                new_section(section::DEDUP, 0, data.dedup),
             ],
         );
         Index::open(&bytes)?.check()?;

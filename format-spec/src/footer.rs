@@ -14,7 +14,7 @@ use crate::{
 /// Length of a skippable frame's header: magic number and content length (RFC 8878 3.1.2).
 pub const SKIPPABLE_HEADER_LEN: u64 = 8;
 /// Length of the footer's content.
-pub const FOOTER_LEN: u64 = 128;
+pub const FOOTER_LEN: u64 = size_of::<Footer>() as u64;
 /// Length of the skippable frame that holds the footer: the last bytes of a blob.
 pub const FOOTER_FRAME_LEN: u64 = SKIPPABLE_HEADER_LEN + FOOTER_LEN;
 /// First eight bytes of the footer's content.
@@ -26,9 +26,9 @@ pub const FOOTER_MAGIC: [u8; 8] = *b"LAZULIFT";
 pub enum SkippableKind {
     /// The compressed index.
     Index = 0x184D_2A51,
-    /// Copies of what a start-up reads (reserved).
+    /// Copies of what a start-up reads: zstd frames.
     HotPack = 0x184D_2A52,
-    /// Content digests of files and pieces (reserved).
+    /// Content digests of files and pieces: one zstd frame.
     Dedup = 0x184D_2A53,
     /// The footer.
     Footer = 0x184D_2A5F,
@@ -80,11 +80,15 @@ pub struct Footer {
     /// CRC-32 of the footer up to here.
     pub crc32: U32,
 }
-const _: () = assert!(size_of::<Footer>() == FOOTER_LEN as usize);
+const _: () = assert!(size_of::<Footer>() == 128);
 
 impl Footer {
-    /// A footer for a blob with this index.
-    pub fn new(index: &IndexLocation) -> Self {
+    /// A footer for a blob with this index, hot pack and dedup section; the last two may have length 0.
+    pub fn new(index: &IndexLocation, hot_len: u64, dedup_len: u64) -> Self {
+        let behind = |end: u64, len: u64| if len > 0 { end + SKIPPABLE_HEADER_LEN } else { 0 };
+        let hot_offset = behind(index.range().end, hot_len);
+        let hot_end = if hot_len > 0 { hot_offset + hot_len } else { index.range().end };
+        let dedup_offset = behind(hot_end, dedup_len);
         let mut footer = Self {
             magic: FOOTER_MAGIC,
             version: FORMAT_VERSION.into(),
@@ -95,10 +99,10 @@ impl Footer {
             index_compressed_len: index.compressed_len.into(),
             index_plain_len: index.plain_len.into(),
             index_digest: *index.digest.as_bytes(),
-            hot_offset: 0.into(),
-            hot_len: 0.into(),
-            dedup_offset: 0.into(),
-            dedup_len: 0.into(),
+            hot_offset: hot_offset.into(),
+            hot_len: hot_len.into(),
+            dedup_offset: dedup_offset.into(),
+            dedup_len: dedup_len.into(),
             reserved2: 0.into(),
             crc32: 0.into(),
         };
@@ -107,7 +111,7 @@ impl Footer {
     }
 
     fn checksum(&self) -> u32 {
-        crc32fast::hash(&self.as_bytes()[..FOOTER_LEN as usize - size_of::<U32>()])
+        crc32fast::hash(&self.as_bytes()[..size_of::<Self>() - size_of::<U32>()])
     }
 
     /// The footer as the skippable frame that ends a blob.
@@ -118,12 +122,13 @@ impl Footer {
 
     /// Reads the last [`FOOTER_FRAME_LEN`] bytes of a blob of `blob_len` bytes.
     ///
-    /// `Ok(None)` when the blob does not end with a Lazuli footer: an ordinary layer.
+    /// Returns where the index lies and how long the hot pack behind it is. `Ok(None)` when the blob does not
+    /// end with a Lazuli footer: an ordinary layer.
     ///
     /// # Errors
     ///
     /// When there is a footer that cannot be right: checksum, version, features, positions.
-    pub fn from_frame(frame: &[u8], blob_len: u64) -> Result<Option<IndexLocation>, FormatError> {
+    pub fn from_frame(frame: &[u8], blob_len: u64) -> Result<Option<(IndexLocation, u64)>, FormatError> {
         let header = skippable_header(SkippableKind::Footer, FOOTER_LEN).expect("128 fits");
         let Some(footer) = frame.strip_prefix(&header).and_then(|content| Self::ref_from_bytes(content).ok()) else {
             return Ok(None);
@@ -150,12 +155,22 @@ impl Footer {
             plain_len: footer.index_plain_len.get(),
             digest: Digest::from_bytes(footer.index_digest),
         };
-        let end = index.offset.checked_add(index.compressed_len).and_then(|end| end.checked_add(FOOTER_FRAME_LEN));
+        let end = [index.compressed_len, footer.hot_len.get(), footer.dedup_len.get(), FOOTER_FRAME_LEN]
+            .into_iter()
+            .try_fold(index.offset, u64::checked_add);
         let is_inside = end.is_some_and(|end| end <= blob_len);
         if !is_inside || index.plain_len > INDEX_LEN_MAX {
             return Err(FormatError::Rule { what: "footer", number: 0, rule: "the index lies outside the blob" });
         }
-        Ok(Some(index))
+        let expected = Self::new(&index, footer.hot_len.get(), footer.dedup_len.get());
+        if (footer.hot_offset, footer.dedup_offset) != (expected.hot_offset, expected.dedup_offset) {
+            return Err(FormatError::Rule {
+                what: "footer",
+                number: 0,
+                rule: "hot pack or dedup section are misplaced",
+            });
+        }
+        Ok(Some((index, footer.hot_len.get())))
     }
 }
 
@@ -168,15 +183,17 @@ mod tests {
 
     #[test]
     fn a_footer_locates_the_index() {
-        let frame = Footer::new(&INDEX).to_frame();
+        let frame = Footer::new(&INDEX, 0, 0).to_frame();
         assert_eq!(frame.len() as u64, FOOTER_FRAME_LEN);
-        assert_eq!(Footer::from_frame(&frame, 18 + FOOTER_FRAME_LEN), Ok(Some(INDEX)));
-        assert_eq!(Footer::from_frame(&[0; FOOTER_FRAME_LEN as usize], 1 << 20), Ok(None));
+        assert_eq!(Footer::from_frame(&frame, 18 + FOOTER_FRAME_LEN), Ok(Some((INDEX, 0))));
+        let frame = Footer::new(&INDEX, 30, 40).to_frame();
+        assert_eq!(Footer::from_frame(&frame, 18 + 78 + 8 + FOOTER_FRAME_LEN), Ok(Some((INDEX, 30))));
+        assert_eq!(Footer::from_frame(&[0; 136], 1 << 20), Ok(None));
     }
 
     #[test]
     fn refuses_positions_outside_the_blob_and_any_changed_byte() {
-        let frame = Footer::new(&INDEX).to_frame();
+        let frame = Footer::new(&INDEX, 0, 0).to_frame();
         assert!(Footer::from_frame(&frame, 17 + FOOTER_FRAME_LEN).is_err());
         for position in 16..frame.len() {
             let mut changed = frame.clone();
@@ -188,7 +205,7 @@ mod tests {
     #[test]
     fn zstd_skips_the_footer() {
         let frame = zstd::bulk::compress(b"tar", 3).expect("in memory");
-        let blob = [frame, Footer::new(&INDEX).to_frame()].concat();
+        let blob = [frame, Footer::new(&INDEX, 0, 0).to_frame()].concat();
         assert_eq!(zstd::decode_all(blob.as_slice()).expect("valid frames"), b"tar");
     }
 }

@@ -83,8 +83,14 @@ pub mod section {
     pub const EXTENTS: u32 = 7;
     /// [`super::Frame`]s in blob order.
     pub const FRAMES: u32 = 8;
-    /// Blob digests of a merged tree's layers, lowest first.
+    /// Index digests of a merged tree's layers, lowest first.
     pub const LAYERS: u32 = 9;
+    /// [`super::HotFrame`]s in the order of the hot pack.
+    pub const HOT_FRAMES: u32 = 10;
+    /// [`super::HotPiece`]s in the order of the hot pack.
+    pub const HOT_PIECES: u32 = 11;
+    /// One [`super::DedupLocation`], or none.
+    pub const DEDUP: u32 = 12;
 }
 
 /// One file, directory, link, device or pipe (SPEC.md 5.1).
@@ -108,7 +114,7 @@ pub struct Inode {
     pub payload: U32,
     /// Regular file: length in bytes. Directory: number of dirents. Symlink: length of its target. Otherwise 0.
     pub size: U64,
-    /// Regular file: its offset in the plain address space. Otherwise that of the file before it, or 0.
+    /// Regular file: its offset in the plain address space. Otherwise that of the inode before it, or 0.
     pub plain_offset: U64,
     /// Number of its xattr set, or [`NO_XATTRS`].
     pub xattrs: U32,
@@ -268,6 +274,76 @@ impl Frame {
     }
 }
 
+/// One zstd frame of the hot pack (SPEC.md 5.7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct HotFrame {
+    /// Compressed length, in bytes.
+    pub compressed_len: U32,
+    /// Decompressed length, in bytes.
+    pub plain_len: U32,
+    /// SHA-256 of the compressed bytes.
+    pub digest: [u8; 32],
+}
+const _: () = assert!(size_of::<HotFrame>() == 40);
+
+impl HotFrame {
+    /// The digest of the compressed bytes.
+    pub fn digest(&self) -> Digest {
+        Digest::from_bytes(self.digest)
+    }
+}
+
+/// A run of file content that stands in the hot pack too (SPEC.md 5.8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct HotPiece {
+    /// Offset in the plain address space, a multiple of [`PLAIN_ALIGN`].
+    pub plain_offset: U64,
+    /// Length in bytes: a multiple of [`PLAIN_ALIGN`], or up to the end of a file.
+    pub len: U32,
+    /// Why it is there: a number of [`hot_reason`].
+    pub reason: U32,
+}
+const _: () = assert!(size_of::<HotPiece>() == 16);
+
+impl HotPiece {
+    /// The bytes of the plain address space.
+    pub fn plain_range(&self) -> Range<u64> {
+        let start = self.plain_offset.get();
+        start..start.saturating_add(self.len.get().into())
+    }
+}
+
+/// Values of [`HotPiece::reason`], for people: a reader treats them alike.
+pub mod hot_reason {
+    /// A recorded profile names it.
+    pub const PROFILE: u32 = 1;
+    /// Entrypoint or command of the image.
+    pub const COMMAND: u32 = 2;
+    /// Interpreter of a script that is in the pack.
+    pub const INTERPRETER: u32 = 3;
+    /// Dynamic loader or library of a program that is in the pack.
+    pub const LIBRARY: u32 = 4;
+    /// Files that the C library reads at each start: loader cache, name services, time zone.
+    pub const SYSTEM: u32 = 5;
+    /// Files that a language's runtime reads at each start.
+    pub const RUNTIME: u32 = 6;
+}
+
+/// Where the dedup section lies: behind the hot pack or, without one, behind the index (SPEC.md 5.9).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct DedupLocation {
+    /// Length in the blob, in bytes.
+    pub compressed_len: U64,
+    /// Length after decompression, in bytes.
+    pub plain_len: U64,
+    /// SHA-256 of the compressed bytes.
+    pub digest: [u8; 32],
+}
+const _: () = assert!(size_of::<DedupLocation>() == 48);
+
 /// An index or merged tree over bytes in open form.
 #[derive(Debug, Clone)]
 pub struct Index<B> {
@@ -283,6 +359,9 @@ pub struct Index<B> {
     extents: Range<usize>,
     frames: Range<usize>,
     layers: Range<usize>,
+    hot_frames: Range<usize>,
+    hot_pieces: Range<usize>,
+    dedup: Range<usize>,
 }
 
 impl Index<Vec<u8>> {
@@ -299,23 +378,11 @@ impl Index<Vec<u8>> {
         if compressed.len() as u64 != expected {
             return Err(length("compressed index", expected, compressed.len() as u64));
         }
-        if Digest::of(compressed) != location.digest {
-            return Err(FormatError::Compression(format!(
-                "digest is {}, expected {}",
-                Digest::of(compressed),
-                location.digest
-            )));
+        let found = Digest::of(compressed);
+        if found != location.digest {
+            return Err(FormatError::Digest { what: "compressed index", expected: location.digest, found });
         }
-        if location.plain_len > INDEX_LEN_MAX {
-            return Err(length("index", INDEX_LEN_MAX, location.plain_len));
-        }
-        let plain_len = usize::try_from(location.plain_len).expect("checked against 1 GiB");
-        let mut bytes = zstd::bulk::decompress(compressed, plain_len)
-            .map_err(|error| FormatError::Compression(error.to_string()))?;
-        if bytes.len() != plain_len {
-            return Err(length("index", location.plain_len, bytes.len() as u64));
-        }
-        table::from_wire(&mut bytes)?;
+        let bytes = table::decompress(compressed, location.plain_len)?;
         let index = Self::open(bytes)?;
         index.check()?;
         Ok(index)
@@ -353,6 +420,9 @@ impl<B: AsRef<[u8]>> Index<B> {
             extents: find(section::EXTENTS, size_of::<Extent>())?,
             frames: find(section::FRAMES, size_of::<Frame>())?,
             layers: find(section::LAYERS, size_of::<[u8; 32]>())?,
+            hot_frames: find(section::HOT_FRAMES, size_of::<HotFrame>())?,
+            hot_pieces: find(section::HOT_PIECES, size_of::<HotPiece>())?,
+            dedup: find(section::DEDUP, size_of::<DedupLocation>())?,
             bytes,
         })
     }
@@ -397,7 +467,27 @@ impl<B: AsRef<[u8]>> Index<B> {
         self.records(&self.frames)
     }
 
-    /// Blob digests of a merged tree's layers, lowest first.
+    /// Frames of the hot pack, in its order; empty without one.
+    pub fn hot_frames(&self) -> &[HotFrame] {
+        self.records(&self.hot_frames)
+    }
+
+    /// What the hot pack holds, in its order: decompressed, its frames are these pieces one after the other.
+    pub fn hot_pieces(&self) -> &[HotPiece] {
+        self.records(&self.hot_pieces)
+    }
+
+    /// Where the dedup section lies, if there is one.
+    pub fn dedup(&self) -> Option<&DedupLocation> {
+        self.records(&self.dedup).first()
+    }
+
+    /// Length of the hot pack in the blob, in bytes.
+    pub fn hot_len(&self) -> u64 {
+        self.hot_frames().iter().map(|frame| u64::from(frame.compressed_len.get())).sum()
+    }
+
+    /// Index digests of a merged tree's layers, lowest first.
     pub fn layers(&self) -> impl ExactSizeIterator<Item = Digest> {
         self.records::<[u8; 32]>(&self.layers).iter().map(|bytes| Digest::from_bytes(*bytes))
     }
@@ -502,7 +592,8 @@ impl<B: AsRef<[u8]>> Index<B> {
         self.check_strings()?;
         self.check_directories()?;
         self.check_inodes()?;
-        self.check_data()
+        self.check_data()?;
+        self.check_hot_pack()
     }
 
     fn check_strings(&self) -> Result<(), FormatError> {
@@ -579,7 +670,13 @@ impl<B: AsRef<[u8]>> Index<B> {
     }
 
     fn check_inodes(&self) -> Result<(), FormatError> {
-        let mut plain_end = 0u64;
+        let (mut plain_end, mut previous_offset) = (0u64, 0u64);
+        ensure(
+            self.space_len % PLAIN_ALIGN == 0,
+            "header",
+            0,
+            "the plain address space does not end at a multiple of 4096",
+        )?;
         let xattr_set_count = self.xattr_sets.len() / size_of::<XattrSet>();
         let (inode_count, layer_count) = (self.inodes().len(), self.layers().len().max(1));
         let is_layer = self.layers().len() == 0;
@@ -590,6 +687,9 @@ impl<B: AsRef<[u8]>> Index<B> {
             ensure(inode.flags.get() & !flag::ALL == 0, "it has unknown flags")?;
             ensure((inode.parent.get() as usize) < inode_count, "its parent does not exist")?;
             ensure((inode.layer.get() as usize) < layer_count, "its layer does not exist")?;
+            if is_layer && !inode.is_regular() {
+                ensure(inode.plain_offset == previous_offset, "its offset is not that of the inode before it")?;
+            }
             let xattrs = inode.xattrs.get();
             ensure(xattrs == NO_XATTRS || (xattrs as usize) < xattr_set_count, "its xattr set does not exist")?;
             match inode.file_type() {
@@ -598,6 +698,7 @@ impl<B: AsRef<[u8]>> Index<B> {
                     ensure(range.start % PLAIN_ALIGN == 0, "its content is not aligned")?;
                     ensure(range.start == plain_end, "its content does not follow that of the file before it")?;
                     plain_end = range.end.checked_next_multiple_of(PLAIN_ALIGN).unwrap_or(u64::MAX);
+                    previous_offset = range.start;
                     ensure(range.end <= self.space_len, "its content lies outside the plain address space")?;
                 }
                 mode::SYMLINK => {
@@ -634,6 +735,42 @@ impl<B: AsRef<[u8]>> Index<B> {
             (tar_end, blob_end) = (frame.tar_range().end, frame.blob_range().end);
         }
         ensure(tar_end == self.tar_len, "frame", self.frames().len() as u64, "the frames do not cover the tar stream")
+    }
+}
+
+// Second half of the rules: what stands in the blob twice.
+impl<B: AsRef<[u8]>> Index<B> {
+    fn check_hot_pack(&self) -> Result<(), FormatError> {
+        let is_content = |inode: &&Inode| inode.is_regular() && inode.size != 0;
+        let piece_count = self.hot_pieces().len();
+        let files: Vec<_> = if piece_count == 0 {
+            Vec::new()
+        } else {
+            self.inodes().iter().filter(is_content).map(Inode::plain_range).collect()
+        };
+        let mut plain_len = 0u64;
+        for (number, piece) in (0..).zip(self.hot_pieces()) {
+            let ensure = |holds, rule| ensure(holds, "hot piece", number, rule);
+            let range = piece.plain_range();
+            ensure(piece.len != 0 && range.start % PLAIN_ALIGN == 0, "it is empty or not aligned")?;
+            let file = files.get(files.partition_point(|file| file.end <= range.start)).cloned().unwrap_or_default();
+            ensure(file.start <= range.start && range.end <= file.end, "it lies outside its file")?;
+            ensure(range.end == file.end || range.end % PLAIN_ALIGN == 0, "it ends within a page of its file")?;
+            plain_len += u64::from(piece.len.get());
+        }
+        for (number, frame) in (0..).zip(self.hot_frames()) {
+            let (plain, compressed) = (frame.plain_len.get(), frame.compressed_len.get());
+            let is_allowed =
+                (1..=FRAME_PLAIN_LEN_MAX).contains(&plain) && (1..=FRAME_COMPRESSED_LEN_MAX).contains(&compressed);
+            ensure(is_allowed, "hot frame", number, "its length is not allowed")?;
+            plain_len = plain_len.checked_sub(plain.into()).unwrap_or(u64::MAX);
+        }
+        let frame_count = self.hot_frames().len() as u64;
+        ensure(plain_len == 0, "hot frame", frame_count, "frames and pieces of the hot pack differ in length")?;
+        let dedup_count = self.dedup.len() / size_of::<DedupLocation>();
+        ensure(dedup_count <= 1, "dedup section", dedup_count as u64, "there are several")?;
+        let is_allowed = self.dedup().is_none_or(|dedup| dedup.plain_len <= INDEX_LEN_MAX);
+        ensure(is_allowed, "dedup section", 0, "it is longer than 1 GiB")
     }
 }
 

@@ -9,14 +9,15 @@
 
 pub mod annotation;
 pub mod builder;
+pub mod dedup;
 pub mod digest;
 pub mod footer;
 pub mod index;
 pub mod table;
 
-pub use annotation::{IndexLocation, LazyLayer};
-pub use builder::{CompressedIndex, IndexBuilder};
+pub use annotation::{IndexLocation, LayerId, LazyLayer};
+pub use builder::{CompressedIndex, IndexBuilder, LayerData};
 pub use digest::{Digest, DigestHasher};
 pub use footer::Footer;
-pub use index::{Dirent, Extent, Frame, Index, Inode};
+pub use index::{Dirent, Extent, Frame, HotFrame, HotPiece, Index, Inode};
 pub use table::FormatError;

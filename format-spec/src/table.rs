@@ -13,6 +13,8 @@ use zerocopy::{
     little_endian::{U32, U64},
 };
 
+use crate::{annotation::INDEX_LEN_MAX, digest::Digest};
+
 /// First eight bytes of an index.
 pub const MAGIC: [u8; 8] = *b"LAZULIDX";
 /// Version of the index that this crate reads and writes.
@@ -113,6 +115,16 @@ pub enum FormatError {
         expected: u32,
         /// Checksum computed.
         found: u32,
+    },
+    /// Other bytes than the digest names.
+    #[error("{what} has digest {found}, expected {expected}")]
+    Digest {
+        /// Which structure.
+        what: &'static str,
+        /// Digest by the structure that names it.
+        expected: Digest,
+        /// Digest computed.
+        found: Digest,
     },
     /// A rule of the specification is broken.
     #[error("{what} {number}: {rule}")]
@@ -253,6 +265,22 @@ pub(crate) fn check_sections(bytes: &[u8], table: &[SectionEntry]) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// Decompresses a container of `plain_len` bytes and turns it into the open form.
+pub(crate) fn decompress(compressed: &[u8], plain_len: u64) -> Result<Vec<u8>, FormatError> {
+    let length = |expected, found| FormatError::Length { what: "index", expected, found };
+    if plain_len > INDEX_LEN_MAX {
+        return Err(length(INDEX_LEN_MAX, plain_len));
+    }
+    let capacity = usize::try_from(plain_len).expect("checked against 1 GiB");
+    let mut bytes =
+        zstd::bulk::decompress(compressed, capacity).map_err(|error| FormatError::Compression(error.to_string()))?;
+    if bytes.len() != capacity {
+        return Err(length(plain_len, bytes.len() as u64));
+    }
+    from_wire(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Turns the open form into the wire form, in place (SPEC.md 4.3).

@@ -1,8 +1,10 @@
 //! An index that was built says what was put in; an index that breaks a rule is refused.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use format_spec::{
     CompressedIndex, Extent, Frame, Index, IndexBuilder, Inode,
-    builder::blank_inode,
+    builder::{LayerData, blank_inode},
     index::{WHITEOUT, mode},
 };
 use proptest::prelude::*;
@@ -37,9 +39,17 @@ fn sample() -> CompressedIndex {
         tar_offset: tar.into(),
         compressed_len: compressed.into(),
         plain_len: plain.into(),
-        digest: [plain as u8; 32],
+        digest: [u8::try_from(compressed).unwrap(); 32],
     });
-    builder.finish_layer(10240, 8192, &[extent], &frames).unwrap()
+    builder
+        .finish_layer(&LayerData {
+            tar_len: 10240,
+            space_len: 8192,
+            extents: &[extent],
+            frames: &frames,
+            ..LayerData::default()
+        })
+        .unwrap()
 }
 
 fn open(compressed: &CompressedIndex) -> Index<Vec<u8>> {
@@ -95,7 +105,7 @@ fn refuses_frames_that_do_not_cover_the_tar_stream() {
     let mut builder = IndexBuilder::default();
     let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
     builder.add_directory(root, std::iter::empty::<(&[u8], u32)>()).unwrap();
-    assert!(builder.finish_layer(1024, 0, &[], &[]).is_err());
+    assert!(builder.finish_layer(&LayerData { tar_len: 1024, ..LayerData::default() }).is_err());
 }
 
 #[test]
@@ -116,7 +126,7 @@ fn refuses_a_cycle_of_directories() {
     let inner = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
     builder.add_directory(root, [("inner", inner)]).unwrap();
     builder.add_directory(inner, [("inner", inner)]).unwrap();
-    assert!(builder.finish_layer(0, 0, &[], &[]).is_err());
+    assert!(builder.finish_layer(&LayerData::default()).is_err());
 }
 
 proptest! {
@@ -126,7 +136,7 @@ proptest! {
         let mut bytes = open(&sample()).as_bytes().to_vec();
         for (position, value) in changes {
             // Header and section table have a checksum: change what lies behind them.
-            let position = 64 + 9 * 32 + position % (bytes.len() - 64 - 9 * 32);
+            let position = 64 + 12 * 32 + position % (bytes.len() - 64 - 12 * 32);
             bytes[position] = value;
         }
         let index = Index::open(bytes)?;

@@ -3,9 +3,12 @@
 
 use std::mem::offset_of;
 
-use format_spec::{Dirent, Extent, Footer, Frame, Inode, annotation, footer, footer::SkippableKind, index, table};
 use format_spec::{
-    index::{Xattr, XattrSet, section},
+    Dirent, Extent, Footer, Frame, HotFrame, HotPiece, Inode, annotation, dedup, dedup::DedupPiece, footer,
+    footer::SkippableKind, index, table,
+};
+use format_spec::{
+    index::{DedupLocation, Xattr, XattrSet, section},
     table::{Header, SectionEntry},
 };
 
@@ -91,6 +94,10 @@ fn structures_are_those_of_the_specification() {
     compare!(Xattr { name_offset, name_len, value_offset, value_len });
     compare!(Extent { tar_offset, plain_offset, len });
     compare!(Frame { blob_offset, tar_offset, compressed_len, plain_len, digest });
+    compare!(HotFrame { compressed_len, plain_len, digest });
+    compare!(HotPiece { plain_offset, len, reason });
+    compare!(DedupLocation { compressed_len, plain_len, digest });
+    compare!(DedupPiece { plain_offset, len, digest });
 }
 
 #[test]
@@ -105,10 +112,29 @@ fn sections_are_those_of_the_specification() {
         (section::EXTENTS, size_of::<Extent>()),
         (section::FRAMES, size_of::<Frame>()),
         (section::LAYERS, 32),
+        (section::HOT_FRAMES, size_of::<HotFrame>()),
+        (section::HOT_PIECES, size_of::<HotPiece>()),
+        (section::DEDUP, size_of::<DedupLocation>()),
     ]
     .map(|(kind, len)| (kind.to_string(), len.to_string()));
     let spec: Vec<_> = rows("## 5. Records").iter().map(|cells| (cells[0].to_owned(), cells[3].to_owned())).collect();
     assert_eq!(spec, code);
+}
+
+#[test]
+fn words_of_the_text_are_those_of_the_code() {
+    assert!(SPEC.contains(&format!("one section of kind {} that holds `DedupPiece`", dedup::PIECES)));
+    assert!(SPEC.contains(&format!("`{}` is no annotation", annotation::IMAGE)));
+    let reasons = [
+        (index::hot_reason::PROFILE, "profile"),
+        (index::hot_reason::COMMAND, "command"),
+        (index::hot_reason::INTERPRETER, "interpreter"),
+        (index::hot_reason::LIBRARY, "library"),
+        (index::hot_reason::SYSTEM, "system"),
+        (index::hot_reason::RUNTIME, "runtime"),
+    ];
+    let text = reasons.map(|(number, name)| format!("{number} {name}")).join(", ");
+    assert!(SPEC.contains(&text), "{text}");
 }
 
 #[test]
@@ -131,6 +157,7 @@ fn annotations_are_those_of_the_specification() {
         annotation::INDEX_COMPRESSED_LEN,
         annotation::INDEX_PLAIN_LEN,
         annotation::INDEX_DIGEST,
+        annotation::HOT_LEN,
     ];
     let spec: Vec<_> = rows("## 8. Annotations").iter().map(|cells| cells[0]).collect();
     assert_eq!(spec, code);

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use format_spec::{Digest, LazyLayer};
+use format_spec::{Digest, LayerId, LazyLayer};
 use serde::{Deserialize, Serialize};
 
 /// A layer and the place to fetch it from.
@@ -17,14 +17,14 @@ pub struct RemoteLayer {
     pub image: String,
 }
 
-/// A merged tree: its layers' blob digests chained as OCI chains diff IDs.
+/// A merged tree: its layers' ids chained as OCI chains diff IDs.
 ///
-/// Unlike the image's chain ID it names the bytes that were published, so two images that claim the
-/// same content under different blobs never share a tree.
+/// Unlike the image's chain ID it covers what is shown: two images that claim the same diff IDs under
+/// different indexes never share a tree.
 pub type TreeId = Digest;
 
 /// The [`TreeId`] of `layers`, lowest first; `None` without layers.
-pub fn tree_id(layers: impl IntoIterator<Item = Digest>) -> Option<TreeId> {
+pub fn tree_id(layers: impl IntoIterator<Item = LayerId>) -> Option<TreeId> {
     layers.into_iter().reduce(|chain, layer| Digest::of(format!("{chain} {layer}").as_bytes()))
 }
 
@@ -50,13 +50,13 @@ pub enum Request {
     },
     /// Delete the cache of a layer that no tree uses any longer. Idempotent.
     RemoveLayer {
-        /// The blob digest.
-        blob: Digest,
+        /// The layer.
+        layer: LayerId,
     },
     /// Disk usage of one layer's cache; answered with [`Response::Usage`].
     LayerUsage {
-        /// The blob digest.
-        blob: Digest,
+        /// The layer.
+        layer: LayerId,
     },
     /// What is mounted and how much has arrived; answered with [`Response::Status`].
     Status,

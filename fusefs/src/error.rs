@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use format_spec::{Digest, FormatError};
+use format_spec::{Digest, FormatError, LayerId};
 use storage::{CacheError, ReadError, SourceError};
 
 use crate::{control::TreeId, merge::MergeError};
@@ -98,10 +98,10 @@ pub enum Error {
         error: io::Error,
     },
     /// A layer is in use.
-    #[error("layer {blob} is used by tree {tree}: release the tree first")]
+    #[error("layer {layer} is used by tree {tree}: release the tree first")]
     LayerInUse {
         /// The layer.
-        blob: Digest,
+        layer: LayerId,
         /// A tree that needs it.
         tree: TreeId,
     },

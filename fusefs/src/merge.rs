@@ -42,7 +42,7 @@ pub enum MergeError {
     Format(#[from] FormatError),
 }
 
-/// Merges layers (blob digest and index, lowest first) into a tree in open form.
+/// Merges layers (id and index, lowest first) into a tree in open form.
 ///
 /// Equal layers give equal bytes. The indexes must have passed [`Index::check`]; others give some tree or
 /// an error, never a panic.

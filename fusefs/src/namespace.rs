@@ -1,10 +1,10 @@
-//! All that one FUSE session shows: a single tree, or every blob and tree of the node.
+//! All that one FUSE session shows: a single tree, or every layer and tree of the node.
 //!
 //! Plain functions from node numbers to answers; `fs.rs` puts them on the wire. Nothing here waits: for
 //! bytes it says where they lie.
 //!
 //! ```text
-//! /blobs/<hex digest>      plain address space of a layer, read-only
+//! /layers/<hex digest>     plain address space of a layer, read-only
 //! /trees/<hex tree ID>/    merged tree
 //! ```
 
@@ -13,18 +13,18 @@ use std::{
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
-use format_spec::Digest;
+use format_spec::{Digest, LayerId};
 use rustix::io::Errno;
 use storage::Layer;
 
 use crate::{
     control::TreeId,
-    number::{Node, Slot, blob_number},
+    number::{Node, Slot, layer_number},
     tree::{Attributes, Content, Tree, clip},
 };
 
-/// Name of the directory of blobs.
-const BLOBS: &str = "blobs";
+/// Name of the directory of layers.
+const LAYERS: &str = "layers";
 /// Name of the directory of trees.
 pub(crate) const TREES: &str = "trees";
 /// Permissions of the root and its two directories: images of all users meet here.
@@ -42,8 +42,8 @@ pub(crate) struct Namespace {
 struct Tables {
     trees: BTreeMap<TreeId, Arc<Tree>>,
     slots: HashMap<Slot, Arc<Tree>>,
-    blobs: BTreeMap<Digest, Layer>,
-    blob_numbers: HashMap<u64, Layer>,
+    layers: BTreeMap<LayerId, Layer>,
+    layer_numbers: HashMap<u64, Layer>,
 }
 
 /// A file and what `stat` shows of it.
@@ -76,7 +76,7 @@ pub(crate) struct Statistics {
 }
 
 impl Namespace {
-    /// The blobs and trees of a node; empty at first.
+    /// The layers and trees of a node; empty at first.
     pub(crate) fn of_node() -> Self {
         Self { root: None, tables: RwLock::default() }
     }
@@ -101,22 +101,22 @@ impl Namespace {
         Some(tree)
     }
 
-    /// Shows a blob; a blob whose number is taken by another one stays hidden.
-    pub(crate) fn add_blob(&self, layer: &Layer) {
-        let blob = layer.lazy_layer().blob;
+    /// Shows a layer; one whose number is taken by another one stays hidden.
+    pub(crate) fn add_layer(&self, layer: &Layer) {
+        let id = layer.lazy_layer().id();
         let mut tables = self.write();
-        let holder = tables.blob_numbers.entry(blob_number(&blob)).or_insert_with(|| layer.clone());
-        if holder.lazy_layer().blob == blob {
+        let holder = tables.layer_numbers.entry(layer_number(&id)).or_insert_with(|| layer.clone());
+        if holder.lazy_layer().id() == id {
             *holder = layer.clone();
-            tables.blobs.insert(blob, layer.clone());
+            tables.layers.insert(id, layer.clone());
         }
     }
 
-    /// Shows a blob no longer.
-    pub(crate) fn remove_blob(&self, blob: Digest) {
+    /// Shows a layer no longer.
+    pub(crate) fn remove_layer(&self, id: LayerId) {
         let mut tables = self.write();
-        if tables.blobs.remove(&blob).is_some() {
-            tables.blob_numbers.remove(&blob_number(&blob));
+        if tables.layers.remove(&id).is_some() {
+            tables.layer_numbers.remove(&layer_number(&id));
         }
     }
 
@@ -136,10 +136,10 @@ impl Namespace {
             (Node::Inode { slot, inode }, Some(tree)) if slot == tree.slot => Ok(Resolved::Inode(tree.clone(), inode)),
             (_, Some(_)) => Err(Errno::STALE),
             (Node::Root, None) => Ok(Resolved::Root),
-            (Node::Blobs, None) => Ok(Resolved::Blobs),
+            (Node::Layers, None) => Ok(Resolved::Layers),
             (Node::Trees, None) => Ok(Resolved::Trees),
-            (Node::Blob(number), None) => {
-                self.read().blob_numbers.get(&number).cloned().map(Resolved::Blob).ok_or(Errno::STALE)
+            (Node::Layer(number), None) => {
+                self.read().layer_numbers.get(&number).cloned().map(Resolved::Layer).ok_or(Errno::STALE)
             }
             (Node::Inode { slot, inode }, None) => {
                 let tree = self.read().slots.get(&slot).cloned().ok_or(Errno::STALE)?;
@@ -175,18 +175,18 @@ impl Namespace {
     /// `ENOTDIR`, `ESTALE`.
     pub(crate) fn lookup(&self, parent: u64, name: &[u8]) -> Result<Found, Errno> {
         match self.resolve(parent)? {
-            Resolved::Root if name == BLOBS.as_bytes() => Ok(Found::Entry(self.fixed_entry(Node::Blobs))),
+            Resolved::Root if name == LAYERS.as_bytes() => Ok(Found::Entry(self.fixed_entry(Node::Layers))),
             Resolved::Root if name == TREES.as_bytes() => Ok(Found::Entry(self.fixed_entry(Node::Trees))),
             Resolved::Root => Ok(Found::Nothing),
-            Resolved::Blobs => {
-                let layer = digest_of_name(name).and_then(|blob| self.read().blobs.get(&blob).cloned());
-                Ok(layer.map_or(Found::NotYet, |layer| Found::Entry(blob_entry(&layer))))
+            Resolved::Layers => {
+                let layer = digest_of_name(name).and_then(|id| self.read().layers.get(&id).cloned());
+                Ok(layer.map_or(Found::NotYet, |layer| Found::Entry(layer_entry(&layer))))
             }
             Resolved::Trees => {
                 let tree = digest_of_name(name).and_then(|id| self.read().trees.get(&id).cloned());
                 tree.map_or(Ok(Found::NotYet), |tree| self.inode_entry(&tree, 0).map(Found::Entry))
             }
-            Resolved::Blob(_) => Err(Errno::NOTDIR),
+            Resolved::Layer(_) => Err(Errno::NOTDIR),
             Resolved::Inode(tree, directory) => match tree.lookup(directory, name)? {
                 Some(inode) => self.inode_entry(&tree, inode).map(Found::Entry),
                 None => Ok(Found::Nothing),
@@ -202,9 +202,9 @@ impl Namespace {
     pub(crate) fn entry(&self, number: u64) -> Result<Entry, Errno> {
         match self.resolve(number)? {
             Resolved::Root => Ok(self.fixed_entry(Node::Root)),
-            Resolved::Blobs => Ok(self.fixed_entry(Node::Blobs)),
+            Resolved::Layers => Ok(self.fixed_entry(Node::Layers)),
             Resolved::Trees => Ok(self.fixed_entry(Node::Trees)),
-            Resolved::Blob(layer) => Ok(blob_entry(&layer)),
+            Resolved::Layer(layer) => Ok(layer_entry(&layer)),
             Resolved::Inode(tree, inode) => self.inode_entry(&tree, inode),
         }
     }
@@ -224,8 +224,8 @@ impl Namespace {
     ) -> Result<(), Errno> {
         let own = self.resolve(number)?;
         let parent = match &own {
-            Resolved::Root | Resolved::Blobs | Resolved::Trees => Node::Root.number(),
-            Resolved::Blob(_) => return Err(Errno::NOTDIR),
+            Resolved::Root | Resolved::Layers | Resolved::Trees => Node::Root.number(),
+            Resolved::Layer(_) => return Err(Errno::NOTDIR),
             Resolved::Inode(_, 0) if self.root.is_some() => Node::Root.number(),
             Resolved::Inode(_, 0) => Node::Trees.number(),
             Resolved::Inode(tree, inode) => self.inode_number(tree, tree.inode(*inode)?.parent.get()),
@@ -243,16 +243,16 @@ impl Namespace {
         };
         match own {
             Resolved::Root => {
-                for (name, node) in [(BLOBS, Node::Blobs), (TREES, Node::Trees)].into_iter().skip(skip) {
+                for (name, node) in [(LAYERS, Node::Layers), (TREES, Node::Trees)].into_iter().skip(skip) {
                     if !show(name.as_bytes(), &self.fixed_entry(node)) {
                         break;
                     }
                 }
             }
-            Resolved::Blobs => {
-                let layers: Vec<Layer> = self.read().blobs.values().skip(skip).cloned().collect();
+            Resolved::Layers => {
+                let layers: Vec<Layer> = self.read().layers.values().skip(skip).cloned().collect();
                 for layer in layers {
-                    if !show(layer.lazy_layer().blob.hex().as_bytes(), &blob_entry(&layer)) {
+                    if !show(layer.lazy_layer().id().hex().as_bytes(), &layer_entry(&layer)) {
                         break;
                     }
                 }
@@ -265,7 +265,7 @@ impl Namespace {
                     }
                 }
             }
-            Resolved::Blob(_) => return Err(Errno::NOTDIR),
+            Resolved::Layer(_) => return Err(Errno::NOTDIR),
             Resolved::Inode(tree, directory) => {
                 for (name, inode) in tree.entries(directory, skip)? {
                     if !show(name, &self.inode_entry(&tree, inode)?) {
@@ -321,7 +321,7 @@ impl Namespace {
     pub(crate) fn content(&self, number: u64, offset: u64, len: usize) -> Result<Option<Content>, Errno> {
         match self.resolve(number)? {
             Resolved::Inode(tree, inode) => tree.content(inode, offset, len),
-            Resolved::Blob(layer) => {
+            Resolved::Layer(layer) => {
                 let len = clip(layer.index().space_len(), offset, len);
                 Ok((len > 0).then_some(Content { layer, plain_offset: offset, len }))
             }
@@ -348,14 +348,14 @@ impl Namespace {
 /// A node number with what it stands for.
 enum Resolved {
     Root,
-    Blobs,
+    Layers,
     Trees,
-    Blob(Layer),
+    Layer(Layer),
     Inode(Arc<Tree>, u32),
 }
 
-fn blob_entry(layer: &Layer) -> Entry {
-    let number = blob_number(&layer.lazy_layer().blob);
+fn layer_entry(layer: &Layer) -> Entry {
+    let number = layer_number(&layer.lazy_layer().id());
     Entry { number, attributes: Attributes::of_file(layer.index().space_len()) }
 }
 

@@ -23,7 +23,7 @@ fn tree(store: &TreeStore, name: &[u8]) -> Arc<Tree> {
     builder.add_directory(directory, files).unwrap();
     let id = Digest::of(name);
     let index = IndexLocation { offset: 0, compressed_len: 0, plain_len: 0, digest: id };
-    let layers = [RemoteLayer { layer: LazyLayer { blob: id, blob_len: 0, index }, image: String::new() }];
+    let layers = [RemoteLayer { layer: LazyLayer { blob: id, blob_len: 0, index, hot_len: 0 }, image: String::new() }];
     let stored = store.create(id, &layers, &builder.finish_tree(&[id]).unwrap()).unwrap();
     let (slot, index, block_count) = (stored.slot, stored.index, stored.block_count);
     Arc::new(Tree { id, slot, index, layers: Vec::new(), block_count })
@@ -118,7 +118,7 @@ fn one_tree_is_the_root_itself() {
         assert_eq!(list(&namespace, "", 100)[..2], [(".".to_owned(), 1), ("..".to_owned(), 1)]);
         assert_eq!(list(&namespace, "directory", 100)[1], ("..".to_owned(), 1));
         assert_eq!(namespace.lookup(1, b"missing"), Ok(Found::Nothing));
-        for node in [Node::Blobs.number(), Node::Trees.number(), 1 << 63, 9 << 32, 0] {
+        for node in [Node::Layers.number(), Node::Trees.number(), 1 << 63, 9 << 32, 0] {
             assert_eq!(namespace.entry(node), Err(Errno::STALE), "{node:#x}");
         }
     });

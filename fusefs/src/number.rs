@@ -2,15 +2,15 @@
 //!
 //! They mean the same to every process that serves the same root directory: the number of an inode in a
 //! tree follows from the tree's *slot*, which is kept on disk and never used again, and its number in the
-//! tree; the number of a blob follows from its digest. So what the kernel remembers outlives a process.
+//! tree; the number of a layer follows from its digest. So what the kernel remembers outlives a process.
 
 use std::num::NonZeroU32;
 
-use format_spec::Digest;
+use format_spec::LayerId;
 
-/// Bit that marks the number of a blob.
-const BLOB: u64 = 1 << 63;
-/// Largest slot: its numbers end below [`BLOB`].
+/// Bit that marks the number of a layer.
+const LAYER: u64 = 1 << 63;
+/// Largest slot: its numbers end below [`LAYER`].
 const SLOT_MAX: u32 = (1 << 31) - 1;
 
 /// The place of a tree among the node numbers.
@@ -37,12 +37,12 @@ impl Slot {
 pub(crate) enum Node {
     /// The root of the session.
     Root,
-    /// The directory of blobs.
-    Blobs,
+    /// The directory of layers.
+    Layers,
     /// The directory of trees.
     Trees,
-    /// A blob, by [`blob_number`].
-    Blob(u64),
+    /// A layer, by [`layer_number`].
+    Layer(u64),
     /// An inode of a tree.
     Inode {
         /// The tree.
@@ -57,9 +57,9 @@ impl Node {
     pub(crate) fn from_number(number: u64) -> Option<Self> {
         match number {
             1 => Some(Self::Root),
-            2 => Some(Self::Blobs),
+            2 => Some(Self::Layers),
             3 => Some(Self::Trees),
-            _ if number & BLOB != 0 => Some(Self::Blob(number)),
+            _ if number & LAYER != 0 => Some(Self::Layer(number)),
             _ => {
                 let high = u32::try_from(number >> 32).expect("32 bits are left");
                 let inode = u32::try_from(number & u64::from(u32::MAX)).expect("masked");
@@ -72,22 +72,24 @@ impl Node {
     pub(crate) fn number(self) -> u64 {
         match self {
             Self::Root => 1,
-            Self::Blobs => 2,
+            Self::Layers => 2,
             Self::Trees => 3,
-            Self::Blob(number) => number,
+            Self::Layer(number) => number,
             Self::Inode { slot, inode } => u64::from(slot.number()) << 32 | u64::from(inode),
         }
     }
 }
 
-/// The node number of a blob: 63 bits of its digest.
-pub(crate) fn blob_number(blob: &Digest) -> u64 {
-    let bytes = blob.as_bytes().first_chunk().expect("a digest has 32 bytes");
-    u64::from_be_bytes(*bytes) | BLOB
+/// The node number of a layer: 63 bits of its digest.
+pub(crate) fn layer_number(id: &LayerId) -> u64 {
+    let bytes = id.as_bytes().first_chunk().expect("a digest has 32 bytes");
+    u64::from_be_bytes(*bytes) | LAYER
 }
 
 #[cfg(test)]
 mod tests {
+    use format_spec::Digest;
+
     use super::*;
 
     #[test]
@@ -95,10 +97,10 @@ mod tests {
         let last = Slot::new(SLOT_MAX).unwrap();
         for node in [
             Node::Root,
-            Node::Blobs,
+            Node::Layers,
             Node::Trees,
-            Node::Blob(blob_number(&Digest::of(b"a"))),
-            Node::Blob(blob_number(&Digest::from_bytes([0; 32]))),
+            Node::Layer(layer_number(&Digest::of(b"a"))),
+            Node::Layer(layer_number(&Digest::from_bytes([0; 32]))),
             Node::Inode { slot: Slot::FIRST, inode: 0 },
             Node::Inode { slot: last, inode: u32::MAX },
         ] {

@@ -158,8 +158,8 @@ async fn answer(request: Request, service: &Service, trees: &Path) -> Result<Res
             return Ok(Response::Tree { path: trees.join(tree.id.hex()) });
         }
         Request::ReleaseTree { tree } => service.release_tree(tree).await?,
-        Request::RemoveLayer { blob } => service.remove_layer(blob).await?,
-        Request::LayerUsage { blob } => return Ok(Response::Usage { bytes: service.layer_usage(blob).await? }),
+        Request::RemoveLayer { layer } => service.remove_layer(layer).await?,
+        Request::LayerUsage { layer } => return Ok(Response::Usage { bytes: service.layer_usage(layer).await? }),
         Request::Status => {
             return Ok(Response::Status { layers: service.layers().await?, trees: service.available_trees() });
         }

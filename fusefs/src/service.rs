@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
-use format_spec::{Digest, LazyLayer, index::LAYER_COUNT_MAX};
+use format_spec::{Digest, LayerId, LazyLayer, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use serde_json::json;
 use storage::{Cache, CacheOptions, KnownLayer, Layer};
@@ -115,7 +115,7 @@ impl Service {
         let refuse = |error| Error::Source { blob, image: image.clone(), error };
         let source = self.0.sources.source(remote).map_err(refuse)?;
         let layer = self.0.cache.layer(&remote.layer, source, json!({ IMAGE: image })).await?;
-        self.0.namespace.add_blob(&layer);
+        self.0.namespace.add_layer(&layer);
         Ok(layer)
     }
 
@@ -136,7 +136,7 @@ impl Service {
     ///
     /// When a layer cannot be opened, the layers do not make a tree, or the disk refuses.
     pub(crate) async fn tree(&self, layers: &[RemoteLayer]) -> Result<Arc<Tree>, Error> {
-        let id = tree_id(layers.iter().map(|layer| layer.layer.blob)).filter(|_| layers.len() <= LAYER_COUNT_MAX);
+        let id = tree_id(layers.iter().map(|layer| layer.layer.id())).filter(|_| layers.len() <= LAYER_COUNT_MAX);
         let id = id.ok_or(MergeError::LayerCount(layers.len()))?;
         let lazy_layers: Vec<LazyLayer> = layers.iter().map(|layer| layer.layer).collect();
         let pending = {
@@ -184,7 +184,7 @@ impl Service {
         let stored = match self.0.store.load(id, remote)? {
             Some(stored) => stored,
             None => {
-                let indexes: Vec<_> = layers.iter().map(|layer| (layer.lazy_layer().blob, layer.index())).collect();
+                let indexes: Vec<_> = layers.iter().map(|layer| (layer.lazy_layer().id(), layer.index())).collect();
                 self.0.store.create(id, remote, &merge(&indexes)?)?
             }
         };
@@ -244,19 +244,19 @@ impl Service {
     /// # Errors
     ///
     /// When a tree uses it, or the disk refuses.
-    pub(crate) async fn remove_layer(&self, blob: Digest) -> Result<(), Error> {
+    pub(crate) async fn remove_layer(&self, id: LayerId) -> Result<(), Error> {
         let _removing = self.0.removing.write().await;
         let user = self
             .trees()
             .iter()
-            .find(|(_, pending)| pending.layers.iter().any(|layer| layer.blob == blob))
+            .find(|(_, pending)| pending.layers.iter().any(|layer| layer.id() == id))
             .map(|(id, _)| *id);
         if let Some(tree) = user {
-            return Err(Error::LayerInUse { blob, tree });
+            return Err(Error::LayerInUse { layer: id, tree });
         }
-        self.0.namespace.remove_blob(blob);
-        self.notify_change(Node::Blobs, blob);
-        Ok(self.0.cache.remove(blob).await?)
+        self.0.namespace.remove_layer(id);
+        self.notify_change(Node::Layers, id);
+        Ok(self.0.cache.remove(id).await?)
     }
 
     /// Bytes that a layer takes on disk; 0 for unknown ones.
@@ -264,9 +264,9 @@ impl Service {
     /// # Errors
     ///
     /// When its files cannot be looked at.
-    pub(crate) async fn layer_usage(&self, blob: Digest) -> Result<u64, Error> {
+    pub(crate) async fn layer_usage(&self, id: LayerId) -> Result<u64, Error> {
         let service = self.clone();
-        blocking(move || service.0.cache.usage(blob).map_err(Error::disk(blob.hex()))).await
+        blocking(move || service.0.cache.usage(id).map_err(Error::disk(id.hex()))).await
     }
 
     /// Every layer that the cache holds, sorted by digest.
@@ -278,8 +278,8 @@ impl Service {
         let service = self.clone();
         let known = blocking(move || service.0.cache.known_layers()).await?;
         let open: HashMap<Digest, Layer> =
-            self.0.cache.open_layers().into_iter().map(|layer| (layer.lazy_layer().blob, layer)).collect();
-        Ok(known.into_iter().map(|known| layer_status(&known, open.get(&known.layer.blob))).collect())
+            self.0.cache.open_layers().into_iter().map(|layer| (layer.lazy_layer().id(), layer)).collect();
+        Ok(known.into_iter().map(|known| layer_status(&known, open.get(&known.layer.id()))).collect())
     }
 
     /// Every tree that is available, sorted.

@@ -121,7 +121,7 @@ impl TreeStore {
         let opened = map(&path).map_err(|error| error.to_string()).and_then(|bytes| {
             let index = Index::open(bytes).map_err(|error| error.to_string())?;
             let slot = Slot::new(record.slot).ok_or("its slot is out of range")?;
-            let is_ours = index.layers().eq(layers.iter().map(|layer| layer.layer.blob));
+            let is_ours = index.layers().eq(layers.iter().map(|layer| layer.layer.id()));
             if is_ours { Ok((index, slot)) } else { Err("it has other layers".to_owned()) }
         });
         match opened {
@@ -217,7 +217,7 @@ mod tests {
 
     fn layers(blob: &[u8]) -> Vec<RemoteLayer> {
         let index = IndexLocation { offset: 0, compressed_len: 1, plain_len: 2, digest: Digest::of(b"index") };
-        let layer = LazyLayer { blob: Digest::of(blob), blob_len: 1, index };
+        let layer = LazyLayer { blob: Digest::of(blob), blob_len: 1, index, hot_len: 0 };
         vec![RemoteLayer { layer, image: "host/repository:tag".to_owned() }]
     }
 
@@ -225,7 +225,7 @@ mod tests {
         let mut builder = IndexBuilder::default();
         builder.add_inode(implicit_directory()).unwrap();
         builder.add_directory(0, std::iter::empty::<(&[u8], u32)>()).unwrap();
-        builder.finish_tree(&layers.iter().map(|layer| layer.layer.blob).collect::<Vec<_>>()).unwrap()
+        builder.finish_tree(&layers.iter().map(|layer| layer.layer.id()).collect::<Vec<_>>()).unwrap()
     }
 
     #[test]

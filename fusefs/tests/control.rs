@@ -64,8 +64,8 @@ impl Running {
         }
     }
 
-    fn usage(&self, blob: Digest) -> u64 {
-        match self.ask(&Request::LayerUsage { blob }) {
+    fn usage(&self, layer: Digest) -> u64 {
+        match self.ask(&Request::LayerUsage { layer }) {
             Response::Usage { bytes } => bytes,
             other => panic!("{other:?}"),
         }
@@ -167,7 +167,7 @@ fn an_announced_layer_is_there_before_it_is_mounted() {
     assert_eq!(registry.requests(), 2);
     let Response::Status { layers: status, .. } = daemon.ask(&Request::Status) else { panic!("no status") };
     let mut expected: Vec<_> = layers.iter().map(|layer| (layer.clone(), 0, 1)).collect();
-    expected.sort_by_key(|(layer, ..)| layer.layer.blob);
+    expected.sort_by_key(|(layer, ..)| layer.layer.id());
     let status: Vec<_> =
         status.into_iter().map(|layer| (layer.layer, layer.frames_present, layer.frames_total)).collect();
     assert_eq!(status, expected);
@@ -177,13 +177,13 @@ fn an_announced_layer_is_there_before_it_is_mounted() {
 fn a_layer_is_removed_once_no_tree_uses_it() {
     let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
     let layers = two_layers(&registry);
-    let (tree, blob) = (id_of(&layers), layers[0].layer.blob);
+    let (tree, layer) = (id_of(&layers), layers[0].layer.id());
     let daemon = Running::start(root.path(), &registry);
     let path = daemon.mount(&layers);
     fs::read(path.join("lower")).unwrap();
-    assert!(daemon.usage(blob) > 0);
-    let refused = message(daemon.ask(&Request::RemoveLayer { blob }));
-    assert_eq!(refused, format!("layer {blob} is used by tree {tree}: release the tree first"));
+    assert!(daemon.usage(layer) > 0);
+    let refused = message(daemon.ask(&Request::RemoveLayer { layer }));
+    assert_eq!(refused, format!("layer {layer} is used by tree {tree}: release the tree first"));
 
     for _ in 0..2 {
         assert_eq!(daemon.ask(&Request::ReleaseTree { tree }), Response::Done);
@@ -191,8 +191,8 @@ fn a_layer_is_removed_once_no_tree_uses_it() {
         assert_eq!(daemon.trees(), []);
     }
     for _ in 0..2 {
-        assert_eq!(daemon.ask(&Request::RemoveLayer { blob }), Response::Done);
-        assert_eq!(daemon.usage(blob), 0);
+        assert_eq!(daemon.ask(&Request::RemoveLayer { layer }), Response::Done);
+        assert_eq!(daemon.usage(layer), 0);
     }
     assert_eq!(daemon.mount(&layers), path);
     assert_eq!(fs::read_to_string(path.join("lower")).unwrap(), "from below");
@@ -209,10 +209,10 @@ fn a_blob_is_the_plain_address_space_of_its_layer() {
     expected.resize(8192, 0);
     expected.extend(b);
     expected.resize(12288, 0);
-    let blob = daemon.root.join("mnt/blobs").join(layers[0].layer.blob.hex());
+    let blob = daemon.root.join("mnt/layers").join(layers[0].layer.id().hex());
     assert!(fs::read(&blob).unwrap() == expected);
     assert_eq!(fs::metadata(&blob).unwrap().mode(), 0o100_400);
-    assert_eq!(fs::read_dir(daemon.root.join("mnt/blobs")).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(daemon.root.join("mnt/layers")).unwrap().count(), 1);
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn what_fails_says_why_and_can_be_asked_again() {
     registry.set_down(true);
     let error = message(connection.ask(&Request::MountTree { layers: layers.clone() }));
     assert!(error.contains("registry is down") && error.contains("index of sha256:"), "{error}");
-    assert_eq!(connection.ask(&Request::RemoveLayer { blob: layers[0].layer.blob }), Response::Done);
+    assert_eq!(connection.ask(&Request::RemoveLayer { layer: layers[0].layer.id() }), Response::Done);
     registry.set_down(false);
     assert!(matches!(connection.ask(&Request::MountTree { layers: layers.clone() }), Response::Tree { .. }));
 

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use format_spec::Digest;
+use format_spec::LayerId;
 use fusefs::control::{LayerStatus, RemoteLayer, Request, Response, TreeId};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -133,8 +133,8 @@ impl Fused {
     /// # Errors
     ///
     /// When the daemon cannot be reached or refuses.
-    pub async fn remove_layer(&self, blob: Digest) -> Result<()> {
-        self.done(Request::RemoveLayer { blob }).await
+    pub async fn remove_layer(&self, layer: LayerId) -> Result<()> {
+        self.done(Request::RemoveLayer { layer }).await
     }
 
     /// Bytes on disk of a layer's cache.
@@ -142,8 +142,8 @@ impl Fused {
     /// # Errors
     ///
     /// When the daemon cannot be reached or refuses.
-    pub async fn layer_usage(&self, blob: Digest) -> Result<u64> {
-        match self.request(&Request::LayerUsage { blob }, ANSWER_WITHIN).await? {
+    pub async fn layer_usage(&self, layer: LayerId) -> Result<u64> {
+        match self.request(&Request::LayerUsage { layer }, ANSWER_WITHIN).await? {
             Response::Usage { bytes } => Ok(bytes),
             other => Err(FusedError::Answer(format!("{other:?}"))),
         }
@@ -314,6 +314,7 @@ fn last_line(log: &Path) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use format_spec::Digest;
 
     /// Any program that says something about the flags it does not know, and ends.
     const NOT_A_DAEMON: &str = "/bin/ls";

@@ -8,7 +8,7 @@
 
 use std::{collections::BTreeMap, fmt, io, path::Path};
 
-use format_spec::Digest;
+use format_spec::LayerId;
 use fusefs::control::{RemoteLayer, TreeId};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -414,7 +414,7 @@ impl Metadata {
             if let Some(existing) = find(&snapshots, key)? {
                 return Ok(existing.lazy.is_some() && existing.parent.as_ref() == parent);
             }
-            let tree = tree_above(below, layer.layer.blob);
+            let tree = tree_above(below, layer.layer.id());
             let snapshot = Snapshot {
                 key: key.clone(),
                 id: take_id(&mut change.open_table(NUMBERS)?)?,
@@ -498,8 +498,8 @@ impl Metadata {
 }
 
 /// The tree of `blob` on top of the tree `below`.
-fn tree_above(below: Option<TreeId>, blob: Digest) -> TreeId {
-    fusefs::control::tree_id(below.into_iter().chain([blob])).expect("at least one layer")
+fn tree_above(below: Option<TreeId>, layer: LayerId) -> TreeId {
+    fusefs::control::tree_id(below.into_iter().chain([layer])).expect("at least one layer")
 }
 
 fn find(snapshots: &impl ReadableTable<&'static str, &'static [u8]>, key: &SnapshotKey) -> Result<Option<Snapshot>> {

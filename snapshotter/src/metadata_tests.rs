@@ -1,6 +1,6 @@
 //! What the store allows, refuses and remembers.
 
-use format_spec::{IndexLocation, LazyLayer};
+use format_spec::{Digest, IndexLocation, LazyLayer};
 
 use super::*;
 
@@ -52,9 +52,14 @@ fn key(name: &str) -> SnapshotKey {
 }
 
 fn remote(name: &str) -> RemoteLayer {
-    let index = IndexLocation { offset: 0, compressed_len: 1, plain_len: 1, digest: Digest::of(b"index") };
+    let index = IndexLocation {
+        offset: 0,
+        compressed_len: 1,
+        plain_len: 1,
+        digest: Digest::of(format!("index of {name}").as_bytes()),
+    };
     RemoteLayer {
-        layer: LazyLayer { blob: Digest::of(name.as_bytes()), blob_len: 10, index },
+        layer: LazyLayer { blob: Digest::of(name.as_bytes()), blob_len: 10, index, hot_len: 0 },
         image: "h/r:t".to_owned(),
     }
 }
@@ -180,8 +185,8 @@ fn lazy_layers_stack_only_on_lazy_layers() {
     assert!(!store.lazy("three", "ordinary").unwrap());
     assert!(matches!(store.lazy("three", "missing"), Err(MetadataError::NotFound(_))));
     let chain = store.metadata.chain(&key("two")).unwrap();
-    let blobs = ["one", "two"].map(|name| remote(name).layer.blob);
-    assert_eq!(chain.top.lazy.unwrap().tree, fusefs::control::tree_id(blobs).unwrap());
+    let layers = ["one", "two"].map(|name| remote(name).layer.id());
+    assert_eq!(chain.top.lazy.unwrap().tree, fusefs::control::tree_id(layers).unwrap());
     assert_eq!(keys(&chain.parents), ["one"]);
 }
 

@@ -119,7 +119,8 @@ mod tests {
         let now = Time { seconds: 0, nanos: 0 };
         let blob = Digest::of(&number.to_le_bytes());
         let index = IndexLocation { offset: 0, compressed_len: 1, plain_len: 1, digest: blob };
-        let layer = RemoteLayer { layer: LazyLayer { blob, blob_len: 9, index }, image: "h/r:t".to_owned() };
+        let layer =
+            RemoteLayer { layer: LazyLayer { blob, blob_len: 9, index, hot_len: 0 }, image: "h/r:t".to_owned() };
         Snapshot {
             key: SnapshotKey::new(number.to_string()).unwrap(),
             id: id(number),

@@ -92,7 +92,7 @@ mod tests {
 
     fn layer() -> LazyLayer {
         let index = IndexLocation { offset: 5, compressed_len: 10, plain_len: 20, digest: Digest::of(b"index") };
-        LazyLayer { blob: Digest::of(b"blob"), blob_len: 100, index }
+        LazyLayer { blob: Digest::of(b"blob"), blob_len: 100, index, hot_len: 0 }
     }
 
     fn check(change: impl FnOnce(&mut Labels), expected: Result<Option<&str>, ()>) {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use containerd_client::types::Mount;
-use format_spec::Digest;
+use format_spec::LayerId;
 use fusefs::control::TreeId;
 use tokio::sync::{Notify, RwLock};
 use tracing::{debug, info, warn};
@@ -227,7 +227,7 @@ impl Snapshotter {
             })
             .await?;
         let Some(lazy) = &snapshot.lazy else { return Ok(usage) };
-        match self.inner.fused.layer_usage(lazy.layer.layer.blob).await {
+        match self.inner.fused.layer_usage(lazy.layer.layer.id()).await {
             Ok(bytes) => Ok(Usage { bytes, inodes: 0 }),
             Err(error) => Err(Error::Fused(snapshot.key, error)),
         }
@@ -328,8 +328,8 @@ impl Snapshotter {
             self.blocking(move |inner| Ok((inner.metadata.remove(&key)?, inner.metadata.list()?))).await?;
         let left = InUse::new(&left);
         let tree = removed.lazy.as_ref().map(|lazy| lazy.tree).filter(|tree| !left.trees.contains(tree));
-        let blob = removed.lazy.map(|lazy| lazy.layer.layer.blob).filter(|blob| !left.blobs.contains(blob));
-        self.free(tree, blob).await;
+        let layer = removed.lazy.map(|lazy| lazy.layer.layer.id()).filter(|layer| !left.layers.contains(layer));
+        self.free(tree, layer).await;
         Ok(())
     }
 
@@ -394,22 +394,22 @@ impl Snapshotter {
         let in_use = InUse::new(&snapshots);
         let (layers, trees) = held;
         let trees: Vec<_> = trees.into_iter().filter(|tree| !in_use.trees.contains(tree)).collect();
-        let blobs = layers.into_iter().map(|held| held.layer.layer.blob);
-        let blobs: Vec<_> = blobs.filter(|blob| !in_use.blobs.contains(blob)).collect();
-        self.free(trees, blobs).await;
+        let layers = layers.into_iter().map(|held| held.layer.layer.id());
+        let layers: Vec<_> = layers.filter(|layer| !in_use.layers.contains(layer)).collect();
+        self.free(trees, layers).await;
     }
 
-    async fn free(&self, trees: impl IntoIterator<Item = TreeId>, blobs: impl IntoIterator<Item = Digest>) {
+    async fn free(&self, trees: impl IntoIterator<Item = TreeId>, layers: impl IntoIterator<Item = LayerId>) {
         for tree in trees {
             match self.inner.fused.release_tree(tree).await {
                 Ok(()) => debug!(%tree, "tree released"),
                 Err(error) => warn!(%tree, %error, "unused tree stays"),
             }
         }
-        for blob in blobs {
-            match self.inner.fused.remove_layer(blob).await {
-                Ok(()) => debug!(%blob, "layer cache removed"),
-                Err(error) => warn!(%blob, %error, "unused layer cache stays"),
+        for layer in layers {
+            match self.inner.fused.remove_layer(layer).await {
+                Ok(()) => debug!(%layer, "layer cache removed"),
+                Err(error) => warn!(%layer, %error, "unused layer cache stays"),
             }
         }
     }
@@ -478,7 +478,7 @@ impl Inner {
 /// Which trees and blobs some snapshots need.
 struct InUse {
     trees: HashSet<TreeId>,
-    blobs: HashSet<Digest>,
+    layers: HashSet<LayerId>,
 }
 
 impl InUse {
@@ -486,7 +486,7 @@ impl InUse {
         let lazy = || snapshots.iter().filter_map(|snapshot| snapshot.lazy.as_ref());
         Self {
             trees: lazy().map(|lazy| lazy.tree).collect(),
-            blobs: lazy().map(|lazy| lazy.layer.layer.blob).collect(),
+            layers: lazy().map(|lazy| lazy.layer.layer.id()).collect(),
         }
     }
 }

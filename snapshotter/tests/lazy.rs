@@ -87,7 +87,7 @@ async fn serve(stream: UnixStream, trees: PathBuf, log: Arc<Mutex<Vec<Request>>>
             Request::LayerUsage { .. } => Response::Usage { bytes: 12345 },
             Request::Status => Response::Status {
                 layers: holds.iter().cloned().map(status).collect(),
-                trees: holds.iter().map(|held| held.layer.blob).collect(),
+                trees: holds.iter().map(|held| held.layer.id()).collect(),
             },
             _ => Response::Done,
         };
@@ -99,12 +99,12 @@ async fn serve(stream: UnixStream, trees: PathBuf, log: Arc<Mutex<Vec<Request>>>
 }
 
 fn tree(trees: &Path, layers: &[RemoteLayer]) -> io::Result<PathBuf> {
-    let id: TreeId = tree_id(layers.iter().map(|layer| layer.layer.blob)).unwrap();
+    let id: TreeId = tree_id(layers.iter().map(|layer| layer.layer.id())).unwrap();
     let path = trees.join(id.hex());
     fs::create_dir_all(&path)?;
     std::os::unix::fs::chown(&path, Some(7), Some(8))?;
     for layer in layers {
-        fs::write(path.join(layer.layer.blob.hex()), &layer.image)?;
+        fs::write(path.join(layer.layer.id().hex()), &layer.image)?;
     }
     Ok(path)
 }
@@ -114,13 +114,18 @@ fn status(layer: RemoteLayer) -> LayerStatus {
 }
 
 fn remote(name: &str) -> RemoteLayer {
-    let index = IndexLocation { offset: 0, compressed_len: 10, plain_len: 20, digest: Digest::of(b"index") };
-    let layer = LazyLayer { blob: Digest::of(name.as_bytes()), blob_len: 100, index };
+    let index = IndexLocation {
+        offset: 0,
+        compressed_len: 10,
+        plain_len: 20,
+        digest: Digest::of(format!("index of {name}").as_bytes()),
+    };
+    let layer = LazyLayer { blob: Digest::of(name.as_bytes()), blob_len: 100, index, hot_len: 0 };
     RemoteLayer { layer, image: "host/repo:tag".to_owned() }
 }
 
 fn file_of(name: &str) -> String {
-    remote(name).layer.blob.hex()
+    remote(name).layer.id().hex()
 }
 
 /// The labels that containerd passes for the layer `name`.
@@ -252,10 +257,10 @@ async fn removing_the_last_user_frees_tree_and_cache() {
     again.insert("containerd.io/snapshot.ref".to_owned(), "two alone".to_owned());
     assert_eq!(code(daemon.prepare_with("extract", "", again).await), Code::AlreadyExists);
     assert_eq!(code(daemon.remove("one").await), Code::FailedPrecondition);
-    let (one, two) = (remote("one").layer.blob, remote("two").layer.blob);
+    let (one, two) = (remote("one").layer.id(), remote("two").layer.id());
     let both = tree_id([one, two]).unwrap();
     let release = |tree| Request::ReleaseTree { tree };
-    let remove = |blob| Request::RemoveLayer { blob };
+    let remove = |layer| Request::RemoveLayer { layer };
     for (key, expected) in [
         ("two", vec![release(both)]),
         ("two alone", vec![release(two), remove(two)]),
@@ -286,13 +291,13 @@ async fn after_a_restart_trees_in_use_are_mounted_and_unused_ones_freed() {
     let fused = Fused::start(daemon.directory.path(), vec![remote("one"), remote("left over")]);
     let daemon = daemon.restarted(Signal::KILL).await;
     fused.wait_until_asked(&Request::MountTree { layers: vec![remote("one")] }).await;
-    let left_over = remote("left over").layer.blob;
-    fused.wait_until_asked(&Request::RemoveLayer { blob: left_over }).await;
+    let left_over = remote("left over").layer.id();
+    fused.wait_until_asked(&Request::RemoveLayer { layer: left_over }).await;
     fused.wait_until_asked(&Request::ReleaseTree { tree: left_over }).await;
-    let one = remote("one").layer.blob;
+    let one = remote("one").layer.id();
     let asked = fused.take_asked();
     assert!(
-        !asked.contains(&Request::RemoveLayer { blob: one }) && !asked.contains(&Request::ReleaseTree { tree: one })
+        !asked.contains(&Request::RemoveLayer { layer: one }) && !asked.contains(&Request::ReleaseTree { tree: one })
     );
     drop(daemon);
 }

@@ -21,7 +21,7 @@ use std::{
 };
 
 use format_spec::{
-    Digest, FormatError, Index, LazyLayer,
+    Digest, FormatError, Index, LayerId, LazyLayer,
     annotation::{INDEX_LEN_MAX, IndexLocation},
 };
 use futures_util::{
@@ -150,24 +150,20 @@ impl Cache {
         let origin = Origin { source, description };
         let opening = {
             let mut layers = lock(&self.inner.layers);
-            match layers.get(&layer.blob) {
+            match layers.get(&layer.id()) {
                 Some(Entry::Open(open)) => futures_util::future::ready(Ok(open.clone())).boxed().shared(),
                 Some(Entry::Opening(opening)) => opening.clone(),
                 None => {
                     let first = Origin { source: origin.source.clone(), description: origin.description.clone() };
                     let opening = self.inner.start_to_open(*layer, first);
-                    layers.insert(layer.blob, Entry::Opening(opening.clone()));
+                    layers.insert(layer.id(), Entry::Opening(opening.clone()));
                     opening
                 }
             }
         };
         let open = opening.await?;
-        let cached = open.lazy_layer().index.digest;
-        if cached != layer.index.digest {
-            return Err(CacheError::OtherIndex { blob: layer.blob, cached, asked: layer.index.digest });
-        }
         if open.description() != origin.description {
-            let (layer, path) = (open.clone(), self.inner.directory(layer.blob).path().to_owned());
+            let (layer, path) = (open.clone(), self.inner.directory(layer.id()).path().to_owned());
             self.inner
                 .blocking(layer.lazy_layer().blob, move || {
                     layer.replace_origin(origin).map_err(|error| disk_error(&path, error))
@@ -190,14 +186,14 @@ impl Cache {
             let directory = LayerDirectory::new(entry.map_err(disk_error)?.path());
             let name = directory.path().file_name().unwrap_or_default().to_owned();
             match directory.read_record() {
-                Ok(Some(LayerRecord { layer, description })) if *name == *layer.blob.hex() => {
+                Ok(Some(LayerRecord { layer, description })) if *name == *layer.id().hex() => {
                     known.push(KnownLayer { layer, description });
                 }
                 Ok(_) => tracing::warn!(path = %directory.path().display(), "not a layer, or a damaged one"),
                 Err(error) => tracing::warn!(path = %directory.path().display(), %error, "layer cannot be read"),
             }
         }
-        known.sort_by_key(|known| known.layer.blob);
+        known.sort_by_key(|known| known.layer.id());
         Ok(known)
     }
 
@@ -213,9 +209,9 @@ impl Cache {
     /// # Errors
     ///
     /// When the disk refuses.
-    pub async fn remove(&self, blob: Digest) -> Result<(), CacheError> {
+    pub async fn remove(&self, id: LayerId) -> Result<(), CacheError> {
         loop {
-            let opening = match lock(&self.inner.layers).get(&blob) {
+            let opening = match lock(&self.inner.layers).get(&id) {
                 Some(Entry::Opening(opening)) => opening.clone(),
                 _ => break,
             };
@@ -224,15 +220,15 @@ impl Cache {
         }
         let inner = self.inner.clone();
         self.inner
-            .blocking(blob, move || {
+            .blocking(id, move || {
                 // Under the lock, so that nobody opens the layer again while its directory goes away.
                 let mut layers = lock(&inner.layers);
-                let directory = inner.directory(blob);
+                let directory = inner.directory(id);
                 let bury = |directory: &LayerDirectory| directory.bury(&inner.graveyard());
-                let buried = match layers.remove(&blob) {
+                let buried = match layers.remove(&id) {
                     Some(Entry::Open(layer)) => layer.remove(bury),
                     Some(opening @ Entry::Opening(_)) => {
-                        layers.insert(blob, opening);
+                        layers.insert(id, opening);
                         Err(io::Error::other("layer is being opened again"))
                     }
                     None => bury(&directory),
@@ -249,8 +245,8 @@ impl Cache {
     /// # Errors
     ///
     /// When the files cannot be looked at.
-    pub fn usage(&self, blob: Digest) -> io::Result<u64> {
-        self.inner.directory(blob).usage_bytes()
+    pub fn usage(&self, id: LayerId) -> io::Result<u64> {
+        self.inner.directory(id).usage_bytes()
     }
 
     /// Makes everything that arrived durable; blocks.
@@ -265,8 +261,8 @@ impl Cache {
 }
 
 impl CacheInner {
-    fn directory(&self, blob: Digest) -> LayerDirectory {
-        LayerDirectory::new(self.root.join("layers").join(blob.hex()))
+    fn directory(&self, id: LayerId) -> LayerDirectory {
+        LayerDirectory::new(self.root.join("layers").join(id.hex()))
     }
 
     fn graveyard(&self) -> PathBuf {
@@ -279,7 +275,7 @@ impl CacheInner {
             .values()
             .filter_map(|entry| if let Entry::Open(layer) = entry { Some(layer.clone()) } else { None })
             .collect();
-        open.sort_by_key(|layer| layer.lazy_layer().blob);
+        open.sort_by_key(|layer| layer.lazy_layer().id());
         open
     }
 
@@ -290,26 +286,26 @@ impl CacheInner {
             let opened = inner.open_layer(&layer, origin).await;
             let mut layers = lock(&inner.layers);
             match &opened {
-                Ok(open) => layers.insert(layer.blob, Entry::Open(open.clone())),
-                Err(_) => layers.remove(&layer.blob),
+                Ok(open) => layers.insert(layer.id(), Entry::Open(open.clone())),
+                Err(_) => layers.remove(&layer.id()),
             };
             opened
         });
-        let (blob, cache) = (layer.blob, Arc::downgrade(self));
+        let (id, cache) = (layer.id(), Arc::downgrade(self));
         let ended = move |opened: Result<_, _>| {
             opened.unwrap_or_else(|_| {
-                cache.upgrade().inspect(|inner| drop(lock(&inner.layers).remove(&blob)));
-                Err(CacheError::Stopped(blob))
+                cache.upgrade().inspect(|inner| drop(lock(&inner.layers).remove(&id)));
+                Err(CacheError::Stopped(id))
             })
         };
         task.map(ended).boxed().shared()
     }
 
     async fn open_layer(self: &Arc<Self>, layer: &LazyLayer, origin: Origin) -> Result<Layer, CacheError> {
-        let LazyLayer { blob, index: location, .. } = *layer;
+        let (id, LazyLayer { blob, index: location, .. }) = (layer.id(), *layer);
         let inner = self.clone();
         let number = self.layer_count.fetch_add(1, Ordering::Relaxed);
-        if let Some((record, store)) = self.blocking(blob, move || inner.open_cached(blob)).await? {
+        if let Some((record, store)) = self.blocking(blob, move || inner.open_cached(id)).await? {
             let old = Origin { source: origin.source, description: record.description };
             return Ok(Layer::new(number, record.layer, store, old, self.scheduler.clone(), 0));
         }
@@ -321,11 +317,11 @@ impl CacheInner {
     }
 
     /// Opens what the directory holds; `None` without a whole record and index.
-    fn open_cached(&self, blob: Digest) -> Result<Option<(LayerRecord, FrameStore)>, CacheError> {
-        let directory = self.directory(blob);
+    fn open_cached(&self, id: LayerId) -> Result<Option<(LayerRecord, FrameStore)>, CacheError> {
+        let directory = self.directory(id);
         let path = directory.path().to_owned();
         let open = || -> io::Result<Option<(LayerRecord, FrameStore)>> {
-            let Some(record) = directory.read_record()?.filter(|record| record.layer.blob == blob) else {
+            let Some(record) = directory.read_record()?.filter(|record| record.layer.id() == id) else {
                 return Ok(None);
             };
             let Some(index) = directory.open_index()? else { return Ok(None) };
@@ -339,7 +335,7 @@ impl CacheInner {
     ///
     /// `data` and `frames` of the damaged one stay if they belong to the same index.
     fn store_layer(&self, record: &LayerRecord, index: &Index<Vec<u8>>) -> Result<FrameStore, CacheError> {
-        let directory = self.directory(record.layer.blob);
+        let directory = self.directory(record.layer.id());
         let path = directory.path().to_owned();
         let store = || -> io::Result<FrameStore> {
             directory.create()?;

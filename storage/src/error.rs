@@ -38,18 +38,6 @@ pub enum CacheError {
         /// What is wrong with it.
         error: FormatError,
     },
-    /// The same blob is in the cache under another index: one of two images lies about it.
-    #[error(
-        "layer {blob} has index {cached} in the cache, the image names {asked}: one of two images is wrong about it"
-    )]
-    OtherIndex {
-        /// The layer.
-        blob: Digest,
-        /// Digest of the index in the cache.
-        cached: Digest,
-        /// Digest of the index that was asked for.
-        asked: Digest,
-    },
     /// The runtime ended while the layer was opened.
     #[error("layer {0} was not opened: the process is shutting down")]
     Stopped(Digest),

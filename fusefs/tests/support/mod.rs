@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use format_spec::{
-    Digest, Extent, Frame, IndexBuilder, Inode, LazyLayer,
+    Digest, Extent, Frame, IndexBuilder, Inode, LayerData, LazyLayer,
     builder::{blank_inode, implicit_directory},
     footer::{SkippableKind, skippable_header},
     index::{PLAIN_ALIGN, WHITEOUT, flag, mode},
@@ -258,11 +258,20 @@ impl Writer {
             });
             bytes.extend_from_slice(&compressed);
         }
-        let index = self.builder.finish_layer(self.tar.len() as u64, self.space_len, &self.extents, &frames).unwrap();
+        let index = self
+            .builder
+            .finish_layer(&LayerData {
+                tar_len: self.tar.len() as u64,
+                space_len: self.space_len,
+                extents: &self.extents,
+                frames: &frames,
+                ..LayerData::default()
+            })
+            .unwrap();
         bytes.extend_from_slice(&skippable_header(SkippableKind::Index, index.bytes.len() as u64).unwrap());
         let location = index.location(bytes.len() as u64);
         bytes.extend_from_slice(&index.bytes);
-        let layer = LazyLayer { blob: Digest::of(&bytes), blob_len: bytes.len() as u64, index: location };
+        let layer = LazyLayer { blob: Digest::of(&bytes), blob_len: bytes.len() as u64, index: location, hot_len: 0 };
         Blob { bytes, layer }
     }
 }
@@ -338,7 +347,7 @@ impl Source for BlobSource {
 
 /// The ID of the tree of `layers`.
 pub fn id_of(layers: &[RemoteLayer]) -> TreeId {
-    tree_id(layers.iter().map(|layer| layer.layer.blob)).unwrap()
+    tree_id(layers.iter().map(|layer| layer.layer.id())).unwrap()
 }
 
 /// Whether something is mounted on `path`.

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use format_spec::{
-    Digest, Extent, Frame, IndexBuilder, LazyLayer,
+    Digest, Extent, Frame, IndexBuilder, LayerData, LazyLayer,
     builder::blank_inode,
     footer::{Footer, SkippableKind, skippable_header},
     index::{PLAIN_ALIGN, mode},
@@ -117,12 +117,20 @@ impl TestLayer {
             blob.extend(compressed);
             tar_offset += content.len();
         }
-        let index = builder.finish_layer(tar.len() as u64, space.len() as u64, &extents, &frames).unwrap();
+        let index = builder
+            .finish_layer(&LayerData {
+                tar_len: tar.len() as u64,
+                space_len: space.len() as u64,
+                extents: &extents,
+                frames: &frames,
+                ..LayerData::default()
+            })
+            .unwrap();
         blob.extend(skippable_header(SkippableKind::Index, index.bytes.len() as u64).unwrap());
         let location = index.location(blob.len() as u64);
         blob.extend(index.bytes);
-        blob.extend(Footer::new(&location).to_frame());
-        let lazy = LazyLayer { blob: Digest::of(&blob), blob_len: blob.len() as u64, index: location };
+        blob.extend(Footer::new(&location, 0, 0).to_frame());
+        let lazy = LazyLayer { blob: Digest::of(&blob), blob_len: blob.len() as u64, index: location, hot_len: 0 };
         Self { lazy, blob, space, files: ranges, frames }
     }
 
