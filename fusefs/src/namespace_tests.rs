@@ -83,7 +83,7 @@ fn a_listing_goes_on_where_it_stopped() {
         let trees: Vec<String> = list(&namespace, "trees", 1).into_iter().map(|(name, _)| name).collect();
         assert_eq!(trees, [".", "..", tree.id.hex().as_str()]);
         let top: Vec<String> = list(&namespace, "", 1).into_iter().map(|(name, _)| name).collect();
-        assert_eq!(top, [".", "..", "blobs", "trees"]);
+        assert_eq!(top, [".", "..", "layers", "trees"]);
     });
 }
 
