@@ -14,7 +14,7 @@ async fn crashed() -> (TestLayer, tempfile::TempDir, PathBuf) {
     fixture.cache.flush().unwrap();
     check_read(&fixture.layer, &test, test.plain_of_frame(2).start..test.plain_of_frame(2).start + 1).await;
     let root = fixture.crash();
-    let layer = root.path().join("layers").join(test.lazy.blob.hex());
+    let layer = root.path().join("layers").join(test.lazy.id().hex());
     (test, root, layer)
 }
 
@@ -98,8 +98,8 @@ async fn the_data_file_is_the_plain_space_and_sparse() {
     );
     let fixture = Fixture::new(&test).await;
     check_read(&fixture.layer, &test, 0..test.space.len() as u64).await;
-    let data = fixture.directory.path().join("layers").join(test.lazy.blob.hex()).join("data");
+    let data = fixture.directory.path().join("layers").join(test.lazy.id().hex()).join("data");
     assert!(fs::read(&data).unwrap() == test.space);
-    let usage = fixture.cache.usage(test.lazy.blob).unwrap();
+    let usage = fixture.cache.usage(test.lazy.id()).unwrap();
     assert!((30_000..200_000).contains(&usage), "{usage} bytes on disk");
 }

@@ -67,7 +67,7 @@ async fn directories_belong_to_the_daemons_user_alone() {
     let test = TestLayer::of_frames(1, 1000);
     let fixture = Fixture::new(&test).await;
     let layers = fixture.directory.path().join("layers");
-    for path in [layers.join(test.lazy.blob.hex()), layers] {
+    for path in [layers.join(test.lazy.id().hex()), layers] {
         assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700);
     }
 }
@@ -76,15 +76,15 @@ async fn directories_belong_to_the_daemons_user_alone() {
 async fn removing_a_layer_frees_it_and_stops_its_fetches() {
     let test = TestLayer::of_frames(20, 1 << 20);
     let fixture = Fixture::with_options(&test, one_request_a_class()).await;
-    let (blob, second) = (test.lazy.blob, test.frames[1].blob_offset.get());
+    let (id, second) = (test.lazy.id(), test.frames[1].blob_offset.get());
     fixture.source.hold_at(second);
     let (sender, receiver) = tokio::sync::oneshot::channel();
     fixture.layer.fetch(0..u64::MAX, Priority::Background, move |result| sender.send(result).unwrap());
     check_read(&fixture.layer, &test, test.plain_of_frame(0)).await;
-    assert!(fixture.cache.usage(blob).unwrap() >= 1 << 20);
+    assert!(fixture.cache.usage(id).unwrap() >= 1 << 20);
 
-    fixture.cache.remove(blob).await.unwrap();
-    assert_eq!(fixture.cache.usage(blob).unwrap(), 0);
+    fixture.cache.remove(id).await.unwrap();
+    assert_eq!(fixture.cache.usage(id).unwrap(), 0);
     assert_eq!(fixture.cache.known_layers().unwrap(), []);
     assert!(matches!(receiver.await.unwrap(), Err(ReadError::Stopped(_))));
     fixture.source.release(second);
@@ -92,7 +92,7 @@ async fn removing_a_layer_frees_it_and_stops_its_fetches() {
     assert!(matches!(fixture.layer.read_async(15 << 20, 1).await, Err(ReadError::Stopped(_))));
     assert_eq!(fixture.source.frame_requests(), [test.request_for(0..3)]);
 
-    fixture.cache.remove(blob).await.unwrap();
+    fixture.cache.remove(id).await.unwrap();
     fixture.cache.remove(Digest::of(b"unknown")).await.unwrap();
     assert_eq!(std::fs::read_dir(fixture.directory.path().join("removed")).unwrap().count(), 0);
 
