@@ -3,6 +3,7 @@
 #   make build         the programs
 #   make test          everything that every change must pass
 #   make test-images   the three real images, in every field (minutes)
+#   make bench         conversion speed, size and memory beside gzip and zstd (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
 #   make lint          formatting and clippy
 #   make deps          the Debian packages that all this needs
@@ -11,7 +12,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images demo lint deps images clean
+.PHONY: build test test-images bench demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -23,6 +24,10 @@ test: build
 
 test-images: build images
 	$(CARGO) test --release --package lazuli-tests --test real_images -- --nocapture --test-threads 1
+
+bench: build
+	benches/convert
+	benches/convert --large
 
 demo: build
 	@target/release/demo

@@ -224,7 +224,7 @@ fn finish_blob(
     let Written { frames, mut blob_hasher, blob_len, tar_hasher, .. } = written;
     let built = build_index(tree)?;
     let index = built.builder.finish_layer(&LayerData {
-        tar_len: tar_len,
+        tar_len,
         space_len: built.space_len,
         extents: &built.extents,
         frames: &frames,

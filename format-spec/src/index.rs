@@ -672,7 +672,7 @@ impl<B: AsRef<[u8]>> Index<B> {
     fn check_inodes(&self) -> Result<(), FormatError> {
         let (mut plain_end, mut previous_offset) = (0u64, 0u64);
         ensure(
-            self.space_len % PLAIN_ALIGN == 0,
+            self.space_len.is_multiple_of(PLAIN_ALIGN),
             "header",
             0,
             "the plain address space does not end at a multiple of 4096",

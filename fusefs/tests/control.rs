@@ -262,7 +262,9 @@ fn what_fails_says_why_and_can_be_asked_again() {
     assert!(message(connection.ask(&Request::MountTree { layers: vec![] })).contains("image has 0 layers"));
     let mut liar = layers;
     liar[0].layer.index.digest = Digest::of(b"another index");
-    assert!(message(connection.ask(&Request::MountTree { layers: liar })).contains("compressed index has digest sha256:"));
+    assert!(
+        message(connection.ask(&Request::MountTree { layers: liar })).contains("compressed index has digest sha256:")
+    );
     assert!(matches!(connection.ask(&Request::Status), Response::Status { .. }));
 }
 
