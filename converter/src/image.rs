@@ -272,7 +272,9 @@ impl ImageDestination {
     /// When the destination does not answer.
     pub async fn has_blob(&self, digest: &Digest, len: u64) -> Result<bool, ImageError> {
         match self {
-            Self::Registry { client, reference, .. } => Ok(client.blob_len(reference, digest).await? == Some(len)),
+            Self::Registry { client, reference, .. } => {
+                Ok(client.stored_blob_len(reference, digest).await? == Some(len))
+            }
             Self::OciDirectory(writer) => Ok(writer.has_blob(digest, len)),
         }
     }
