@@ -96,3 +96,25 @@ fn no_test_is_switched_off() {
         }
     }
 }
+
+/// Between backticks, `docs/SEMANTICS.md` has file names and names of tests; the latter have no slash and no dot.
+#[test]
+fn every_test_that_the_semantics_name_exists() {
+    let text = fs::read_to_string(root().join("docs/SEMANTICS.md")).expect("readable");
+    let code: String = ["converter", "fusefs"]
+        .iter()
+        .flat_map(|name| sources(&root().join(name).join("src")))
+        .map(|source| fs::read_to_string(source).expect("readable"))
+        .collect();
+    let is_test_name = |word: &&str| {
+        word.contains('_') && word.chars().all(|character| character.is_ascii_alphanumeric() || character == '_')
+    };
+    let names: Vec<_> = text.split('`').skip(1).step_by(2).filter(is_test_name).collect();
+    assert!(names.len() > 20, "{names:?}");
+    for name in names {
+        assert!(
+            code.contains(&format!("#[test]\nfn {name}()")) || code.contains(&format!("#[test]\n    fn {name}()")),
+            "{name}"
+        );
+    }
+}
