@@ -20,10 +20,10 @@ build: deps
 test: build
 	tests/images/build busybox debian python
 	$(CARGO) test --release --workspace
-	$(CARGO) test --release --package lazuli-tests --test real_images -- --nocapture python
+	$(CARGO) test --release --workspace --test real_images -- --nocapture python
 
 test-images: build images
-	$(CARGO) test --release --package lazuli-tests --test real_images -- --nocapture --test-threads 1
+	$(CARGO) test --release --workspace --test real_images -- --nocapture --test-threads 1
 
 bench: build
 	benches/convert
