@@ -2,6 +2,7 @@
 //!
 //! [`merge`](mod@merge) makes one tree of an image's layers; `lazuli-fused` ([`Daemon`]) shows the trees of a node
 //! in one session and is asked over the [`control`] socket; [`mount_image`] shows one image without a daemon.
+//! [`erofs`] writes a tree as an EROFS image and mounts it; no session uses that yet.
 //! Bytes come from `storage`, which asks the sources that a [`SourceFactory`] makes.
 //!
 //! Words: a *tree* is what a container sees of an image; a *session* is one FUSE mount; a *slot* is the

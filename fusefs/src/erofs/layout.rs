@@ -112,7 +112,7 @@ const _: () = assert!(size_of::<SuperBlock>() == 128);
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct DeviceSlot {
-    /// What the device holds: here the hex digits of a blob's digest.
+    /// What the device holds: here the hex digits of a layer's id.
     pub tag: [u8; 64],
     /// Length, in blocks.
     pub block_count: U32,
