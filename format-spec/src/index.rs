@@ -736,10 +736,7 @@ impl<B: AsRef<[u8]>> Index<B> {
         }
         ensure(tar_end == self.tar_len, "frame", self.frames().len() as u64, "the frames do not cover the tar stream")
     }
-}
 
-// Second half of the rules: what stands in the blob twice.
-impl<B: AsRef<[u8]>> Index<B> {
     fn check_hot_pack(&self) -> Result<(), FormatError> {
         let is_content = |inode: &&Inode| inode.is_regular() && inode.size != 0;
         let piece_count = self.hot_pieces().len();

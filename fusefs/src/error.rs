@@ -64,8 +64,8 @@ pub enum Error {
     /// The layers do not make a tree.
     #[error(transparent)]
     Merge(#[from] MergeError),
-    /// A tree is kept for other layers: an image lies about one of its blobs.
-    #[error("tree {0} is known with other layers: one of two images is wrong about a layer")]
+    /// A tree is kept for other layers: its record is damaged.
+    #[error("tree {0} is kept for other layers: remove its files below trees/")]
     OtherLayers(TreeId),
     /// A file of the root directory cannot be read or written.
     #[error("{}: {error}", path.display())]

@@ -144,9 +144,6 @@ impl Service {
             let new = || Arc::new(PendingTree { layers: lazy_layers.clone(), tree: OnceCell::new() });
             self.trees().entry(id).or_insert_with(new).clone()
         };
-        if pending.layers != lazy_layers {
-            return Err(Error::OtherLayers(id));
-        }
         let made = pending.tree.get_or_try_init(|| self.make_tree(id, layers)).await.cloned();
         if made.is_err() {
             self.forget_failed(id, pending);

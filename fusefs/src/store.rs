@@ -111,10 +111,10 @@ impl TreeStore {
     ///
     /// # Errors
     ///
-    /// [`Error::OtherLayers`] if it was made from layers of the same name with other indexes.
+    /// [`Error::OtherLayers`] if its record names other layers.
     pub(crate) fn load(&self, id: TreeId, layers: &[RemoteLayer]) -> Result<Option<StoredTree>, Error> {
         let Some(record) = self.record(id) else { return Ok(None) };
-        if !record.layers.iter().map(|layer| layer.layer).eq(layers.iter().map(|layer| layer.layer)) {
+        if !record.layers.iter().map(|layer| layer.layer.id()).eq(layers.iter().map(|layer| layer.layer.id())) {
             return Err(Error::OtherLayers(id));
         }
         let path = self.path(id);
@@ -252,6 +252,9 @@ mod tests {
         assert!(matches!(store.load(id, &other), Err(Error::OtherLayers(_))));
         let elsewhere = vec![RemoteLayer { image: "mirror/repository:tag".to_owned(), ..layers[0].clone() }];
         assert!(store.load(id, &elsewhere).unwrap().is_some(), "the place to fetch from does not matter");
+        let mut elsewhere = layers.clone();
+        elsewhere[0].layer.blob = Digest::of(b"another blob with the same index");
+        assert!(store.load(id, &elsewhere).unwrap().is_some(), "what counts is the index");
         assert_eq!(store.records().unwrap().len(), 1);
     }
 

@@ -118,13 +118,12 @@ fn stat_shows_every_field_of_the_layer() {
     assert_eq!(fs::write(image.path("new"), "").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
 }
 
-#[test]
-fn extended_attributes_are_those_of_the_layer() {
-    // An ACL: version 2; the owner, one more user, the group, the mask and the others.
+/// An ACL: version 2; the owner, one more user, the group, the mask and the others.
+fn acl_with_user_1234() -> Vec<u8> {
     let entry = |tag: u16, permissions: u16, id: u32| {
         [&tag.to_le_bytes()[..], &permissions.to_le_bytes(), &id.to_le_bytes()].concat()
     };
-    let acl = [
+    [
         2u32.to_le_bytes().to_vec(),
         entry(1, 6, u32::MAX),
         entry(2, 4, 1234),
@@ -132,7 +131,12 @@ fn extended_attributes_are_those_of_the_layer() {
         entry(16, 4, u32::MAX),
         entry(32, 0, u32::MAX),
     ]
-    .concat();
+    .concat()
+}
+
+#[test]
+fn extended_attributes_are_those_of_the_layer() {
+    let acl = acl_with_user_1234();
     // CAP_NET_BIND_SERVICE, permitted and effective (VFS_CAP_REVISION_2).
     let capability = [1u32 | 0x0200_0000, 1 << 10, 0, 0, 0].map(u32::to_le_bytes).concat();
     let image = Mounted::new(&[layer([
@@ -167,18 +171,7 @@ fn extended_attributes_are_those_of_the_layer() {
 
 #[test]
 fn an_acl_counts_when_permissions_are_checked() {
-    let entry = |tag: u16, permissions: u16, id: u32| {
-        [&tag.to_le_bytes()[..], &permissions.to_le_bytes(), &id.to_le_bytes()].concat()
-    };
-    let acl = [
-        2u32.to_le_bytes().to_vec(),
-        entry(1, 6, u32::MAX),
-        entry(2, 4, 1234),
-        entry(4, 0, u32::MAX),
-        entry(16, 4, u32::MAX),
-        entry(32, 0, u32::MAX),
-    ]
-    .concat();
+    let acl = acl_with_user_1234();
     let image = Mounted::new(&[layer([("file", file("for 1234").mode(0o640).xattr("system.posix_acl_access", &acl))])]);
     fs::set_permissions(image.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let read_as = |user: u32| {
