@@ -21,6 +21,7 @@ pub const JOBS_MAX: usize = 64;
 /// A pool of compressor threads. Dropping it ends them.
 #[derive(Debug)]
 pub struct Compressor {
+    level: i32,
     jobs: Sender<Job>,
     buffers: BufferPool,
 }
@@ -37,6 +38,8 @@ pub(crate) struct CompressedFrame {
     /// Its place among the frames of its layer.
     pub(crate) sequence: u64,
     pub(crate) plain: PlainFrame,
+    /// Digests of the content of files in it, as [`PlainFrame::contents`].
+    pub(crate) contents: Vec<Digest>,
     /// The zstd frame and its digest.
     pub(crate) compressed: io::Result<(Vec<u8>, Digest)>,
 }
@@ -57,7 +60,12 @@ impl Compressor {
             thread::Builder::new().name("compress".to_owned()).spawn(move || work(&mut compressor, &receiver))?;
         }
         // One is being filled in each layer; the others wait to be compressed, are compressed, or wait to be written.
-        Ok(Self { jobs, buffers: BufferPool::new(layer_count + 2 * job_count + 2) })
+        Ok(Self { level, jobs, buffers: BufferPool::new(layer_count + 2 * job_count + 2) })
+    }
+
+    /// A context of the caller's own, that compresses as the threads do.
+    pub(crate) fn context(&self) -> io::Result<zstd::bulk::Compressor<'static>> {
+        new_context(self.level)
     }
 
     pub(crate) fn buffers(&self) -> &BufferPool {
@@ -89,7 +97,8 @@ fn work(compressor: &mut zstd::bulk::Compressor<'_>, receiver: &Mutex<Receiver<J
             let digest = Digest::of(&scratch);
             (scratch.as_slice().to_vec(), digest)
         });
+        let contents = plain.contents.iter().map(|content| Digest::of(&plain[content.clone()])).collect();
         // A layer that failed meanwhile no longer listens.
-        let _ = done.send(CompressedFrame { sequence, plain, compressed });
+        let _ = done.send(CompressedFrame { sequence, plain, contents, compressed });
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     blob_reader::BlobReader,
     compress::Compressor,
     image::{ImageDestination, ImageError, ImageSource},
-    layer::{ConvertedLayer, LayerError, convert_layer},
+    layer::{ConvertedLayer, LayerError, LayerFacts, SpooledLayer, spool_layer},
     manifest::{Descriptor, Platform, media_type},
     report::{LayerContent, LayerReport, Observer, Report},
     resolve::{ResolveError, ResolvedImage, resolve_image},
@@ -103,14 +103,16 @@ pub async fn convert(
     let layers_at_once = jobs.min(LAYERS_AT_ONCE_MAX);
     let compressor = Compressor::new(options.level, jobs, layers_at_once).map_err(ConvertError::Compressor)?;
     let work = LayerWork { source, destination, compressor: Arc::new(compressor), observer };
-    let pending = pending_layers(&image);
-    let done: HashMap<Digest, (Descriptor, LayerReport)> = stream::iter(pending)
-        .map(|(number, descriptor, diff_id)| {
-            let work = &work;
-            async move { Ok::<_, ConvertError>((descriptor.digest, work.process(number, descriptor, diff_id).await?)) }
-        })
+    let prepared: Vec<PreparedLayer> = stream::iter(pending_layers(&image))
+        .map(|layer| work.prepare(layer))
         .buffer_unordered(layers_at_once)
-        .try_collect::<HashMap<_, _>>()
+        .try_collect()
+        .await?;
+    let done: HashMap<Digest, (Descriptor, LayerReport)> = stream::iter(prepared)
+        .map(|layer| work.finish(layer))
+        .buffer_unordered(layers_at_once)
+        .map_ok(|(descriptor, report)| (report.source_digest, (descriptor, report)))
+        .try_collect()
         .await?;
     let mut reports = Vec::with_capacity(image.manifest.layers.len());
     for layer in &mut image.manifest.layers {
@@ -134,15 +136,38 @@ pub async fn convert(
     })
 }
 
-/// Every different layer once, with its number and diff ID; the largest first, so that it is not waited for alone.
-fn pending_layers(image: &ResolvedImage) -> Vec<(usize, Descriptor, Digest)> {
-    let mut pending: Vec<(usize, Descriptor, Digest)> = Vec::new();
+/// A layer that is still to be brought to the destination.
+#[derive(Debug, Clone)]
+struct PendingLayer {
+    /// Its place in the image.
+    number: usize,
+    descriptor: Descriptor,
+    diff_id: Digest,
+}
+
+/// A layer that was read.
+struct PreparedLayer {
+    pending: PendingLayer,
+    state: Preparation,
+    started: Instant,
+}
+
+enum Preparation {
+    /// It stays as it is; whether it had to be sent.
+    CarriedOver { uploaded: bool },
+    /// Its frames are written.
+    Spooled(Box<SpooledLayer>),
+}
+
+/// Every different layer once; the largest first, so that it is not waited for alone.
+fn pending_layers(image: &ResolvedImage) -> Vec<PendingLayer> {
+    let mut pending: Vec<PendingLayer> = Vec::new();
     for (number, (layer, diff_id)) in image.manifest.layers.iter().zip(&image.diff_ids).enumerate() {
-        if pending.iter().all(|(_, other, _)| other.digest != layer.digest) {
-            pending.push((number, layer.clone(), *diff_id));
+        if pending.iter().all(|other| other.descriptor.digest != layer.digest) {
+            pending.push(PendingLayer { number, descriptor: layer.clone(), diff_id: *diff_id });
         }
     }
-    pending.sort_by_key(|(number, layer, _)| (std::cmp::Reverse(layer.size), *number));
+    pending.sort_by_key(|layer| (std::cmp::Reverse(layer.descriptor.size), layer.number));
     pending
 }
 
@@ -177,29 +202,49 @@ struct LayerWork<'a> {
 }
 
 impl LayerWork<'_> {
-    /// Brings one layer to the destination, converted where it can be; returns its new descriptor.
-    async fn process(
-        &self,
-        number: usize,
-        descriptor: Descriptor,
-        diff_id: Digest,
-    ) -> Result<(Descriptor, LayerReport), ConvertError> {
+    /// Reads one layer: writes its frames, or sends it on as it is where it cannot or need not be converted.
+    async fn prepare(&self, pending: PendingLayer) -> Result<PreparedLayer, ConvertError> {
         let started = Instant::now();
+        let descriptor = &pending.descriptor;
         let digest = descriptor.digest;
-        self.observer.layer_starts(number, &digest, descriptor.size);
+        self.observer.layer_starts(pending.number, &digest, descriptor.size);
         let lazy = LazyLayer::from_annotations(|key| descriptor.annotation(key))
             .map_err(|error| ConvertError::Annotations { digest, error })?
             .filter(|lazy| lazy.blob == digest && lazy.blob_len == descriptor.size);
         let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&descriptor.media_type.as_str());
-        let (target, content, uploaded) = if lazy.is_some() || !is_convertible {
-            let uploaded = self.carry_over(number, &descriptor).await?;
-            (descriptor.clone(), None, uploaded)
+        let state = if lazy.is_some() || !is_convertible {
+            Preparation::CarriedOver { uploaded: self.carry_over(pending.number, descriptor).await? }
         } else {
-            self.convert(number, &descriptor, diff_id).await?
+            Preparation::Spooled(Box::new(self.spool(&pending).await?))
+        };
+        Ok(PreparedLayer { pending, state, started })
+    }
+
+    async fn spool(&self, pending: &PendingLayer) -> Result<SpooledLayer, ConvertError> {
+        let PendingLayer { number, descriptor, diff_id } = pending;
+        let stream = self.source.blob_stream(&descriptor.digest).await?;
+        let spool = self.destination.spool()?;
+        let compressor = Arc::clone(&self.compressor);
+        let work = move |blob: BlobReader<Pieces>| spool_layer(blob, spool, &compressor);
+        let spooled = self.read_blob(*number, stream, descriptor, work).await?;
+        if spooled.facts.diff_id != *diff_id {
+            let (expected, found) = (*diff_id, spooled.facts.diff_id);
+            return Err(ConvertError::DiffId { digest: descriptor.digest, expected, found });
+        }
+        Ok(spooled)
+    }
+
+    /// Brings a layer to the destination; returns its new descriptor.
+    async fn finish(&self, layer: PreparedLayer) -> Result<(Descriptor, LayerReport), ConvertError> {
+        let PreparedLayer { pending: PendingLayer { number, descriptor, diff_id }, state, started } = layer;
+        let (source_digest, source_len) = (descriptor.digest, descriptor.size);
+        let (target, content, uploaded) = match state {
+            Preparation::CarriedOver { uploaded } => (descriptor, None, uploaded),
+            Preparation::Spooled(spooled) => self.finish_spooled(number, descriptor, *spooled).await?,
         };
         let report = LayerReport {
-            source_digest: digest,
-            source_len: descriptor.size,
+            source_digest,
+            source_len,
             target_digest: target.digest,
             target_len: target.size,
             diff_id,
@@ -212,28 +257,23 @@ impl LayerWork<'_> {
         Ok((target, report))
     }
 
-    async fn convert(
+    async fn finish_spooled(
         &self,
         number: usize,
-        descriptor: &Descriptor,
-        diff_id: Digest,
+        descriptor: Descriptor,
+        spooled: SpooledLayer,
     ) -> Result<(Descriptor, Option<LayerContent>, bool), ConvertError> {
         let digest = descriptor.digest;
-        let stream = self.source.blob_stream(&digest).await?;
-        let mut spool = self.destination.spool()?;
+        let facts = spooled.facts;
         let compressor = Arc::clone(&self.compressor);
-        let (converted, mut spool) = self
-            .read_blob(number, stream, descriptor, move |blob| {
-                let converted = convert_layer(blob, &mut spool, &compressor);
-                converted.map(|converted| (converted, spool))
-            })
-            .await?;
-        if converted.diff_id != diff_id {
-            return Err(ConvertError::DiffId { digest, expected: diff_id, found: converted.diff_id });
-        }
+        let thread = tokio::task::spawn_blocking(move || spooled.finish(&[], &compressor));
+        let mut converted = thread
+            .await
+            .map_err(|_| ConvertError::Aborted(digest))?
+            .map_err(|error| ConvertError::Layer { digest, error })?;
         let lazy = converted.layer;
-        let uploaded = self.send(number, &lazy.blob, lazy.blob_len, &mut spool).await?;
-        let mut annotations = descriptor.annotations.clone().unwrap_or_default();
+        let uploaded = self.send(number, &lazy.blob, lazy.blob_len, &mut converted.spool).await?;
+        let mut annotations = descriptor.annotations.unwrap_or_default();
         annotations.extend(lazy.to_annotations());
         let target = Descriptor {
             media_type: media_type::OCI_LAYER_ZSTD.to_owned(),
@@ -244,7 +284,7 @@ impl LayerWork<'_> {
             // What else there is says something about the original blob, like its address.
             rest: BTreeMap::new(),
         };
-        Ok((target, Some(content_of(&converted)), uploaded))
+        Ok((target, Some(content_of(&facts, &converted)), uploaded))
     }
 
     /// Copies a blob as it is; returns whether bytes had to be moved.
@@ -307,13 +347,15 @@ impl LayerWork<'_> {
     }
 }
 
-fn content_of(converted: &ConvertedLayer) -> LayerContent {
+fn content_of(facts: &LayerFacts, converted: &ConvertedLayer) -> LayerContent {
     LayerContent {
-        plain_len: converted.tar_len,
-        content_len: converted.content_len,
-        frames: converted.frame_count,
-        files: converted.inode_count,
+        plain_len: facts.tar_len,
+        content_len: facts.content_len,
+        frames: facts.frame_count,
+        files: facts.inode_count,
         index_len: converted.layer.index.compressed_len,
+        hot_len: converted.layer.hot_len,
+        dedup_len: converted.dedup_len,
     }
 }
 

@@ -1,39 +1,47 @@
 //! Converts one layer: a stream of the original blob in, a lazy layer blob in a file out.
 //!
-//! The calling thread decompresses, walks the tar stream and cuts it; the compressor's threads make
-//! frames; one more thread puts them in order, hashes and writes. Everything between them is bounded by
-//! the compressor's buffers. The result depends on the input and the level only.
+//! First the frames are written. The calling thread decompresses, walks the tar stream and cuts it; the
+//! compressor's threads make frames; one more thread puts them in order, hashes and writes. Everything
+//! between them is bounded by the compressor's buffers. What goes behind the frames waits until it is
+//! known what of the layer a start-up reads, for which all layers of the image are needed.
+//!
+//! The result depends on the input, the level and the hot pieces only.
 
 use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, Read, Write},
+    ops::Range,
+    os::unix::fs::FileExt,
     sync::mpsc::{Receiver, channel},
     thread,
 };
 
 use bytes::Bytes;
 use format_spec::{
-    Digest, DigestHasher, FormatError, Frame, LayerData, LazyLayer,
+    BlobTail, CompressedIndex, Digest, DigestHasher, FormatError, Frame, HotPiece, Index, LayerData, LazyLayer,
     builder::BuildError,
+    dedup,
     footer::{Footer, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
+    index::DedupLocation,
 };
 
 use crate::{
     blob_reader::{BlobError, BlobReader},
     compress::{CompressedFrame, Compressor},
+    contents::{ContentPiece, dedup_pieces},
+    frame_reader::FrameReader,
     framer::{EntryOutline, PIECE_LEN_MAX, piece_len},
+    hot_pack::HotPack,
     layer_index::build_index,
     plain::{PlainFrame, PlainStream},
     tree::{LayerTree, TreeError},
     walker::{Entry, TarError, TarInput, next_entry},
 };
 
-/// A converted layer.
-#[derive(Debug)]
-pub struct ConvertedLayer {
-    /// What a descriptor's annotations say of it.
-    pub layer: LazyLayer,
+/// What conversion found in a layer.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerFacts {
     /// Digest of the tar stream.
     pub diff_id: Digest,
     /// Length of the tar stream, in bytes.
@@ -44,6 +52,30 @@ pub struct ConvertedLayer {
     pub inode_count: u64,
     /// Total length of its regular files, in bytes.
     pub content_len: u64,
+}
+
+/// A layer whose frames are written. Its hot pack is still to be chosen.
+#[derive(Debug)]
+pub struct SpooledLayer {
+    /// What is in it.
+    pub facts: LayerFacts,
+    /// The index as it is so far.
+    pub index: Index<Vec<u8>>,
+    spool: File,
+    blob_len: u64,
+    blob_hasher: DigestHasher,
+    pieces: Vec<dedup::DedupPiece>,
+}
+
+/// A layer blob that is complete.
+#[derive(Debug)]
+pub struct ConvertedLayer {
+    /// What a descriptor's annotations say of it.
+    pub layer: LazyLayer,
+    /// The blob.
+    pub spool: File,
+    /// Length of the dedup section, in bytes; 0 without one.
+    pub dedup_len: u64,
 }
 
 /// A layer cannot be converted.
@@ -58,6 +90,9 @@ pub enum LayerError {
     /// The tar stream holds something that cannot be unpacked.
     #[error(transparent)]
     Tree(#[from] TreeError),
+    /// The hot pack cannot be made.
+    #[error("making the hot pack: {0}")]
+    HotPack(io::Error),
     /// The converted layer cannot be written.
     #[error("writing the converted layer: {0}")]
     Write(io::Error),
@@ -69,16 +104,17 @@ pub enum LayerError {
     Format(#[from] FormatError),
 }
 
-/// Converts the layer that `blob` delivers and writes it to `output`, from its start.
+/// Writes the frames of the layer that `blob` delivers to `spool`, an empty file.
 ///
 /// # Errors
 ///
-/// When the blob is not what its descriptor says or no layer, or `output` cannot be written.
-pub fn convert_layer<P: Iterator<Item = Result<Bytes, String>>>(
+/// When the blob is not what its descriptor says or no layer, or `spool` cannot be written.
+pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
     mut blob: BlobReader<P>,
-    output: &mut File,
+    mut spool: File,
     compressor: &Compressor,
-) -> Result<ConvertedLayer, LayerError> {
+) -> Result<SpooledLayer, LayerError> {
+    let output = &mut spool;
     let (walked, written) = thread::scope(|scope| {
         let (done, frames) = channel();
         let writer = scope.spawn(|| write_frames(frames, output));
@@ -103,7 +139,25 @@ pub fn convert_layer<P: Iterator<Item = Result<Bytes, String>>>(
         blob.finish()?;
     }
     let (tree, tar_len) = walked?;
-    finish_blob(tree, tar_len, written, output)
+    let Written { frames, pieces, blob_hasher, blob_len, tar_hasher, .. } = written;
+    let built = build_index(tree)?;
+    let data = LayerData {
+        tar_len,
+        space_len: built.space_len,
+        extents: &built.extents,
+        frames: &frames,
+        ..LayerData::default()
+    };
+    let facts = LayerFacts {
+        diff_id: tar_hasher.finish(),
+        tar_len,
+        frame_count: frames.len() as u64,
+        inode_count: built.inode_count,
+        content_len: built.content_len,
+    };
+    let index = Index::open(built.builder.layer_bytes(&data)?)?;
+    let pieces = dedup_pieces(index.extents(), &pieces);
+    Ok(SpooledLayer { facts, index, spool, blob_len, blob_hasher, pieces })
 }
 
 /// Walks the whole stream; returns the tree and the length of the stream.
@@ -134,6 +188,7 @@ fn cut_entry<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
         stream.cut_at(entry.start).map_err(TarError::Io)?;
     }
     let is_large = outline.is_large();
+    mark_content(stream, &entry, content_start);
     tree.apply(entry, content_start)?;
     if is_large {
         cut_content(stream, stored_len)?;
@@ -145,6 +200,25 @@ fn cut_entry<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
         return Err(TarError::Truncated(stream.position()).into());
     }
     skip_padding(stream, padding_len)
+}
+
+/// Tells the stream where the content of a file stands; each run of a sparse file is by itself.
+fn mark_content<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
+    stream: &mut PlainStream<R, S>,
+    entry: &Entry,
+    content_start: u64,
+) {
+    match &entry.segments {
+        None => stream.mark_content(content_start..content_start.saturating_add(entry.stored_len)),
+        Some(segments) => {
+            let mut start = content_start;
+            for segment in segments {
+                let end = start.saturating_add(segment.len);
+                stream.mark_content(start..end);
+                start = end;
+            }
+        }
+    }
 }
 
 /// Cuts a large file into pieces; the last one stays open for the padding.
@@ -181,6 +255,7 @@ fn skip_padding<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
 #[derive(Default)]
 struct Written {
     frames: Vec<Frame>,
+    pieces: Vec<ContentPiece>,
     tar_len: u64,
     tar_hasher: DigestHasher,
     blob_len: u64,
@@ -199,6 +274,10 @@ fn write_frames(frames: Receiver<CompressedFrame>, output: &mut File) -> io::Res
             output.write_all(&compressed)?;
             written.tar_hasher.update(&frame.plain);
             written.blob_hasher.update(&compressed);
+            let tar_position = |position: usize| written.tar_len + position as u64;
+            let tar = |content: &Range<usize>| tar_position(content.start)..tar_position(content.end);
+            let pieces = frame.plain.contents.iter().zip(&frame.contents);
+            written.pieces.extend(pieces.map(|(content, digest)| ContentPiece { tar: tar(content), digest: *digest }));
             let len = |bytes: &[u8]| u32::try_from(bytes.len()).expect("frames are small");
             written.frames.push(Frame {
                 blob_offset: written.blob_len.into(),
@@ -214,39 +293,63 @@ fn write_frames(frames: Receiver<CompressedFrame>, output: &mut File) -> io::Res
     Ok(written)
 }
 
-/// Appends index and footer.
-fn finish_blob(
-    tree: LayerTree,
-    tar_len: u64,
-    written: Written,
-    output: &mut File,
-) -> Result<ConvertedLayer, LayerError> {
-    let Written { frames, mut blob_hasher, blob_len, tar_hasher, .. } = written;
-    let built = build_index(tree)?;
-    let index = built.builder.finish_layer(&LayerData {
-        tar_len,
-        space_len: built.space_len,
-        extents: &built.extents,
-        frames: &frames,
-        ..LayerData::default()
-    })?;
-    let location = index.location(blob_len + SKIPPABLE_HEADER_LEN);
-    let header = skippable_header(SkippableKind::Index, location.compressed_len)
-        .ok_or(BuildError("an index of more than 4 GiB"))?;
-    let footer = Footer::new(&location, 0, 0).to_frame();
-    for bytes in [header.as_slice(), &index.bytes, &footer] {
-        output.write_all(bytes).map_err(LayerError::Write)?;
-        blob_hasher.update(bytes);
+impl SpooledLayer {
+    /// Reads content of the layer's files.
+    pub fn reader(&self) -> FrameReader<'_, Vec<u8>> {
+        FrameReader::new(&self.index, Box::new(|blob| read_range(&self.spool, blob)))
     }
-    let blob_len = location.range().end + footer.len() as u64;
-    Ok(ConvertedLayer {
-        layer: LazyLayer { blob: blob_hasher.finish(), blob_len, index: location, hot_len: 0 },
-        diff_id: tar_hasher.finish(),
-        tar_len,
-        frame_count: frames.len() as u64,
-        inode_count: built.inode_count,
-        content_len: built.content_len,
-    })
+
+    /// Completes the blob with a hot pack of these pieces, which [`Index::check`] has to accept.
+    ///
+    /// # Errors
+    ///
+    /// When the pieces break a rule of the format or the spool cannot be read or written.
+    pub fn finish(mut self, hot_pieces: &[HotPiece], compressor: &Compressor) -> Result<ConvertedLayer, LayerError> {
+        let mut context = compressor.context().map_err(LayerError::Write)?;
+        let hot = HotPack::new(hot_pieces, &mut self.reader(), &mut context).map_err(LayerError::HotPack)?;
+        let dedup = if self.pieces.is_empty() { None } else { Some(dedup::compress(&self.pieces)?) };
+        let location = dedup.as_ref().map(|section| DedupLocation {
+            compressed_len: (section.bytes.len() as u64).into(),
+            plain_len: section.plain_len.into(),
+            digest: *section.digest.as_bytes(),
+        });
+        let tail = BlobTail { hot_frames: &hot.frames, hot_pieces, dedup: location.as_slice() };
+        let index = CompressedIndex::with_tail(self.index.as_bytes(), &tail)?;
+        let location = index.location(self.blob_len + SKIPPABLE_HEADER_LEN);
+        let dedup = dedup.map_or(Vec::new(), |section| section.bytes);
+        let (hot_len, dedup_len) = (hot.bytes.len() as u64, dedup.len() as u64);
+        self.append(SkippableKind::Index, &index.bytes)?;
+        self.append(SkippableKind::HotPack, &hot.bytes)?;
+        self.append(SkippableKind::Dedup, &dedup)?;
+        self.write(&Footer::new(&location, hot_len, dedup_len).to_frame())?;
+        let layer = LazyLayer { blob: self.blob_hasher.finish(), blob_len: self.blob_len, index: location, hot_len };
+        Ok(ConvertedLayer { layer, spool: self.spool, dedup_len })
+    }
+
+    /// Appends a skippable frame, unless it would be empty.
+    fn append(&mut self, kind: SkippableKind, content: &[u8]) -> Result<(), LayerError> {
+        if content.is_empty() {
+            return Ok(());
+        }
+        let header = skippable_header(kind, content.len() as u64);
+        self.write(&header.ok_or(BuildError("an index, hot pack or dedup section of more than 4 GiB"))?)?;
+        self.write(content)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
+        self.spool.write_all_at(bytes, self.blob_len).map_err(LayerError::Write)?;
+        self.blob_hasher.update(bytes);
+        self.blob_len += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// Exactly these bytes of a file.
+fn read_range(file: &File, range: Range<u64>) -> io::Result<Vec<u8>> {
+    let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+    let mut bytes = vec![0; len];
+    file.read_exact_at(&mut bytes, range.start)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]

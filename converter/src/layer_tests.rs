@@ -3,7 +3,7 @@
 use std::io::{Read as _, Seek as _};
 
 use flate2::{Compression, write::GzEncoder};
-use format_spec::{Footer, Index, Inode, footer::FOOTER_FRAME_LEN};
+use format_spec::{Extent, Footer, Inode, footer::FOOTER_FRAME_LEN};
 use proptest::prelude::*;
 
 use super::*;
@@ -11,8 +11,14 @@ use crate::framer::{GROUP_LEN_MAX, LARGE_FILE_LEN_MIN};
 
 const LEVEL: i32 = 3;
 
+#[derive(Debug)]
+struct Converted {
+    facts: LayerFacts,
+    layer: LazyLayer,
+}
+
 /// Converts a source blob that arrives in pieces of `piece_len`.
-fn convert(source: &[u8], piece_len: usize, jobs: usize) -> Result<(ConvertedLayer, Vec<u8>), LayerError> {
+fn convert(source: &[u8], piece_len: usize, jobs: usize) -> Result<(Converted, Vec<u8>), LayerError> {
     let pieces = source.chunks(piece_len).map(|piece| Ok(Bytes::copy_from_slice(piece)));
     convert_blob(BlobReader::new(pieces, Digest::of(source), source.len() as u64), jobs)
 }
@@ -20,14 +26,19 @@ fn convert(source: &[u8], piece_len: usize, jobs: usize) -> Result<(ConvertedLay
 fn convert_blob(
     blob: BlobReader<impl Iterator<Item = Result<Bytes, String>>>,
     jobs: usize,
-) -> Result<(ConvertedLayer, Vec<u8>), LayerError> {
+) -> Result<(Converted, Vec<u8>), LayerError> {
     let compressor = Compressor::new(LEVEL, jobs, 1).unwrap();
-    let mut output = tempfile::tempfile().unwrap();
-    let converted = convert_layer(blob, &mut output, &compressor)?;
+    let spooled = spool_layer(blob, tempfile::tempfile().unwrap(), &compressor)?;
+    let facts = spooled.facts;
+    let (layer, bytes) = blob_of(spooled.finish(&[], &compressor)?);
+    Ok((Converted { facts, layer }, bytes))
+}
+
+fn blob_of(mut converted: ConvertedLayer) -> (LazyLayer, Vec<u8>) {
     let mut bytes = Vec::new();
-    output.rewind().unwrap();
-    output.read_to_end(&mut bytes).unwrap();
-    Ok((converted, bytes))
+    converted.spool.rewind().unwrap();
+    converted.spool.read_to_end(&mut bytes).unwrap();
+    (converted.layer, bytes)
 }
 
 fn noise(seed: u64, len: usize) -> Vec<u8> {
@@ -94,13 +105,14 @@ fn check(lens: &[usize]) {
     let tar = archive(lens);
     let (converted, blob) = convert(&gzip(&tar), 1000, 2).unwrap();
     assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), tar);
-    assert_eq!((converted.diff_id, converted.tar_len), (Digest::of(&tar), tar.len() as u64));
+    assert_eq!((converted.facts.diff_id, converted.facts.tar_len), (Digest::of(&tar), tar.len() as u64));
     assert_eq!((converted.layer.blob, converted.layer.blob_len), (Digest::of(&blob), blob.len() as u64));
     let footer = &blob[blob.len() - usize::try_from(FOOTER_FRAME_LEN).unwrap()..];
     assert_eq!(Footer::from_frame(footer, blob.len() as u64), Ok(Some((converted.layer.index, 0))));
     let index = open_index(&converted.layer, &blob);
-    assert_eq!(index.frames().len() as u64, converted.frame_count);
+    assert_eq!(index.frames().len() as u64, converted.facts.frame_count);
     assert_eq!(index.tar_len(), tar.len() as u64);
+    check_dedup_section(&index, &blob, &converted.layer);
     if lens.is_empty() {
         return;
     }
@@ -109,6 +121,75 @@ fn check(lens: &[usize]) {
         let inode = index.inode(index.lookup(directory, number.to_string().as_bytes()).unwrap()).unwrap();
         assert!(read_file(&index, &blob, inode) == noise(number as u64, *len), "file {number}");
     }
+}
+
+/// Its pieces are the extents cut where frames end, each with the digest of its content.
+fn check_dedup_section(index: &Index<Vec<u8>>, blob: &[u8], layer: &LazyLayer) {
+    let Some(location) = index.dedup() else { return assert!(index.extents().is_empty()) };
+    let end = layer.hot_range().map_or(layer.index.range().end, |range| range.end);
+    let start = end + SKIPPABLE_HEADER_LEN;
+    let range = usize::try_from(start).unwrap()..usize::try_from(start + location.compressed_len.get()).unwrap();
+    let pieces = dedup::decompress(&blob[range], location, index.space_len()).unwrap();
+    let read = |bytes: Range<u64>| {
+        Ok(blob[usize::try_from(bytes.start).unwrap()..][..usize::try_from(bytes.end - bytes.start).unwrap()].to_vec())
+    };
+    let mut reader = FrameReader::new(index, Box::new(read));
+    for piece in &pieces {
+        assert_eq!(Digest::of(&reader.read(piece.plain_range()).unwrap()), piece.digest());
+    }
+    let cuts = |extent: &Extent| index.frames_in_tar(&extent.tar_range()).len();
+    assert_eq!(pieces.len(), index.extents().iter().map(cuts).sum::<usize>());
+    let len: u64 = pieces.iter().map(|piece| piece.len.get()).sum();
+    assert_eq!(len, index.extents().iter().map(|extent| extent.len.get()).sum::<u64>());
+}
+
+#[test]
+fn the_hot_pack_holds_copies_in_its_order() {
+    let tar = archive(&[10, 3_000_000, 700_000, 0]);
+    let blob = BlobReader::new([Ok(Bytes::from(tar.clone()))].into_iter(), Digest::of(&tar), tar.len() as u64);
+    let compressor = Compressor::new(LEVEL, 2, 1).unwrap();
+    let spooled = spool_layer(blob, tempfile::tempfile().unwrap(), &compressor).unwrap();
+    let extents: Vec<_> = spooled.index.extents().iter().map(|extent| extent.plain_range()).collect();
+    let piece = |range: Range<u64>| HotPiece {
+        plain_offset: range.start.into(),
+        len: u32::try_from(range.end - range.start).unwrap().into(),
+        reason: format_spec::index::hot_reason::COMMAND.into(),
+    };
+    let pieces = [
+        piece(extents[2].clone()),
+        piece(extents[1].start + 8192..extents[1].start + 16_384),
+        piece(extents[0].clone()),
+        piece(extents[1].start + 4096..extents[1].start + 8192),
+    ];
+    let expected: Vec<u8> =
+        pieces.iter().flat_map(|piece| spooled.reader().read(piece.plain_range()).unwrap()).collect();
+    let (layer, blob) = blob_of(spooled.finish(&pieces, &compressor).unwrap());
+    assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), tar);
+    let index = open_index(&layer, &blob);
+    assert_eq!(index.hot_pieces(), pieces);
+    let hot = layer.hot_range().unwrap();
+    let mut start = usize::try_from(hot.start).unwrap();
+    let mut found = Vec::new();
+    for frame in index.hot_frames() {
+        let compressed = &blob[start..start + frame.compressed_len.get() as usize];
+        assert_eq!(Digest::of(compressed), frame.digest());
+        found.extend(zstd::bulk::decompress(compressed, frame.plain_len.get() as usize).unwrap());
+        start += compressed.len();
+    }
+    assert_eq!(start as u64, hot.end);
+    assert!(found == expected);
+    check_dedup_section(&index, &blob, &layer);
+}
+
+#[test]
+fn hot_pieces_outside_files_are_refused() {
+    let tar = archive(&[5000]);
+    let blob = BlobReader::new([Ok(Bytes::from(tar.clone()))].into_iter(), Digest::of(&tar), tar.len() as u64);
+    let compressor = Compressor::new(LEVEL, 1, 1).unwrap();
+    let spooled = spool_layer(blob, tempfile::tempfile().unwrap(), &compressor).unwrap();
+    let piece = HotPiece { plain_offset: 4096.into(), len: 4096.into(), reason: 1.into() };
+    let error = spooled.finish(&[piece], &compressor).unwrap_err();
+    assert_eq!(error.to_string(), "hot piece 0: it lies outside its file");
 }
 
 #[test]
@@ -148,7 +229,7 @@ fn gzip_may_have_many_members() {
     let tar = archive(&[1000, 2000, 3000]);
     let members = tar.chunks(700).flat_map(gzip).collect::<Vec<_>>();
     let (converted, _) = convert(&members, 100, 1).unwrap();
-    assert_eq!(converted.diff_id, Digest::of(&tar));
+    assert_eq!(converted.facts.diff_id, Digest::of(&tar));
 }
 
 #[test]
@@ -156,7 +237,7 @@ fn what_follows_the_archive_is_kept() {
     let tar = [archive(&[10]), vec![0; 5000], b"something".to_vec(), noise(1, 3_000_000)].concat();
     let (converted, blob) = convert(&gzip(&tar), 1 << 16, 2).unwrap();
     assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), tar);
-    assert_eq!(converted.inode_count, 3);
+    assert_eq!(converted.facts.inode_count, 3);
 }
 
 #[test]
@@ -164,7 +245,7 @@ fn empty_streams_are_layers_too() {
     for tar in [Vec::new(), vec![0; 1024]] {
         let (converted, blob) = convert(&gzip(&tar), 10, 1).unwrap();
         assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), tar);
-        assert_eq!((converted.inode_count, converted.frame_count), (1, u64::from(!tar.is_empty())));
+        assert_eq!((converted.facts.inode_count, converted.facts.frame_count), (1, u64::from(!tar.is_empty())));
     }
 }
 
@@ -218,11 +299,11 @@ fn refuses_a_stream_that_ends_within_a_file() {
 #[test]
 fn a_full_disk_ends_the_conversion() {
     let tar = archive(&[3_000_000; 5]);
-    let mut output = File::options().write(true).open("/dev/full").unwrap();
+    let spool = File::options().write(true).open("/dev/full").unwrap();
     let pieces = tar.chunks(1 << 16).map(|piece| Ok(Bytes::copy_from_slice(piece)));
     let blob = BlobReader::new(pieces, Digest::of(&tar), tar.len() as u64);
     let compressor = Compressor::new(LEVEL, 2, 1).unwrap();
-    let error = convert_layer(blob, &mut output, &compressor).unwrap_err();
+    let error = spool_layer(blob, spool, &compressor).unwrap_err();
     assert!(matches!(error, LayerError::Write(_)), "{error}");
 }
 
@@ -234,7 +315,7 @@ proptest! {
         let source = if magic { [&[0x1f, 0x8b, 8], bytes.as_slice()].concat() } else { bytes };
         if let Ok((converted, blob)) = convert(&source, 100, 1) {
             let plain = zstd::decode_all(blob.as_slice()).unwrap();
-            prop_assert_eq!(Digest::of(&plain), converted.diff_id);
+            prop_assert_eq!(Digest::of(&plain), converted.facts.diff_id);
         }
     }
 }

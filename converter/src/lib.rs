@@ -2,10 +2,13 @@
 
 pub mod blob_reader;
 pub mod compress;
+mod contents;
 pub mod convert;
 pub mod file_source;
+pub mod frame_reader;
 pub mod framer;
 mod header;
+mod hot_pack;
 pub mod image;
 pub mod layer;
 pub mod layer_index;

@@ -4,8 +4,9 @@
 //! fixed size, which bounds the memory of a conversion: who needs one waits until a frame is written.
 
 use std::{
+    collections::VecDeque,
     io::{self, Read},
-    ops::Deref,
+    ops::{Deref, Range},
     sync::{Arc, Condvar, Mutex, PoisonError},
 };
 
@@ -70,6 +71,8 @@ impl Drop for Buffer {
 pub(crate) struct PlainFrame {
     buffer: Buffer,
     len: usize,
+    /// Where in it content of files stands, each file by itself.
+    pub(crate) contents: Vec<Range<usize>>,
 }
 
 impl Deref for PlainFrame {
@@ -88,6 +91,8 @@ pub(crate) struct PlainStream<R, S> {
     /// Holds the stream from `frame_start` on.
     buffer: Buffer,
     frame_start: u64,
+    /// Content of files from `frame_start` on, as positions of the stream.
+    contents: VecDeque<Range<u64>>,
     /// How much of the buffer the walker has consumed, and how much is filled.
     consumed: usize,
     filled: usize,
@@ -97,7 +102,39 @@ pub(crate) struct PlainStream<R, S> {
 impl<R: Read, S: FnMut(PlainFrame) -> io::Result<()>> PlainStream<R, S> {
     pub(crate) fn new(source: R, pool: &BufferPool, sink: S) -> Self {
         let buffer = pool.take();
-        Self { source, sink, pool: pool.clone(), buffer, frame_start: 0, consumed: 0, filled: 0, is_at_end: false }
+        Self {
+            source,
+            sink,
+            pool: pool.clone(),
+            buffer,
+            frame_start: 0,
+            contents: VecDeque::new(),
+            consumed: 0,
+            filled: 0,
+            is_at_end: false,
+        }
+    }
+
+    /// Says that `content` of the stream, which follows what was said before, is content of a file.
+    pub(crate) fn mark_content(&mut self, content: Range<u64>) {
+        if !content.is_empty() {
+            self.contents.push_back(content);
+        }
+    }
+
+    /// Takes the content that stands in the current frame when that ends at `end`.
+    fn take_contents(&mut self, end: u64) -> Vec<Range<usize>> {
+        let start = self.frame_start;
+        let place = |position: u64| usize::try_from(position - start).expect("the buffer holds it");
+        let mut taken = Vec::new();
+        while let Some(content) = self.contents.front().filter(|content| content.start < end).cloned() {
+            self.contents.pop_front();
+            taken.push(place(content.start)..place(content.end.min(end)));
+            if content.end > end {
+                self.contents.push_front(end..content.end);
+            }
+        }
+        taken
     }
 
     /// Ends the current frame at `position` of the stream, which lies in what it has consumed; an empty
@@ -108,6 +145,7 @@ impl<R: Read, S: FnMut(PlainFrame) -> io::Result<()>> PlainStream<R, S> {
         if len == 0 {
             return Ok(());
         }
+        let contents = self.take_contents(position);
         let mut next = self.pool.take();
         let rest = &self.buffer.bytes[len..self.filled];
         next.bytes[..rest.len()].copy_from_slice(rest);
@@ -115,7 +153,7 @@ impl<R: Read, S: FnMut(PlainFrame) -> io::Result<()>> PlainStream<R, S> {
         self.frame_start = position;
         self.consumed -= len;
         self.filled -= len;
-        (self.sink)(PlainFrame { buffer, len })
+        (self.sink)(PlainFrame { buffer, len, contents })
     }
 
     /// Length of the current frame as far as it is consumed.

@@ -65,6 +65,10 @@ pub struct LayerContent {
     pub files: u64,
     /// Compressed length of the index, in bytes.
     pub index_len: u64,
+    /// Length of the hot pack in the blob, in bytes; 0 without one.
+    pub hot_len: u64,
+    /// Length of the dedup section in the blob, in bytes; 0 without one.
+    pub dedup_len: u64,
 }
 
 /// Is told how a conversion goes on. Layers are named by their place in the image, lowest first.

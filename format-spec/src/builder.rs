@@ -64,12 +64,29 @@ pub struct LayerData<'a> {
     pub extents: &'a [Extent],
     /// Frames, in blob order.
     pub frames: &'a [Frame],
+    /// What stands behind the index.
+    pub tail: BlobTail<'a>,
+}
+
+/// What stands behind the index of a layer; the default says that there is nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BlobTail<'a> {
     /// Frames of the hot pack, in its order.
     pub hot_frames: &'a [HotFrame],
     /// Pieces of the hot pack, in its order.
     pub hot_pieces: &'a [HotPiece],
     /// The dedup section: one, or none.
     pub dedup: &'a [DedupLocation],
+}
+
+impl<'a> BlobTail<'a> {
+    fn sections(&self) -> [NewSection<'a>; 3] {
+        [
+            new_section(section::HOT_FRAMES, 0, self.hot_frames),
+            new_section(section::HOT_PIECES, 0b11, self.hot_pieces),
+            new_section(section::DEDUP, 0, self.dedup),
+        ]
+    }
 }
 
 impl CompressedIndex {
@@ -79,6 +96,30 @@ impl CompressedIndex {
         let compressed = zstd::bulk::compress(&bytes, INDEX_COMPRESSION_LEVEL)
             .map_err(|error| FormatError::Compression(error.to_string()))?;
         Ok(Self { digest: Digest::of(&compressed), plain_len: bytes.len() as u64, bytes: compressed })
+    }
+
+    /// The index of a layer in open form with what is known last: its hot pack and its dedup section.
+    ///
+    /// # Errors
+    ///
+    /// When the bytes are no index, or the pieces break a rule of the format.
+    pub fn with_tail(open: &[u8], tail: &BlobTail<'_>) -> Result<Self, FormatError> {
+        let (header, entries) = table::parse(open)?;
+        let is_kept = |entry: &&table::SectionEntry| entry.kind < section::HOT_FRAMES;
+        let mut sections: Vec<NewSection<'_>> = entries
+            .iter()
+            .filter(is_kept)
+            .map(|entry| NewSection {
+                kind: entry.kind.get(),
+                record_len: entry.record_len.get() as usize,
+                delta_words: entry.delta_words.get(),
+                bytes: table::section_range(entry).and_then(|range| open.get(range)).unwrap_or_default(),
+            })
+            .collect();
+        sections.extend(tail.sections());
+        let bytes = table::encode(header.tar_len.get(), header.space_len.get(), &sections);
+        Index::open(&bytes)?.check()?;
+        Self::of(bytes)
     }
 
     /// The location of this index when it is written at `offset` of a blob.
@@ -218,7 +259,16 @@ impl IndexBuilder {
     ///
     /// When what was added breaks a rule of the format.
     pub fn finish_layer(self, data: &LayerData<'_>) -> Result<CompressedIndex, FormatError> {
-        CompressedIndex::of(self.finish(data, &[])?)
+        CompressedIndex::of(self.layer_bytes(data)?)
+    }
+
+    /// The index of a layer in open form; [`CompressedIndex::with_tail`] completes it.
+    ///
+    /// # Errors
+    ///
+    /// When what was added breaks a rule of the format.
+    pub fn layer_bytes(self, data: &LayerData<'_>) -> Result<Vec<u8>, FormatError> {
+        self.finish(data, &[])
     }
 
     /// A merged tree over `layers` (lowest first), in open form.
@@ -232,6 +282,7 @@ impl IndexBuilder {
 
     fn finish(self, data: &LayerData<'_>, layers: &[Digest]) -> Result<Vec<u8>, FormatError> {
         let layers: Vec<[u8; 32]> = layers.iter().map(|digest| *digest.as_bytes()).collect();
+        let [hot_frames, hot_pieces, dedup] = data.tail.sections();
         let bytes = table::encode(
             data.tar_len,
             data.space_len,
@@ -245,9 +296,9 @@ impl IndexBuilder {
                 new_section(section::EXTENTS, 0b1111, data.extents),
                 new_section(section::FRAMES, 0b1111, data.frames),
                 new_section(section::LAYERS, 0, &layers),
-                new_section(section::HOT_FRAMES, 0, data.hot_frames),
-                new_section(section::HOT_PIECES, 0b11, data.hot_pieces),
-                new_section(section::DEDUP, 0, data.dedup),
+                hot_frames,
+                hot_pieces,
+                dedup,
             ],
         );
         Index::open(&bytes)?.check()?;

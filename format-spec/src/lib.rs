@@ -16,7 +16,7 @@ pub mod index;
 pub mod table;
 
 pub use annotation::{IndexLocation, LayerId, LazyLayer};
-pub use builder::{CompressedIndex, IndexBuilder, LayerData};
+pub use builder::{BlobTail, CompressedIndex, IndexBuilder, LayerData};
 pub use digest::{Digest, DigestHasher};
 pub use footer::Footer;
 pub use index::{Dirent, Extent, Frame, HotFrame, HotPiece, Index, Inode};
