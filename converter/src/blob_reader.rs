@@ -6,8 +6,8 @@ use std::io::{self, BufRead, Read};
 use bytes::{Buf, Bytes};
 use format_spec::{Digest, DigestHasher};
 
-const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
-const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();
+pub(crate) const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+pub(crate) const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();
 /// Magic numbers of zstd's skippable frames, but for their last four bits.
 const ZSTD_SKIPPABLE_MAGIC: u32 = 0x184D_2A50;
 /// What the compression is told by.

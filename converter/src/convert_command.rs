@@ -18,10 +18,11 @@ use crate::{fail_with, progress};
 /// What `lazuli convert` is told.
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArguments {
-    /// The image: host/repository:tag, host/repository@sha256:..., or oci:DIR[:tag]
+    /// The image: host/repository:tag, host/repository@sha256:..., oci:DIR[:tag], oci-archive:FILE[:tag] or
+    /// docker-archive:FILE[:name]
     #[arg(value_name = "SRC")]
     source: Location,
-    /// Where the new image goes: host/repository:tag or oci:DIR[:tag]
+    /// Where the new image goes: host/repository:tag, oci:DIR[:tag] or oci-archive:FILE[:tag]
     #[arg(value_name = "DST")]
     destination: Location,
     /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
@@ -48,8 +49,9 @@ pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
     let jobs = jobs.or_else(|| std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
     let named = source.to_string();
     let report = async {
-        let source = ImageSource::new(source, &client);
-        let destination = ImageDestination::open(&destination, &client, &std::env::temp_dir())?;
+        let spool_directory = std::env::temp_dir();
+        let source = ImageSource::open(source, &client, &spool_directory).await?;
+        let destination = ImageDestination::open(&destination, &client, &spool_directory)?;
         let options = ConvertOptions { platform, level, jobs };
         convert(&source, &destination, &options, progress::observer(json)).await
     };

@@ -1,30 +1,25 @@
-//! Images in and out, wherever they are: manifests, blobs as streams, spool files.
+//! Images to read, wherever they are: manifests, and blobs as streams or by range.
 
 use std::{
-    fs::File,
     io,
-    os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use bytes::Bytes;
 use format_spec::Digest;
-use futures_util::{StreamExt, TryStreamExt};
-use registry::{BlobContent, Client, MANIFEST_LEN_MAX, Reference};
-use storage::{ByteStream, SourceError};
-use tokio_util::io::ReaderStream;
+use futures_util::StreamExt;
+use registry::{BlobSource, Client, MANIFEST_LEN_MAX, Reference};
+use storage::{ByteStream, Source};
 
+pub use crate::destination::{ImageDestination, Progress};
 use crate::{
-    location::Location,
+    archive::Archive, docker_archive::DockerArchive, file_source::FileSource, layout::Layout, location::Location,
     manifest::Descriptor,
-    oci_directory::{OciDirectoryWriter, blob_path, find_manifest},
 };
 
-/// Size of the pieces that files are read in.
-const FILE_PIECE_LEN: usize = 256 << 10;
 /// Longest config accepted: real ones have kilobytes.
-const CONFIG_LEN_MAX: u64 = 16 << 20;
+pub(crate) const CONFIG_LEN_MAX: u64 = 16 << 20;
 
 /// An image cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -44,14 +39,22 @@ pub enum ImageError {
     #[error("{}: no OCI image layout in this directory", .0.display())]
     NoLayout(PathBuf),
     /// A layout does not have the tag.
-    #[error("{}: no image tagged {tag}; there is: {present}", directory.display())]
+    #[error("{}: no image tagged {tag}; there is: {present}", place.display())]
     NoTag {
         /// The layout.
-        directory: PathBuf,
+        place: PathBuf,
         /// The tag.
         tag: String,
         /// The tags that are there.
         present: String,
+    },
+    /// A file is no archive, or not the one that is expected.
+    #[error("{}: {reason}", path.display())]
+    Archive {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
     },
     /// A document cannot be understood.
     #[error("{what}: {reason}")]
@@ -80,6 +83,15 @@ pub enum ImageError {
     /// A conversion would have to be stored under the digest of something else.
     #[error("{0}: a destination needs a tag, not a digest")]
     DigestDestination(Reference),
+    /// A kind of archive that cannot hold what conversion makes.
+    #[error(
+        "{0}: its layers would have to be plain tars, so nothing of a conversion would be left; \
+         write oci-archive:FILE, which docker, podman and skopeo load too"
+    )]
+    DockerDestination(Location),
+    /// A thread that reads an archive ended early.
+    #[error("{0}: reading it ended abnormally")]
+    Aborted(Location),
 }
 
 /// A manifest or index as it is stored.
@@ -93,7 +105,7 @@ pub struct StoredManifest {
     pub digest: Digest,
 }
 
-/// An image to read.
+/// An image to read. Cheap to clone.
 #[derive(Debug, Clone)]
 pub enum ImageSource {
     /// In a registry.
@@ -103,21 +115,43 @@ pub enum ImageSource {
         /// The image.
         reference: Reference,
     },
-    /// In an OCI layout.
-    OciDirectory {
-        /// The layout.
-        path: PathBuf,
-        /// The tag, where given.
-        tag: Option<String>,
-    },
+    /// In an OCI layout, a directory or an archive.
+    Layout(Layout),
+    /// In an archive of docker.
+    DockerArchive(DockerArchive),
 }
 
 impl ImageSource {
-    /// The image at `location`. Does not look whether it is there.
-    pub fn new(location: Location, client: &Client) -> Self {
-        match location {
-            Location::Registry(reference) => Self::Registry { client: client.clone(), reference },
-            Location::OciDirectory { path, tag } => Self::OciDirectory { path, tag },
+    /// The image at `location`. Of archives it finds the members; otherwise it does not look whether the image is
+    /// there. A compressed archive is decompressed into a file in `spool_directory`.
+    ///
+    /// # Errors
+    ///
+    /// When an archive cannot be read.
+    pub async fn open(location: Location, client: &Client, spool_directory: &Path) -> Result<Self, ImageError> {
+        let spool_directory = spool_directory.to_owned();
+        let named = location.clone();
+        let opened = match location {
+            Location::Registry(reference) => return Ok(Self::Registry { client: client.clone(), reference }),
+            Location::OciDirectory { path, tag } => return Ok(Self::Layout(Layout::in_directory(path, tag))),
+            Location::OciArchive { path, tag } => tokio::task::spawn_blocking(move || {
+                let archive = Arc::new(Archive::open(&path, &spool_directory)?);
+                Ok(Self::Layout(Layout::in_archive(archive, tag)))
+            }),
+            Location::DockerArchive { path, name } => tokio::task::spawn_blocking(move || {
+                let archive = Arc::new(Archive::open(&path, &spool_directory)?);
+                Ok(Self::DockerArchive(DockerArchive::open(archive, name.as_deref())?))
+            }),
+        };
+        opened.await.map_err(|_| ImageError::Aborted(named))?
+    }
+
+    /// Where the image is, for people.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Registry { reference, .. } => reference.to_string(),
+            Self::Layout(layout) => layout.name(),
+            Self::DockerArchive(archive) => archive.name(),
         }
     }
 
@@ -129,7 +163,8 @@ impl ImageSource {
     pub async fn manifest(&self) -> Result<StoredManifest, ImageError> {
         match self {
             Self::Registry { client, reference } => Ok(client.manifest(reference).await?.into()),
-            Self::OciDirectory { path, tag } => self.manifest_of(&find_manifest(path, tag.as_deref())?).await,
+            Self::Layout(layout) => self.manifest_of(&layout.image()?).await,
+            Self::DockerArchive(archive) => Ok(archive.manifest().clone()),
         }
     }
 
@@ -143,7 +178,7 @@ impl ImageSource {
             Self::Registry { client, reference } => {
                 Ok(client.manifest(&reference.with_digest(descriptor.digest)).await?.into())
             }
-            Self::OciDirectory { .. } => {
+            Self::Layout(_) | Self::DockerArchive(_) => {
                 let bytes = self.read_blob(descriptor, MANIFEST_LEN_MAX).await?;
                 Ok(StoredManifest { bytes, media_type: descriptor.media_type.clone(), digest: descriptor.digest })
             }
@@ -185,169 +220,33 @@ impl ImageSource {
     pub async fn blob_stream(&self, digest: &Digest) -> Result<ByteStream, ImageError> {
         match self {
             Self::Registry { client, reference } => Ok(client.blob_stream(reference, digest, None).await?),
-            Self::OciDirectory { path, .. } => {
-                let path = blob_path(path, digest);
-                let file = tokio::fs::File::open(&path).await;
-                let file = file.map_err(|error| ImageError::File { path: path.clone(), error })?;
-                let pieces = ReaderStream::with_capacity(file, FILE_PIECE_LEN);
-                let describe = move |error: io::Error| SourceError(format!("{}: {error}", path.display()));
-                Ok(Box::pin(pieces.map_err(describe)))
-            }
+            Self::Layout(layout) => stream(&layout.blob(digest)?).await,
+            Self::DockerArchive(archive) => stream(&archive.blob(digest)?).await,
         }
     }
+
+    /// A blob of `len` bytes to read by range, not verified.
+    ///
+    /// # Errors
+    ///
+    /// When an archive does not have it; others say so when it is read.
+    pub fn blob_source(&self, digest: &Digest, len: u64) -> Result<Arc<dyn Source>, ImageError> {
+        Ok(match self {
+            Self::Registry { client, reference } => {
+                Arc::new(BlobSource::new(client.clone(), reference.clone(), *digest, len))
+            }
+            Self::Layout(layout) => Arc::new(layout.blob(digest)?),
+            Self::DockerArchive(archive) => Arc::new(archive.blob(digest)?),
+        })
+    }
+}
+
+async fn stream(file: &FileSource) -> Result<ByteStream, ImageError> {
+    file.stream().await.map_err(|error| ImageError::File { path: file.path().to_owned(), error })
 }
 
 impl From<registry::Manifest> for StoredManifest {
     fn from(manifest: registry::Manifest) -> Self {
         Self { bytes: manifest.bytes, media_type: manifest.media_type, digest: manifest.digest }
-    }
-}
-
-/// Told how many bytes of a blob have arrived at the destination.
-pub type Progress = Arc<dyn Fn(u64) + Send + Sync>;
-
-/// A place for a new image.
-#[derive(Debug)]
-pub enum ImageDestination {
-    /// In a registry.
-    Registry {
-        /// Speaks to it.
-        client: Client,
-        /// The repository and tag.
-        reference: Reference,
-        /// Where blobs wait until they are complete.
-        spool_directory: PathBuf,
-    },
-    /// In an OCI layout.
-    OciDirectory(OciDirectoryWriter),
-}
-
-impl ImageDestination {
-    /// Prepares `location` for an image; what goes to a registry waits in `spool_directory` until it is complete.
-    ///
-    /// # Errors
-    ///
-    /// When it is no place for one.
-    pub fn open(location: &Location, client: &Client, spool_directory: &Path) -> Result<Self, ImageError> {
-        match location {
-            Location::Registry(reference) if reference.digest().is_some() => {
-                Err(ImageError::DigestDestination(reference.clone()))
-            }
-            Location::Registry(reference) => Ok(Self::Registry {
-                client: client.clone(),
-                reference: reference.clone(),
-                spool_directory: spool_directory.to_owned(),
-            }),
-            Location::OciDirectory { path, tag } => {
-                Ok(Self::OciDirectory(OciDirectoryWriter::open(path, tag.as_deref())?))
-            }
-        }
-    }
-
-    /// The image as users name it.
-    pub fn name(&self) -> String {
-        match self {
-            Self::Registry { reference, .. } => reference.to_string(),
-            Self::OciDirectory(writer) => writer.name(),
-        }
-    }
-
-    /// A file without a name for a blob on its way here.
-    ///
-    /// # Errors
-    ///
-    /// When there is no place for temporary files.
-    pub fn spool(&self) -> Result<File, ImageError> {
-        match self {
-            Self::Registry { spool_directory, .. } => tempfile::tempfile_in(spool_directory)
-                .map_err(|error| ImageError::File { path: spool_directory.clone(), error }),
-            Self::OciDirectory(writer) => writer.spool(),
-        }
-    }
-
-    /// Whether a blob is there already.
-    ///
-    /// # Errors
-    ///
-    /// When the destination does not answer.
-    pub async fn has_blob(&self, digest: &Digest, len: u64) -> Result<bool, ImageError> {
-        match self {
-            Self::Registry { client, reference, .. } => {
-                Ok(client.stored_blob_len(reference, digest).await? == Some(len))
-            }
-            Self::OciDirectory(writer) => Ok(writer.has_blob(digest, len)),
-        }
-    }
-
-    /// Stores a complete spool file of `len` bytes as a blob.
-    ///
-    /// # Errors
-    ///
-    /// When the destination does not take it.
-    pub async fn put_file(
-        &self,
-        digest: &Digest,
-        len: u64,
-        file: &mut File,
-        progress: Progress,
-    ) -> Result<(), ImageError> {
-        match self {
-            Self::Registry { client, reference, .. } => {
-                // The file has no other name; opening this one gives a position of its own.
-                let content = BlobContent::File(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
-                Ok(client.push_blob(reference, digest, len, content, progress).await?)
-            }
-            Self::OciDirectory(writer) => writer.put_file(digest, file),
-        }
-    }
-
-    /// Stores a blob that is in memory, unless it is there.
-    ///
-    /// # Errors
-    ///
-    /// When the destination does not take it.
-    pub async fn put_bytes(&self, digest: &Digest, bytes: &Bytes) -> Result<(), ImageError> {
-        let len = bytes.len() as u64;
-        if self.has_blob(digest, len).await? {
-            return Ok(());
-        }
-        match self {
-            Self::Registry { client, reference, .. } => {
-                let content = BlobContent::Bytes(bytes.clone());
-                Ok(client.push_blob(reference, digest, len, content, Arc::new(|_| {})).await?)
-            }
-            Self::OciDirectory(writer) => writer.put_bytes(digest, bytes),
-        }
-    }
-
-    /// Makes a blob of `source` available without moving its bytes, where that is possible.
-    ///
-    /// # Errors
-    ///
-    /// When the registry does not answer.
-    pub async fn mount_blob(&self, source: &ImageSource, digest: &Digest) -> Result<bool, ImageError> {
-        match (self, source) {
-            (Self::Registry { client, reference, .. }, ImageSource::Registry { reference: from, .. })
-                if from.host() == reference.host() && from.repository() != reference.repository() =>
-            {
-                Ok(client.mount_blob(from, reference, digest).await?)
-            }
-            _ => Ok(false),
-        }
-    }
-
-    /// Stores the manifest and makes the destination's tag point to it: the last step.
-    ///
-    /// # Errors
-    ///
-    /// When the destination does not take it; then the tag is as it was.
-    pub async fn publish(&self, media_type: &str, bytes: Bytes) -> Result<(), ImageError> {
-        match self {
-            Self::Registry { client, reference, .. } => {
-                client.push_manifest(reference, media_type, bytes).await?;
-                Ok(())
-            }
-            Self::OciDirectory(writer) => writer.publish(media_type, &bytes),
-        }
     }
 }

@@ -1,9 +1,12 @@
 //! Image in, lazy image out: the library behind the `lazuli` command.
 
+pub mod archive;
 pub mod blob_reader;
 pub mod compress;
 mod contents;
 pub mod convert;
+pub mod destination;
+pub mod docker_archive;
 pub mod file_source;
 pub mod frame_reader;
 pub mod framer;
@@ -12,9 +15,11 @@ mod hot_pack;
 pub mod image;
 pub mod layer;
 pub mod layer_index;
+pub mod layout;
 pub mod location;
 pub mod manifest;
 pub mod mount;
+pub mod oci_archive;
 pub mod oci_directory;
 mod pax;
 mod plain;

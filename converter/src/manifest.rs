@@ -17,13 +17,17 @@ pub mod media_type {
     pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
     /// Config of a docker image: the same content.
     pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+    /// A layer as docker keeps it on a disk: tar.
+    pub const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
+    /// A layer as docker pushes it: tar, gzip-compressed.
+    pub const DOCKER_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
     /// The layers that can be converted.
     pub const CONVERTIBLE_LAYERS: [&str; 6] = [
         "application/vnd.oci.image.layer.v1.tar",
         "application/vnd.oci.image.layer.v1.tar+gzip",
         OCI_LAYER_ZSTD,
-        "application/vnd.docker.image.rootfs.diff.tar",
-        "application/vnd.docker.image.rootfs.diff.tar.gzip",
+        DOCKER_LAYER,
+        DOCKER_LAYER_GZIP,
         "application/vnd.docker.image.rootfs.diff.tar.zstd",
     ];
 }

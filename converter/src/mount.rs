@@ -4,14 +4,11 @@ use std::{path::Path, sync::Arc};
 
 use format_spec::{Digest, LazyLayer, annotation::AnnotationError};
 use fusefs::{Mount, control::RemoteLayer, mount_image};
-use registry::BlobSource;
 use storage::{Source, SourceError};
 
 use crate::{
-    file_source::FileSource,
     image::ImageSource,
     manifest::{Descriptor, Platform},
-    oci_directory::blob_path,
     resolve::{ResolveError, ResolvedImage, resolve_image},
 };
 
@@ -53,14 +50,11 @@ pub async fn mount(
     cache_root: &Path,
 ) -> Result<Mount, MountError> {
     let image = resolve_image(source, platform).await?;
-    let name = match source {
-        ImageSource::Registry { reference, .. } => reference.to_string(),
-        ImageSource::OciDirectory { path, .. } => format!("oci:{}", path.display()),
-    };
+    let name = source.name();
     let layers = lazy_layers(&image)?.into_iter();
     let layers = layers.map(|layer| RemoteLayer { layer, image: name.clone() }).collect();
     let source = source.clone();
-    let factory = move |remote: &RemoteLayer| Ok::<_, SourceError>(layer_source(&source, &remote.layer));
+    let factory = move |remote: &RemoteLayer| layer_source(&source, &remote.layer);
     Ok(mount_image(layers, Arc::new(factory), cache_root, mount_point).await?)
 }
 
@@ -84,11 +78,6 @@ fn lazy_layer(descriptor: &Descriptor) -> Result<LazyLayer, MountError> {
     Ok(lazy)
 }
 
-fn layer_source(image: &ImageSource, layer: &LazyLayer) -> Arc<dyn Source> {
-    match image {
-        ImageSource::Registry { client, reference } => {
-            Arc::new(BlobSource::new(client.clone(), reference.clone(), layer.blob, layer.blob_len))
-        }
-        ImageSource::OciDirectory { path, .. } => Arc::new(FileSource::new(blob_path(path, &layer.blob))),
-    }
+fn layer_source(image: &ImageSource, layer: &LazyLayer) -> Result<Arc<dyn Source>, SourceError> {
+    image.blob_source(&layer.blob, layer.blob_len).map_err(|error| SourceError(error.to_string()))
 }

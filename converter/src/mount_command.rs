@@ -3,7 +3,13 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use converter::{image::ImageSource, location::Location, manifest::Platform, mount::mount};
+use converter::{
+    image::ImageSource,
+    location::Location,
+    manifest::Platform,
+    mount::{MountError, mount},
+    resolve::ResolveError,
+};
 use registry::{Client, ClientOptions};
 
 use crate::fail_with;
@@ -11,7 +17,7 @@ use crate::fail_with;
 /// What `lazuli mount` is told.
 #[derive(Debug, Args)]
 pub(crate) struct MountArguments {
-    /// The image: host/repository:tag, host/repository@sha256:..., or oci:DIR[:tag]
+    /// The image: host/repository:tag, host/repository@sha256:..., oci:DIR[:tag] or oci-archive:FILE[:tag]
     #[arg(value_name = "IMG")]
     image: Location,
     /// The directory to mount it on
@@ -47,12 +53,13 @@ pub(crate) async fn run(arguments: MountArguments, interrupted: impl Future<Outp
     let client = Client::new(ClientOptions { plain_http, ..ClientOptions::from_environment() });
     let cache_root = cache.unwrap_or_else(default_cache);
     let named = image.to_string();
-    let source = ImageSource::new(image, &client);
+    let mounting = async {
+        let source = ImageSource::open(image, &client, &std::env::temp_dir()).await.map_err(ResolveError::from)?;
+        mount(&source, platform.as_ref(), &mount_point, &cache_root).await
+    };
     tokio::pin!(interrupted);
     let mut mounted = tokio::select! {
-        result = mount(&source, platform.as_ref(), &mount_point, &cache_root) => {
-            result.map_err(|error| fail_with(&named, &error))?
-        }
+        result = mounting => result.map_err(|error: MountError| fail_with(&named, &error))?,
         () = &mut interrupted => return Err("interrupted".to_owned()),
     };
     println!("{named} is mounted on {}", mounted.mount_point().display());

@@ -1,4 +1,4 @@
-//! An OCI image layout in a directory: `oci-layout`, `index.json`, `blobs/sha256/`.
+//! An OCI image layout to write, in a directory.
 //!
 //! Writing leaves nothing behind unless it is published: blobs appear complete under their final name,
 //! `index.json` is replaced last, and what was made for a conversion that fails is removed again.
@@ -17,68 +17,16 @@ use rustix::fs::{AtFlags, CWD, FlockOperation, flock, linkat};
 
 use crate::{
     image::ImageError,
+    layout::{REF_NAME, TAG_DEFAULT, blob_path, index_path, read_index},
     manifest::{Descriptor, ImageIndex},
 };
 
-/// Holds the tag of an entry of `index.json`.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Content of the file `oci-layout`.
 const LAYOUT: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
-/// Longest `index.json` accepted: some ten thousand images.
-const INDEX_LEN_MAX: u64 = 16 << 20;
-/// The tag that an image gets when none is given.
-const TAG_DEFAULT: &str = "latest";
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> ImageError {
     let path = path.to_owned();
     move |error| ImageError::File { path, error }
-}
-
-/// Where the layout keeps a blob.
-pub(crate) fn blob_path(directory: &Path, digest: &Digest) -> PathBuf {
-    directory.join("blobs/sha256").join(digest.hex())
-}
-
-/// The descriptor that `tag` names; without a tag that of the only image, or of `latest`.
-pub(crate) fn find_manifest(directory: &Path, tag: Option<&str>) -> Result<Descriptor, ImageError> {
-    let path = directory.join("index.json");
-    let index = read_index(&path)?.ok_or_else(|| ImageError::NoLayout(directory.to_owned()))?;
-    let name_of = |descriptor: &Descriptor| descriptor.annotation(REF_NAME).unwrap_or_default().to_owned();
-    let found = match (tag, index.manifests.as_slice()) {
-        (None, [only]) => Some(only),
-        (tag, manifests) => {
-            let tag = tag.unwrap_or(TAG_DEFAULT);
-            manifests.iter().find(|descriptor| name_of(descriptor) == tag)
-        }
-    };
-    found.cloned().ok_or_else(|| ImageError::NoTag {
-        directory: directory.to_owned(),
-        tag: tag.unwrap_or(TAG_DEFAULT).to_owned(),
-        present: describe_tags(&index),
-    })
-}
-
-/// The tags of a layout, for a message.
-fn describe_tags(index: &ImageIndex) -> String {
-    let tags = index.manifests.iter().map(|manifest| manifest.annotation(REF_NAME).unwrap_or("one without a tag"));
-    let tags = tags.collect::<Vec<_>>().join(", ");
-    if tags.is_empty() { "nothing".to_owned() } else { tags }
-}
-
-fn read_index(path: &Path) -> Result<Option<ImageIndex>, ImageError> {
-    let len = match fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        metadata => metadata.map_err(failed(path))?.len(),
-    };
-    if len > INDEX_LEN_MAX {
-        let reason = format!("it has {len} bytes, allowed are {INDEX_LEN_MAX}");
-        return Err(ImageError::Malformed { what: path.display().to_string(), reason });
-    }
-    let bytes = fs::read(path).map_err(failed(path))?;
-    let parsed = serde_json::from_slice(&bytes);
-    parsed
-        .map(Some)
-        .map_err(|error| ImageError::Malformed { what: path.display().to_string(), reason: error.to_string() })
 }
 
 /// A layout that an image is written to. Dropped unpublished, it removes what it has made.
@@ -86,6 +34,8 @@ fn read_index(path: &Path) -> Result<Option<ImageIndex>, ImageError> {
 pub struct OciDirectoryWriter {
     directory: PathBuf,
     tag: String,
+    /// Entries of `index.json` besides that of the tag.
+    entries: Mutex<Vec<Descriptor>>,
     made: Mutex<Made>,
 }
 
@@ -110,6 +60,7 @@ impl OciDirectoryWriter {
         let writer = Self {
             directory: directory.to_owned(),
             tag: tag.unwrap_or(TAG_DEFAULT).to_owned(),
+            entries: Mutex::default(),
             made: Mutex::default(),
         };
         writer.make_directories(&directory.join("blobs/sha256"))?;
@@ -132,6 +83,16 @@ impl OciDirectoryWriter {
     /// The image as users name it.
     pub(crate) fn name(&self) -> String {
         format!("oci:{}:{}", self.directory.display(), self.tag)
+    }
+
+    /// The tag that the image gets.
+    pub(crate) fn tag(&self) -> &str {
+        &self.tag
+    }
+
+    /// The directory.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// A file without a name on the file system of the layout.
@@ -176,13 +137,27 @@ impl OciDirectoryWriter {
         Ok(())
     }
 
-    /// Writes the manifest and makes the tag point to it.
-    pub(crate) fn publish(&self, media_type: &str, bytes: &[u8]) -> Result<(), ImageError> {
-        let mut descriptor = Descriptor::of(media_type, bytes);
+    /// Writes a manifest and keeps an entry for it until the image is published; without a tag it is one that only
+    /// others point to.
+    pub(crate) fn add_manifest(
+        &self,
+        mut descriptor: Descriptor,
+        tag: Option<&str>,
+        bytes: &[u8],
+    ) -> Result<(), ImageError> {
         if !self.has_blob(&descriptor.digest, descriptor.size) {
             self.put_bytes(&descriptor.digest, bytes)?;
         }
-        descriptor.annotations = Some([(REF_NAME.to_owned(), self.tag.clone())].into());
+        if let Some(tag) = tag {
+            descriptor.annotations.get_or_insert_default().insert(REF_NAME.to_owned(), tag.to_owned());
+        }
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).push(descriptor);
+        Ok(())
+    }
+
+    /// Writes the manifest and makes the tag point to it.
+    pub(crate) fn publish(&self, media_type: &str, bytes: &[u8]) -> Result<(), ImageError> {
+        self.add_manifest(Descriptor::of(media_type, bytes), Some(&self.tag), bytes)?;
         let layout = self.directory.join("oci-layout");
         if !layout.exists() {
             self.write_file(&layout, |file| file.write_all(LAYOUT.as_bytes()))?;
@@ -190,21 +165,32 @@ impl OciDirectoryWriter {
         // Two commands that write one layout must not lose each other's tag.
         let lock = File::open(&self.directory).map_err(failed(&self.directory))?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|error| failed(&self.directory)(error.into()))?;
-        let path = self.directory.join("index.json");
-        let mut index = read_index(&path)?.unwrap_or(ImageIndex {
+        let mut index = read_index(&self.directory)?.unwrap_or(ImageIndex {
             schema_version: 2,
             media_type: Some(registry::media_type::OCI_INDEX.to_owned()),
             manifests: Vec::new(),
             annotations: None,
             rest: Default::default(),
         });
-        index.manifests.retain(|manifest| manifest.annotation(REF_NAME) != Some(&self.tag));
-        index.manifests.push(descriptor);
+        let entries = std::mem::take(&mut *self.entries.lock().unwrap_or_else(PoisonError::into_inner));
+        for entry in entries {
+            enter(&mut index, entry);
+        }
         let text = serde_json::to_vec(&index).expect("maps with text keys");
-        replace_file(&path, |file| file.write_all(&text))?;
+        replace_file(&index_path(&self.directory), |file| file.write_all(&text))?;
         *self.made() = Made::default();
         Ok(())
     }
+}
+
+/// Adds an entry: in place of what has its tag, or unless its manifest is listed already.
+fn enter(index: &mut ImageIndex, entry: Descriptor) {
+    match entry.annotation(REF_NAME) {
+        Some(tag) => index.manifests.retain(|other| other.annotation(REF_NAME) != Some(tag)),
+        None if index.manifests.iter().any(|other| other.digest == entry.digest) => return,
+        None => {}
+    }
+    index.manifests.push(entry);
 }
 
 impl Drop for OciDirectoryWriter {

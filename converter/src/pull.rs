@@ -19,7 +19,6 @@ use registry::{Client, Reference};
 
 use crate::{
     image::{ImageError, ImageSource},
-    location::Location,
     manifest::{Descriptor, Platform},
     pull::{
         containerd::{Containerd, ContainerdError, Prepared, WriteError},
@@ -149,7 +148,7 @@ pub async fn pull(
     interrupted: impl Future<Output = ()>,
 ) -> Result<Pulled> {
     tokio::pin!(interrupted);
-    let source = ImageSource::new(Location::Registry(options.reference.clone()), client);
+    let source = ImageSource::Registry { client: client.clone(), reference: options.reference.clone() };
     let begin = async {
         // A misspelt name needs no lease.
         let image = PulledImage::resolve(&source).await?;

@@ -71,7 +71,7 @@ impl Reference {
 
     /// The same without a tag, where it has a digest to stand instead.
     #[must_use]
-    pub(crate) fn without_tag(&self) -> Self {
+    pub fn without_tag(&self) -> Self {
         Self { tag: self.tag.clone().filter(|_| self.digest.is_none()), ..self.clone() }
     }
 

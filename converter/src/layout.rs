@@ -1,0 +1,169 @@
+//! An OCI image layout to read, in a directory or in an archive: `oci-layout`, `index.json`, `blobs/sha256/`.
+//!
+//! Source: OCI image specification, image-layout.md.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use format_spec::Digest;
+
+use crate::{
+    archive::Archive,
+    file_source::FileSource,
+    image::ImageError,
+    manifest::{Descriptor, ImageIndex},
+};
+
+/// Holds the tag of an entry of `index.json`.
+pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// Longest `index.json` accepted: some ten thousand images.
+const INDEX_LEN_MAX: u64 = 16 << 20;
+/// The tag that an image gets when none is given.
+pub(crate) const TAG_DEFAULT: &str = "latest";
+const INDEX_NAME: &str = "index.json";
+
+/// A layout, and which of its images is meant.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    place: Place,
+    tag: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+enum Place {
+    Directory(PathBuf),
+    Archive(Arc<Archive>),
+}
+
+impl Layout {
+    /// The image `tag` of the layout in a directory; without a tag the only one, or `latest`.
+    pub fn in_directory(path: PathBuf, tag: Option<String>) -> Self {
+        Self { place: Place::Directory(path), tag }
+    }
+
+    /// The same in an archive.
+    pub fn in_archive(archive: Arc<Archive>, tag: Option<String>) -> Self {
+        Self { place: Place::Archive(archive), tag }
+    }
+
+    /// Where it is, as users name it, without the tag.
+    pub fn name(&self) -> String {
+        match &self.place {
+            Place::Directory(path) => format!("oci:{}", path.display()),
+            Place::Archive(archive) => format!("oci-archive:{}", archive.path().display()),
+        }
+    }
+
+    fn path(&self) -> &Path {
+        match &self.place {
+            Place::Directory(path) => path,
+            Place::Archive(archive) => archive.path(),
+        }
+    }
+
+    /// What the layout holds.
+    ///
+    /// # Errors
+    ///
+    /// When it is no layout, or its `index.json` cannot be understood.
+    pub fn index(&self) -> Result<ImageIndex, ImageError> {
+        let index = match &self.place {
+            Place::Directory(path) => read_index(path)?,
+            Place::Archive(archive) => {
+                let bytes = archive.read(INDEX_NAME, INDEX_LEN_MAX)?;
+                bytes.map(|bytes| parse_index(archive.path(), &bytes)).transpose()?
+            }
+        };
+        index.ok_or_else(|| match &self.place {
+            Place::Directory(path) => ImageError::NoLayout(path.clone()),
+            Place::Archive(archive) => ImageError::Archive {
+                path: archive.path().to_owned(),
+                reason: "no OCI image layout in this archive; name one of docker as docker-archive:FILE".to_owned(),
+            },
+        })
+    }
+
+    /// The descriptor of the image.
+    ///
+    /// # Errors
+    ///
+    /// When there is none by that tag.
+    pub fn image(&self) -> Result<Descriptor, ImageError> {
+        let index = self.index()?;
+        let found = match (self.tag.as_deref(), index.manifests.as_slice()) {
+            (None, [only]) => Some(only),
+            (tag, _) => find_tag(&index, tag.unwrap_or(TAG_DEFAULT)),
+        };
+        found.cloned().ok_or_else(|| ImageError::NoTag {
+            place: self.path().to_owned(),
+            tag: self.tag.as_deref().unwrap_or(TAG_DEFAULT).to_owned(),
+            present: describe_tags(&index),
+        })
+    }
+
+    /// The blob `digest`.
+    ///
+    /// # Errors
+    ///
+    /// When an archive does not have it; a directory says so when it is read.
+    pub fn blob(&self, digest: &Digest) -> Result<FileSource, ImageError> {
+        match &self.place {
+            Place::Directory(path) => Ok(FileSource::new(blob_path(path, digest))),
+            Place::Archive(archive) => {
+                let found = archive.find(&format!("blobs/sha256/{}", digest.hex()));
+                let range = found.ok_or_else(|| ImageError::Archive {
+                    path: archive.path().to_owned(),
+                    reason: format!("blob {digest} is not in this archive"),
+                })?;
+                Ok(archive.part(range))
+            }
+        }
+    }
+}
+
+/// The entry of `index` that is tagged `tag`.
+pub(crate) fn find_tag<'a>(index: &'a ImageIndex, tag: &str) -> Option<&'a Descriptor> {
+    index.manifests.iter().find(|descriptor| descriptor.annotation(REF_NAME) == Some(tag))
+}
+
+/// The tags of a layout, for a message.
+fn describe_tags(index: &ImageIndex) -> String {
+    let tags = index.manifests.iter().map(|manifest| manifest.annotation(REF_NAME).unwrap_or("one without a tag"));
+    let tags = tags.collect::<Vec<_>>().join(", ");
+    if tags.is_empty() { "nothing".to_owned() } else { tags }
+}
+
+/// Where the layout in `directory` keeps a blob.
+pub(crate) fn blob_path(directory: &Path, digest: &Digest) -> PathBuf {
+    directory.join("blobs/sha256").join(digest.hex())
+}
+
+/// Where the layout in `directory` says what it holds.
+pub(crate) fn index_path(directory: &Path) -> PathBuf {
+    directory.join(INDEX_NAME)
+}
+
+/// The `index.json` of a directory; `None` where there is none.
+pub(crate) fn read_index(directory: &Path) -> Result<Option<ImageIndex>, ImageError> {
+    let path = index_path(directory);
+    let failed = |error| ImageError::File { path: path.clone(), error };
+    let len = match fs::metadata(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        metadata => metadata.map_err(failed)?.len(),
+    };
+    if len > INDEX_LEN_MAX {
+        let reason = format!("it has {len} bytes, allowed are {INDEX_LEN_MAX}");
+        return Err(ImageError::Malformed { what: path.display().to_string(), reason });
+    }
+    parse_index(&path, &fs::read(&path).map_err(failed)?).map(Some)
+}
+
+fn parse_index(path: &Path, bytes: &[u8]) -> Result<ImageIndex, ImageError> {
+    serde_json::from_slice(bytes).map_err(|error| ImageError::Malformed {
+        what: format!("{} ({INDEX_NAME})", path.display()),
+        reason: error.to_string(),
+    })
+}
