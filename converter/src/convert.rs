@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use format_spec::{Digest, LazyLayer, annotation::AnnotationError};
+use format_spec::Digest;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use storage::ByteStream;
 use tokio::sync::mpsc;
@@ -22,6 +22,7 @@ use crate::{
     compress::Compressor,
     image::{ImageDestination, ImageError, ImageSource},
     layer::{ConvertedLayer, LayerError, LayerFacts, SpooledLayer, spool_layer},
+    lazy_layer::{LazyLayerError, annotate, find_lazy_layer},
     manifest::{Descriptor, Platform, media_type},
     report::{LayerContent, LayerReport, Observer, Report},
     resolve::{ResolveError, ResolvedImage, resolve_image},
@@ -70,14 +71,9 @@ pub enum ConvertError {
         /// Digest of the tar stream.
         found: Digest,
     },
-    /// A layer says that it is lazy, in words that mean nothing.
-    #[error("layer {digest}: {error}")]
-    Annotations {
-        /// The blob.
-        digest: Digest,
-        /// What is wrong with its annotations.
-        error: AnnotationError,
-    },
+    /// Finding out whether a layer is lazy already.
+    #[error(transparent)]
+    LazyLayer(#[from] LazyLayerError),
     /// The compressor threads could not be started.
     #[error("compressor: {0}")]
     Compressor(std::io::Error),
@@ -203,17 +199,16 @@ struct LayerWork<'a> {
 
 impl LayerWork<'_> {
     /// Reads one layer: writes its frames, or sends it on as it is where it cannot or need not be converted.
-    async fn prepare(&self, pending: PendingLayer) -> Result<PreparedLayer, ConvertError> {
+    async fn prepare(&self, mut pending: PendingLayer) -> Result<PreparedLayer, ConvertError> {
         let started = Instant::now();
-        let descriptor = &pending.descriptor;
-        let digest = descriptor.digest;
-        self.observer.layer_starts(pending.number, &digest, descriptor.size);
-        let lazy = LazyLayer::from_annotations(|key| descriptor.annotation(key))
-            .map_err(|error| ConvertError::Annotations { digest, error })?
-            .filter(|lazy| lazy.blob == digest && lazy.blob_len == descriptor.size);
-        let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&descriptor.media_type.as_str());
+        let digest = pending.descriptor.digest;
+        self.observer.layer_starts(pending.number, &digest, pending.descriptor.size);
+        let lazy = find_lazy_layer(self.source, &pending.descriptor).await?;
+        let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&pending.descriptor.media_type.as_str());
         let state = if lazy.is_some() || !is_convertible {
-            Preparation::CarriedOver { uploaded: self.carry_over(pending.number, descriptor).await? }
+            let uploaded = self.carry_over(pending.number, &pending.descriptor).await?;
+            pending.descriptor = annotate(pending.descriptor, lazy);
+            Preparation::CarriedOver { uploaded }
         } else {
             Preparation::Spooled(Box::new(self.spool(&pending).await?))
         };

@@ -2,15 +2,16 @@
 
 use std::{
     io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use bytes::Bytes;
 use format_spec::Digest;
-use futures_util::StreamExt;
+use futures_util::{StreamExt, TryStreamExt};
 use registry::{BlobSource, Client, MANIFEST_LEN_MAX, Reference};
-use storage::{ByteStream, Source};
+use storage::{ByteStream, Source, SourceError};
 
 pub use crate::destination::{ImageDestination, Progress};
 use crate::{
@@ -238,6 +239,21 @@ impl ImageSource {
             Self::Layout(layout) => Arc::new(layout.blob(digest)?),
             Self::DockerArchive(archive) => Arc::new(archive.blob(digest)?),
         })
+    }
+
+    /// The bytes of `range` of a blob, not verified.
+    ///
+    /// For parts whose length is bounded by a limit of the format: they are held in memory as they arrive.
+    ///
+    /// # Errors
+    ///
+    /// When the blob cannot be read, or ends before the range does.
+    pub async fn blob_range(&self, blob: &Descriptor, range: Range<u64>) -> Result<Bytes, ImageError> {
+        let digest = blob.digest;
+        let failed = |error: SourceError| ImageError::Stream { digest, reason: error.0 };
+        let source = self.blob_source(&digest, blob.size)?;
+        let pieces: Vec<Bytes> = source.fetch(range).await.map_err(failed)?.map_err(failed).try_collect().await?;
+        Ok(pieces.concat().into())
     }
 }
 

@@ -16,6 +16,7 @@ pub mod image;
 pub mod layer;
 pub mod layer_index;
 pub mod layout;
+pub mod lazy_layer;
 pub mod location;
 pub mod manifest;
 pub mod mount;

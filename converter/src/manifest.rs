@@ -13,6 +13,8 @@ use serde_json::Value;
 pub mod media_type {
     /// A layer as tar, zstd-compressed: what conversion makes.
     pub const OCI_LAYER_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
+    /// The same, in docker's words.
+    pub const DOCKER_LAYER_ZSTD: &str = "application/vnd.docker.image.rootfs.diff.tar.zstd";
     /// Config of an OCI image.
     pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
     /// Config of a docker image: the same content.
@@ -28,8 +30,10 @@ pub mod media_type {
         OCI_LAYER_ZSTD,
         DOCKER_LAYER,
         DOCKER_LAYER_GZIP,
-        "application/vnd.docker.image.rootfs.diff.tar.zstd",
+        DOCKER_LAYER_ZSTD,
     ];
+    /// The layers that may be lazy.
+    pub const ZSTD_LAYERS: [&str; 2] = [OCI_LAYER_ZSTD, DOCKER_LAYER_ZSTD];
 }
 
 /// Points to a blob or manifest.

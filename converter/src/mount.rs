@@ -2,13 +2,14 @@
 
 use std::{path::Path, sync::Arc};
 
-use format_spec::{Digest, LazyLayer, annotation::AnnotationError};
+use format_spec::{Digest, LazyLayer};
 use fusefs::{Mount, control::RemoteLayer, mount_image};
 use storage::{Source, SourceError};
 
 use crate::{
     image::ImageSource,
-    manifest::{Descriptor, Platform},
+    lazy_layer::{LazyLayerError, find_lazy_layer},
+    manifest::Platform,
     resolve::{ResolveError, ResolvedImage, resolve_image},
 };
 
@@ -21,17 +22,9 @@ pub enum MountError {
     /// A layer is no lazy one.
     #[error("layer {0} is an ordinary layer: convert the image first, with lazuli convert")]
     Ordinary(Digest),
-    /// A layer says that it is lazy, in words that mean nothing.
-    #[error("layer {digest}: {error}")]
-    Annotations {
-        /// The blob.
-        digest: Digest,
-        /// What is wrong with its annotations.
-        error: AnnotationError,
-    },
-    /// A layer says that it is lazy, but describes another blob.
-    #[error("layer {0}: its annotations describe another blob: convert the image again")]
-    OtherBlob(Digest),
+    /// Finding out whether a layer is lazy.
+    #[error(transparent)]
+    LazyLayer(#[from] LazyLayerError),
     /// The mount.
     #[error(transparent)]
     Mount(#[from] fusefs::Error),
@@ -51,7 +44,7 @@ pub async fn mount(
 ) -> Result<Mount, MountError> {
     let image = resolve_image(source, platform).await?;
     let name = source.name();
-    let layers = lazy_layers(&image)?.into_iter();
+    let layers = lazy_layers(source, &image).await?.into_iter();
     let layers = layers.map(|layer| RemoteLayer { layer, image: name.clone() }).collect();
     let source = source.clone();
     let factory = move |remote: &RemoteLayer| layer_source(&source, &remote.layer);
@@ -59,23 +52,13 @@ pub async fn mount(
 }
 
 /// The layers of an image, lowest first, which all have to be lazy.
-///
-/// # Errors
-///
-/// The first layer that is not.
-pub fn lazy_layers(image: &ResolvedImage) -> Result<Vec<LazyLayer>, MountError> {
-    image.manifest.layers.iter().map(lazy_layer).collect()
-}
-
-fn lazy_layer(descriptor: &Descriptor) -> Result<LazyLayer, MountError> {
-    let digest = descriptor.digest;
-    let lazy = LazyLayer::from_annotations(|key| descriptor.annotation(key));
-    let lazy = lazy.map_err(|error| MountError::Annotations { digest, error })?;
-    let lazy = lazy.ok_or(MountError::Ordinary(digest))?;
-    if lazy.blob != digest || lazy.blob_len != descriptor.size {
-        return Err(MountError::OtherBlob(digest));
+async fn lazy_layers(source: &ImageSource, image: &ResolvedImage) -> Result<Vec<LazyLayer>, MountError> {
+    let mut layers = Vec::with_capacity(image.manifest.layers.len());
+    for descriptor in &image.manifest.layers {
+        let lazy = find_lazy_layer(source, descriptor).await?;
+        layers.push(lazy.ok_or(MountError::Ordinary(descriptor.digest))?);
     }
-    Ok(lazy)
+    Ok(layers)
 }
 
 fn layer_source(image: &ImageSource, layer: &LazyLayer) -> Result<Arc<dyn Source>, SourceError> {

@@ -203,6 +203,34 @@ fn a_lazy_image_is_carried_over() {
     assert_eq!(list(&scene.path("third/blobs/sha256")), list(&scene.path("dst/blobs/sha256")));
 }
 
+/// Without annotations the footer of a blob says that it is lazy, but only after the blob was read.
+#[test]
+fn a_lazy_image_that_lost_its_annotations_gets_them_back() {
+    let scene = Scene::new();
+    scene.convert(&[]);
+    let converted = scene.converted();
+    let bare: Vec<_> = converted.layers.iter().map(|layer| Descriptor { annotations: None, ..layer.clone() }).collect();
+    for layer in &bare {
+        fs::copy(scene.blob("dst", &layer.digest), scene.blob("src", &layer.digest)).unwrap();
+    }
+    scene.put_image(bare, &scene.tars().map(|tar| Digest::of(&tar)));
+    fs::remove_dir_all(scene.path("dst")).unwrap();
+    let report = scene.convert(&[]);
+    assert!(report["layers"].as_array().unwrap().iter().all(|layer| layer["converted"] == false), "{report}");
+    assert_eq!(scene.converted().layers, converted.layers);
+
+    fs::remove_dir_all(scene.path("dst")).unwrap();
+    let digest = converted.layers[0].digest;
+    let mut blob = fs::read(scene.blob("src", &digest)).unwrap();
+    blob[20] ^= 1;
+    fs::write(scene.blob("src", &digest), &blob).unwrap();
+    let found = Digest::of(&blob);
+    scene.check_refusal(
+        &["oci:src", "oci:dst:v1"],
+        &format!("oci:src: blob {digest} has digest {found}: the source is damaged"),
+    );
+}
+
 #[test]
 fn a_layer_used_twice_is_converted_once() {
     let scene = Scene::new();
