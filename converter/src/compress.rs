@@ -13,15 +13,38 @@ use std::{
 
 use format_spec::Digest;
 
-use crate::plain::{BufferPool, PlainFrame};
+use crate::{
+    framer::FrameSizes,
+    plain::{BufferPool, PlainFrame},
+};
 
 /// Most compressor threads: beyond this one decompressor cannot keep them busy, and each costs some megabytes.
 pub const JOBS_MAX: usize = 64;
 
+/// How frames are made: all that the result depends on, beside the input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameOptions {
+    /// zstd level.
+    pub level: i32,
+    /// Where they end.
+    pub sizes: FrameSizes,
+}
+
+impl FrameOptions {
+    /// The level that `docs/MEASUREMENTS.md` found to be worth its time.
+    pub const DEFAULT_LEVEL: i32 = 3;
+}
+
+impl Default for FrameOptions {
+    fn default() -> Self {
+        Self { level: Self::DEFAULT_LEVEL, sizes: FrameSizes::default() }
+    }
+}
+
 /// A pool of compressor threads. Dropping it ends them.
 #[derive(Debug)]
 pub struct Compressor {
-    level: i32,
+    options: FrameOptions,
     jobs: Sender<Job>,
     buffers: BufferPool,
 }
@@ -45,27 +68,32 @@ pub(crate) struct CompressedFrame {
 }
 
 impl Compressor {
-    /// Starts `job_count` threads that compress with zstd `level`, for at most `layer_count` layers at a time.
+    /// Starts `job_count` threads that make frames as `options` say, for at most `layer_count` layers at a time.
     ///
     /// # Errors
     ///
     /// When the level is unknown or the system has no threads left.
-    pub fn new(level: i32, job_count: usize, layer_count: usize) -> io::Result<Self> {
+    pub fn new(options: &FrameOptions, job_count: usize, layer_count: usize) -> io::Result<Self> {
         let job_count = job_count.clamp(1, JOBS_MAX);
         let (jobs, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
         for _ in 0..job_count {
-            let mut compressor = new_context(level)?;
+            let mut compressor = new_context(options.level)?;
             let receiver = Arc::clone(&receiver);
             thread::Builder::new().name("compress".to_owned()).spawn(move || work(&mut compressor, &receiver))?;
         }
         // One is being filled in each layer; the others wait to be compressed, are compressed, or wait to be written.
-        Ok(Self { level, jobs, buffers: BufferPool::new(layer_count + 2 * job_count + 2) })
+        let buffers = BufferPool::new(layer_count + 2 * job_count + 2, options.sizes.frame_max());
+        Ok(Self { options: *options, jobs, buffers })
     }
 
     /// A context of the caller's own, that compresses as the threads do.
     pub(crate) fn context(&self) -> io::Result<zstd::bulk::Compressor<'static>> {
-        new_context(self.level)
+        new_context(self.options.level)
+    }
+
+    pub(crate) fn sizes(&self) -> FrameSizes {
+        self.options.sizes
     }
 
     pub(crate) fn buffers(&self) -> &BufferPool {

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     blob_reader::BlobReader,
-    compress::Compressor,
+    compress::{Compressor, FrameOptions},
     image::{ImageDestination, ImageError, ImageSource},
     layer::{ConvertedLayer, LayerError, LayerFacts, SpooledLayer, spool_layer},
     lazy_layer::{LazyLayerError, annotate, find_lazy_layer},
@@ -97,7 +97,8 @@ pub async fn convert(
     let mut image = resolve_image(source, options.platform.as_ref()).await?;
     let jobs = options.jobs.get();
     let layers_at_once = jobs.min(LAYERS_AT_ONCE_MAX);
-    let compressor = Compressor::new(options.level, jobs, layers_at_once).map_err(ConvertError::Compressor)?;
+    let frames = FrameOptions { level: options.level, ..FrameOptions::default() };
+    let compressor = Compressor::new(&frames, jobs, layers_at_once).map_err(ConvertError::Compressor)?;
     let work = LayerWork { source, destination, compressor: Arc::new(compressor), observer };
     let prepared: Vec<PreparedLayer> = stream::iter(pending_layers(&image))
         .map(|layer| work.prepare(layer))

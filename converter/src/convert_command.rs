@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 
 use clap::Args;
 use converter::{
+    compress::FrameOptions,
     convert::{ConvertError, ConvertOptions, convert},
     image::{ImageDestination, ImageSource},
     location::Location,
@@ -29,7 +30,7 @@ pub(crate) struct ConvertArguments {
     #[arg(long)]
     platform: Option<Platform>,
     /// zstd compression level
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+    #[arg(long, default_value_t = FrameOptions::DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=19))]
     level: i32,
     /// Compressor threads, and layers converted side by side [default: number of processors]
     #[arg(long)]

@@ -8,22 +8,40 @@
 use fastcdc::v2020::{FastCDC, Normalization};
 use format_spec::Digest;
 
-/// A group goes on until it has this length: smaller frames compress badly and cost index space.
-pub const GROUP_LEN_MIN: u64 = 128 << 10;
-/// Mean distance of the borders that entries choose, beyond the minimum.
-pub const GROUP_LEN_AVERAGE: u64 = 192 << 10;
-/// A group ends before an entry that would make it longer than this: whoever reads one small file fetches it all.
-pub const GROUP_LEN_MAX: u64 = 512 << 10;
-/// Files of at least this length start a frame of their own.
-pub const LARGE_FILE_LEN_MIN: u64 = 256 << 10;
-/// Shortest piece of a large file but its last, in bytes.
-pub const PIECE_LEN_MIN: usize = 256 << 10;
-/// The length that FastCDC makes for.
-pub const PIECE_LEN_AVERAGE: usize = 512 << 10;
-/// Longest piece of a large file.
-pub const PIECE_LEN_MAX: usize = 1 << 20;
-/// Longest frame of all, where headers or the end of the stream have no border in them: a piece and its padding fit.
-pub const FRAME_LEN_MAX: usize = PIECE_LEN_MAX + 4096;
+/// Longest padding of a file, which stays with its last piece.
+const PADDING_LEN_MAX: usize = 511;
+
+/// Lengths of what is cut by content, in plain bytes: no shorter, made for, no longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lengths {
+    /// Shortest, but for what stands before a border that is there anyway.
+    pub min: usize,
+    /// What the cutting makes for; more than `min`.
+    pub average: usize,
+    /// Longest.
+    pub max: usize,
+}
+
+/// Where frames end. `docs/MEASUREMENTS.md` says how the default was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameSizes {
+    /// A group of small files. Whoever reads one of them fetches the whole group.
+    pub group: Lengths,
+    /// Files of at least this length, with their padding, start a frame of their own.
+    pub large_file_min: u64,
+    /// A piece of a large file.
+    pub piece: Lengths,
+}
+
+impl Default for FrameSizes {
+    fn default() -> Self {
+        Self {
+            group: Lengths { min: 128 << 10, average: 320 << 10, max: 512 << 10 },
+            large_file_min: 256 << 10,
+            piece: Lengths { min: 256 << 10, average: 512 << 10, max: 1 << 20 },
+        }
+    }
+}
 
 /// What the cutting needs to know of an entry.
 #[derive(Debug, Clone, Copy)]
@@ -36,40 +54,56 @@ pub struct EntryOutline<'a> {
     pub content_len: u64,
 }
 
-impl EntryOutline<'_> {
-    /// Whether the content gets frames of its own.
-    pub fn is_large(&self) -> bool {
-        self.content_len >= LARGE_FILE_LEN_MIN
+impl FrameSizes {
+    /// Longest frame of all, where headers or the end of the stream have no border in them.
+    pub fn frame_max(&self) -> usize {
+        self.group.max.max(self.piece.max + PADDING_LEN_MAX)
     }
 
-    /// Whether a frame that has `frame_len` bytes so far ends before this entry.
-    pub fn starts_frame(&self, frame_len: u64) -> bool {
-        let grouped_len = self.headers_len + if self.is_large() { 0 } else { self.content_len };
-        if frame_len == 0 || frame_len + grouped_len > GROUP_LEN_MAX {
+    /// Whether the content of a file gets frames of its own.
+    pub fn is_large(&self, entry: &EntryOutline<'_>) -> bool {
+        entry.content_len >= self.large_file_min
+    }
+
+    /// Whether a frame that has `frame_len` bytes so far ends before `entry`.
+    pub fn starts_frame(&self, frame_len: u64, entry: &EntryOutline<'_>) -> bool {
+        let Lengths { min, average, max } = self.group;
+        let grouped_len = entry.headers_len + if self.is_large(entry) { 0 } else { entry.content_len };
+        if frame_len == 0 || frame_len + grouped_len > max as u64 {
             return frame_len > 0;
         }
-        frame_len >= GROUP_LEN_MIN && self.hash() < grouped_len.saturating_mul(u64::MAX / GROUP_LEN_AVERAGE)
+        let chance_per_byte = u64::MAX / (average - min) as u64;
+        frame_len >= min as u64 && entry.hash() < grouped_len.saturating_mul(chance_per_byte)
     }
 
+    /// Length of the first piece of a large file whose content goes on with `content`.
+    ///
+    /// `content` has at least as many bytes as the longest piece, unless the file ends there.
+    pub fn piece_len(&self, content: &[u8]) -> usize {
+        let Lengths { min, average, max } = self.piece;
+        let window = &content[..content.len().min(max)];
+        let chunker = FastCDC::with_level(window, min, average, max, Normalization::Level1);
+        let (_, cut) = chunker.cut(0, window.len());
+        cut.clamp(1, window.len().max(1))
+    }
+}
+
+impl EntryOutline<'_> {
     fn hash(&self) -> u64 {
         let digest = Digest::of(&[self.path, &self.content_len.to_le_bytes()].concat());
         u64::from_le_bytes(digest.as_bytes()[..8].try_into().expect("a digest has 32 bytes"))
     }
 }
 
-/// Length of the first piece of a large file whose content goes on with `content`.
-///
-/// `content` has at least [`PIECE_LEN_MAX`] bytes unless the file ends there.
-pub fn piece_len(content: &[u8]) -> usize {
-    let window = &content[..content.len().min(PIECE_LEN_MAX)];
-    let chunker = FastCDC::with_level(window, PIECE_LEN_MIN, PIECE_LEN_AVERAGE, PIECE_LEN_MAX, Normalization::Level1);
-    let (_, cut) = chunker.cut(0, window.len());
-    cut.clamp(1, window.len().max(1))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const SIZES: FrameSizes = FrameSizes {
+        group: Lengths { min: 128 << 10, average: 320 << 10, max: 512 << 10 },
+        large_file_min: 256 << 10,
+        piece: Lengths { min: 256 << 10, average: 512 << 10, max: 1 << 20 },
+    };
 
     /// Cuts small entries into groups; returns the path that each group starts with.
     fn groups(entries: &[(String, u64)]) -> Vec<String> {
@@ -77,7 +111,7 @@ mod tests {
         let mut starts = Vec::new();
         for (path, content_len) in entries {
             let entry = EntryOutline { path: path.as_bytes(), headers_len: 512, content_len: *content_len };
-            if frame_len == 0 || entry.starts_frame(frame_len) {
+            if frame_len == 0 || SIZES.starts_frame(frame_len, &entry) {
                 starts.push(path.clone());
                 frame_len = 0;
             }
@@ -105,7 +139,7 @@ mod tests {
         let mut rest = content;
         let mut pieces = Vec::new();
         while !rest.is_empty() {
-            let (piece, next) = rest.split_at(piece_len(rest));
+            let (piece, next) = rest.split_at(SIZES.piece_len(rest));
             pieces.push(piece);
             rest = next;
         }
@@ -117,7 +151,7 @@ mod tests {
         let entries = entries(4000);
         let total: u64 = entries.iter().map(|(_, len)| len + 512).sum();
         let average = total / groups(&entries).len() as u64;
-        assert!((GROUP_LEN_MIN..GROUP_LEN_MAX).contains(&average), "{average}");
+        assert!((SIZES.group.min as u64..SIZES.group.max as u64).contains(&average), "{average}");
     }
 
     #[test]
@@ -133,22 +167,23 @@ mod tests {
     #[test]
     fn an_entry_that_does_not_fit_starts_a_group() {
         let entry = |content_len| EntryOutline { path: b"a", headers_len: 512, content_len };
-        let len = LARGE_FILE_LEN_MIN - 512;
-        assert!(!entry(len).starts_frame(0));
-        assert!(!entry(len).starts_frame(GROUP_LEN_MIN - 1));
-        assert!(entry(len).starts_frame(GROUP_LEN_MAX - len));
+        let (min, max) = (SIZES.group.min as u64, SIZES.group.max as u64);
+        let len = SIZES.large_file_min - 512;
+        assert!(!SIZES.starts_frame(0, &entry(len)));
+        assert!(!SIZES.starts_frame(min - 1, &entry(len)));
+        assert!(SIZES.starts_frame(max - len, &entry(len)));
         // The content of a large file does not go into the group.
-        assert!(!entry(LARGE_FILE_LEN_MIN).starts_frame(GROUP_LEN_MIN - 1));
+        assert!(!SIZES.starts_frame(min - 1, &entry(SIZES.large_file_min)));
     }
 
     #[test]
     fn pieces_have_the_wanted_lengths() {
-        for content in [noise(8 << 20), vec![0; 8 << 20], noise(PIECE_LEN_MIN), noise(1)] {
+        for content in [noise(8 << 20), vec![0; 8 << 20], noise(SIZES.piece.min), noise(1)] {
             let pieces = pieces(&content);
             assert_eq!(pieces.concat(), content);
             let (last, others) = pieces.split_last().unwrap();
-            assert!(others.iter().all(|piece| (PIECE_LEN_MIN..=PIECE_LEN_MAX).contains(&piece.len())));
-            assert!(last.len() <= PIECE_LEN_MAX);
+            assert!(others.iter().all(|piece| (SIZES.piece.min..=SIZES.piece.max).contains(&piece.len())));
+            assert!(last.len() <= SIZES.piece.max);
         }
     }
 
@@ -160,5 +195,10 @@ mod tests {
         let (before, after) = (pieces(&before), pieces(&after));
         let changed = after.iter().filter(|piece| !before.contains(piece)).count();
         assert!(changed <= 2, "{changed} of {} pieces changed", after.len());
+    }
+
+    #[test]
+    fn frames_of_the_default_are_within_the_limit_of_the_format() {
+        assert!(FrameSizes::default().frame_max() <= format_spec::index::FRAME_PLAIN_LEN_MAX as usize);
     }
 }

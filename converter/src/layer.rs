@@ -31,7 +31,7 @@ use crate::{
     compress::{CompressedFrame, Compressor},
     contents::{ContentPiece, dedup_pieces},
     frame_reader::FrameReader,
-    framer::{EntryOutline, PIECE_LEN_MAX, piece_len},
+    framer::{EntryOutline, FrameSizes},
     hot_pack::HotPack,
     layer_index::build_index,
     plain::{PlainFrame, PlainStream},
@@ -129,7 +129,7 @@ pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
         let walked = blob
             .decompress()
             .map_err(|error| TarError::Io(error).into())
-            .and_then(|plain| walk(PlainStream::new(plain, compressor.buffers(), sink)));
+            .and_then(|plain| walk(PlainStream::new(plain, compressor.buffers(), sink), compressor.sizes()));
         drop(done);
         (walked, writer.join().expect("the writer does not panic"))
     });
@@ -163,10 +163,11 @@ pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
 /// Walks the whole stream; returns the tree and the length of the stream.
 fn walk<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
     mut stream: PlainStream<R, S>,
+    sizes: FrameSizes,
 ) -> Result<(LayerTree, u64), LayerError> {
     let mut tree = LayerTree::default();
     while let Some(entry) = next_entry(&mut stream)? {
-        cut_entry(&mut stream, entry, &mut tree)?;
+        cut_entry(&mut stream, sizes, entry, &mut tree)?;
     }
     // What follows the archive's end belongs to the stream and its digest.
     let tar_len = stream.finish().map_err(TarError::Io)?;
@@ -175,6 +176,7 @@ fn walk<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
 
 fn cut_entry<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
     stream: &mut PlainStream<R, S>,
+    sizes: FrameSizes,
     entry: Entry,
     tree: &mut LayerTree,
 ) -> Result<(), LayerError> {
@@ -184,14 +186,14 @@ fn cut_entry<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
     let outline = EntryOutline { path: &entry.path, headers_len, content_len: stored_len.saturating_add(padding_len) };
     // Overlong headers have been cut already.
     let grouped_len = stream.frame_len().saturating_sub(headers_len);
-    if outline.starts_frame(grouped_len) {
+    if sizes.starts_frame(grouped_len, &outline) {
         stream.cut_at(entry.start).map_err(TarError::Io)?;
     }
-    let is_large = outline.is_large();
+    let is_large = sizes.is_large(&outline);
     mark_content(stream, &entry, content_start);
     tree.apply(entry, content_start)?;
     if is_large {
-        cut_content(stream, stored_len)?;
+        cut_content(stream, sizes, stored_len)?;
         skip_padding(stream, padding_len)?;
         stream.cut_at(stream.position()).map_err(TarError::Io)?;
         return Ok(());
@@ -224,18 +226,19 @@ fn mark_content<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
 /// Cuts a large file into pieces; the last one stays open for the padding.
 fn cut_content<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
     stream: &mut PlainStream<R, S>,
+    sizes: FrameSizes,
     stored_len: u64,
 ) -> Result<(), TarError> {
     let mut left_len = stored_len;
     while left_len > 0 {
         stream.cut_at(stream.position())?;
-        let window_len = usize::try_from(left_len).map_or(PIECE_LEN_MAX, |left| left.min(PIECE_LEN_MAX));
+        let window_len = usize::try_from(left_len).map_or(sizes.piece.max, |left| left.min(sizes.piece.max));
         let start = stream.position();
         let window = stream.peek(window_len)?;
         if window.len() < window_len {
             return Err(TarError::Truncated(start + window.len() as u64));
         }
-        let len = piece_len(window);
+        let len = sizes.piece_len(window);
         stream.consume(len)?;
         left_len -= len as u64;
     }

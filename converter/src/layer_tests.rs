@@ -7,9 +7,7 @@ use format_spec::{Extent, Footer, Inode, footer::FOOTER_FRAME_LEN};
 use proptest::prelude::*;
 
 use super::*;
-use crate::framer::{GROUP_LEN_MAX, LARGE_FILE_LEN_MIN};
-
-const LEVEL: i32 = 3;
+use crate::compress::FrameOptions;
 
 #[derive(Debug)]
 struct Converted {
@@ -27,7 +25,7 @@ fn convert_blob(
     blob: BlobReader<impl Iterator<Item = Result<Bytes, String>>>,
     jobs: usize,
 ) -> Result<(Converted, Vec<u8>), LayerError> {
-    let compressor = Compressor::new(LEVEL, jobs, 1).unwrap();
+    let compressor = Compressor::new(&FrameOptions::default(), jobs, 1).unwrap();
     let spooled = spool_layer(blob, tempfile::tempfile().unwrap(), &compressor)?;
     let facts = spooled.facts;
     let (layer, bytes) = blob_of(spooled.finish(&[], &compressor)?);
@@ -147,7 +145,7 @@ fn check_dedup_section(index: &Index<Vec<u8>>, blob: &[u8], layer: &LazyLayer) {
 fn the_hot_pack_holds_copies_in_its_order() {
     let tar = archive(&[10, 3_000_000, 700_000, 0]);
     let blob = BlobReader::new([Ok(Bytes::from(tar.clone()))].into_iter(), Digest::of(&tar), tar.len() as u64);
-    let compressor = Compressor::new(LEVEL, 2, 1).unwrap();
+    let compressor = Compressor::new(&FrameOptions::default(), 2, 1).unwrap();
     let spooled = spool_layer(blob, tempfile::tempfile().unwrap(), &compressor).unwrap();
     let extents: Vec<_> = spooled.index.extents().iter().map(|extent| extent.plain_range()).collect();
     let piece = |range: Range<u64>| HotPiece {
@@ -185,7 +183,7 @@ fn the_hot_pack_holds_copies_in_its_order() {
 fn hot_pieces_outside_files_are_refused() {
     let tar = archive(&[5000]);
     let blob = BlobReader::new([Ok(Bytes::from(tar.clone()))].into_iter(), Digest::of(&tar), tar.len() as u64);
-    let compressor = Compressor::new(LEVEL, 1, 1).unwrap();
+    let compressor = Compressor::new(&FrameOptions::default(), 1, 1).unwrap();
     let spooled = spool_layer(blob, tempfile::tempfile().unwrap(), &compressor).unwrap();
     let piece = HotPiece { plain_offset: 4096.into(), len: 4096.into(), reason: 1.into() };
     let error = spooled.finish(&[piece], &compressor).unwrap_err();
@@ -194,11 +192,12 @@ fn hot_pieces_outside_files_are_refused() {
 
 #[test]
 fn every_file_is_reached_through_the_index() {
-    let large = usize::try_from(LARGE_FILE_LEN_MIN).unwrap();
+    let sizes = FrameSizes::default();
+    let large = usize::try_from(sizes.large_file_min).unwrap();
     check(&[]);
     check(&[0, 1, 511, 512, 513, 4096]);
-    check(&[large - 1, large, large + 1, 10, 3 * PIECE_LEN_MAX + 7, 0, PIECE_LEN_MAX, 20]);
-    check(&[30_000; 100]);
+    check(&[large - 1, large, large + 1, 10, 3 * sizes.piece.max + 7, 0, sizes.piece.max, 20]);
+    check(&[30_000; 300]);
 }
 
 #[test]
@@ -210,7 +209,9 @@ fn a_large_file_starts_a_frame() {
     assert_eq!(extents.iter().map(|start| starts(*start)).collect::<Vec<_>>(), [false, true, false]);
     // The small file behind it starts a frame with its header.
     assert!(starts(extents[2] - 512));
-    assert!(index.frames().iter().all(|frame| u64::from(frame.plain_len.get()) <= 2 * GROUP_LEN_MAX + 511));
+    assert!(
+        index.frames().iter().all(|frame| u64::from(frame.plain_len.get()) <= FrameSizes::default().frame_max() as u64)
+    );
 }
 
 #[test]
@@ -302,7 +303,7 @@ fn a_full_disk_ends_the_conversion() {
     let spool = File::options().write(true).open("/dev/full").unwrap();
     let pieces = tar.chunks(1 << 16).map(|piece| Ok(Bytes::copy_from_slice(piece)));
     let blob = BlobReader::new(pieces, Digest::of(&tar), tar.len() as u64);
-    let compressor = Compressor::new(LEVEL, 2, 1).unwrap();
+    let compressor = Compressor::new(&FrameOptions::default(), 2, 1).unwrap();
     let error = spool_layer(blob, spool, &compressor).unwrap_err();
     assert!(matches!(error, LayerError::Write(_)), "{error}");
 }

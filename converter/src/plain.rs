@@ -10,17 +10,10 @@ use std::{
     sync::{Arc, Condvar, Mutex, PoisonError},
 };
 
-use crate::{
-    framer::{FRAME_LEN_MAX, PIECE_LEN_MAX},
-    walker::TarInput,
-};
+use crate::walker::TarInput;
 
 /// Most bytes asked of the decompressor at once: small enough to stay in the processor's cache.
 const READ_LEN: usize = 128 << 10;
-/// Most bytes that can be looked at ahead.
-const PEEK_LEN_MAX: usize = PIECE_LEN_MAX;
-/// A frame, what is looked at ahead of it, and one read beyond.
-const BUFFER_LEN: usize = FRAME_LEN_MAX + PEEK_LEN_MAX + READ_LEN;
 
 /// Lends a fixed number of buffers. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -28,14 +21,17 @@ pub(crate) struct BufferPool(Arc<Pool>);
 
 #[derive(Debug)]
 struct Pool {
+    /// Longest frame that a buffer holds, in bytes.
+    frame_max: usize,
     /// Buffers at hand, and how many may still be allocated.
     state: Mutex<(Vec<Box<[u8]>>, usize)>,
     returned: Condvar,
 }
 
 impl BufferPool {
-    pub(crate) fn new(buffer_count: usize) -> Self {
-        Self(Arc::new(Pool { state: Mutex::new((Vec::new(), buffer_count)), returned: Condvar::new() }))
+    /// Lends up to `buffer_count` buffers for frames of up to `frame_max` bytes.
+    pub(crate) fn new(buffer_count: usize, frame_max: usize) -> Self {
+        Self(Arc::new(Pool { frame_max, state: Mutex::new((Vec::new(), buffer_count)), returned: Condvar::new() }))
     }
 
     /// Waits for a buffer.
@@ -45,7 +41,8 @@ impl BufferPool {
         let mut state = self.0.returned.wait_while(state, is_empty).unwrap_or_else(PoisonError::into_inner);
         let bytes = state.0.pop().unwrap_or_else(|| {
             state.1 -= 1;
-            vec![0; BUFFER_LEN].into()
+            // What is consumed may exceed a frame by one read, and one more may lie behind that.
+            vec![0; self.0.frame_max + 2 * READ_LEN].into()
         });
         Buffer { bytes, pool: self.clone() }
     }
@@ -187,9 +184,11 @@ impl<R: Read, S: FnMut(PlainFrame) -> io::Result<()>> PlainStream<R, S> {
 
 impl<R: Read, S: FnMut(PlainFrame) -> io::Result<()>> TarInput for PlainStream<R, S> {
     fn peek(&mut self, len: usize) -> io::Result<&[u8]> {
-        let len = len.min(PEEK_LEN_MAX);
+        debug_assert!(len <= READ_LEN || self.consumed == 0, "more can only be seen from the start of a frame");
+        let buffer_len = self.buffer.bytes.len();
+        let len = len.min(buffer_len - self.consumed);
         while self.filled - self.consumed < len && !self.is_at_end {
-            let end = BUFFER_LEN.min(self.filled + READ_LEN);
+            let end = buffer_len.min(self.filled + READ_LEN);
             match self.source.read(&mut self.buffer.bytes[self.filled..end]) {
                 Ok(0) => self.is_at_end = true,
                 Ok(read_len) => self.filled += read_len,
@@ -203,8 +202,9 @@ impl<R: Read, S: FnMut(PlainFrame) -> io::Result<()>> TarInput for PlainStream<R
     fn consume(&mut self, len: usize) -> io::Result<()> {
         debug_assert!(len <= self.filled - self.consumed);
         self.consumed += len;
-        if self.consumed >= FRAME_LEN_MAX {
-            self.cut_at(self.frame_start + FRAME_LEN_MAX as u64)?;
+        let frame_max = self.pool.0.frame_max;
+        if self.consumed >= frame_max {
+            self.cut_at(self.frame_start + frame_max as u64)?;
         }
         Ok(())
     }
