@@ -18,8 +18,8 @@ use crate::{
     plain::{BufferPool, PlainFrame},
 };
 
-/// Most compressor threads: beyond this one decompressor cannot keep them busy, and each costs some megabytes.
-pub const JOBS_MAX: usize = 64;
+/// Most compressor threads: the decompressors of all layers cannot keep more busy, and each holds up to three frames.
+pub const JOBS_MAX: usize = 16;
 
 /// How frames are made: all that the result depends on, beside the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -35,11 +35,9 @@ pub struct FrameSizes {
 
 impl Default for FrameSizes {
     fn default() -> Self {
-        Self {
-            group: Lengths { min: 128 << 10, average: 320 << 10, max: 512 << 10 },
-            large_file_min: 256 << 10,
-            piece: Lengths { min: 256 << 10, average: 512 << 10, max: 1 << 20 },
-        }
+        // A little less than the 4 MiB that the format allows, so that padding fits.
+        let lengths = Lengths { min: 1 << 20, average: 2 << 20, max: (4 << 20) - 4096 };
+        Self { group: lengths, large_file_min: 1 << 20, piece: lengths }
     }
 }
 
