@@ -12,6 +12,7 @@ pub mod frame_reader;
 pub mod framer;
 mod header;
 mod hot_pack;
+pub mod hot_set;
 pub mod image;
 pub mod layer;
 pub mod layer_index;
