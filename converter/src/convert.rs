@@ -12,20 +12,22 @@ use std::{
 };
 
 use bytes::Bytes;
-use format_spec::Digest;
+use format_spec::{Digest, FormatError, HotPiece, Index, LazyLayer};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use storage::ByteStream;
-use tokio::sync::mpsc;
+use tokio::{runtime::Handle, sync::mpsc};
 
 use crate::{
     blob_reader::BlobReader,
     compress::{Compressor, FrameOptions},
+    frame_reader::{FrameReader, ReadBlob},
     image::{ImageDestination, ImageError, ImageSource},
     layer::{ConvertedLayer, LayerError, LayerFacts, SpooledLayer, spool_layer},
     lazy_layer::{LazyLayerError, annotate, find_lazy_layer},
     manifest::{Descriptor, Platform, media_type},
     report::{LayerContent, LayerReport, Observer, Report},
     resolve::{ResolveError, ResolvedImage, resolve_image},
+    start_up::{HotPackChoice, ReadableLayer, StartUpError, choose_hot_pieces},
 };
 
 /// Pieces of a blob that wait for the decompressor; registry and file pieces have up to 256 KiB.
@@ -42,6 +44,8 @@ pub struct ConvertOptions {
     pub level: i32,
     /// Number of compressor threads, and of layers side by side.
     pub jobs: NonZeroUsize,
+    /// What goes into hot packs.
+    pub hot_pack: HotPackChoice,
 }
 
 /// An image cannot be converted.
@@ -74,6 +78,17 @@ pub enum ConvertError {
     /// Finding out whether a layer is lazy already.
     #[error(transparent)]
     LazyLayer(#[from] LazyLayerError),
+    /// Finding out what a start reads.
+    #[error(transparent)]
+    StartUp(#[from] StartUpError),
+    /// The index of a layer that is lazy already.
+    #[error("layer {digest}: {error}")]
+    Index {
+        /// The blob.
+        digest: Digest,
+        /// What is wrong with it.
+        error: FormatError,
+    },
     /// The compressor threads could not be started.
     #[error("compressor: {0}")]
     Compressor(std::io::Error),
@@ -105,8 +120,12 @@ pub async fn convert(
         .buffer_unordered(layers_at_once)
         .try_collect()
         .await?;
+    let (prepared, hot_pieces) = choose_hot_pieces_of(&image, source, prepared, &options.hot_pack).await?;
     let done: HashMap<Digest, (Descriptor, LayerReport)> = stream::iter(prepared)
-        .map(|layer| work.finish(layer))
+        .map(|layer| {
+            let hot_pieces = hot_pieces.get(&layer.pending.descriptor.digest).cloned().unwrap_or_default();
+            work.finish(layer, hot_pieces)
+        })
         .buffer_unordered(layers_at_once)
         .map_ok(|(descriptor, report)| (report.source_digest, (descriptor, report)))
         .try_collect()
@@ -150,8 +169,13 @@ struct PreparedLayer {
 }
 
 enum Preparation {
-    /// It stays as it is; whether it had to be sent.
-    CarriedOver { uploaded: bool },
+    /// It stays as it is.
+    CarriedOver {
+        /// Whether it had to be sent.
+        uploaded: bool,
+        /// What it says of itself, if it is lazy already.
+        lazy: Option<LazyLayer>,
+    },
     /// Its frames are written.
     Spooled(Box<SpooledLayer>),
 }
@@ -166,6 +190,58 @@ fn pending_layers(image: &ResolvedImage) -> Vec<PendingLayer> {
     }
     pending.sort_by_key(|layer| (std::cmp::Reverse(layer.descriptor.size), layer.number));
     pending
+}
+
+/// What the hot packs of the layers shall hold; gives the layers back.
+async fn choose_hot_pieces_of(
+    image: &ResolvedImage,
+    source: &ImageSource,
+    prepared: Vec<PreparedLayer>,
+    choice: &HotPackChoice,
+) -> Result<(Vec<PreparedLayer>, HashMap<Digest, Vec<HotPiece>>), ConvertError> {
+    let is_needed = prepared.iter().any(|layer| matches!(layer.state, Preparation::Spooled(_)));
+    if !is_needed || matches!(choice, HotPackChoice::None) {
+        return Ok((prepared, HashMap::new()));
+    }
+    // The layers that are lazy already are read where they are, a few frames of them.
+    let mut lazy_indexes = HashMap::new();
+    for layer in &prepared {
+        if let Preparation::CarriedOver { lazy: Some(lazy), .. } = &layer.state {
+            let digest = lazy.blob;
+            let compressed = source.blob_range(&layer.pending.descriptor, lazy.index.range()).await?;
+            let index = Index::from_compressed(&compressed, &lazy.index);
+            lazy_indexes.insert(digest, index.map_err(|error| ConvertError::Index { digest, error })?);
+        }
+    }
+    let order: Vec<Digest> = image.manifest.layers.iter().map(|layer| layer.digest).collect();
+    let (source, config, choice) = (source.clone(), image.config.clone(), choice.clone());
+    let runtime = Handle::current();
+    let thread = tokio::task::spawn_blocking(move || {
+        let layers: HashMap<Digest, &PreparedLayer> =
+            prepared.iter().map(|layer| (layer.pending.descriptor.digest, layer)).collect();
+        let readable = order.iter().filter_map(|digest| {
+            let layer = layers.get(digest)?;
+            let (index, reader) = match &layer.state {
+                Preparation::Spooled(spooled) => (&spooled.index, spooled.reader()),
+                Preparation::CarriedOver { .. } => {
+                    let index = lazy_indexes.get(digest)?;
+                    (index, FrameReader::new(index, read_remotely(&runtime, &source, &layer.pending.descriptor)))
+                }
+            };
+            Some(ReadableLayer { digest: *digest, index, reader })
+        });
+        let hot_pieces = choose_hot_pieces(readable.collect(), &choice, &config)?;
+        Ok((prepared, hot_pieces))
+    });
+    thread.await.map_err(|_| ConvertError::Aborted(image.digest))?
+}
+
+/// Reads ranges of a blob at the image's source, from a thread that may wait.
+fn read_remotely<'a>(runtime: &'a Handle, source: &'a ImageSource, blob: &'a Descriptor) -> ReadBlob<'a> {
+    Box::new(move |range| {
+        let bytes = runtime.block_on(source.blob_range(blob, range)).map_err(std::io::Error::other)?;
+        Ok(bytes.into())
+    })
 }
 
 /// Stores the config and then the manifest.
@@ -209,7 +285,7 @@ impl LayerWork<'_> {
         let state = if lazy.is_some() || !is_convertible {
             let uploaded = self.carry_over(pending.number, &pending.descriptor).await?;
             pending.descriptor = annotate(pending.descriptor, lazy);
-            Preparation::CarriedOver { uploaded }
+            Preparation::CarriedOver { uploaded, lazy }
         } else {
             Preparation::Spooled(Box::new(self.spool(&pending).await?))
         };
@@ -231,12 +307,16 @@ impl LayerWork<'_> {
     }
 
     /// Brings a layer to the destination; returns its new descriptor.
-    async fn finish(&self, layer: PreparedLayer) -> Result<(Descriptor, LayerReport), ConvertError> {
+    async fn finish(
+        &self,
+        layer: PreparedLayer,
+        hot_pieces: Vec<HotPiece>,
+    ) -> Result<(Descriptor, LayerReport), ConvertError> {
         let PreparedLayer { pending: PendingLayer { number, descriptor, diff_id }, state, started } = layer;
         let (source_digest, source_len) = (descriptor.digest, descriptor.size);
         let (target, content, uploaded) = match state {
-            Preparation::CarriedOver { uploaded } => (descriptor, None, uploaded),
-            Preparation::Spooled(spooled) => self.finish_spooled(number, descriptor, *spooled).await?,
+            Preparation::CarriedOver { uploaded, .. } => (descriptor, None, uploaded),
+            Preparation::Spooled(spooled) => self.finish_spooled(number, descriptor, *spooled, hot_pieces).await?,
         };
         let report = LayerReport {
             source_digest,
@@ -258,11 +338,12 @@ impl LayerWork<'_> {
         number: usize,
         descriptor: Descriptor,
         spooled: SpooledLayer,
+        hot_pieces: Vec<HotPiece>,
     ) -> Result<(Descriptor, Option<LayerContent>, bool), ConvertError> {
         let digest = descriptor.digest;
         let facts = spooled.facts;
         let compressor = Arc::clone(&self.compressor);
-        let thread = tokio::task::spawn_blocking(move || spooled.finish(&[], &compressor));
+        let thread = tokio::task::spawn_blocking(move || spooled.finish(&hot_pieces, &compressor));
         let mut converted = thread
             .await
             .map_err(|_| ConvertError::Aborted(digest))?

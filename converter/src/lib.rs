@@ -28,6 +28,7 @@ mod plain;
 pub mod pull;
 pub mod report;
 pub mod resolve;
+pub mod start_up;
 pub mod tree;
 pub mod walker;
 
