@@ -8,19 +8,21 @@ use std::{
 
 use clap::Args;
 use converter::{
+    cache::CacheOptions,
     compress::FrameOptions,
-    convert::{ConvertError, ConvertOptions, convert},
+    convert::{ConvertError, ConvertOptions, Platforms, convert},
     hot_set::Profile,
-    image::{ImageDestination, ImageSource},
+    image::{ImageDestination, ImageError, ImageSource},
     location::Location,
     manifest::Platform,
     report::Report,
     start_up::HotPackChoice,
 };
+use format_spec::Digest;
 use indicatif::HumanBytes;
-use registry::{Client, ClientOptions};
+use registry::Client;
 
-use crate::{fail_with, progress};
+use crate::{fail_with, progress, registry_arguments::RegistryArguments};
 
 /// What `lazuli convert` is told.
 #[derive(Debug, Args)]
@@ -33,8 +35,24 @@ pub(crate) struct ConvertArguments {
     #[arg(value_name = "DST")]
     destination: Location,
     /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
-    #[arg(long)]
+    #[arg(long, conflicts_with = "all_platforms")]
     platform: Option<Platform>,
+    /// Convert the images for all platforms; attestations and other artifacts beside them are kept
+    #[arg(long)]
+    all_platforms: bool,
+    /// Keep what is converted in mind here, so that it need not be converted again [default: lazuli/conversions in
+    /// the user's cache directory]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// Also take layers from an image that was converted before, for instance the last version; can be repeated
+    #[arg(long, value_name = "IMG")]
+    cache_from: Vec<Location>,
+    /// Convert everything, whatever was converted before: the result depends on the image and the options alone
+    #[arg(long, conflicts_with_all = ["cache", "cache_from"])]
+    no_cache: bool,
+    /// Bring along signatures, SBOMs and whatever else refers to the image
+    #[arg(long)]
+    referrers: bool,
     /// zstd compression level
     #[arg(long, default_value_t = FrameOptions::DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=19))]
     level: i32,
@@ -47,9 +65,8 @@ pub(crate) struct ConvertArguments {
     /// Leave hot packs out: the result is smaller, its first start slower
     #[arg(long)]
     no_hot_pack: bool,
-    /// Speak plain HTTP to registries; loopback addresses are spoken to in plain HTTP anyway
-    #[arg(long)]
-    plain_http: bool,
+    #[command(flatten)]
+    registries: RegistryArguments,
     /// Print a report as JSON
     #[arg(long)]
     json: bool,
@@ -57,20 +74,46 @@ pub(crate) struct ConvertArguments {
 
 /// Converts, and prints the name and digest of the new image.
 pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
-    let ConvertArguments { source, destination, platform, level, jobs, profile, no_hot_pack, plain_http, json } = arguments;
-    let client = Client::new(ClientOptions { plain_http, ..ClientOptions::from_environment() });
+    let ConvertArguments {
+        source,
+        destination,
+        platform,
+        all_platforms,
+        cache,
+        cache_from,
+        no_cache,
+        referrers,
+        level,
+        jobs,
+        profile,
+        no_hot_pack,
+        registries,
+        json,
+    } = arguments;
+    let client = registries.into_client();
     let jobs = jobs.or_else(|| std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
     let hot_pack = match (profile, no_hot_pack) {
-        (Some(path), _) => HotPackChoice::Profile(Arc::new(read_profile(&path)?)),
+        (Some(path), _) => read_profile(&path)?,
         (None, true) => HotPackChoice::None,
         (None, false) => HotPackChoice::Derived,
     };
     let named = source.to_string();
+    if let Some(directory) = &cache {
+        std::fs::create_dir_all(directory).map_err(|error| format!("{}: {error}", directory.display()))?;
+    }
     let report = async {
         let spool_directory = std::env::temp_dir();
         let source = ImageSource::open(source, &client, &spool_directory).await?;
         let destination = ImageDestination::open(&destination, &client, &spool_directory)?;
-        let options = ConvertOptions { platform, level, jobs, hot_pack };
+        let platforms = if all_platforms { Platforms::All } else { Platforms::One(platform) };
+        let cache = match no_cache {
+            true => None,
+            false => Some(CacheOptions {
+                directory: cache.or_else(default_cache),
+                images: open_all(cache_from, &client).await?,
+            }),
+        };
+        let options = ConvertOptions { platforms, referrers, cache, level, jobs, hot_pack };
         convert(&source, &destination, &options, progress::observer(json)).await
     };
     let report = report.await.map_err(|error: ConvertError| fail_with(&named, &error))?;
@@ -81,14 +124,30 @@ pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
 /// Longest profile read, in bytes: a line a file makes some megabytes at most.
 const PROFILE_LEN_MAX: u64 = 256 << 20;
 
-fn read_profile(path: &Path) -> Result<Profile, String> {
+fn read_profile(path: &Path) -> Result<HotPackChoice, String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let len = std::fs::metadata(path).map_err(|error| failed(&error))?.len();
     if len > PROFILE_LEN_MAX {
         return Err(failed(&format!("it has {len} bytes, a profile has at most {PROFILE_LEN_MAX}")));
     }
     let bytes = std::fs::read(path).map_err(|error| failed(&error))?;
-    Profile::parse(&bytes).map_err(|error| failed(&error))
+    let profile = Profile::parse(&bytes).map_err(|error| failed(&error))?;
+    Ok(HotPackChoice::Profile { profile: Arc::new(profile), digest: Digest::of(&bytes) })
+}
+
+async fn open_all(locations: Vec<Location>, client: &Client) -> Result<Vec<ImageSource>, ImageError> {
+    let mut opened = Vec::with_capacity(locations.len());
+    for location in locations {
+        opened.push(ImageSource::open(location, client, &std::env::temp_dir()).await?);
+    }
+    Ok(opened)
+}
+
+/// Source: XDG Base Directory Specification.
+fn default_cache() -> Option<PathBuf> {
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
+    let base = std::env::var_os("XDG_CACHE_HOME").filter(|base| !base.is_empty()).map(PathBuf::from).or_else(home)?;
+    Some(base.join("lazuli/conversions"))
 }
 
 fn print(report: &Report, json: bool) {
@@ -96,14 +155,23 @@ fn print(report: &Report, json: bool) {
         println!("{}", serde_json::to_string_pretty(report).expect("a report has no maps"));
         return;
     }
-    eprintln!(
-        "{} layers, {} to {}, {} uploaded, {:.1} s, {:.0} MB/s of plain bytes",
-        report.layers.len(),
-        HumanBytes(report.source_len),
-        HumanBytes(report.target_len),
-        HumanBytes(report.uploaded_len),
-        report.seconds,
-        report.plain_len as f64 / 1e6 / report.seconds.max(0.001)
-    );
+    for artifact in &report.artifacts {
+        eprintln!("{}: no container image, copied as it is", artifact.digest);
+    }
+    for referrer in &report.referrers {
+        let attached = if referrer.attached.is_some() { ", attached to the new image" } else { "" };
+        eprintln!("referrer {} ({}): carried along{attached}", referrer.digest, referrer.kind);
+    }
+    if !report.images.is_empty() {
+        eprintln!(
+            "{} layers, {} to {}, {} uploaded, {:.1} s, {:.0} MB/s of plain bytes",
+            report.images.iter().map(|image| image.layers.len()).sum::<usize>(),
+            HumanBytes(report.source_len),
+            HumanBytes(report.target_len),
+            HumanBytes(report.uploaded_len),
+            report.seconds,
+            report.plain_len as f64 / 1e6 / report.seconds.max(0.001)
+        );
+    }
     println!("{} {}", report.destination, report.digest);
 }

@@ -72,15 +72,19 @@ impl FileSource {
     /// The file at the start of `range` of the blob; `None` for all of it.
     async fn open(&self, range: Option<Range<u64>>) -> io::Result<tokio::io::Take<tokio::fs::File>> {
         let mut file = tokio::fs::File::open(&self.path).await?;
+        let (part, range) = match (&self.part, range) {
+            // A whole file may be one that has no length, like a pipe.
+            (None, None) => return Ok(file.take(u64::MAX)),
+            (None, Some(range)) => (0..u64::MAX, range),
+            (Some(part), range) => (part.clone(), range.unwrap_or(0..part.end - part.start)),
+        };
         let file_len = file.metadata().await?.len();
-        let blob = self.part.clone().unwrap_or(0..file_len);
-        let range = range.unwrap_or(0..blob.end - blob.start);
-        let end = blob.start.checked_add(range.end).filter(|end| *end <= blob.end && *end <= file_len);
+        let end = part.start.checked_add(range.end).filter(|end| *end <= part.end && *end <= file_len);
         let (Some(end), true) = (end, range.start <= range.end) else {
-            let reason = format!("bytes {range:?} of {}", blob.end.min(file_len).saturating_sub(blob.start));
+            let reason = format!("bytes {range:?} of {}", part.end.min(file_len).saturating_sub(part.start));
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, reason));
         };
-        let start = blob.start + range.start;
+        let start = part.start + range.start;
         file.seek(SeekFrom::Start(start)).await?;
         Ok(file.take(end - start))
     }

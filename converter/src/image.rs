@@ -261,6 +261,13 @@ async fn stream(file: &FileSource) -> Result<ByteStream, ImageError> {
     file.stream().await.map_err(|error| ImageError::File { path: file.path().to_owned(), error })
 }
 
+impl StoredManifest {
+    /// Whether it lists manifests instead of describing one image.
+    pub fn is_index(&self) -> bool {
+        matches!(self.media_type.as_str(), registry::media_type::OCI_INDEX | registry::media_type::DOCKER_LIST)
+    }
+}
+
 impl From<registry::Manifest> for StoredManifest {
     fn from(manifest: registry::Manifest) -> Self {
         Self { bytes: manifest.bytes, media_type: manifest.media_type, digest: manifest.digest }

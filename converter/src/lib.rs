@@ -2,9 +2,13 @@
 
 pub mod archive;
 pub mod blob_reader;
+pub mod cache;
 pub mod compress;
 mod contents;
 pub mod convert;
+mod convert_image;
+mod convert_index;
+mod copy;
 pub mod destination;
 pub mod docker_archive;
 pub mod file_source;
@@ -26,6 +30,7 @@ pub mod oci_directory;
 mod pax;
 mod plain;
 pub mod pull;
+mod referrers;
 pub mod report;
 pub mod resolve;
 pub mod start_up;

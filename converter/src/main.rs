@@ -6,6 +6,7 @@ mod convert_command;
 mod mount_command;
 mod progress;
 mod pull_command;
+mod registry_arguments;
 
 use std::process::ExitCode;
 

@@ -23,6 +23,15 @@ pub mod media_type {
     pub const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
     /// A layer as docker pushes it: tar, gzip-compressed.
     pub const DOCKER_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
+    /// Layers that must not be redistributed have types that begin like this.
+    const FOREIGN_LAYERS: [&str; 2] =
+        ["application/vnd.oci.image.layer.nondistributable.", "application/vnd.docker.image.rootfs.foreign.diff.tar"];
+
+    /// Whether a layer of this type is part of a file system.
+    pub fn is_file_system(media_type: &str) -> bool {
+        CONVERTIBLE_LAYERS.contains(&media_type) || FOREIGN_LAYERS.iter().any(|start| media_type.starts_with(start))
+    }
+
     /// The layers that can be converted.
     pub const CONVERTIBLE_LAYERS: [&str; 6] = [
         "application/vnd.oci.image.layer.v1.tar",
@@ -68,6 +77,16 @@ impl Descriptor {
             platform: None,
             rest: BTreeMap::new(),
         }
+    }
+
+    /// Whether the content lies at addresses of its own, as layers of Windows do, and not beside the manifest.
+    pub fn is_elsewhere(&self) -> bool {
+        self.rest.get("urls").and_then(Value::as_array).is_some_and(|urls| !urls.is_empty())
+    }
+
+    /// The platform, for people.
+    pub fn describe_platform(&self) -> String {
+        self.platform.as_ref().map_or_else(|| "image".to_owned(), ToString::to_string)
     }
 
     /// The annotation `key`.

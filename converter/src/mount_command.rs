@@ -10,9 +10,8 @@ use converter::{
     mount::{MountError, mount},
     resolve::ResolveError,
 };
-use registry::{Client, ClientOptions};
 
-use crate::fail_with;
+use crate::{fail_with, registry_arguments::RegistryArguments};
 
 /// What `lazuli mount` is told.
 #[derive(Debug, Args)]
@@ -32,9 +31,8 @@ pub(crate) struct MountArguments {
     /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
     #[arg(long)]
     platform: Option<Platform>,
-    /// Speak plain HTTP to registries; loopback addresses are spoken to in plain HTTP anyway
-    #[arg(long)]
-    plain_http: bool,
+    #[command(flatten)]
+    registries: RegistryArguments,
 }
 
 /// How the kernel reads the image.
@@ -48,9 +46,9 @@ pub(crate) enum Mode {
 
 /// Mounts, says so, and waits until it is interrupted or the image is unmounted.
 pub(crate) async fn run(arguments: MountArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
-    let MountArguments { image, mount_point, cache, mode, platform, plain_http } = arguments;
+    let MountArguments { image, mount_point, cache, mode, platform, registries } = arguments;
     let (Mode::Auto | Mode::Fuse) = mode;
-    let client = Client::new(ClientOptions { plain_http, ..ClientOptions::from_environment() });
+    let client = registries.into_client();
     let cache_root = cache.unwrap_or_else(default_cache);
     let named = image.to_string();
     let mounting = async {

@@ -35,6 +35,7 @@ fn describe(report: &LayerReport) -> String {
             HumanBytes(report.source_len),
             HumanBytes(report.target_len)
         ),
+        None if report.cached => format!("{} converted before", HumanBytes(report.source_len)),
         None => format!("{} carried over", HumanBytes(report.source_len)),
     };
     let sent = if report.uploaded { "" } else { ", already there" };
@@ -45,6 +46,10 @@ fn describe(report: &LayerReport) -> String {
 struct Lines;
 
 impl Observer for Lines {
+    fn image_starts(&self, name: &str) {
+        eprintln!("{name}:");
+    }
+
     fn layer_starts(&self, _: usize, _: &Digest, _: u64) {}
 
     fn layer_read(&self, _: usize, _: u64) {}
@@ -76,6 +81,11 @@ fn style(template: &str) -> ProgressStyle {
 }
 
 impl Observer for Bars {
+    fn image_starts(&self, name: &str) {
+        // A terminal that cannot be written to shows at the next bar.
+        let _ = self.all.println(name);
+    }
+
     fn layer_starts(&self, layer: usize, digest: &Digest, len: u64) {
         let bar = self.all.add(ProgressBar::new(len));
         bar.set_style(style("{prefix} {msg:9} [{bar:30}] {bytes:>10}/{total_bytes:10} {bytes_per_sec}"));

@@ -11,7 +11,9 @@ use clap::Args;
 use converter::pull::{PullObserver, PullOptions, PulledLayer, pull};
 use format_spec::Digest;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
-use registry::{Client, ClientOptions, Reference};
+use registry::Reference;
+
+use crate::registry_arguments::RegistryArguments;
 
 /// What `lazuli pull` is told.
 #[derive(Debug, Args)]
@@ -28,15 +30,14 @@ pub(crate) struct PullArguments {
     /// The snapshotter, as containerd's configuration names it
     #[arg(long, default_value = "lazuli")]
     snapshotter: String,
-    /// Speak plain HTTP to registries; loopback addresses are spoken to in plain HTTP anyway
-    #[arg(long)]
-    plain_http: bool,
+    #[command(flatten)]
+    registries: RegistryArguments,
 }
 
 /// Pulls, and prints the name and digest of the image.
 pub(crate) async fn run(arguments: PullArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
-    let PullArguments { reference, address, namespace, snapshotter, plain_http } = arguments;
-    let client = Client::new(ClientOptions { plain_http, ..ClientOptions::from_environment() });
+    let PullArguments { reference, address, namespace, snapshotter, registries } = arguments;
+    let client = registries.into_client();
     let options = PullOptions { reference, address, namespace, snapshotter };
     let observer: Arc<dyn PullObserver> =
         if std::io::stderr().is_terminal() { Arc::new(Bars::default()) } else { Arc::new(Lines) };

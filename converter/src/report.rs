@@ -8,14 +8,16 @@ use serde::Serialize;
 pub struct Report {
     /// Where the image is now.
     pub destination: String,
-    /// Digest of its manifest.
+    /// Digest of its manifest or index.
     pub digest: Digest,
-    /// Digest of the original manifest.
+    /// Digest of the original.
     pub source_digest: Digest,
-    /// Digest of the config, the same before and after.
-    pub config_digest: Digest,
-    /// The layers, lowest first.
-    pub layers: Vec<LayerReport>,
+    /// The images that were converted, in the order of the index.
+    pub images: Vec<ImageReport>,
+    /// What is no container image and was copied as it is.
+    pub artifacts: Vec<ArtifactReport>,
+    /// What came along because it refers to the original.
+    pub referrers: Vec<ReferrerReport>,
     /// Compressed length of the original layers, in bytes.
     pub source_len: u64,
     /// Compressed length of the layers now, in bytes.
@@ -26,6 +28,43 @@ pub struct Report {
     pub uploaded_len: u64,
     /// How long it took.
     pub seconds: f64,
+}
+
+/// One image of a conversion.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ImageReport {
+    /// The platform that its config says.
+    pub platform: String,
+    /// Digest of its manifest.
+    pub digest: Digest,
+    /// Digest of the original manifest.
+    pub source_digest: Digest,
+    /// Digest of the config, the same before and after.
+    pub config_digest: Digest,
+    /// The layers, lowest first.
+    pub layers: Vec<LayerReport>,
+}
+
+/// A manifest that describes no container image.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ArtifactReport {
+    /// Digest of the manifest, the same before and after.
+    pub digest: Digest,
+    /// Bytes of its blobs that had to be moved.
+    pub copied_len: u64,
+}
+
+/// A manifest that refers to the original.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ReferrerReport {
+    /// Digest of what it refers to.
+    pub subject: Digest,
+    /// Digest of its manifest, the same before and after.
+    pub digest: Digest,
+    /// What it is about, such as `application/spdx+json`, or the tag that it was found under.
+    pub kind: String,
+    /// Digest of the copy that refers to the new manifest; `None` for signatures and the like.
+    pub attached: Option<Digest>,
 }
 
 /// One layer of a conversion.
@@ -43,6 +82,8 @@ pub struct LayerReport {
     pub diff_id: Digest,
     /// Whether it was converted; lazy layers and what is no layer are carried over as they are.
     pub converted: bool,
+    /// Whether it was converted earlier and found in the cache.
+    pub cached: bool,
     /// What conversion found in it; `None` where it was not converted.
     #[serde(flatten)]
     pub content: Option<LayerContent>,
@@ -73,6 +114,8 @@ pub struct LayerContent {
 
 /// Is told how a conversion goes on. Layers are named by their place in the image, lowest first.
 pub trait Observer: Send + Sync {
+    /// Work on one of several images begins; `name` is its platform.
+    fn image_starts(&self, name: &str);
     /// Work on a layer begins; its blob has `len` bytes.
     fn layer_starts(&self, layer: usize, digest: &Digest, len: u64);
     /// So many bytes of the original blob have been read.
@@ -88,6 +131,7 @@ pub trait Observer: Send + Sync {
 pub struct NoObserver;
 
 impl Observer for NoObserver {
+    fn image_starts(&self, _: &str) {}
     fn layer_starts(&self, _: usize, _: &Digest, _: u64) {}
     fn layer_read(&self, _: usize, _: u64) {}
     fn layer_sent(&self, _: usize, _: u64, _: u64) {}

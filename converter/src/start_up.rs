@@ -25,7 +25,12 @@ pub enum HotPackChoice {
     #[default]
     Derived,
     /// From a recorded profile.
-    Profile(Arc<Profile>),
+    Profile {
+        /// What it says.
+        profile: Arc<Profile>,
+        /// Digest of its file, which names it.
+        digest: Digest,
+    },
     /// Nowhere: there are no hot packs.
     None,
 }
@@ -71,7 +76,7 @@ pub fn choose_hot_pieces(
     let tree = Index::open(merge(&indexes)?).map_err(MergeError::Format)?;
     let hot = match choice {
         HotPackChoice::None => Vec::new(),
-        HotPackChoice::Profile(profile) => profile.hot_set(&tree),
+        HotPackChoice::Profile { profile, .. } => profile.hot_set(&tree),
         HotPackChoice::Derived => {
             let config = StartConfig::from_json(config)?;
             derive(&tree, &mut ImageFiles(layers), &config)
@@ -140,8 +145,12 @@ mod tests {
     #[test]
     fn a_piece_is_taken_once() {
         let mut pack = LayerPack::default();
-        let added = [4096..8192, 0..4096, 4096..5000, 8192..8200, 8000..9000, 4096..8192].map(|range| pack.push(range, 1));
+        let added =
+            [4096..8192, 0..4096, 4096..5000, 8192..8200, 8000..9000, 4096..8192].map(|range| pack.push(range, 1));
         assert_eq!(added, [true, true, false, true, false, false]);
-        assert_eq!(pack.pieces.iter().map(HotPiece::plain_range).collect::<Vec<_>>(), [4096..8192, 0..4096, 8192..8200]);
+        assert_eq!(
+            pack.pieces.iter().map(HotPiece::plain_range).collect::<Vec<_>>(),
+            [4096..8192, 0..4096, 8192..8200]
+        );
     }
 }

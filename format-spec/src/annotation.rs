@@ -30,6 +30,13 @@ pub const IMAGE: &str = "containerd.io/snapshot/lazuli/image";
 /// Length of the hot pack in bytes, decimal; absent without one. It lies directly behind the index.
 pub const HOT_LEN: &str = "containerd.io/snapshot/lazuli/hot.len";
 
+/// Digest of the blob that the layer was converted from; no snapshot label.
+pub const SOURCE_DIGEST: &str = "io.lazuli.source.digest";
+/// Digest of the tar stream in it.
+pub const SOURCE_DIFF_ID: &str = "io.lazuli.source.diff-id";
+/// What of the converter's options has shaped the layer: equal texts and equal digests mean that it can be used again.
+pub const SOURCE_OPTIONS: &str = "io.lazuli.source.options";
+
 /// The format version that this crate reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
 /// Longest index, compressed or plain, that a reader accepts (SPEC.md 9): bounds what a node allocates.

@@ -161,6 +161,9 @@ fn annotations_are_those_of_the_specification() {
     ];
     let spec: Vec<_> = rows("## 8. Annotations").iter().map(|cells| cells[0]).collect();
     assert_eq!(spec, code);
+    for name in [annotation::SOURCE_DIGEST, annotation::SOURCE_DIFF_ID, annotation::SOURCE_OPTIONS] {
+        assert!(SPEC.contains(&format!("`{name}` is ")), "{name}");
+    }
 }
 
 #[test]

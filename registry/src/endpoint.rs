@@ -97,8 +97,18 @@ impl Endpoint {
     }
 
     /// The HTTP client for `url`, the endpoint's own or one that it redirects to.
-    pub(crate) fn http(&self, url: &Url, client: &Client) -> Result<&reqwest::Client, Error> {
+    pub(crate) fn http(&self, url: &Url, client: &Client) -> Result<reqwest::Client, Error> {
         self.connections.to(url, client.options(), &self.settings)
+    }
+
+    /// The number of the client certificate in use.
+    pub(crate) fn identity(&self) -> usize {
+        self.connections.identity()
+    }
+
+    /// Goes on to the client certificate after `refused`; false when there is none.
+    pub(crate) fn next_identity(&self, refused: usize) -> bool {
+        self.connections.next_identity(refused, self.settings.identities.len())
     }
 
     /// Notes that it failed in a way that may last.

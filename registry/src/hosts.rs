@@ -42,7 +42,8 @@ pub(crate) struct HostConfig {
     pub(crate) capabilities: Vec<Capability>,
     /// Files of CA certificates, trusted besides the system's.
     pub(crate) ca: Vec<PathBuf>,
-    pub(crate) client: Option<ClientCertificate>,
+    /// Tried one after the other until one is accepted.
+    pub(crate) clients: Vec<ClientCertificate>,
     pub(crate) skip_verify: bool,
     pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
     pub(crate) dial_timeout: Option<Duration>,
@@ -56,7 +57,7 @@ impl Default for HostConfig {
             root: None,
             capabilities: Capability::ALL.to_vec(),
             ca: Vec::new(),
-            client: None,
+            clients: Vec::new(),
             skip_verify: false,
             headers: Vec::new(),
             dial_timeout: None,
@@ -175,14 +176,11 @@ impl RawHost {
             // The registry itself can do everything, whatever stands there: as in containerd.
             _ => Capability::ALL.to_vec(),
         };
-        let client = match self.client {
+        let clients = match self.client {
             None => Vec::new(),
             Some(RawClient::Files(files)) => files.into_vec().into_iter().map(|file| [file, String::new()]).collect(),
             Some(RawClient::Pairs(pairs)) => pairs,
         };
-        if client.len() > 1 {
-            return Err(format!("client: {} certificates, only one can be used", client.len()));
-        }
         let mut headers = Vec::new();
         for (name, values) in self.header {
             let checked = HeaderName::from_bytes(name.as_bytes()).map_err(|_| format!("header {name:?} is none"))?;
@@ -195,10 +193,13 @@ impl RawHost {
             root: address.map(|address| parse_root(address, self.override_path)).transpose()?,
             capabilities,
             ca: self.ca.map_or(Vec::new(), OneOrMore::into_vec).iter().map(|file| directory.join(file)).collect(),
-            client: client.into_iter().next().map(|[certificate, key]| ClientCertificate {
-                certificate: directory.join(certificate),
-                key: if key.is_empty() { None } else { Some(directory.join(key)) },
-            }),
+            clients: clients
+                .into_iter()
+                .map(|[certificate, key]| ClientCertificate {
+                    certificate: directory.join(certificate),
+                    key: if key.is_empty() { None } else { Some(directory.join(key)) },
+                })
+                .collect(),
             skip_verify: self.skip_verify,
             headers,
             dial_timeout: self.dial_timeout.as_deref().map(parse_duration).transpose()?,
@@ -227,9 +228,10 @@ fn parse_root(address: &str, override_path: bool) -> Result<Url, String> {
 fn parse_proxy(address: &str) -> Result<Url, String> {
     Url::parse(address)
         .ok()
-        .filter(|url| matches!(url.scheme(), "http" | "https") && matches!(url.path(), "" | "/"))
+        .filter(|url| matches!(url.scheme(), "http" | "https" | "socks4" | "socks4a" | "socks5" | "socks5h"))
+        .filter(|url| url.has_host() && matches!(url.path(), "" | "/"))
         .filter(|url| url.query().is_none() && url.fragment().is_none())
-        .ok_or_else(|| format!("proxy: {address:?} is no http://host:port"))
+        .ok_or_else(|| format!("proxy: {address:?} is no http://host:port or socks5://host:port"))
 }
 
 /// A length of time as Go writes it: `1s`, `500ms`, `1m30s`.
@@ -284,14 +286,14 @@ mod tests {
         "#;
         let header = |name, value| (HeaderName::from_static(name), HeaderValue::from_static(value));
         let certificate = |certificate: &str, key: Option<&str>| {
-            Some(ClientCertificate { certificate: certificate.into(), key: key.map(Into::into) })
+            vec![ClientCertificate { certificate: certificate.into(), key: key.map(Into::into) }]
         };
         let expected = [
             HostConfig {
                 root: Some("https://zulu.example/us/v2".parse().unwrap()),
                 capabilities: vec![Capability::Pull],
                 ca: vec!["/abs.pem".into(), "/d/rel.pem".into()],
-                client: certificate("/d/a.cert", Some("/d/a.key")),
+                clients: certificate("/d/a.cert", Some("/d/a.key")),
                 skip_verify: true,
                 headers: vec![header("x-two", "a"), header("x-two", "b")],
                 dial_timeout: Some(Duration::from_millis(60_500)),
@@ -299,7 +301,7 @@ mod tests {
             },
             HostConfig {
                 root: Some("http://alfa.example:5000/v2/upstream".parse().unwrap()),
-                client: certificate("/d/both.pem", None),
+                clients: certificate("/d/both.pem", None),
                 ..HostConfig::default()
             },
             HostConfig {
@@ -333,7 +335,6 @@ mod tests {
         check("capabilities = [\"pul\"]", "unknown variant `pul`");
         check("\nca = 1", "line 2: expected a string or a list of strings");
         check("client = [[\"a\"]]", "client: expected a path");
-        check("client = [\"a\", \"b\"]", "client: 2 certificates, only one can be used");
         check("skip_verify = \"yes\"", "expected a boolean");
         check("server = \"ftp://a\"", "\"ftp://a\" is no address of a registry");
         check("[host.\"https://u:p@a\"]", "host \"https://u:p@a\": \"https://u:p@a\" is no address");
@@ -343,7 +344,7 @@ mod tests {
         check("dial_timeout = \"soon\"", "dial_timeout: \"soon\" is no time");
         check("dial_timeout = \"5\"", "dial_timeout: \"5\" is no time");
         check("dial_timeout = \"99999999999999h\"", "is no time");
-        check("proxy = \"socks5://a:1\"", "proxy: \"socks5://a:1\" is no http://host:port");
+        check("proxy = \"socks5://a:1\"", "proxy: \"socks5://a:1\" is no http://host:port or socks5://host:port");
         check("= 1", "line 1: ");
     }
 }

@@ -24,14 +24,14 @@ pub(crate) struct HostSettings {
     pub(crate) config: HostConfig,
     /// PEM files of CA certificates.
     pub(crate) ca: Vec<Vec<u8>>,
-    /// Our certificate and its key, PEM. Secret.
-    pub(crate) identity: Option<Vec<u8>>,
+    /// Our certificates, each with its key, PEM. Secret.
+    pub(crate) identities: Vec<Vec<u8>>,
 }
 
 impl HostSettings {
     /// Whether anything in it makes sense for TLS only.
     pub(crate) fn has_tls(&self) -> bool {
-        !self.ca.is_empty() || self.identity.is_some() || self.config.skip_verify
+        !self.ca.is_empty() || !self.identities.is_empty() || self.config.skip_verify
     }
 }
 
@@ -90,35 +90,32 @@ fn find_certificates(folder: &Path) -> Result<HostConfig, Error> {
     let with_extension = |wanted: &str| -> Vec<PathBuf> {
         files.iter().filter(|file| file.extension().is_some_and(|found| found == wanted)).cloned().collect()
     };
-    let certificates = with_extension("cert");
-    if certificates.len() > 1 {
-        return Err(refuse(folder, format!("{} client certificates, only one can be used", certificates.len())));
-    }
-    let client = certificates.into_iter().next().map(|certificate| {
+    let to_client = |certificate: PathBuf| {
         let key = certificate.with_extension("key");
         let key = files.contains(&key).then_some(key);
         ClientCertificate { certificate, key }
-    });
-    Ok(HostConfig { ca: with_extension("crt"), client, ..HostConfig::default() })
+    };
+    let clients = with_extension("cert").into_iter().map(to_client).collect();
+    Ok(HostConfig { ca: with_extension("crt"), clients, ..HostConfig::default() })
 }
 
 fn read_settings(config: HostConfig) -> Result<HostSettings, Error> {
     let ca = config.ca.iter().map(|file| read_pem(file)).collect::<Result<_, _>>()?;
-    let identity = match &config.client {
-        None => None,
-        Some(ClientCertificate { certificate, key }) => {
-            let mut pem = read_pem(certificate)?;
-            if let Some(key) = key {
-                pem.push(b'\n');
-                pem.extend(read_pem(key)?);
-            }
-            if reqwest::Identity::from_pem(&pem).is_err() {
-                return Err(refuse(certificate, "no client certificate with its key (PEM)"));
-            }
-            Some(pem)
-        }
-    };
-    Ok(HostSettings { config, ca, identity })
+    let identities = config.clients.iter().map(read_identity).collect::<Result<_, _>>()?;
+    Ok(HostSettings { config, ca, identities })
+}
+
+fn read_identity(client: &ClientCertificate) -> Result<Vec<u8>, Error> {
+    let ClientCertificate { certificate, key } = client;
+    let mut pem = read_pem(certificate)?;
+    if let Some(key) = key {
+        pem.push(b'\n');
+        pem.extend(read_pem(key)?);
+    }
+    match reqwest::Identity::from_pem(&pem) {
+        Ok(_) => Ok(pem),
+        Err(_) => Err(refuse(certificate, "no client certificate with its key (PEM)")),
+    }
 }
 
 fn read_pem(file: &Path) -> Result<Vec<u8>, Error> {

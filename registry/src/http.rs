@@ -1,6 +1,13 @@
 //! The HTTP library, set up for one host: certificates, proxy, connection time limit.
 
-use std::{net::IpAddr, sync::OnceLock};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use reqwest::{Certificate, Identity, Proxy, Url, redirect};
 
@@ -9,10 +16,11 @@ use crate::{error::Error, hosts_dir::HostSettings, options::ClientOptions};
 /// The connections to one host, and to where it redirects.
 #[derive(Default)]
 pub(crate) struct Connections {
-    /// To loopback hosts, past any proxy of the environment.
-    direct: OnceLock<reqwest::Client>,
-    /// To all others.
-    remote: OnceLock<reqwest::Client>,
+    /// By whether they go past any proxy of the environment, to loopback hosts, and by the number of the client
+    /// certificate.
+    clients: Mutex<HashMap<(bool, usize), reqwest::Client>>,
+    /// The client certificate in use.
+    identity: AtomicUsize,
 }
 
 impl Connections {
@@ -22,18 +30,37 @@ impl Connections {
         url: &Url,
         options: &ClientOptions,
         settings: &HostSettings,
-    ) -> Result<&reqwest::Client, Error> {
+    ) -> Result<reqwest::Client, Error> {
         let is_direct = url.host_str().is_some_and(is_loopback) && settings.config.proxy.is_none();
-        let cell = if is_direct { &self.direct } else { &self.remote };
-        if let Some(client) = cell.get() {
-            return Ok(client);
+        let identity = self.identity();
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get(&(is_direct, identity)) {
+            return Ok(client.clone());
         }
-        let built = build(options, settings, is_direct)?;
-        Ok(cell.get_or_init(|| built))
+        let built = build(options, settings, identity, is_direct)?;
+        clients.insert((is_direct, identity), built.clone());
+        Ok(built)
+    }
+
+    /// The number of the client certificate in use.
+    pub(crate) fn identity(&self) -> usize {
+        self.identity.load(Ordering::Relaxed)
+    }
+
+    /// Goes on to the client certificate after `refused`, of `count`; false when there is none.
+    pub(crate) fn next_identity(&self, refused: usize, count: usize) -> bool {
+        // Many requests may be refused at once: the first of them goes on for all.
+        self.identity.fetch_max((refused + 1).min(count.saturating_sub(1)), Ordering::Relaxed);
+        self.identity() > refused
     }
 }
 
-fn build(options: &ClientOptions, settings: &HostSettings, is_direct: bool) -> Result<reqwest::Client, Error> {
+fn build(
+    options: &ClientOptions,
+    settings: &HostSettings,
+    identity: usize,
+    is_direct: bool,
+) -> Result<reqwest::Client, Error> {
     // Fails when a provider is there already: then that one is used.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let refuse = |error: reqwest::Error| Error::Setup(error.to_string());
@@ -42,7 +69,7 @@ fn build(options: &ClientOptions, settings: &HostSettings, is_direct: bool) -> R
         let found = Certificate::from_pem_bundle(pem).ok().filter(|found| !found.is_empty());
         ca.extend(found.ok_or_else(|| Error::Setup(format!("{}: no certificate in it", file.display())))?);
     }
-    let identity = settings.identity.as_deref().map(Identity::from_pem).transpose().map_err(refuse)?;
+    let identity = settings.identities.get(identity).map(|pem| Identity::from_pem(pem)).transpose().map_err(refuse)?;
     let proxy = settings.config.proxy.clone().map(Proxy::all).transpose().map_err(refuse)?;
     let builder = || {
         let mut builder = reqwest::Client::builder()

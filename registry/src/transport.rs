@@ -67,8 +67,19 @@ impl<'a> Request<'a> {
 }
 
 impl Client {
-    /// Sends `request`, and once more with a new authorization after a 401; any status is an answer.
+    /// Sends `request`; where there are several client certificates, until one is accepted. Any status is an answer.
     pub(crate) async fn send(&self, request: &Request<'_>) -> Result<Response, Error> {
+        loop {
+            let identity = request.endpoint.identity();
+            match self.send_authorized(request).await {
+                Err(Error::ClientCertificate { .. }) if request.endpoint.next_identity(identity) => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Sends `request`, and once more with a new authorization after a 401.
+    async fn send_authorized(&self, request: &Request<'_>) -> Result<Response, Error> {
         let (what, endpoint) = (request.what, request.endpoint);
         let authorization = match request.is_trusted {
             true => self.auth_cache().current(endpoint, &request.scopes).await,

@@ -15,6 +15,11 @@ use crate::{
     scratch::Scratch,
 };
 
+/// Media type of a manifest.
+pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// Media type of an index.
+pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+
 /// How a layer is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
@@ -108,7 +113,6 @@ impl ImageBuilder {
     ///
     /// When a file cannot be written.
     pub fn write_index(&self, scratch: &Scratch, name: &str) -> Result<String> {
-        const INDEX: &str = "application/vnd.oci.image.index.v1+json";
         let layout = Layout::create(scratch.join(name))?;
         let mut manifest = self.add_to(&layout)?;
         manifest["platform"] = json!({ "os": "linux", "architecture": self.architecture });
@@ -117,7 +121,12 @@ impl ImageBuilder {
         Ok(layout.reference())
     }
 
-    fn add_to(&self, layout: &Layout) -> Result<Value> {
+    /// Writes the image into a layout, under no tag; returns its descriptor.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be written.
+    pub fn add_to(&self, layout: &Layout) -> Result<Value> {
         let mut layers = Vec::new();
         let mut diff_ids = Vec::new();
         for (tar, compression) in &self.layers {
@@ -195,12 +204,19 @@ fn layout_directory(layout: &str) -> PathBuf {
     path.rsplit_once(':').map_or(path, |(directory, _)| directory).into()
 }
 
-struct Layout {
+/// An OCI image layout in the making.
+#[derive(Debug)]
+pub struct Layout {
     directory: PathBuf,
 }
 
 impl Layout {
-    fn create(directory: PathBuf) -> Result<Self> {
+    /// An empty one.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn create(directory: PathBuf) -> Result<Self> {
         let blobs = directory.join("blobs/sha256");
         fs::create_dir_all(&blobs).at("creating", &blobs)?;
         let layout = Self { directory };
@@ -208,7 +224,8 @@ impl Layout {
         Ok(layout)
     }
 
-    fn reference(&self) -> String {
+    /// `oci:DIR:latest`.
+    pub fn reference(&self) -> String {
         format!("oci:{}:latest", self.directory.display())
     }
 
@@ -216,23 +233,44 @@ impl Layout {
         self.directory.join("blobs/sha256").join(digest.hex())
     }
 
-    fn add(&self, media_type: &str, content: &[u8]) -> Result<Value> {
+    /// Adds a blob; returns its descriptor.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn add(&self, media_type: &str, content: &[u8]) -> Result<Value> {
         let digest = Digest::of(content);
         let path = self.blob(digest);
         fs::write(&path, content).at("writing", &path)?;
         Ok(json!({ "mediaType": media_type, "digest": digest.to_string(), "size": content.len() }))
     }
 
-    fn add_manifest(&self, config: &Value, layers: &[Value]) -> Result<Value> {
-        const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+    /// Adds a manifest; returns its descriptor.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn add_manifest(&self, config: &Value, layers: &[Value]) -> Result<Value> {
         let manifest = json!({ "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers });
         self.add(MANIFEST, manifest.to_string().as_bytes())
     }
 
     /// Makes `latest` of the manifest or index that `descriptor` describes.
-    fn tag(&self, mut descriptor: Value) -> Result<()> {
-        descriptor["annotations"] = json!({ "org.opencontainers.image.ref.name": "latest" });
-        self.write("index.json", &json!({ "schemaVersion": 2, "manifests": [descriptor] }))
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn tag(&self, descriptor: Value) -> Result<()> {
+        self.list(&[with_tag(descriptor, "latest")])
+    }
+
+    /// Makes these the entries of `index.json`.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn list(&self, descriptors: &[Value]) -> Result<()> {
+        self.write("index.json", &json!({ "schemaVersion": 2, "manifests": descriptors }))
     }
 
     fn manifest(&self) -> Result<Value> {
@@ -248,6 +286,12 @@ impl Layout {
         let path = self.directory.join(name);
         fs::write(&path, document.to_string()).at("writing", &path)
     }
+}
+
+/// An entry of `index.json` under a tag.
+pub fn with_tag(mut descriptor: Value, tag: &str) -> Value {
+    descriptor["annotations"]["org.opencontainers.image.ref.name"] = tag.into();
+    descriptor
 }
 
 fn read_json(path: &Path) -> Result<Value> {

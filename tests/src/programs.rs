@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use crate::{
@@ -51,7 +52,14 @@ fn profile_directory() -> Result<PathBuf> {
 ///
 /// When it has not been built; not when it fails.
 pub fn lazuli<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Finished> {
-    finish(&mut command(program("lazuli")?, arguments))
+    finish(&mut lazuli_command(arguments)?)
+}
+
+/// `lazuli` without the cache of whoever runs the tests: what one test converts is nothing to another.
+fn lazuli_command<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Command> {
+    let mut lazuli = command(program("lazuli")?, arguments);
+    lazuli.env("XDG_CACHE_HOME", "/dev/null");
+    Ok(lazuli)
 }
 
 /// Runs `lazuli` and expects exit code 0; returns its standard output.
@@ -60,7 +68,7 @@ pub fn lazuli<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result
 ///
 /// When it has not been built, or fails.
 pub fn lazuli_ok<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<String> {
-    crate::process::run(&mut command(program("lazuli")?, arguments))
+    crate::process::run(&mut lazuli_command(arguments)?)
 }
 
 /// An image mounted by `lazuli mount`; dropping it unmounts.

@@ -114,6 +114,17 @@ impl TestRegistry {
         self.inspect(name, "--raw")
     }
 
+    /// The digest of the manifest of `name`.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn digest(&self, name: &str) -> Result<Digest> {
+        let inspect = ["inspect", "--tls-verify=false", "--raw"];
+        let bytes = run(command("skopeo", inspect).arg(format!("docker://{}", self.reference(name))))?;
+        Ok(Digest::of(bytes.as_bytes()))
+    }
+
     /// The image configuration of `name`.
     ///
     /// # Errors

@@ -162,3 +162,43 @@ async fn a_proxy_of_hosts_toml_is_used_for_its_host() {
     assert_eq!(client.manifest(&by_proxy()).await.unwrap().bytes, bytes);
     assert!(proxy.requests().len() > 3);
 }
+
+/// Takes one SOCKS5 connection to [`NAME`] on to `target`. Source: RFC 1928 3 to 6.
+async fn serve_socks(listener: &TcpListener, target: &str) {
+    let (mut connection, _) = listener.accept().await.unwrap();
+    let mut greeting = [0; 2];
+    connection.read_exact(&mut greeting).await.unwrap();
+    connection.read_exact(&mut vec![0; greeting[1].into()]).await.unwrap();
+    connection.write_all(&[5, 0]).await.unwrap();
+    let (name, port) = NAME.split_once(':').unwrap();
+    let mut asked = [&[5, 1, 0, 3, u8::try_from(name.len()).unwrap()], name.as_bytes()].concat();
+    asked.extend(port.parse::<u16>().unwrap().to_be_bytes());
+    let mut request = vec![0; asked.len()];
+    connection.read_exact(&mut request).await.unwrap();
+    assert_eq!(request, asked);
+    connection.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0]).await.unwrap();
+    let mut upstream = TcpStream::connect(target).await.unwrap();
+    let target = target.to_owned();
+    tokio::spawn(async move {
+        // Either side may end it.
+        copy_bidirectional(&mut connection, &mut upstream).await.map_err(|error| format!("{target}: {error}"))
+    });
+}
+
+#[tokio::test]
+async fn a_socks_proxy_resolves_the_name() {
+    let registry = DockerRegistry::start();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = format!("socks5h://{}", listener.local_addr().unwrap());
+    let target = registry.host().to_owned();
+    let task = tokio::spawn(async move {
+        loop {
+            serve_socks(&listener, &target).await;
+        }
+    });
+    let hosts = hosts_dir(&[(NAME, &format!("server = 'http://{NAME}'\nproxy = '{proxy}'"))]);
+    let client = client_with_hosts(&hosts);
+    let (bytes, _) = push_image(&client, &by_proxy()).await;
+    assert_eq!(client.manifest(&by_proxy()).await.unwrap().bytes, bytes);
+    task.abort();
+}

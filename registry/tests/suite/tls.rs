@@ -53,6 +53,18 @@ async fn a_client_certificate_opens_what_asks_for_one() {
 }
 
 #[tokio::test]
+async fn several_client_certificates_are_tried_in_their_order() {
+    let (certificates, others) = (Certificates::new(), Certificates::new());
+    let registry = DockerRegistry::start_with_tls(&certificates, true);
+    let pair = |of: &Certificates| format!("[\"{0}/client.pem\", \"{0}/client-key.pem\"]", of.path().display());
+    let with = |pairs: [String; 2]| format!("ca = \"CERTS/ca.pem\"\nclient = [{}]", pairs.join(", "));
+    exchange(&registry, &certificates, &with([pair(&others), pair(&certificates)])).await.unwrap();
+    exchange(&registry, &certificates, &with([pair(&certificates), pair(&others)])).await.unwrap();
+    let error = exchange(&registry, &certificates, &with([pair(&others), pair(&others)])).await.unwrap_err();
+    assert!(matches!(error, Error::ClientCertificate { .. }), "{error:?}");
+}
+
+#[tokio::test]
 async fn a_missing_client_certificate_is_named() {
     let (certificates, others) = (Certificates::new(), Certificates::new());
     let registry = DockerRegistry::start_with_tls(&certificates, true);

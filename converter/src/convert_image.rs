@@ -1,0 +1,387 @@
+//! Converts one image: its layers side by side, then what points to them.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    sync::Arc,
+    time::Instant,
+};
+
+use bytes::Bytes;
+use format_spec::{Digest, HotPiece, Index, LazyLayer};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use storage::ByteStream;
+use tokio::{runtime::Handle, sync::mpsc};
+
+use crate::{
+    blob_reader::BlobReader,
+    cache::{ConversionKey, annotations_of},
+    convert::{Conversion, ConvertError},
+    convert_index::NewManifest,
+    frame_reader::{FrameReader, ReadBlob},
+    image::ImageSource,
+    layer::{ConvertedLayer, LayerError, LayerFacts, SpooledLayer, spool_layer},
+    lazy_layer::{annotate, find_lazy_layer},
+    manifest::{Descriptor, media_type},
+    report::{ImageReport, LayerContent, LayerReport},
+    resolve::ResolvedImage,
+    start_up::{HotPackChoice, ReadableLayer, choose_hot_pieces},
+};
+
+/// Pieces of a blob that wait for the decompressor; registry and file pieces have up to 256 KiB.
+const PIECES_WAITING_MAX: usize = 16;
+
+/// A layer that is still to be brought to the destination.
+#[derive(Debug, Clone)]
+struct PendingLayer {
+    /// Its place in the image.
+    number: usize,
+    descriptor: Descriptor,
+    diff_id: Digest,
+}
+
+/// A layer that was read.
+struct PreparedLayer {
+    pending: PendingLayer,
+    state: Preparation,
+    started: Instant,
+}
+
+enum Preparation {
+    /// It stays as it is.
+    CarriedOver {
+        /// Whether it had to be sent.
+        uploaded: bool,
+        /// What it says of itself, if it is lazy already.
+        lazy: Option<LazyLayer>,
+    },
+    /// It was converted before and is at the destination.
+    Cached(LazyLayer),
+    /// Its frames are written.
+    Spooled(Box<SpooledLayer>),
+}
+
+/// Every different layer once; the largest first, so that it is not waited for alone.
+fn pending_layers(image: &ResolvedImage) -> Vec<PendingLayer> {
+    let mut pending: Vec<PendingLayer> = Vec::new();
+    for (number, (layer, diff_id)) in image.manifest.layers.iter().zip(&image.diff_ids).enumerate() {
+        if pending.iter().all(|other| other.descriptor.digest != layer.digest) {
+            pending.push(PendingLayer { number, descriptor: layer.clone(), diff_id: *diff_id });
+        }
+    }
+    pending.sort_by_key(|layer| (std::cmp::Reverse(layer.descriptor.size), layer.number));
+    pending
+}
+
+impl Conversion<'_> {
+    /// Converts one image; stores everything but its manifest.
+    pub(crate) async fn convert_image(
+        &self,
+        mut image: ResolvedImage,
+    ) -> Result<(NewManifest, ImageReport), ConvertError> {
+        let prepared: Vec<PreparedLayer> = stream::iter(pending_layers(&image))
+            .map(|layer| self.prepare(layer))
+            .buffer_unordered(self.layers_at_once)
+            .try_collect()
+            .await?;
+        let (prepared, hot_pieces) = self.choose_hot_pieces(&image, prepared).await?;
+        let done: HashMap<Digest, (Descriptor, LayerReport)> = stream::iter(prepared)
+            .map(|layer| {
+                let hot_pieces = hot_pieces.get(&layer.pending.descriptor.digest).cloned().unwrap_or_default();
+                self.finish(layer, hot_pieces)
+            })
+            .buffer_unordered(self.layers_at_once)
+            .map_ok(|(descriptor, report)| (report.source_digest, (descriptor, report)))
+            .try_collect()
+            .await?;
+        let mut reports = Vec::with_capacity(image.manifest.layers.len());
+        for layer in &mut image.manifest.layers {
+            let (descriptor, report) = &done[&layer.digest];
+            reports.push(report.clone());
+            *layer = descriptor.clone();
+        }
+        let new = self.finish_manifest(&mut image).await?;
+        let report = ImageReport {
+            platform: image.platform.to_string(),
+            digest: new.descriptor().digest,
+            source_digest: image.digest,
+            config_digest: image.manifest.config.digest,
+            layers: reports,
+        };
+        Ok((new, report))
+    }
+
+    /// What the hot packs of the layers shall hold; gives the layers back.
+    async fn choose_hot_pieces(
+        &self,
+        image: &ResolvedImage,
+        prepared: Vec<PreparedLayer>,
+    ) -> Result<(Vec<PreparedLayer>, HashMap<Digest, Vec<HotPiece>>), ConvertError> {
+        let is_needed = prepared.iter().any(|layer| matches!(layer.state, Preparation::Spooled(_)));
+        if !is_needed || matches!(self.hot_pack, HotPackChoice::None) {
+            return Ok((prepared, HashMap::new()));
+        }
+        let mut lazy_blobs = HashMap::new();
+        for layer in &prepared {
+            if let Some(blob) = self.lazy_blob(layer).await? {
+                lazy_blobs.insert(layer.pending.descriptor.digest, blob);
+            }
+        }
+        let order: Vec<Digest> = image.manifest.layers.iter().map(|layer| layer.digest).collect();
+        let (config, choice) = (image.config.clone(), self.hot_pack.clone());
+        let runtime = Handle::current();
+        let thread = tokio::task::spawn_blocking(move || {
+            let layers: HashMap<Digest, &PreparedLayer> =
+                prepared.iter().map(|layer| (layer.pending.descriptor.digest, layer)).collect();
+            let readable = order.iter().filter_map(|digest| {
+                let (index, reader) = match &layers.get(digest)?.state {
+                    Preparation::Spooled(spooled) => (&spooled.index, spooled.reader()),
+                    Preparation::CarriedOver { .. } | Preparation::Cached(_) => {
+                        let blob = lazy_blobs.get(digest)?;
+                        (&blob.index, FrameReader::new(&blob.index, blob.reader(&runtime)))
+                    }
+                };
+                Some(ReadableLayer { digest: *digest, index, reader })
+            });
+            let hot_pieces = choose_hot_pieces(readable.collect(), &choice, &config)?;
+            Ok((prepared, hot_pieces))
+        });
+        thread.await.map_err(|_| ConvertError::Aborted(image.digest))?
+    }
+
+    /// A layer that is lazy already, read where it is: its index now, a few frames of it perhaps.
+    async fn lazy_blob(&self, layer: &PreparedLayer) -> Result<Option<LazyBlob>, ConvertError> {
+        let (lazy, source) = match &layer.state {
+            Preparation::CarriedOver { lazy: Some(lazy), .. } => (lazy, self.source.clone()),
+            Preparation::Cached(lazy) => (lazy, self.destination.to_source()),
+            Preparation::CarriedOver { .. } | Preparation::Spooled(_) => return Ok(None),
+        };
+        let digest = lazy.blob;
+        let descriptor = Descriptor { digest, size: lazy.blob_len, ..Descriptor::of(media_type::OCI_LAYER_ZSTD, b"") };
+        let compressed = source.blob_range(&descriptor, lazy.index.range()).await?;
+        let index = Index::from_compressed(&compressed, &lazy.index);
+        let index = index.map_err(|error| ConvertError::Index { digest, error })?;
+        Ok(Some(LazyBlob { source, descriptor, index }))
+    }
+
+    /// Stores the config; returns the manifest over it and the new layers.
+    async fn finish_manifest(&self, image: &mut ResolvedImage) -> Result<NewManifest, ConvertError> {
+        let config = &mut image.manifest.config;
+        // Both types name the same content; an OCI manifest has the OCI one.
+        config.media_type = media_type::OCI_CONFIG.to_owned();
+        if !self.destination.has_blob(&config.digest, config.size).await?
+            && !self.destination.mount_blob(self.source, &config.digest).await?
+        {
+            self.destination.put_bytes(&config.digest, &image.config).await?;
+        }
+        let media_type = registry::media_type::OCI_MANIFEST.to_owned();
+        image.manifest.media_type = Some(media_type.clone());
+        let bytes = serde_json::to_vec(&image.manifest).expect("maps with text keys").into();
+        Ok(NewManifest { media_type, bytes })
+    }
+
+    /// What names the result of converting a layer.
+    fn key(&self, layer: &PendingLayer) -> ConversionKey {
+        ConversionKey { source: layer.descriptor.digest, diff_id: layer.diff_id, options: self.shape.clone() }
+    }
+
+    /// Reads one layer: writes its frames, or sends it on as it is where it cannot or need not be converted.
+    async fn prepare(&self, mut pending: PendingLayer) -> Result<PreparedLayer, ConvertError> {
+        let started = Instant::now();
+        let digest = pending.descriptor.digest;
+        self.observer.layer_starts(pending.number, &digest, pending.descriptor.size);
+        let lazy = find_lazy_layer(self.source, &pending.descriptor).await?;
+        let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&pending.descriptor.media_type.as_str());
+        let state = if lazy.is_some() || !is_convertible {
+            let uploaded = self.carry_over(pending.number, &pending.descriptor).await?;
+            pending.descriptor = annotate(pending.descriptor, lazy);
+            Preparation::CarriedOver { uploaded, lazy }
+        } else if let Some(layer) = self.cache.find(&self.key(&pending), self.destination).await? {
+            Preparation::Cached(layer)
+        } else {
+            Preparation::Spooled(Box::new(self.spool(&pending).await?))
+        };
+        Ok(PreparedLayer { pending, state, started })
+    }
+
+    async fn spool(&self, pending: &PendingLayer) -> Result<SpooledLayer, ConvertError> {
+        let PendingLayer { number, descriptor, diff_id } = pending;
+        let stream = self.source.blob_stream(&descriptor.digest).await?;
+        let spool = self.destination.spool()?;
+        let compressor = Arc::clone(&self.compressor);
+        let work = move |blob: BlobReader<Pieces>| spool_layer(blob, spool, &compressor);
+        let spooled = self.read_blob(*number, stream, descriptor, work).await?;
+        if spooled.facts.diff_id != *diff_id {
+            let (expected, found) = (*diff_id, spooled.facts.diff_id);
+            return Err(ConvertError::DiffId { digest: descriptor.digest, expected, found });
+        }
+        Ok(spooled)
+    }
+
+    /// Brings a layer to the destination; returns its new descriptor.
+    async fn finish(
+        &self,
+        layer: PreparedLayer,
+        hot_pieces: Vec<HotPiece>,
+    ) -> Result<(Descriptor, LayerReport), ConvertError> {
+        let PreparedLayer { pending, state, started } = layer;
+        let key = self.key(&pending);
+        let PendingLayer { number, descriptor, diff_id } = pending;
+        let (source_digest, source_len) = (descriptor.digest, descriptor.size);
+        let cached = matches!(state, Preparation::Cached(_));
+        let (target, content, uploaded) = match state {
+            Preparation::CarriedOver { uploaded, .. } => (descriptor, None, uploaded),
+            Preparation::Cached(layer) => (lazy_descriptor(descriptor, &layer, &key), None, false),
+            Preparation::Spooled(spooled) => {
+                let (layer, content, uploaded) =
+                    self.finish_spooled(number, source_digest, *spooled, hot_pieces).await?;
+                self.cache.add(&key, layer, self.destination);
+                (lazy_descriptor(descriptor, &layer, &key), Some(content), uploaded)
+            }
+        };
+        let report = LayerReport {
+            source_digest,
+            source_len,
+            target_digest: target.digest,
+            target_len: target.size,
+            diff_id,
+            converted: content.is_some(),
+            cached,
+            content,
+            uploaded,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        self.observer.layer_done(number, &report);
+        Ok((target, report))
+    }
+
+    async fn finish_spooled(
+        &self,
+        number: usize,
+        digest: Digest,
+        spooled: SpooledLayer,
+        hot_pieces: Vec<HotPiece>,
+    ) -> Result<(LazyLayer, LayerContent, bool), ConvertError> {
+        let facts = spooled.facts;
+        let compressor = Arc::clone(&self.compressor);
+        let thread = tokio::task::spawn_blocking(move || spooled.finish(&hot_pieces, &compressor));
+        let mut converted = thread
+            .await
+            .map_err(|_| ConvertError::Aborted(digest))?
+            .map_err(|error| ConvertError::Layer { digest, error })?;
+        let layer = converted.layer;
+        let uploaded = self.send(number, &layer.blob, layer.blob_len, &mut converted.spool).await?;
+        Ok((layer, content_of(&facts, &converted), uploaded))
+    }
+
+    /// Copies a blob as it is; returns whether bytes had to be moved.
+    async fn carry_over(&self, number: usize, descriptor: &Descriptor) -> Result<bool, ConvertError> {
+        let Descriptor { digest, size, .. } = descriptor;
+        if descriptor.is_elsewhere()
+            || self.destination.has_blob(digest, *size).await?
+            || self.destination.mount_blob(self.source, digest).await?
+        {
+            return Ok(false);
+        }
+        let stream = self.source.blob_stream(digest).await?;
+        let mut spool = self.destination.spool()?;
+        let mut spool = self
+            .read_blob(number, stream, descriptor, move |mut blob| {
+                std::io::copy(&mut blob, &mut spool).map_err(LayerError::Write)?;
+                blob.finish()?;
+                Ok(spool)
+            })
+            .await?;
+        self.send(number, digest, *size, &mut spool).await
+    }
+
+    /// Runs `work` on a thread of its own over a blob that streams in.
+    async fn read_blob<T: Send + 'static>(
+        &self,
+        number: usize,
+        mut stream: ByteStream,
+        descriptor: &Descriptor,
+        work: impl FnOnce(BlobReader<Pieces>) -> Result<T, LayerError> + Send + 'static,
+    ) -> Result<T, ConvertError> {
+        let (digest, len) = (descriptor.digest, descriptor.size);
+        let (sender, receiver) = mpsc::channel(PIECES_WAITING_MAX);
+        let thread = tokio::task::spawn_blocking(move || work(BlobReader::new(Pieces(receiver), digest, len)));
+        let mut read_len = 0;
+        while let Some(piece) = stream.next().await {
+            read_len += piece.as_ref().map_or(0, Bytes::len) as u64;
+            self.observer.layer_read(number, read_len);
+            // The thread stops listening when it has failed; it says why.
+            if sender.send(piece.map_err(|error| error.0)).await.is_err() {
+                break;
+            }
+        }
+        drop((sender, stream));
+        let result = thread.await.map_err(|_| ConvertError::Aborted(digest))?;
+        result.map_err(|error| ConvertError::Layer { digest, error })
+    }
+
+    /// Sends a spooled blob to the destination; returns whether that was necessary.
+    async fn send(&self, number: usize, digest: &Digest, len: u64, spool: &mut File) -> Result<bool, ConvertError> {
+        if self.destination.has_blob(digest, len).await? {
+            return Ok(false);
+        }
+        let observer = Arc::clone(&self.observer);
+        let progress = Arc::new(move |sent_len| observer.layer_sent(number, sent_len, len));
+        self.destination.put_file(digest, len, spool, progress).await?;
+        Ok(true)
+    }
+}
+
+/// A layer that is lazy already.
+struct LazyBlob {
+    /// Where it is.
+    source: ImageSource,
+    descriptor: Descriptor,
+    index: Index<Vec<u8>>,
+}
+
+impl LazyBlob {
+    /// Reads ranges of it, from a thread that may wait.
+    fn reader<'a>(&'a self, runtime: &'a Handle) -> ReadBlob<'a> {
+        Box::new(move |range| {
+            let bytes = runtime.block_on(self.source.blob_range(&self.descriptor, range));
+            Ok(bytes.map_err(std::io::Error::other)?.into())
+        })
+    }
+}
+
+/// What points to a layer that was made of what `original` points to.
+fn lazy_descriptor(original: Descriptor, layer: &LazyLayer, key: &ConversionKey) -> Descriptor {
+    Descriptor {
+        media_type: media_type::OCI_LAYER_ZSTD.to_owned(),
+        digest: layer.blob,
+        size: layer.blob_len,
+        annotations: Some(annotations_of(original.annotations, layer, key)),
+        platform: None,
+        // What else there is says something about the original blob, like its address.
+        rest: BTreeMap::new(),
+    }
+}
+
+fn content_of(facts: &LayerFacts, converted: &ConvertedLayer) -> LayerContent {
+    LayerContent {
+        plain_len: facts.tar_len,
+        content_len: facts.content_len,
+        frames: facts.frame_count,
+        files: facts.inode_count,
+        index_len: converted.layer.index.compressed_len,
+        hot_len: converted.layer.hot_len,
+        dedup_len: converted.dedup_len,
+    }
+}
+
+/// The pieces of a blob, as the thread that works on it takes them.
+struct Pieces(mpsc::Receiver<Result<Bytes, String>>);
+
+impl Iterator for Pieces {
+    type Item = Result<Bytes, String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.blocking_recv()
+    }
+}
