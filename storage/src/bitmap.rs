@@ -1,158 +1,138 @@
-//! Which frames of a layer are there: one bit a frame, in memory and as the file `frames`.
-//!
-//! The file is bound to the layer's index by its digest and ends with a CRC-32. Whatever does not fit
-//! is treated as "nothing there": the price is bytes fetched again, never a wrong byte.
+//! Bits that many threads set and look at without locks.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
-use format_spec::Digest;
+const WORD_BITS: u64 = u64::BITS as u64;
 
-/// First eight bytes of the file `frames`.
-const MAGIC: [u8; 8] = *b"LAZULIFR";
-/// Magic number, index digest and bit count.
-const HEADER_LEN: usize = 8 + 32 + 8;
-const CRC_LEN: usize = 4;
-const WORD_BITS: usize = u64::BITS as usize;
-
-/// Bits that many threads set and look at.
+/// A row of bits of fixed length.
+///
+/// What was written before a bit was set is seen by who sees the bit. Of two threads that each set one bit and then
+/// look at the other's, at least one sees both (hence `SeqCst`).
 #[derive(Debug)]
 pub(crate) struct Bitmap {
     words: Vec<AtomicU64>,
-    set_count: AtomicUsize,
+    set_count: AtomicU64,
 }
 
 impl Bitmap {
-    /// All bits of `bits`, which [`decode`] returned or [`Self::snapshot`] made.
-    pub(crate) fn new(bits: Vec<u64>) -> Self {
-        let set_count = bits.iter().map(|word| word.count_ones() as usize).sum();
-        Self { words: bits.into_iter().map(AtomicU64::new).collect(), set_count: AtomicUsize::new(set_count) }
+    /// The bits of `words`, which [`Self::snapshot`] made or [`empty`].
+    pub(crate) fn new(words: Vec<u64>) -> Self {
+        let set_count = words.iter().map(|word| u64::from(word.count_ones())).sum();
+        Self { words: words.into_iter().map(AtomicU64::new).collect(), set_count: AtomicU64::new(set_count) }
     }
 
-    /// Whether a bit is set; what was written before it was set is seen afterwards.
-    pub(crate) fn is_set(&self, bit: u32) -> bool {
-        let (word, mask) = position(bit);
-        self.words.get(word).is_some_and(|word| word.load(Ordering::Acquire) & mask != 0)
+    /// Whether a bit is set; those past the end are not.
+    pub(crate) fn is_set(&self, bit: u64) -> bool {
+        self.words.get(word_of(bit)).is_some_and(|word| word.load(Ordering::SeqCst) >> (bit % WORD_BITS) & 1 == 1)
     }
 
-    /// Sets a bit.
-    pub(crate) fn set(&self, bit: u32) {
-        let (word, mask) = position(bit);
-        let Some(word) = self.words.get(word) else { return };
-        if word.fetch_or(mask, Ordering::AcqRel) & mask == 0 {
-            self.set_count.fetch_add(1, Ordering::AcqRel);
+    /// Whether all bits of a range are set.
+    pub(crate) fn are_set(&self, range: Range<u64>) -> bool {
+        self.find(range, false).is_none()
+    }
+
+    /// The first bit of a range that is set, or that is not.
+    pub(crate) fn find(&self, range: Range<u64>, is_set: bool) -> Option<u64> {
+        let mut bit = range.start;
+        while bit < range.end {
+            let Some(word) = self.words.get(word_of(bit)) else { return (!is_set).then_some(bit) };
+            let word = word.load(Ordering::SeqCst);
+            let candidates = (if is_set { word } else { !word }) >> (bit % WORD_BITS);
+            if candidates != 0 {
+                let found = bit + u64::from(candidates.trailing_zeros());
+                return (found < range.end).then_some(found);
+            }
+            bit = (bit / WORD_BITS + 1) * WORD_BITS;
+        }
+        None
+    }
+
+    /// Sets all bits of a range.
+    pub(crate) fn set(&self, range: Range<u64>) {
+        for (word, mask) in masks(range) {
+            let Some(word) = self.words.get(word) else { return };
+            let new = mask & !word.fetch_or(mask, Ordering::SeqCst);
+            self.set_count.fetch_add(u64::from(new.count_ones()), Ordering::SeqCst);
         }
     }
 
-    /// Clears every bit that is set in `bits`.
-    pub(crate) fn clear_all(&self, bits: &[u64]) {
-        for (word, mask) in self.words.iter().zip(bits) {
-            let cleared = word.fetch_and(!mask, Ordering::AcqRel) & mask;
-            self.set_count.fetch_sub(cleared.count_ones() as usize, Ordering::AcqRel);
+    /// Clears every bit that is set in `words`.
+    pub(crate) fn clear_all(&self, words: &[u64]) {
+        for (word, mask) in self.words.iter().zip(words) {
+            let cleared = word.fetch_and(!mask, Ordering::SeqCst) & mask;
+            self.set_count.fetch_sub(u64::from(cleared.count_ones()), Ordering::SeqCst);
         }
     }
 
     /// Number of bits set.
-    pub(crate) fn set_count(&self) -> usize {
-        self.set_count.load(Ordering::Acquire)
+    pub(crate) fn set_count(&self) -> u64 {
+        self.set_count.load(Ordering::SeqCst)
     }
 
     /// The bits as they are now.
     pub(crate) fn snapshot(&self) -> Vec<u64> {
-        self.words.iter().map(|word| word.load(Ordering::Acquire)).collect()
+        self.words.iter().map(|word| word.load(Ordering::SeqCst)).collect()
     }
 }
 
-/// No bits of `bit_count`.
-pub(crate) fn empty(bit_count: u32) -> Vec<u64> {
-    vec![0; (bit_count as usize).div_ceil(WORD_BITS)]
+/// The words of `bit_count` bits, none of them set.
+pub(crate) fn empty(bit_count: u64) -> Vec<u64> {
+    vec![0; word_of(bit_count.div_ceil(WORD_BITS).saturating_mul(WORD_BITS))]
 }
 
-/// Sets a bit of plain words; `false` for one past their end.
-pub(crate) fn set_in(bits: &mut [u64], bit: u32) -> bool {
-    let (word, mask) = position(bit);
-    bits.get_mut(word).map(|word| *word |= mask).is_some()
+/// Whether words have no bit set past the first `bit_count`.
+pub(crate) fn has_no_spare_bits(words: &[u64], bit_count: u64) -> bool {
+    let used = bit_count % WORD_BITS;
+    used == 0 || words.last().is_none_or(|last| last >> used == 0)
 }
 
-fn position(bit: u32) -> (usize, u64) {
-    (bit as usize / WORD_BITS, 1 << (bit as usize % WORD_BITS))
+fn word_of(bit: u64) -> usize {
+    usize::try_from(bit / WORD_BITS).unwrap_or(usize::MAX)
 }
 
-/// The content of the file `frames`.
-pub(crate) fn encode(bits: &[u64], bit_count: u32, index: &Digest) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(HEADER_LEN + bits.len() * 8 + CRC_LEN);
-    bytes.extend_from_slice(&MAGIC);
-    bytes.extend_from_slice(index.as_bytes());
-    bytes.extend_from_slice(&u64::from(bit_count).to_le_bytes());
-    bits.iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
-    bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
-    bytes
-}
-
-/// Reads what [`encode`] wrote for a layer with this index; `None` for anything else.
-pub(crate) fn decode(bytes: &[u8], bit_count: u32, index: &Digest) -> Option<Vec<u64>> {
-    let (content, crc32) = bytes.split_at_checked(bytes.len().checked_sub(CRC_LEN)?)?;
-    if crc32fast::hash(content).to_le_bytes() != crc32 {
-        return None;
-    }
-    let (header, words) = content.split_at_checked(HEADER_LEN)?;
-    let expected = [&MAGIC[..], index.as_bytes(), &u64::from(bit_count).to_le_bytes()].concat();
-    if header != expected || words.len() != empty(bit_count).len() * 8 {
-        return None;
-    }
-    let bits: Vec<u64> =
-        words.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("chunks of eight"))).collect();
-    let spare_bits = bits.len() * WORD_BITS - bit_count as usize;
-    let spare_is_zero = bits.last().is_none_or(|last| spare_bits == 0 || last >> (WORD_BITS - spare_bits) == 0);
-    spare_is_zero.then_some(bits)
+/// The words that a range of bits lies in, each with its bits.
+fn masks(range: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+    let Range { mut start, end } = range;
+    std::iter::from_fn(move || {
+        let (word, first) = (word_of(start), start % WORD_BITS);
+        let count = (WORD_BITS - first).min(end.saturating_sub(start));
+        start += count;
+        (count > 0).then(|| (word, (u64::MAX >> (WORD_BITS - count)) << first))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const INDEX: Digest = Digest::from_bytes([7; 32]);
-
-    fn sample(bit_count: u32) -> Vec<u64> {
-        let mut bits = empty(bit_count);
-        (0..bit_count).step_by(3).for_each(|bit| assert!(set_in(&mut bits, bit)));
-        bits
-    }
-
-    #[test]
-    fn file_form_is_reversible() {
-        for bit_count in [0, 1, 63, 64, 65, 1000] {
-            let bits = sample(bit_count);
-            assert_eq!(decode(&encode(&bits, bit_count, &INDEX), bit_count, &INDEX), Some(bits), "{bit_count}");
-        }
-    }
-
-    #[test]
-    fn refuses_any_changed_byte_other_length_and_other_index() {
-        let bytes = encode(&sample(65), 65, &INDEX);
-        for position in 0..bytes.len() {
-            let mut changed = bytes.clone();
-            changed[position] ^= 1;
-            assert_eq!(decode(&changed, 65, &INDEX), None, "byte {position}");
-            assert_eq!(decode(&bytes[..position], 65, &INDEX), None, "length {position}");
-        }
-        assert_eq!(decode(&bytes, 66, &INDEX), None);
-        assert_eq!(decode(&bytes, 65, &Digest::from_bytes([8; 32])), None);
-    }
-
-    #[test]
-    fn refuses_bits_past_the_count() {
-        assert_eq!(decode(&encode(&[1 << 5], 5, &INDEX), 5, &INDEX), None);
-    }
-
     #[test]
     fn counts_each_bit_once() {
         let bitmap = Bitmap::new(empty(70));
-        [3, 3, 69].into_iter().for_each(|bit| bitmap.set(bit));
+        [3..4, 3..4, 69..70].into_iter().for_each(|range| bitmap.set(range));
         assert_eq!(
             (bitmap.set_count(), bitmap.is_set(3), bitmap.is_set(4), bitmap.is_set(4000)),
             (2, true, false, false)
         );
         bitmap.clear_all(&[1 << 3 | 1 << 4, 0]);
         assert_eq!((bitmap.set_count(), bitmap.snapshot()), (1, vec![0, 1 << 5]));
+    }
+
+    #[test]
+    fn ranges_are_what_their_bits_are() {
+        for (start, end) in [(0, 0), (0, 1), (0, 64), (63, 65), (5, 191), (64, 128), (190, 192), (7, 7)] {
+            let bitmap = Bitmap::new(empty(192));
+            bitmap.set(start..end);
+            let set: Vec<u64> = (0..192).filter(|bit| bitmap.is_set(*bit)).collect();
+            assert_eq!(set, (start..end).collect::<Vec<_>>());
+            assert_eq!(bitmap.set_count(), end - start);
+            assert!(bitmap.are_set(start..end));
+            assert!(!bitmap.are_set(start..end + 1));
+            assert_eq!(bitmap.find(0..192, true), (start..end).next());
+            assert_eq!(bitmap.find(start..192, false), Some(end).filter(|end| *end < 192));
+            assert_eq!(bitmap.find(191..200, false), Some(if end == 192 { 192 } else { 191 }));
+        }
     }
 }

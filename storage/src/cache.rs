@@ -1,13 +1,14 @@
 //! The cache directory: one directory a layer, shared by all images that have the layer.
 //!
 //! ```text
-//! <root>/layers/<64 hex digits of the blob digest>/   see directory.rs
-//! <root>/removed/                                     what is being deleted
+//! <root>/layers/<64 hex digits of the index digest>/   see directory.rs
+//! <root>/removed/                                      what is being deleted
 //! ```
 //!
-//! A layer is known by its blob digest, but what is trusted is the digest of its index: nobody ever
-//! sees the whole blob to hash it. So a second image that names the same blob with another index is
-//! refused instead of being served the first one's bytes.
+//! A layer is known by the digest of its index: it covers all that is believed of a layer that is read in
+//! parts, while nobody ever sees the whole blob to hash it.
+//!
+//! `opening.rs` opens layers, `start_up.rs` does what is to be done for one right afterwards.
 
 use std::{
     collections::HashMap,
@@ -15,17 +16,14 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::AtomicU64,
     },
     time::Duration,
 };
 
-use format_spec::{
-    Digest, FormatError, Index, LayerId, LazyLayer,
-    annotation::{INDEX_LEN_MAX, IndexLocation},
-};
+use format_spec::{Digest, LayerId, LazyLayer};
 use futures_util::{
-    FutureExt, StreamExt,
+    FutureExt,
     future::{BoxFuture, Shared},
 };
 use serde_json::Value;
@@ -34,14 +32,15 @@ use tokio::runtime::Handle;
 use crate::{
     directory::{LayerDirectory, LayerRecord, create_directory},
     error::{CacheError, ReadError},
-    frame_store::{FrameStore, lock},
+    frame_store::lock,
     layer::{Layer, Origin},
     scheduler::Scheduler,
-    source::{Source, SourceError},
+    source::Source,
 };
 
-/// Times an index is asked for when the bytes are wrong or break off.
-const INDEX_ATTEMPTS: u32 = 3;
+mod opening;
+mod start_up;
+
 /// `f_type` of overlayfs (Linux include/uapi/linux/magic.h).
 const OVERLAYFS_SUPER_MAGIC: u64 = 0x794c_7630;
 
@@ -301,89 +300,6 @@ impl CacheInner {
         task.map(ended).boxed().shared()
     }
 
-    async fn open_layer(self: &Arc<Self>, layer: &LazyLayer, origin: Origin) -> Result<Layer, CacheError> {
-        let (id, LazyLayer { blob, index: location, .. }) = (layer.id(), *layer);
-        let inner = self.clone();
-        let number = self.layer_count.fetch_add(1, Ordering::Relaxed);
-        if let Some((record, store)) = self.blocking(blob, move || inner.open_cached(id)).await? {
-            let old = Origin { source: origin.source, description: record.description };
-            return Ok(Layer::new(number, record.layer, store, old, self.scheduler.clone(), 0));
-        }
-        let (index, fetched_bytes) = self.fetch_index(blob, location, &*origin.source).await?;
-        let inner = self.clone();
-        let record = LayerRecord { layer: *layer, description: origin.description.clone() };
-        let store = self.blocking(blob, move || inner.store_layer(&record, &index)).await?;
-        Ok(Layer::new(number, *layer, store, origin, self.scheduler.clone(), fetched_bytes))
-    }
-
-    /// Opens what the directory holds; `None` without a whole record and index.
-    fn open_cached(&self, id: LayerId) -> Result<Option<(LayerRecord, FrameStore)>, CacheError> {
-        let directory = self.directory(id);
-        let path = directory.path().to_owned();
-        let open = || -> io::Result<Option<(LayerRecord, FrameStore)>> {
-            let Some(record) = directory.read_record()?.filter(|record| record.layer.id() == id) else {
-                return Ok(None);
-            };
-            let Some(index) = directory.open_index()? else { return Ok(None) };
-            let store = FrameStore::open(directory, index, record.layer.index.digest)?;
-            Ok(Some((record, store)))
-        };
-        open().map_err(|error| disk_error(&path, error))
-    }
-
-    /// Makes the directory of a layer whose index was verified, in place of a damaged one.
-    ///
-    /// `data` and `frames` of the damaged one stay if they belong to the same index.
-    fn store_layer(&self, record: &LayerRecord, index: &Index<Vec<u8>>) -> Result<FrameStore, CacheError> {
-        let directory = self.directory(record.layer.id());
-        let path = directory.path().to_owned();
-        let store = || -> io::Result<FrameStore> {
-            directory.create()?;
-            directory.write_index(record, index.as_bytes())?;
-            let index = directory.open_index()?;
-            let index = index.ok_or_else(|| io::Error::other("index is damaged right after it was written"))?;
-            FrameStore::open(directory, index, record.layer.index.digest)
-        };
-        store().map_err(|error| disk_error(&path, error))
-    }
-
-    /// Fetches and verifies an index; returns it and the number of bytes it took.
-    async fn fetch_index(
-        &self,
-        blob: Digest,
-        location: IndexLocation,
-        source: &dyn Source,
-    ) -> Result<(Index<Vec<u8>>, u64), CacheError> {
-        if location.compressed_len > INDEX_LEN_MAX {
-            let (expected, found) = (INDEX_LEN_MAX, location.compressed_len);
-            let error = FormatError::Length { what: "compressed index", expected, found };
-            return Err(CacheError::Index { blob, error });
-        }
-        let mut fetched_bytes = 0;
-        let mut attempt = 1;
-        loop {
-            let result = match receive(source, &location).await {
-                Err(error) => Err(CacheError::Source { blob, error }),
-                Ok(compressed) => {
-                    fetched_bytes += compressed.len() as u64;
-                    let open = move || Index::from_compressed(&compressed, &location);
-                    self.blocking(blob, move || open().map_err(|error| CacheError::Index { blob, error })).await
-                }
-            };
-            match result {
-                Ok(index) => return Ok((index, fetched_bytes)),
-                Err(error @ CacheError::Index { .. }) if attempt < INDEX_ATTEMPTS => {
-                    tracing::debug!(%blob, %error, attempt, "index asked for again");
-                    attempt += 1;
-                }
-                Err(error) => {
-                    tracing::error!(%blob, %error, "index refused");
-                    return Err(error);
-                }
-            }
-        }
-    }
-
     async fn blocking<T: Send + 'static>(
         &self,
         blob: Digest,
@@ -402,19 +318,6 @@ impl Drop for CacheInner {
             }
         }
     }
-}
-
-/// The compressed bytes of an index, in one ranged request; nothing about them is verified.
-async fn receive(source: &dyn Source, location: &IndexLocation) -> Result<Vec<u8>, SourceError> {
-    let mut stream = source.fetch(location.range()).await?;
-    let mut compressed = Vec::new();
-    while let Some(piece) = stream.next().await.transpose()? {
-        if compressed.len() as u64 + piece.len() as u64 > location.compressed_len {
-            return Err(SourceError("the source's answer is longer than the range asked for".to_owned()));
-        }
-        compressed.extend_from_slice(&piece);
-    }
-    Ok(compressed)
 }
 
 async fn flush_now_and_then(cache: Weak<CacheInner>, interval: Duration) {

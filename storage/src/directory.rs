@@ -3,7 +3,8 @@
 //! - `layer.json`: what names the layer and where it comes from.
 //! - `index`: the index in open form.
 //! - `data`: a sparse file that is the layer's plain address space.
-//! - `frames`: which frames `data` holds ([`crate::bitmap`]).
+//! - `presence`: what `data` holds ([`crate::presence`]).
+//! - `dedup`: digests of what `data` holds or will, for other layers that have the same ([`crate::dedup`]).
 //!
 //! All but `data` are replaced by rename, so a crash leaves the old or the new one. The directory is
 //! made after the index was verified: whoever names a blob wrongly leaves nothing behind.
@@ -19,7 +20,12 @@ use format_spec::{Digest, Index, LazyLayer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{bitmap, layer::LayerIndex, mapping};
+use crate::{
+    dedup::CopySource,
+    layer::LayerIndex,
+    mapping,
+    presence::{Counts, PresenceBits},
+};
 
 /// Only the daemon's user reads the cache.
 const DIRECTORY_MODE: u32 = 0o700;
@@ -93,27 +99,55 @@ impl LayerDirectory {
         write_atomically(&self.path.join("index"), open_form)
     }
 
-    /// Opens `data` with this length, and what `frames` says is in it.
+    /// Opens `data` with this length, and what `presence` says is in it.
     ///
-    /// A `data` that is new or has another length holds nothing, whatever `frames` says.
-    pub(crate) fn open_data(&self, space_len: u64, frame_count: u32, index: &Digest) -> io::Result<(File, Vec<u64>)> {
-        let frames_path = self.path.join("frames");
+    /// A `data` that is new or has another length holds nothing, whatever `presence` says.
+    pub(crate) fn open_data(&self, space_len: u64, counts: Counts, index: &Digest) -> io::Result<(File, PresenceBits)> {
+        let presence_path = self.path.join("presence");
         let data =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.path.join("data"))?;
-        let bits = read_if_there(&frames_path)?.and_then(|bytes| bitmap::decode(&bytes, frame_count, index));
+        let bits = read_if_there(&presence_path)?.and_then(|bytes| PresenceBits::decode(&bytes, counts, index));
         if let Some(bits) = bits.filter(|_| data.metadata().is_ok_and(|metadata| metadata.len() == space_len)) {
             return Ok((data, bits));
         }
-        remove_if_there(&frames_path)?;
+        remove_if_there(&presence_path)?;
         sync_directory(&self.path)?;
         data.set_len(0)?;
         data.set_len(space_len)?;
-        Ok((data, bitmap::empty(frame_count)))
+        Ok((data, PresenceBits::empty(counts)))
     }
 
-    /// Writes `frames`; the data of every set bit is durable.
-    pub(crate) fn write_bits(&self, bits: &[u64], frame_count: u32, index: &Digest) -> io::Result<()> {
-        write_atomically(&self.path.join("frames"), &bitmap::encode(bits, frame_count, index))
+    /// Writes `presence`; the data of every set bit is durable.
+    pub(crate) fn write_presence(&self, bits: &PresenceBits, counts: Counts, index: &Digest) -> io::Result<()> {
+        write_atomically(&self.path.join("presence"), &bits.encode(counts, index))
+    }
+
+    /// Opens `data` and `presence` of a layer that is not open, to copy from; `None` where they are missing or damaged.
+    pub(crate) fn copy_source(&self) -> io::Result<Option<CopySource>> {
+        let Some(record) = self.read_record()? else { return Ok(None) };
+        let (Some(bytes), Some(data)) = (read_if_there(&self.path.join("presence"))?, self.open_if_there("data")?)
+        else {
+            return Ok(None);
+        };
+        let bits = PresenceBits::decode_any(&bytes, &record.layer.index.digest);
+        Ok(bits.map(|(_, bits)| CopySource { data, pages: bits.pages }))
+    }
+
+    /// Opens `dedup`, if it is there.
+    pub(crate) fn open_dedup(&self) -> io::Result<Option<File>> {
+        self.open_if_there("dedup")
+    }
+
+    /// Writes `dedup`.
+    pub(crate) fn write_dedup(&self, content: &[u8]) -> io::Result<()> {
+        write_atomically(&self.path.join("dedup"), content)
+    }
+
+    fn open_if_there(&self, name: &str) -> io::Result<Option<File>> {
+        match File::open(self.path.join(name)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            file => file.map(Some),
+        }
     }
 
     /// Bytes that the files take on disk; 0 without a directory.
@@ -136,7 +170,7 @@ impl LayerDirectory {
 
     /// Moves the directory to `graveyard` in one step, to be deleted there; `None` if there is none.
     ///
-    /// Deleted in place, a crash in between could leave a `frames` that speaks of a `data` that is gone.
+    /// Deleted in place, a crash in between could leave a `presence` that speaks of a `data` that is gone.
     pub(crate) fn bury(&self, graveyard: &Path) -> io::Result<Option<PathBuf>> {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         let grave = (0u64..).map(|number| graveyard.join(format!("{name}.{number}"))).find(|path| !path.exists());

@@ -1,4 +1,4 @@
-//! The frames of one layer on disk: which are there, how they get in, how bytes come out.
+//! The content of one layer on disk: what is there, how it gets in, how bytes come out.
 //!
 //! Everything that depends on the order "data before bit, bit before read" stands here. There is no
 //! network and no waiting in this file.
@@ -19,9 +19,10 @@ use bytes::Bytes;
 use format_spec::{Digest, index::PLAIN_ALIGN};
 
 use crate::{
-    bitmap::{self, Bitmap},
+    dedup::CopySource,
     directory::LayerDirectory,
     layer::LayerIndex,
+    presence::{Counts, Presence, PresenceBits, needed_frames},
 };
 
 /// Frames kept in memory when the disk does not take them; older ones give way. At usual frame sizes a few
@@ -33,27 +34,25 @@ const WRITE_LEN_MAX: usize = 1 << 20;
 /// Frames by number with their plain bytes, which the disk did not take.
 pub(crate) type UnkeptFrames = Vec<(u32, Bytes)>;
 
-/// The frames of one layer.
+/// The content of one layer.
 #[derive(Debug)]
 pub(crate) struct FrameStore {
     directory: LayerDirectory,
     index: LayerIndex,
     index_digest: Digest,
     data: File,
-    frame_count: u32,
-    needed_count: usize,
-    present: Bitmap,
+    presence: Presence,
     has_unwritten_bits: AtomicBool,
     unkept: Mutex<VecDeque<(u32, Bytes)>>,
     has_unkept: AtomicBool,
     is_disk_refusing: AtomicBool,
-    /// The bits of the file `frames`; the lock is held while files are written.
+    /// The bits of the file `presence`; the lock is held while files are written.
     durable: Mutex<Durable>,
 }
 
 #[derive(Debug)]
 struct Durable {
-    bits: Vec<u64>,
+    bits: PresenceBits,
     /// The directory was removed: nothing may be written under its name any longer.
     is_removed: bool,
 }
@@ -61,25 +60,18 @@ struct Durable {
 impl FrameStore {
     /// Opens the files beside an index that was verified against `index_digest`.
     pub(crate) fn open(directory: LayerDirectory, index: LayerIndex, index_digest: Digest) -> io::Result<Self> {
-        let frame_count = u32::try_from(index.frames().len()).map_err(io::Error::other)?;
-        let (data, mut bits) = directory.open_data(index.space_len(), frame_count, &index_digest)?;
-        let mut needed = bitmap::empty(frame_count);
-        for frame in needed_frames(&index, 0..index.space_len()) {
-            bitmap::set_in(&mut needed, frame);
-        }
-        bits.iter_mut().zip(&needed).for_each(|(bits, needed)| *bits &= needed);
+        let (data, bits) = directory.open_data(index.space_len(), Counts::of(&index), &index_digest)?;
+        let presence = Presence::new(&index, bits);
         Ok(Self {
             directory,
             index_digest,
             data,
-            frame_count,
-            needed_count: needed.iter().map(|word| word.count_ones() as usize).sum(),
-            present: Bitmap::new(bits.clone()),
             has_unwritten_bits: AtomicBool::new(false),
             unkept: Mutex::default(),
             has_unkept: AtomicBool::new(false),
             is_disk_refusing: AtomicBool::new(false),
-            durable: Mutex::new(Durable { bits, is_removed: false }),
+            durable: Mutex::new(Durable { bits: presence.snapshot(), is_removed: false }),
+            presence,
             index,
         })
     }
@@ -90,23 +82,39 @@ impl FrameStore {
     }
 
     /// Frames that hold file content.
-    pub(crate) fn needed_count(&self) -> usize {
-        self.needed_count
+    pub(crate) fn needed_frame_count(&self) -> u64 {
+        needed_frames(&self.index, 0..self.index.space_len()).count() as u64
     }
 
-    /// Frames with file content that are there.
-    pub(crate) fn present_count(&self) -> usize {
-        self.present.set_count()
+    /// Frames with file content that is there, however it came.
+    pub(crate) fn present_frame_count(&self) -> u64 {
+        let frames = needed_frames(&self.index, 0..self.index.space_len());
+        frames.filter(|frame| self.presence.has_content_of(&self.index, *frame)).count() as u64
     }
 
-    /// Whether every frame with file content is there.
+    /// Whether all content is there.
     pub(crate) fn is_complete(&self) -> bool {
-        self.present_count() == self.needed_count
+        self.presence.is_complete()
     }
 
     /// Whether a frame is there.
-    pub(crate) fn is_present(&self, frame: u32) -> bool {
-        self.present.is_set(frame)
+    pub(crate) fn has_frame(&self, frame: u32) -> bool {
+        self.presence.has_frame(frame)
+    }
+
+    /// Whether all content of a plain range is there.
+    pub(crate) fn has(&self, plain: &Range<u64>) -> bool {
+        self.presence.has(&self.index, plain)
+    }
+
+    /// The parts of a plain range that are not there, ascending.
+    pub(crate) fn missing_runs(&self, plain: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
+        self.presence.missing_runs(plain).filter(|run| !self.has(run))
+    }
+
+    /// The frames that must come before a plain range can be read, ascending.
+    pub(crate) fn missing_frames(&self, plain: &Range<u64>) -> impl Iterator<Item = u32> + use<'_> {
+        self.presence.missing_frames(&self.index, plain)
     }
 
     /// Cuts a plain range where the space ends.
@@ -115,9 +123,9 @@ impl FrameStore {
         offset.min(end)..end
     }
 
-    /// Reads from `offset`, if all frames needed are there, in `extra` or among those the disk did not take.
+    /// Reads from `offset`, if all content needed is there, in `extra` or among the frames the disk did not take.
     ///
-    /// `Ok(None)` when one is missing. Otherwise the bytes read: all of `buffer`, or less where the space ends.
+    /// `Ok(None)` when some is missing. Otherwise the bytes read: all of `buffer`, or less where the space ends.
     pub(crate) fn read_present(
         &self,
         offset: u64,
@@ -126,13 +134,12 @@ impl FrameStore {
     ) -> io::Result<Option<usize>> {
         let plain = self.clip(offset, buffer.len());
         let mut from_memory = UnkeptFrames::new();
-        for frame in needed_frames(&self.index, plain.clone()) {
-            if self.is_present(frame) {
-                continue;
-            }
-            match extra.iter().find(|(number, _)| *number == frame).cloned().or_else(|| self.find_unkept(frame)) {
-                Some(unkept) => from_memory.push(unkept),
-                None => return Ok(None),
+        if !self.presence.has_pages(&plain) {
+            for frame in self.missing_frames(&plain) {
+                match extra.iter().find(|(number, _)| *number == frame).cloned().or_else(|| self.find_unkept(frame)) {
+                    Some(unkept) => from_memory.push(unkept),
+                    None => return Ok(None),
+                }
             }
         }
         let len = usize::try_from(plain.end - plain.start).map_err(io::Error::other)?;
@@ -148,17 +155,23 @@ impl FrameStore {
     }
 
     /// Writes the verified content of a frame; afterwards it is there.
+    ///
+    /// What came by another way before stays as it is.
     pub(crate) fn write_frame(&self, frame: u32, content: &[u8]) -> io::Result<()> {
         let mut run: Vec<u8> = Vec::new();
         let mut run_offset = 0;
         self.for_each_piece(frame, content, |piece_offset, piece| {
+            let is_there = self.presence.has_pages(&(piece_offset..piece_offset + piece.len() as u64));
             // Files follow each other in both orders, so nothing but zeros lies between two pieces. Gaps shorter
             // than a block take no more disk when written, and save a system call a file.
             let run_end: u64 = run_offset + run.len() as u64;
             let is_near = piece_offset >= run_end && piece_offset - run_end < PLAIN_ALIGN;
-            if !run.is_empty() && (!is_near || run.len() + piece.len() > WRITE_LEN_MAX) {
+            if !run.is_empty() && (is_there || !is_near || run.len() + piece.len() > WRITE_LEN_MAX) {
                 self.data.write_all_at(&run, run_offset)?;
                 run.clear();
+            }
+            if is_there {
+                return Ok(());
             }
             if run.is_empty() {
                 run_offset = piece_offset;
@@ -169,10 +182,50 @@ impl FrameStore {
             Ok(())
         })?;
         self.data.write_all_at(&run, run_offset)?;
-        self.is_disk_refusing.store(false, Ordering::Release);
-        self.present.set(frame);
-        self.has_unwritten_bits.store(true, Ordering::Release);
+        self.presence.note_frame(&self.index, frame);
+        self.note_disk_took_it();
         Ok(())
+    }
+
+    /// Writes a part of a hot piece that starts at `plain_offset`; afterwards its pages are there.
+    ///
+    /// It must start with a page, and end with one or with its file.
+    pub(crate) fn write_pages(&self, plain_offset: u64, content: &[u8]) -> io::Result<()> {
+        let plain = plain_offset..plain_offset.saturating_add(content.len() as u64);
+        if !self.presence.has_pages(&plain) {
+            self.data.write_all_at(content, plain_offset)?;
+            self.presence.note_pages(&plain);
+            self.note_disk_took_it();
+        }
+        Ok(())
+    }
+
+    /// Writes verified bytes that may start and end inside pages; [`Self::note_written`] makes them readable.
+    pub(crate) fn write_bytes(&self, plain_offset: u64, content: &[u8]) -> io::Result<()> {
+        self.data.write_all_at(content, plain_offset)
+    }
+
+    /// [`Self::write_bytes`] has written a plain range: what it completes is there afterwards.
+    ///
+    /// `written_until` says where the bytes end that were written at an offset, these included.
+    pub(crate) fn note_written(&self, plain: &Range<u64>, written_until: impl Fn(u64) -> Option<u64>) {
+        self.presence.note_written(&self.index, plain, written_until);
+        self.note_disk_took_it();
+    }
+
+    fn note_disk_took_it(&self) {
+        self.is_disk_refusing.store(false, Ordering::Release);
+        self.has_unwritten_bits.store(true, Ordering::Release);
+    }
+
+    /// Whether the directory has the file `dedup`.
+    pub(crate) fn is_dedup_kept(&self) -> bool {
+        matches!(self.directory.open_dedup(), Ok(Some(_)))
+    }
+
+    /// What other layers may copy from this one.
+    pub(crate) fn copy_source(&self) -> io::Result<CopySource> {
+        Ok(CopySource { data: self.data.try_clone()?, pages: self.presence.snapshot().pages })
     }
 
     /// Keeps a frame in memory for a while because the disk did not take it.
@@ -201,19 +254,18 @@ impl FrameStore {
 
     /// Makes durable what arrived: first data, then its bits.
     ///
-    /// When the data cannot be made durable, the frames concerned count as missing again.
+    /// When the data cannot be made durable, what arrived since counts as missing again.
     pub(crate) fn flush(&self) -> io::Result<()> {
         let mut durable = lock(&self.durable);
         if durable.is_removed || !self.has_unwritten_bits.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        let bits = self.present.snapshot();
+        let bits = self.presence.snapshot();
         if let Err(error) = self.data.sync_data() {
-            let lost: Vec<u64> = bits.iter().zip(&durable.bits).map(|(bits, durable)| bits & !durable).collect();
-            self.present.clear_all(&lost);
+            self.presence.forget(&bits, &durable.bits);
             return Err(error);
         }
-        if let Err(error) = self.directory.write_bits(&bits, self.frame_count, &self.index_digest) {
+        if let Err(error) = self.directory.write_presence(&bits, Counts::of(&self.index), &self.index_digest) {
             self.has_unwritten_bits.store(true, Ordering::Release);
             return Err(error);
         }
@@ -263,23 +315,6 @@ impl Drop for FrameStore {
             tracing::warn!(layer = %self.directory.path().display(), %error, "what arrived last is fetched again");
         }
     }
-}
-
-/// The frames that hold bytes of a plain range, ascending; none for holes and for what lies between files.
-pub(crate) fn needed_frames(index: &LayerIndex, plain: Range<u64>) -> impl Iterator<Item = u32> {
-    let numbers = if plain.is_empty() { 0..0 } else { index.extents_in_plain(&plain) };
-    let mut next_frame = 0;
-    numbers.filter_map(|number| index.extents().get(number)).flat_map(move |extent| {
-        let extent_plain = extent.plain_range();
-        let tar_start = extent.tar_offset.get();
-        let start = plain.start.saturating_sub(extent_plain.start);
-        let end = plain.end.min(extent_plain.end).saturating_sub(extent_plain.start);
-        let frames = index.frames_in_tar(&(tar_start.saturating_add(start)..tar_start.saturating_add(end)));
-        // Two files may share a frame: name it once.
-        let frames = frames.start.max(next_frame)..frames.end;
-        next_frame = frames.end.max(next_frame);
-        frames.filter_map(|frame| u32::try_from(frame).ok())
-    })
 }
 
 /// Fills `buffer` from `offset`; zeros past the end of the file.

@@ -10,20 +10,23 @@ use std::{
     },
 };
 
-use format_spec::{Digest, Index, LazyLayer};
+use format_spec::{Digest, Index, LazyLayer, footer::SKIPPABLE_HEADER_LEN};
 use serde_json::Value;
+use tokio::runtime::Handle;
 
 use crate::{
+    dedup::Copies,
     directory::{LayerDirectory, LayerRecord},
     error::ReadError,
-    frame_store::{FrameStore, UnkeptFrames, lock, needed_frames},
+    frame_store::{FrameStore, UnkeptFrames, lock},
+    hot_pack::HotStream,
+    presence::needed_frames,
     read_ahead::ReadAhead,
     scheduler::Scheduler,
     source::Source,
-    wait::Wait,
 };
 
-/// Times a read fetches what it needs: more than once only if frames vanish between arrival and read.
+/// Times a read fetches what it needs: more than once only if content vanishes between arrival and read.
 const READ_ATTEMPTS_MAX: u32 = 4;
 
 /// The index of a layer, mapped into memory.
@@ -43,12 +46,16 @@ pub enum Priority {
 /// How much of a layer has arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
-    /// Frames in the cache that hold file content.
+    /// Frames whose file content is in the cache, however it came.
     pub frames_present: u64,
     /// Frames that hold file content; others are never fetched.
     pub frames_total: u64,
-    /// Compressed bytes that this process fetched, index included.
+    /// Compressed bytes that this process fetched: index, hot pack, dedup section and frames.
     pub fetched_bytes: u64,
+    /// Those of them that were frames of the hot pack and are in the cache.
+    pub hot_bytes: u64,
+    /// Bytes of content that this process copied from other layers.
+    pub copied_bytes: u64,
 }
 
 /// A layer of the cache. Cheap to clone; safe from many threads.
@@ -62,11 +69,16 @@ pub(crate) struct LayerInner {
     /// Unique in the process; unlike the digest never used again after the layer was removed.
     pub(crate) number: u64,
     pub(crate) store: FrameStore,
-    layer: LazyLayer,
+    pub(crate) layer: LazyLayer,
     origin: RwLock<Origin>,
-    scheduler: Arc<Scheduler>,
+    pub(crate) scheduler: Arc<Scheduler>,
     read_ahead: Mutex<ReadAhead>,
+    /// The hot pack, while it is received.
+    pub(crate) hot: Mutex<Option<Arc<HotStream>>>,
+    pub(crate) copies: Mutex<Copies>,
     fetched_bytes: AtomicU64,
+    hot_bytes: AtomicU64,
+    copied_bytes: AtomicU64,
     is_removed: AtomicBool,
 }
 
@@ -93,10 +105,18 @@ impl Layer {
                 origin: RwLock::new(origin),
                 scheduler,
                 read_ahead: Mutex::default(),
+                hot: Mutex::default(),
+                copies: Mutex::default(),
                 fetched_bytes: AtomicU64::new(fetched_bytes),
+                hot_bytes: AtomicU64::new(0),
+                copied_bytes: AtomicU64::new(0),
                 is_removed: AtomicBool::new(false),
             }),
         }
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<LayerInner> {
+        &self.inner
     }
 
     /// What names this layer.
@@ -116,9 +136,9 @@ impl Layer {
 
     /// Reads from the plain address space what is there already; never waits for the source.
     ///
-    /// `Ok(None)` when a frame is missing: see [`Self::read_then`]. Otherwise the number of bytes read: all of
+    /// `Ok(None)` when some is missing: see [`Self::read_then`]. Otherwise the number of bytes read: all of
     /// `buffer`, or less where the space ends. What lies between files and in their holes reads as zeros and
-    /// needs no frame.
+    /// needs nothing.
     ///
     /// # Errors
     ///
@@ -160,16 +180,17 @@ impl Layer {
                 return done(Ok(bytes));
             }
             Ok(None) if attempts_left == 0 => {
-                return done(Err(disk_error(io::Error::other("frames vanish as soon as they arrive"))));
+                return done(Err(disk_error(io::Error::other("content vanishes as soon as it arrives"))));
             }
             Ok(None) => {}
         }
         drop(bytes);
         let layer = self.clone();
-        self.inner.want(plain.clone(), Priority::Read, move |arrived| match arrived {
+        let arrived = move |arrived| match arrived {
             Err(error) => done(Err(error)),
             Ok(unkept) => layer.read_attempt(offset, len, unkept, attempts_left - 1, done),
-        });
+        };
+        self.inner.bring(plain.clone(), Priority::Read, Box::new(arrived));
         if attempts_left == READ_ATTEMPTS_MAX {
             self.read_ahead(plain);
         }
@@ -198,7 +219,7 @@ impl Layer {
         receiver.await.unwrap_or(Err(ReadError::Stopped(self.inner.blob())))
     }
 
-    /// Brings the frames of a plain range into the cache; does not block.
+    /// Brings a plain range into the cache; does not block.
     ///
     /// `done` runs when all are there or one failed: at once on the calling thread, or on a worker thread. It
     /// always runs. With a full disk, "there" means in memory for a while: a reader that must not miss its bytes
@@ -211,24 +232,20 @@ impl Layer {
     ) {
         let end = plain.end.min(self.index().space_len());
         let plain = plain.start.min(end)..end;
-        self.inner.want(plain.clone(), priority, |arrived| done(arrived.map(drop)));
+        self.inner.bring(plain.clone(), priority, Box::new(|arrived| done(arrived.map(drop))));
         if priority == Priority::Read {
             self.read_ahead(plain);
         }
     }
 
-    /// Whether every frame with file content is in the cache.
+    /// Whether all file content is in the cache.
     pub fn is_complete(&self) -> bool {
         self.inner.store.is_complete()
     }
 
     /// How much has arrived.
     pub fn progress(&self) -> Progress {
-        Progress {
-            frames_present: self.inner.store.present_count() as u64,
-            frames_total: self.inner.store.needed_count() as u64,
-            fetched_bytes: self.inner.fetched_bytes.load(Ordering::Relaxed),
-        }
+        self.inner.progress()
     }
 
     /// Makes what arrived durable; blocks.
@@ -262,7 +279,7 @@ impl Layer {
     /// Notes a read and fetches what its file's reader wants next.
     fn read_ahead(&self, plain: Range<u64>) {
         let index = self.index();
-        if self.is_complete() || self.inner.store.is_disk_refusing() {
+        if self.is_complete() || self.inner.store.is_disk_refusing() || self.inner.are_copies_sought() {
             return;
         }
         let mut frames = needed_frames(index, plain.clone());
@@ -278,7 +295,8 @@ impl Layer {
             return;
         }
         let ahead = needed_frames(index, plain.end..file_end.max(plain.end)).skip_while(|frame| *frame <= last);
-        self.inner.scheduler.want(&self.inner, ahead.take(count as usize), Priority::HotPack, None);
+        let ahead: Vec<u32> = ahead.take(count as usize).filter(|frame| !self.inner.is_frame_coming(*frame)).collect();
+        self.inner.scheduler.want(&self.inner, ahead, Priority::HotPack, None);
     }
 }
 
@@ -303,15 +321,43 @@ impl LayerInner {
         self.fetched_bytes.fetch_add(len as u64, Ordering::Relaxed);
     }
 
-    fn want(
-        self: &Arc<Self>,
-        plain: Range<u64>,
-        priority: Priority,
-        done: impl FnOnce(Result<UnkeptFrames, ReadError>) + Send + 'static,
-    ) {
-        let wait = Wait::new(self.blob(), done);
-        self.scheduler.want(self, needed_frames(self.store.index(), plain), priority, Some(&wait));
-        wait.end_of_frames();
+    /// Offset of the hot pack in the blob.
+    pub(crate) fn hot_start(&self) -> u64 {
+        self.layer.index.range().end.saturating_add(SKIPPABLE_HEADER_LEN)
+    }
+
+    /// The bytes of the blob that hold the dedup section, which has this length (SPEC.md 5.9).
+    pub(crate) fn dedup_range(&self, compressed_len: u64) -> Range<u64> {
+        let hot_len = self.store.index().hot_len();
+        let before = if hot_len == 0 { 0 } else { hot_len.saturating_add(SKIPPABLE_HEADER_LEN) };
+        let start = self.hot_start().saturating_add(before);
+        start..start.saturating_add(compressed_len)
+    }
+
+    /// Bytes of the hot pack are in the cache.
+    pub(crate) fn count_hot(&self, len: usize) {
+        self.hot_bytes.fetch_add(len as u64, Ordering::Relaxed);
+    }
+
+    /// Bytes were copied from another layer.
+    pub(crate) fn count_copied(&self, len: u64) {
+        self.copied_bytes.fetch_add(len, Ordering::Relaxed);
+    }
+
+    /// How much has arrived.
+    pub(crate) fn progress(&self) -> Progress {
+        Progress {
+            frames_present: self.store.present_frame_count(),
+            frames_total: self.store.needed_frame_count(),
+            fetched_bytes: self.fetched_bytes.load(Ordering::Relaxed),
+            hot_bytes: self.hot_bytes.load(Ordering::Relaxed),
+            copied_bytes: self.copied_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The runtime that this layer's transfers run on.
+    pub(crate) fn runtime(&self) -> &Handle {
+        self.scheduler.runtime()
     }
 }
 

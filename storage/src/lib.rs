@@ -9,16 +9,24 @@
 //! What stays outside: how a registry is spoken to (`registry` implements [`Source`]), what the files of
 //! a layer are called (`fusefs` reads the index), and who decides that a layer is no longer needed.
 //!
-//! `layer.rs` is the way of a read, `scheduler.rs` decides what is requested, `transfer.rs` carries a
-//! request out, `frame_store.rs` keeps the frames, `directory.rs` the files.
+//! `layer.rs` is the way of a read, `bring.rs` decides how what it misses comes: `dedup.rs` copies it from
+//! another layer, `hot_pack.rs` receives what a start-up reads, `scheduler.rs` decides what else is requested
+//! and `transfer.rs` carries a request out. `frame_store.rs` keeps it all, `presence.rs` knows what is there,
+//! `directory.rs` keeps the files.
 
 mod bitmap;
+mod bring;
 pub mod cache;
+mod decode;
+mod dedup;
 mod directory;
 pub mod error;
 mod frame_store;
+mod hot_pack;
 pub mod layer;
 mod mapping;
+mod presence;
+mod ranges;
 mod read_ahead;
 mod scheduler;
 pub mod source;

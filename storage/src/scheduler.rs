@@ -33,7 +33,7 @@ use crate::{
 /// round trip does not show, short enough that several requests share a link fairly.
 const REQUEST_LEN_MAX: u64 = 4 << 20;
 /// A read takes a frame out of a running prefetch when more bytes than this come before it.
-const WAIT_LEN_MAX: u64 = 512 << 10;
+pub(crate) const WAIT_LEN_MAX: u64 = 512 << 10;
 /// Times a frame is asked for again when the bytes were wrong or did not come.
 const RETRIES_MAX: u32 = 2;
 const PRIORITY_COUNT: usize = 3;
@@ -272,7 +272,7 @@ impl State {
         // A frame stops being pending after it became present: asked in this order, it is never missed.
         if let Some(pending) = self.pending.get_mut(&key) {
             pending.waits.extend(wait.cloned());
-            wait.inspect(|wait| wait.add_frame());
+            wait.inspect(|wait| wait.add_part());
             if priority >= pending.priority {
                 return;
             }
@@ -285,10 +285,10 @@ impl State {
                 }
                 pending.request = None;
             }
-        } else if layer.store.is_present(frame) {
+        } else if layer.store.has_frame(frame) {
             return;
         } else {
-            wait.inspect(|wait| wait.add_frame());
+            wait.inspect(|wait| wait.add_part());
             let waits = wait.cloned().into_iter().collect();
             self.pending.insert(key, Pending { priority, waits, retry_count: 0, request: None });
         }

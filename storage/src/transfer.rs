@@ -12,15 +12,15 @@ use std::{
     },
 };
 
-use bytes::{Bytes, BytesMut};
-use format_spec::{Digest, Frame, index::FRAME_PLAIN_LEN_MAX};
-use futures_util::StreamExt;
+use bytes::Bytes;
+use format_spec::Frame;
 
 use crate::{
+    decode::{DecodeError, decode},
     error::ReadError,
     layer::{LayerInner, Priority},
     scheduler::{InFlight, Scheduler},
-    source::{ByteStream, SourceError},
+    source::{Incoming, SourceError},
 };
 
 /// Frames on their way.
@@ -63,15 +63,19 @@ pub(crate) async fn run(mut request: Request) {
     let range = request.blob_range();
     tracing::debug!(blob = %request.layer.blob(), ?range, priority = ?request.priority, "frames requested");
     let source = request.layer.source();
-    let mut stream = match source.fetch(range).await {
-        Ok(stream) => stream,
+    let mut incoming = match Incoming::open(&*source, range).await {
+        Ok(incoming) => incoming,
         Err(error) => {
             let error = request.source_error(error);
             let frames = request.take_frames();
             return request.scheduler.fail(frames, error);
         }
     };
-    let mut received = BytesMut::new();
+    let (layer, received_until) = (request.layer.clone(), request.received_until.clone());
+    let count = |len| {
+        received_until.fetch_add(len as u64, Ordering::AcqRel);
+        layer.count_fetched(len);
+    };
     while let Some((in_flight, record)) = request.frames.pop_front() {
         if request.layer.is_removed() {
             return;
@@ -83,15 +87,17 @@ pub(crate) async fn run(mut request: Request) {
             return;
         }
         let len = record.compressed_len.get() as usize;
-        if let Err(error) = receive(&mut stream, &mut received, len, &request).await {
-            let error = request.source_error(error);
-            tracing::debug!(%error, "request broke off");
-            request.frames.push_front((in_flight, record));
-            let missing = request.take_frames();
-            request.scheduler.requeue(missing, Some(&error));
-            return;
-        }
-        let compressed = received.split_to(len).freeze();
+        let compressed = match incoming.take(len, count).await {
+            Ok(compressed) => compressed,
+            Err(error) => {
+                let error = request.source_error(error);
+                tracing::debug!(%error, "request broke off");
+                request.frames.push_front((in_flight, record));
+                let missing = request.take_frames();
+                request.scheduler.requeue(missing, Some(&error));
+                return;
+            }
+        };
         let Ok(permit) = request.scheduler.decoders(request.priority).acquire_owned().await else { return };
         let scheduler = request.scheduler.clone();
         request.scheduler.runtime().spawn_blocking(move || {
@@ -101,34 +107,19 @@ pub(crate) async fn run(mut request: Request) {
     }
 }
 
-/// Receives until `received` holds `len` bytes.
-async fn receive(
-    stream: &mut ByteStream,
-    received: &mut BytesMut,
-    len: usize,
-    request: &Request,
-) -> Result<(), SourceError> {
-    while received.len() < len {
-        let Some(piece) = stream.next().await.transpose()? else {
-            let end = request.received_until.load(Ordering::Acquire);
-            return Err(SourceError(format!("the source's answer ended at byte {end}, too early")));
-        };
-        request.received_until.fetch_add(piece.len() as u64, Ordering::AcqRel);
-        request.layer.count_fetched(piece.len());
-        received.extend_from_slice(&piece);
-    }
-    Ok(())
-}
-
 /// Verifies, decompresses and writes a frame, and wakes who waits for it.
 fn keep(scheduler: &Arc<Scheduler>, in_flight: InFlight, record: &Frame, compressed: &[u8]) {
     let (blob, frame) = (in_flight.layer.blob(), in_flight.frame);
-    let content = match decode(blob, frame, record, compressed) {
+    let plain_len = record.plain_len.get();
+    let content = match decode(compressed, record.digest(), plain_len) {
         Ok(content) => content,
-        Err(error @ ReadError::Corrupt { .. }) => {
+        Err(DecodeError::Digest { expected, found }) => {
+            let error = ReadError::Corrupt { blob, frame, expected, found };
             return scheduler.requeue(std::iter::once(in_flight), Some(&error));
         }
-        Err(error) => return scheduler.fail([in_flight], error),
+        Err(DecodeError::Content(reason)) => {
+            return scheduler.fail([in_flight], ReadError::Undecodable { blob, frame, plain_len, reason });
+        }
     };
     let layer = in_flight.layer.clone();
     match layer.store.write_frame(frame, &content) {
@@ -140,23 +131,4 @@ fn keep(scheduler: &Arc<Scheduler>, in_flight: InFlight, record: &Frame, compres
             in_flight.arrived(Some(&content));
         }
     }
-}
-
-/// The plain bytes of a frame: exactly as many as the index says, from exactly the bytes it names.
-fn decode(blob: Digest, frame: u32, record: &Frame, compressed: &[u8]) -> Result<Vec<u8>, ReadError> {
-    let (expected, found) = (record.digest(), Digest::of(compressed));
-    if found != expected {
-        return Err(ReadError::Corrupt { blob, frame, expected, found });
-    }
-    let plain_len = record.plain_len.get();
-    let undecodable = |reason| ReadError::Undecodable { blob, frame, plain_len, reason };
-    if plain_len > FRAME_PLAIN_LEN_MAX {
-        return Err(undecodable(format!("frames hold at most {FRAME_PLAIN_LEN_MAX} bytes")));
-    }
-    let content =
-        zstd::bulk::decompress(compressed, plain_len as usize).map_err(|error| undecodable(error.to_string()))?;
-    if content.len() != plain_len as usize {
-        return Err(undecodable(format!("it has {} bytes", content.len())));
-    }
-    Ok(content)
 }

@@ -1,4 +1,4 @@
-//! One reader's wait for several frames.
+//! One reader's wait for several things to arrive.
 
 use std::sync::{
     Arc, Mutex,
@@ -15,7 +15,7 @@ use crate::{
 
 type Done = Box<dyn FnOnce(Result<UnkeptFrames, ReadError>) + Send>;
 
-/// Calls back once: when all frames have arrived, when one has failed, or when it is dropped before.
+/// Calls back once: when all that was added has arrived, when something has failed, or when it is dropped before.
 pub(crate) struct Wait {
     blob: Digest,
     remaining: AtomicUsize,
@@ -24,7 +24,7 @@ pub(crate) struct Wait {
 }
 
 impl Wait {
-    /// A wait for nothing yet; it ends with the [`Self::end_of_frames`] that its maker owes it at the earliest.
+    /// A wait for nothing yet; it ends with the [`Self::end_of_parts`] that its maker owes it at the earliest.
     ///
     /// `done` gets the frames that the disk did not take.
     pub(crate) fn new(blob: Digest, done: impl FnOnce(Result<UnkeptFrames, ReadError>) + Send + 'static) -> Arc<Self> {
@@ -32,13 +32,18 @@ impl Wait {
         Arc::new(Self { blob, remaining: AtomicUsize::new(1), unkept: Mutex::default(), done: Mutex::new(Some(done)) })
     }
 
-    /// Waits for one frame more.
-    pub(crate) fn add_frame(&self) {
+    /// Waits for one thing more: a frame, or what may make frames needless.
+    pub(crate) fn add_part(&self) {
         self.remaining.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// No further frames will be added.
-    pub(crate) fn end_of_frames(&self) {
+    /// Nothing further will be added.
+    pub(crate) fn end_of_parts(&self) {
+        self.count_down();
+    }
+
+    /// One thing that is no frame is over: its bytes are in the cache, or will not come this way.
+    pub(crate) fn part_ended(&self) {
         self.count_down();
     }
 

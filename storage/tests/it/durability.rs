@@ -50,9 +50,9 @@ async fn a_damaged_bitmap_counts_as_empty() {
         [|bytes: &mut Vec<u8>| bytes[50] ^= 4, |bytes: &mut Vec<u8>| bytes.truncate(bytes.len() - 1), Vec::clear]
     {
         let (test, root, layer) = crashed().await;
-        let mut bytes = fs::read(layer.join("frames")).unwrap();
+        let mut bytes = fs::read(layer.join("presence")).unwrap();
         damage(&mut bytes);
-        fs::write(layer.join("frames"), bytes).unwrap();
+        fs::write(layer.join("presence"), bytes).unwrap();
         assert_eq!(requests_after_restart(&test, &root).await, [test.request_for(0..4)]);
     }
 }

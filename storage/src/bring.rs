@@ -1,0 +1,166 @@
+//! How missing content comes into the cache: copied from another layer, with the hot pack, or as frames.
+//!
+//! What is near is waited for: a look at what other layers have, a copy, the next part of a hot pack that is being
+//! received. It may fail to bring what it should; then, and for everything else, frames are fetched.
+
+use std::{ops::Range, sync::Arc};
+
+use crate::{
+    dedup::{Copies, CopyPlan},
+    error::ReadError,
+    frame_store::{UnkeptFrames, lock},
+    hot_pack::HotStream,
+    layer::{LayerInner, Priority},
+    presence::frame_runs,
+    wait::Wait,
+};
+
+/// Times that somebody waits for what is near before only frames are fetched: once to hear what other layers have,
+/// once for the bytes.
+const NEAR_ROUNDS_MAX: u32 = 2;
+
+/// Gets the frames that the disk did not take.
+pub(crate) type Arrived = Box<dyn FnOnce(Result<UnkeptFrames, ReadError>) + Send>;
+
+/// What of some runs comes without their frames.
+#[derive(Debug, Default)]
+struct Near {
+    /// Somebody is looking what other layers have.
+    is_sought: bool,
+    copies: Option<(Arc<CopyPlan>, Vec<usize>)>,
+    hot: Option<(Arc<HotStream>, Vec<usize>)>,
+}
+
+impl LayerInner {
+    /// Brings what is missing of a plain range; `done` hears when it has come or one part failed.
+    pub(crate) fn bring(self: &Arc<Self>, plain: Range<u64>, priority: Priority, done: Arrived) {
+        self.bring_in_rounds(plain, priority, UnkeptFrames::new(), NEAR_ROUNDS_MAX, done);
+    }
+
+    fn bring_in_rounds(
+        self: &Arc<Self>,
+        plain: Range<u64>,
+        priority: Priority,
+        mut unkept: UnkeptFrames,
+        near_rounds_left: u32,
+        done: Arrived,
+    ) {
+        let mut runs = vec![plain.clone()];
+        let near = if near_rounds_left > 0 { self.near(&mut runs, priority) } else { Near::default() };
+        let frames: Vec<u32> = {
+            let is_unkept = |frame: &u32| unkept.iter().any(|(number, _)| number == frame);
+            let frames = runs.iter().flat_map(|run| self.store.missing_frames(run));
+            let mut frames: Vec<u32> = frames.filter(|frame| !is_unkept(frame)).collect();
+            frames.dedup();
+            frames
+        };
+        let inner = self.clone();
+        let is_last_round = near.is_nothing();
+        let wait = Wait::new(self.blob(), move |arrived| match arrived {
+            Err(error) => done(Err(error)),
+            Ok(more) => {
+                unkept.extend(more);
+                if is_last_round {
+                    return done(Ok(unkept));
+                }
+                inner.bring_in_rounds(plain, priority, unkept, near_rounds_left - 1, done);
+            }
+        });
+        near.join(self, &wait);
+        self.scheduler.want(self, frames, priority, Some(&wait));
+        wait.end_of_parts();
+    }
+
+    /// Takes out of `runs` what is there or comes without frames.
+    fn near(&self, runs: &mut Vec<Range<u64>>, priority: Priority) -> Near {
+        *runs = runs.iter().flat_map(|run| self.store.missing_runs(run)).collect();
+        let mut near = Near::default();
+        if runs.is_empty() {
+            return near;
+        }
+        match &*lock(&self.copies) {
+            Copies::None => {}
+            Copies::Sought(_) => {
+                runs.clear();
+                return Near { is_sought: true, ..near };
+            }
+            Copies::Found(plan) => {
+                let (pieces, left) = plan.take(runs);
+                *runs = left;
+                near.copies = (!pieces.is_empty()).then(|| (plan.clone(), pieces));
+            }
+        }
+        if let Some(stream) = &*lock(&self.hot) {
+            let (frames, left) = stream.take(runs, priority == Priority::Read);
+            *runs = left;
+            near.hot = (!frames.is_empty()).then(|| (stream.clone(), frames));
+        }
+        near
+    }
+
+    /// Whether what is missing of a frame is there or comes without it.
+    pub(crate) fn is_frame_coming(&self, frame: u32) -> bool {
+        let mut runs = frame_runs(self.store.index(), frame).collect();
+        self.near(&mut runs, Priority::HotPack);
+        runs.is_empty()
+    }
+
+    /// Whether somebody is looking what other layers have.
+    pub(crate) fn are_copies_sought(&self) -> bool {
+        matches!(&*lock(&self.copies), Copies::Sought(_))
+    }
+
+    /// Copies one piece from another layer; whether there is a point in copying more. Blocks.
+    pub(crate) fn copy(&self, plan: &CopyPlan, piece: usize) -> bool {
+        if self.is_removed() {
+            return false;
+        }
+        match plan.copy(&self.store, piece) {
+            Ok(len) => {
+                self.count_copied(len);
+                true
+            }
+            Err(error) => {
+                tracing::debug!(blob = %self.blob(), %error, "content cannot be copied");
+                false
+            }
+        }
+    }
+
+    /// Says what other layers have, which somebody was looking for. Call it on a thread that may block.
+    pub(crate) fn set_copies(&self, copies: Copies) {
+        let before = std::mem::replace(&mut *lock(&self.copies), copies);
+        if let Copies::Sought(waits) = before {
+            waits.iter().for_each(|wait| wait.part_ended());
+        }
+    }
+}
+
+impl Near {
+    fn is_nothing(&self) -> bool {
+        !self.is_sought && self.copies.is_none() && self.hot.is_none()
+    }
+
+    /// Makes `wait` wait for all of it.
+    fn join(self, layer: &Arc<LayerInner>, wait: &Arc<Wait>) {
+        if self.is_sought
+            && let Copies::Sought(waits) = &mut *lock(&layer.copies)
+        {
+            wait.add_part();
+            waits.push(wait.clone());
+        }
+        if let Some((plan, pieces)) = self.copies {
+            wait.add_part();
+            let (layer, wait) = (layer.clone(), wait.clone());
+            layer.runtime().clone().spawn_blocking(move || {
+                for piece in pieces {
+                    layer.copy(&plan, piece);
+                }
+                wait.part_ended();
+            });
+        }
+        if let Some((stream, frames)) = self.hot {
+            frames.into_iter().for_each(|frame| stream.join(frame, wait));
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! What happens to a layer right after it was opened: its hot pack arrives, what other layers have is copied.
+//!
+//! In a cache whose layers have told nothing of their content, the hot pack comes in the same answer as the index, and
+//! the dedup section is fetched behind it for the layers to come. Where layers have, the layer that is opened is
+//! likely to share most of its content with one of them. Then the dedup section comes first, and of the hot pack only
+//! what nobody has: one round trip more for a new image, most of the bytes less for a new version.
+
+use std::{
+    fs,
+    ops::Range,
+    sync::{Arc, Weak},
+};
+
+use format_spec::{
+    FormatError, HotPiece, LayerId,
+    annotation::INDEX_LEN_MAX,
+    dedup::{self as section, DedupPiece},
+    index::DedupLocation,
+};
+
+use super::{CacheInner, Entry};
+use crate::{
+    dedup::{self, Copies, CopyPlan, Peer},
+    directory::LayerDirectory,
+    frame_store::lock,
+    hot_pack::{self, HotStream},
+    layer::{Layer, LayerInner},
+    source::{Incoming, SourceError},
+};
+
+/// Longest dedup section, compressed, that reads wait for: what a container misses of it in a second on a slow link is
+/// less than what it saves.
+const SECTION_WAIT_LEN_MAX: u64 = 2 << 20;
+/// Bytes copied before the thread is given back.
+const COPY_STEP_LEN: u64 = 4 << 20;
+
+impl CacheInner {
+    /// Begins what is to be done for a layer that was opened; `with_index` is the hot pack if it comes with the index.
+    pub(super) fn start_up(self: &Arc<Self>, layer: &Layer, with_index: Option<Incoming>, has_peers: bool) {
+        let inner = layer.inner().clone();
+        let (store, index) = (&inner.store, layer.index());
+        let section = index.dedup().copied().filter(|_| !store.is_dedup_kept());
+        let seeks_first = has_peers && section.is_some() && !store.is_complete();
+        let hot = match &with_index {
+            Some(_) if index.hot_len() == inner.layer.hot_len => HotStream::of_all(index),
+            Some(_) => {
+                let (found, expected) = (inner.layer.hot_len, index.hot_len());
+                tracing::warn!(blob = %inner.blob(), found, expected, "hot pack ignored: it has another length");
+                None
+            }
+            None if seeks_first => None,
+            None => HotStream::of_missing(index, |plain| !store.has(plain)),
+        };
+        if hot.is_none() && section.is_none() {
+            return;
+        }
+        // Before anybody can read.
+        lock(&inner.hot).clone_from(&hot);
+        if seeks_first && section.is_some_and(|section| section.compressed_len <= SECTION_WAIT_LEN_MAX) {
+            *lock(&inner.copies) = Copies::Sought(Vec::new());
+        }
+        let cache = Arc::downgrade(self);
+        self.runtime.spawn(async move {
+            let seeking = Seeking(&inner);
+            let had_hot_pack = hot.is_some() || with_index.is_some();
+            if let Some(hot) = hot {
+                receive_hot_pack(&inner, hot, with_index).await;
+            }
+            if let Some(section) = section {
+                copy_from_peers(cache, &inner, &section, had_hot_pack).await;
+            }
+            drop(seeking);
+        });
+    }
+
+    /// Whether another layer has told what it holds.
+    pub(super) fn has_peers(&self, id: LayerId) -> bool {
+        self.peer_directories(id).any(|directory| matches!(directory.open_dedup(), Ok(Some(_))))
+    }
+
+    fn peer_directories(&self, id: LayerId) -> impl Iterator<Item = LayerDirectory> {
+        let entries = fs::read_dir(self.root.join("layers")).into_iter().flatten().flatten();
+        entries.filter(move |entry| *entry.file_name() != *id.hex()).map(|entry| LayerDirectory::new(entry.path()))
+    }
+
+    /// Every other layer that has told what it holds. Those that cannot be read are left out: they only might help.
+    fn peers(&self, id: LayerId) -> impl Iterator<Item = Peer> {
+        self.peer_directories(id).filter_map(|directory| {
+            let dedup = directory.open_dedup().ok().flatten()?;
+            let name = directory.path().file_name()?.to_str()?;
+            let id = format!("sha256:{name}").parse().ok()?;
+            let open = match lock(&self.layers).get(&id) {
+                Some(Entry::Open(layer)) => Some(layer.clone()),
+                _ => None,
+            };
+            let source = match open {
+                Some(layer) => layer.inner().store.copy_source().ok()?,
+                None => directory.copy_source().ok().flatten()?,
+            };
+            Some(Peer { dedup, source })
+        })
+    }
+}
+
+/// Ends the waits for copies however the search ends.
+struct Seeking<'a>(&'a Arc<LayerInner>);
+
+impl Drop for Seeking<'_> {
+    fn drop(&mut self) {
+        if let Copies::Sought(waits) = std::mem::take(&mut *lock(&self.0.copies)) {
+            self.0.runtime().spawn_blocking(move || waits.iter().for_each(|wait| wait.part_ended()));
+        }
+    }
+}
+
+async fn receive_hot_pack(layer: &Arc<LayerInner>, stream: Arc<HotStream>, first: Option<Incoming>) {
+    *lock(&layer.hot) = Some(stream.clone());
+    hot_pack::receive(layer.clone(), stream, first).await;
+    *lock(&layer.hot) = None;
+}
+
+/// Fetches the dedup section, copies what other layers have, and keeps the section for layers to come.
+///
+/// Unless the layer had its hot pack already, what is then still missing of that is received meanwhile.
+async fn copy_from_peers(
+    cache: Weak<CacheInner>,
+    layer: &Arc<LayerInner>,
+    location: &DedupLocation,
+    had_hot_pack: bool,
+) {
+    let pieces = fetch_section(layer, location).await;
+    let pieces = pieces.inspect_err(
+        |error| tracing::warn!(blob = %layer.blob(), %error, "dedup section ignored: all content is fetched"),
+    );
+    let pieces: Option<Arc<[DedupPiece]>> = pieces.ok();
+    let wanted = pieces.clone();
+    let prepare = move |layer: &LayerInner| {
+        let (store, cache) = (&layer.store, cache.upgrade());
+        let find = |(wanted, cache): (_, Arc<CacheInner>)| CopyPlan::find(store, wanted, cache.peers(layer.layer.id()));
+        let plan = wanted.as_deref().zip(cache).and_then(find).map(Arc::new);
+        let is_missing = |plain: &Range<u64>| {
+            let missing: Vec<_> = store.missing_runs(plain).collect();
+            plan.as_ref().map_or(!missing.is_empty(), |plan| !plan.take(&missing).1.is_empty())
+        };
+        let hot = if had_hot_pack { None } else { HotStream::of_missing(store.index(), is_missing) };
+        lock(&layer.hot).clone_from(&hot);
+        layer.set_copies(plan.clone().map_or(Copies::None, Copies::Found));
+        (plan, hot)
+    };
+    let Some((plan, hot)) = blocking(layer, prepare).await else { return };
+    let receive = async {
+        if let Some(hot) = hot {
+            receive_hot_pack(layer, hot, None).await;
+        }
+    };
+    let copy = async {
+        if let Some(plan) = plan {
+            copy_all(layer, plan).await;
+        }
+    };
+    futures_util::future::join(receive, copy).await;
+    let keep = move |layer: &LayerInner| {
+        layer.set_copies(Copies::None);
+        let Some(pieces) = pieces else { return };
+        let copied_bytes = layer.progress().copied_bytes;
+        tracing::debug!(blob = %layer.blob(), pieces = pieces.len(), copied_bytes, "dedup section kept");
+        // The copies first: who finds the file after a crash need not look again.
+        let kept = layer.store.flush().and_then(|()| layer.store.write(|to| to.write_dedup(&dedup::encode(&pieces))));
+        if let Err(error) = kept {
+            tracing::warn!(blob = %layer.blob(), %error, "dedup section cannot be kept");
+        }
+    };
+    blocking(layer, keep).await;
+}
+
+/// Copies all pieces of a plan: first those of the hot pack, in its order.
+async fn copy_all(layer: &Arc<LayerInner>, plan: Arc<CopyPlan>) {
+    let hot = layer.store.index().hot_pieces().iter().map(HotPiece::plain_range);
+    let hot = hot.flat_map(|plain| plan.take(&[plain]).0);
+    let mut order: Vec<usize> = hot.collect();
+    order.extend(0..plan.len());
+    let mut order = order.into_iter().peekable();
+    while order.peek().is_some() {
+        let mut len = 0;
+        let step: Vec<usize> = std::iter::from_fn(|| {
+            let next = order.next_if(|_| len < COPY_STEP_LEN)?;
+            len += plan.piece_len(next);
+            Some(next)
+        })
+        .collect();
+        let plan = plan.clone();
+        let copied = blocking(layer, move |layer| step.into_iter().all(|piece| layer.copy(&plan, piece))).await;
+        if copied != Some(true) {
+            return;
+        }
+    }
+}
+
+/// A dedup section, verified.
+async fn fetch_section(layer: &Arc<LayerInner>, location: &DedupLocation) -> Result<Arc<[DedupPiece]>, SectionError> {
+    let compressed_len = location.compressed_len.get();
+    if compressed_len > INDEX_LEN_MAX {
+        return Err(SectionError::Length(compressed_len));
+    }
+    let range = layer.dedup_range(compressed_len);
+    tracing::debug!(blob = %layer.blob(), ?range, "dedup section requested");
+    let mut incoming = Incoming::open(&*layer.source(), range).await?;
+    let len = usize::try_from(compressed_len).map_err(|_| SectionError::Length(compressed_len))?;
+    let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
+    let location = *location;
+    let decompress =
+        move |layer: &LayerInner| section::decompress(&compressed, &location, layer.store.index().space_len());
+    let pieces = blocking(layer, decompress).await.ok_or(SectionError::Stopped)??;
+    Ok(pieces.into())
+}
+
+/// Why there is no dedup section.
+#[derive(Debug, thiserror::Error)]
+enum SectionError {
+    #[error("it has {0} bytes, at most {INDEX_LEN_MAX} are allowed")]
+    Length(u64),
+    #[error("{0}")]
+    Source(#[from] SourceError),
+    #[error("{0}")]
+    Format(#[from] FormatError),
+    #[error("the process is shutting down")]
+    Stopped,
+}
+
+/// Runs `work` where it may block; `None` when the runtime ends.
+async fn blocking<T: Send + 'static>(
+    layer: &Arc<LayerInner>,
+    work: impl FnOnce(&LayerInner) -> T + Send + 'static,
+) -> Option<T> {
+    let layer = layer.clone();
+    layer.runtime().clone().spawn_blocking(move || work(&layer)).await.ok()
+}
