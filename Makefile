@@ -2,7 +2,7 @@
 #
 #   make build         the programs
 #   make test          everything that every change must pass
-#   make test-images   the three real images, in every field (minutes)
+#   make test-images   the three real images, in every field, and a second version of one (minutes)
 #   make bench         conversion speed, size and memory beside gzip and zstd (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
 #   make lint          formatting and clippy
@@ -24,6 +24,7 @@ test: build
 
 test-images: build images
 	$(CARGO) test --release --workspace --test real_images -- --nocapture --test-threads 1
+	$(CARGO) test --release --workspace --test versions -- --nocapture
 
 bench: build
 	benches/convert
@@ -40,7 +41,7 @@ deps:
 	@tests/deps
 
 images: deps
-	tests/images/build busybox debian python node jre
+	tests/images/build busybox debian python python2 node jre
 
 clean:
 	$(CARGO) clean

@@ -28,7 +28,8 @@ pub(crate) fn decode(compressed: &[u8], digest: Digest, plain_len: u32) -> Resul
         return Err(DecodeError::Content(format!("frames hold at most {FRAME_PLAIN_LEN_MAX} bytes")));
     }
     let plain_len = plain_len as usize;
-    let content = zstd::bulk::decompress(compressed, plain_len).map_err(|error| DecodeError::Content(error.to_string()))?;
+    let content =
+        zstd::bulk::decompress(compressed, plain_len).map_err(|error| DecodeError::Content(error.to_string()))?;
     if content.len() != plain_len {
         return Err(DecodeError::Content(format!("it has {} bytes", content.len())));
     }

@@ -16,19 +16,10 @@ use std::{
     },
 };
 
-use format_spec::{
-    Digest,
-    dedup::DedupPiece,
-    index::FRAME_PLAIN_LEN_MAX,
-};
+use format_spec::{Digest, dedup::DedupPiece, index::FRAME_PLAIN_LEN_MAX};
 
 use crate::{
-    bitmap::Bitmap,
-    frame_store::FrameStore,
-    layer::LayerIndex,
-    presence::pages_of,
-    ranges::without,
-    wait::Wait,
+    bitmap::Bitmap, frame_store::FrameStore, layer::LayerIndex, presence::pages_of, ranges::without, wait::Wait,
 };
 
 /// First eight bytes of the file `dedup`.
@@ -199,11 +190,13 @@ impl CopyPlan {
             return Ok(0);
         }
         let written = store.write_bytes(piece.plain.start, &content);
-        piece.state.store(if written.is_ok() { state::COPIED } else { state::FAILED }, Ordering::SeqCst);
+        let after = if written.is_ok() { state::COPIED } else { state::FAILED };
+        let is_first = piece.state.swap(after, Ordering::SeqCst) == state::PLANNED;
         written?;
         // After the state: of two threads that copy two pieces of a page, one sees both.
         store.note_written(&piece.plain, |offset| self.copied_until(offset));
-        Ok(len as u64)
+        // A reader and the copier in the background may have met at this piece.
+        Ok(if is_first { len as u64 } else { 0 })
     }
 
     /// Where the copied piece ends that holds an offset.

@@ -16,6 +16,7 @@ use std::{
 use bytes::Bytes;
 use format_spec::{
     Digest,
+    footer::SKIPPABLE_HEADER_LEN,
     index::{HotFrame, PLAIN_ALIGN},
 };
 
@@ -79,7 +80,7 @@ impl HotStream {
     /// The whole hot pack of a layer; `None` if it has none.
     pub(crate) fn of_all(index: &LayerIndex) -> Option<Arc<Self>> {
         let count = index.hot_frames().len();
-        (count > 0).then(|| Self::new(index, Layout::of(index), vec![0..count]))
+        (count > 0).then(|| Self::new(index, Layout::of(index), std::iter::once(0..count).collect()))
     }
 
     /// The frames of a hot pack with bytes for which `is_missing` holds; `None` if there are none.
@@ -182,7 +183,7 @@ impl Drop for Ending<'_> {
     }
 }
 
-/// Receives a hot pack into the cache; `first` is its first request, if that has been made.
+/// Receives a hot pack into the cache; `first` is the answer that brought the index, if the pack comes in it.
 pub(crate) async fn receive(layer: Arc<LayerInner>, stream: Arc<HotStream>, first: Option<Incoming>) {
     let ending = Ending { layer: &layer, stream: &stream };
     let received = receive_all(&layer, &stream, first).await;
@@ -204,7 +205,12 @@ async fn receive_all(
     let mut writer = Writer::default();
     for request in &stream.requests {
         let mut incoming = match first.take() {
-            Some(incoming) => incoming,
+            Some(mut incoming) => {
+                // Between the index and the pack.
+                let header_len = usize::try_from(SKIPPABLE_HEADER_LEN).expect("a few bytes");
+                incoming.take(header_len, |len| layer.count_fetched(len)).await?;
+                incoming
+            }
             None => {
                 let range = stream.layout.range_of(request);
                 tracing::debug!(blob = %layer.blob(), ?range, "hot pack requested");

@@ -240,8 +240,8 @@ impl PresenceBits {
         let mut frames: Vec<u64> =
             words.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("chunks of eight"))).collect();
         let pages = frames.split_off(frame_word_count);
-        let is_whole = bitmap::has_no_spare_bits(&frames, counts.frames)
-            && bitmap::has_no_spare_bits(&pages, counts.pages);
+        let is_whole =
+            bitmap::has_no_spare_bits(&frames, counts.frames) && bitmap::has_no_spare_bits(&pages, counts.pages);
         is_whole.then_some((counts, Self { frames, pages }))
     }
 }

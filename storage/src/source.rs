@@ -52,8 +52,8 @@ impl Incoming {
                 return Err(SourceError(format!("the source's answer ended {} bytes too early", self.left)));
             };
             let left = self.left.checked_sub(piece.len() as u64);
-            self.left = left
-                .ok_or_else(|| SourceError("the source's answer is longer than the range asked for".to_owned()))?;
+            self.left =
+                left.ok_or_else(|| SourceError("the source's answer is longer than the range asked for".to_owned()))?;
             on_arrival(piece.len());
             self.received.extend_from_slice(&piece);
         }

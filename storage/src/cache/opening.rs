@@ -29,11 +29,7 @@ struct FetchedIndex {
 
 impl CacheInner {
     /// Opens a layer; the index is fetched if the directory does not have it.
-    pub(super) async fn open_layer(
-        self: &Arc<Self>,
-        layer: &LazyLayer,
-        origin: Origin,
-    ) -> Result<Layer, CacheError> {
+    pub(super) async fn open_layer(self: &Arc<Self>, layer: &LazyLayer, origin: Origin) -> Result<Layer, CacheError> {
         let (id, blob) = (layer.id(), layer.blob);
         let number = self.layer_count.fetch_add(1, Ordering::Relaxed);
         let inner = self.clone();

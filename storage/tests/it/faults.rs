@@ -118,10 +118,10 @@ async fn a_wrong_index_is_refused_and_leaves_nothing_behind() {
 }
 
 /// A mount that goes away with the test.
-struct Mount<'a>(&'a Path);
+pub(crate) struct Mount<'a>(&'a Path);
 
 impl<'a> Mount<'a> {
-    fn new(kind: &str, options: &str, at: &'a Path) -> Self {
+    pub(crate) fn new(kind: &str, options: &str, at: &'a Path) -> Self {
         let options = std::ffi::CString::new(options).unwrap();
         rustix::mount::mount(kind, at, kind, rustix::mount::MountFlags::empty(), options.as_c_str()).unwrap();
         Self(at)

@@ -3,8 +3,10 @@
 // Helpers of tests may unwrap like tests; layers made here are small.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+mod copies;
 mod durability;
 mod faults;
+mod hot_pack;
 mod layers;
 mod reads;
 mod scheduling;

@@ -10,10 +10,11 @@ use std::{
 
 use bytes::Bytes;
 use format_spec::{
-    Digest, Extent, Frame, IndexBuilder, LayerData, LazyLayer,
-    builder::blank_inode,
+    Digest, Extent, Frame, HotFrame, HotPiece, IndexBuilder, LayerData, LazyLayer,
+    builder::{BlobTail, blank_inode},
+    dedup::DedupPiece,
     footer::{Footer, SkippableKind, skippable_header},
-    index::{PLAIN_ALIGN, mode},
+    index::{DedupLocation, PLAIN_ALIGN, hot_reason, mode},
 };
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
@@ -53,30 +54,57 @@ pub(crate) struct TestLayer {
     pub(crate) space: Vec<u8>,
     pub(crate) files: Vec<Range<u64>>,
     pub(crate) frames: Vec<Frame>,
+    pub(crate) hot_frames: Vec<HotFrame>,
+    /// Where the dedup section lies in the blob.
+    pub(crate) section: Range<u64>,
 }
 
-impl TestLayer {
-    /// A layer with these files, cut into frames after each of `frame_lens` (the last one repeats).
-    pub(crate) fn new(files: &[TestFile], frame_lens: &[usize]) -> Self {
-        Self::with_frames(files, frame_lens, |_, content| content.to_vec())
-    }
+/// Alters the pieces of a dedup section.
+pub(crate) type ChangePieces<'a> = &'a dyn Fn(&mut Vec<DedupPiece>);
 
-    /// One file that fills `count` frames of `len` bytes, headers aside.
-    pub(crate) fn of_frames(count: usize, len: usize) -> Self {
-        Self::new(&[TestFile::of_len(count * len - 512)], &[len])
-    }
+/// How a layer is made.
+pub(crate) struct LayerMaker<'a> {
+    pub(crate) files: &'a [TestFile],
+    /// Frames end after each of these; the last one repeats.
+    pub(crate) frame_lens: &'a [usize],
+    /// Alters what of a frame is compressed; the index promises the original.
+    pub(crate) change: &'a dyn Fn(usize, &[u8]) -> Vec<u8>,
+    /// Files whose content another version has otherwise.
+    pub(crate) changed_files: &'a [usize],
+    /// What stands in the tar headers, as another time of build does.
+    pub(crate) time: u64,
+    /// Pieces of the hot pack.
+    pub(crate) hot: &'a [Range<u64>],
+    pub(crate) hot_frame_len: usize,
+    /// Alters what of a hot frame is compressed.
+    pub(crate) change_hot: &'a dyn Fn(usize, &[u8]) -> Vec<u8>,
+    /// Alters the pieces of the dedup section; without it there is no section.
+    pub(crate) dedup: Option<ChangePieces<'a>>,
+}
 
-    /// Like [`Self::new`], with `change` to alter what is compressed; the index promises the original.
-    pub(crate) fn with_frames(
-        files: &[TestFile],
-        frame_lens: &[usize],
-        change: impl Fn(usize, &[u8]) -> Vec<u8>,
-    ) -> Self {
+impl Default for LayerMaker<'_> {
+    fn default() -> Self {
+        Self {
+            files: &[],
+            frame_lens: &[10_000],
+            change: &|_, content| content.to_vec(),
+            changed_files: &[],
+            time: 0,
+            hot: &[],
+            hot_frame_len: 10_000,
+            change_hot: &|_, content| content.to_vec(),
+            dedup: None,
+        }
+    }
+}
+
+impl LayerMaker<'_> {
+    pub(crate) fn make(&self) -> TestLayer {
         let mut builder = IndexBuilder::default();
         builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
         let (mut tar, mut space, mut extents, mut ranges, mut children) = (vec![], vec![], vec![], vec![], vec![]);
-        for (number, file) in files.iter().enumerate() {
-            tar.extend(noise(!0 - number as u64, 512));
+        for (number, file) in self.files.iter().enumerate() {
+            tar.extend(noise(!(number as u64 + (self.time << 32)), 512));
             space.resize(space.len().next_multiple_of(PLAIN_ALIGN as usize), 0);
             let start = space.len() as u64;
             for (piece, (hole_len, len)) in file.0.iter().enumerate() {
@@ -88,7 +116,8 @@ impl TestLayer {
                         len: (*len as u64).into(),
                     });
                 }
-                let content = noise((number * 1000 + piece) as u64, *len);
+                let version = if self.changed_files.contains(&number) { self.time << 32 } else { 0 };
+                let content = noise((number * 1000 + piece) as u64 + version, *len);
                 tar.extend_from_slice(&content);
                 space.extend_from_slice(&content);
             }
@@ -104,9 +133,9 @@ impl TestLayer {
 
         let (mut blob, mut frames, mut tar_offset) = (vec![], vec![], 0);
         while tar_offset < tar.len() {
-            let len = frame_lens.get(frames.len()).or(frame_lens.last()).copied().unwrap();
+            let len = self.frame_lens.get(frames.len()).or(self.frame_lens.last()).copied().unwrap();
             let content = &tar[tar_offset..(tar_offset + len).min(tar.len())];
-            let compressed = zstd::bulk::compress(&change(frames.len(), content), 1).unwrap();
+            let compressed = zstd::bulk::compress(&(self.change)(frames.len(), content), 1).unwrap();
             frames.push(Frame {
                 blob_offset: (blob.len() as u64).into(),
                 tar_offset: (tar_offset as u64).into(),
@@ -117,21 +146,125 @@ impl TestLayer {
             blob.extend(compressed);
             tar_offset += content.len();
         }
+        let (hot_frames, hot_pieces, hot_pack) = self.hot_pack(&space);
+        let section = self.dedup.map(|change| {
+            let mut pieces = dedup_pieces(&ranges, &extents, &frames, &space);
+            change(&mut pieces);
+            format_spec::dedup::compress(&pieces).unwrap()
+        });
+        let locations: Vec<_> = section
+            .iter()
+            .map(|section| DedupLocation {
+                compressed_len: (section.bytes.len() as u64).into(),
+                plain_len: section.plain_len.into(),
+                digest: *section.digest.as_bytes(),
+            })
+            .collect();
         let index = builder
             .finish_layer(&LayerData {
                 tar_len: tar.len() as u64,
                 space_len: space.len() as u64,
                 extents: &extents,
                 frames: &frames,
-                ..LayerData::default()
+                tail: BlobTail { hot_frames: &hot_frames, hot_pieces: &hot_pieces, dedup: &locations },
             })
             .unwrap();
         blob.extend(skippable_header(SkippableKind::Index, index.bytes.len() as u64).unwrap());
         let location = index.location(blob.len() as u64);
         blob.extend(index.bytes);
-        blob.extend(Footer::new(&location, 0, 0).to_frame());
-        let lazy = LazyLayer { blob: Digest::of(&blob), blob_len: blob.len() as u64, index: location, hot_len: 0 };
-        Self { lazy, blob, space, files: ranges, frames }
+        if !hot_pack.is_empty() {
+            blob.extend(skippable_header(SkippableKind::HotPack, hot_pack.len() as u64).unwrap());
+            blob.extend(&hot_pack);
+        }
+        let mut section_range = 0..0;
+        if let Some(section) = section {
+            blob.extend(skippable_header(SkippableKind::Dedup, section.bytes.len() as u64).unwrap());
+            section_range = blob.len() as u64..(blob.len() + section.bytes.len()) as u64;
+            blob.extend(section.bytes);
+        }
+        blob.extend(Footer::new(&location, hot_pack.len() as u64, section_range.end - section_range.start).to_frame());
+        let lazy = LazyLayer {
+            blob: Digest::of(&blob),
+            blob_len: blob.len() as u64,
+            index: location,
+            hot_len: hot_pack.len() as u64,
+        };
+        TestLayer { lazy, blob, space, files: ranges, frames, hot_frames, section: section_range }
+    }
+
+    fn hot_pack(&self, space: &[u8]) -> (Vec<HotFrame>, Vec<HotPiece>, Vec<u8>) {
+        let piece = |plain: &Range<u64>| HotPiece {
+            plain_offset: plain.start.into(),
+            len: ((plain.end - plain.start) as u32).into(),
+            reason: hot_reason::PROFILE.into(),
+        };
+        let content: Vec<u8> =
+            self.hot.iter().flat_map(|plain| &space[plain.start as usize..plain.end as usize]).copied().collect();
+        let (mut frames, mut pack) = (vec![], vec![]);
+        for (number, content) in content.chunks(self.hot_frame_len).enumerate() {
+            let compressed = zstd::bulk::compress(&(self.change_hot)(number, content), 1).unwrap();
+            frames.push(HotFrame {
+                compressed_len: (compressed.len() as u32).into(),
+                plain_len: (content.len() as u32).into(),
+                digest: *Digest::of(&compressed).as_bytes(),
+            });
+            pack.extend(compressed);
+        }
+        (frames, self.hot.iter().map(piece).collect(), pack)
+    }
+}
+
+/// What frames hold of each file: its content, or pieces of it.
+fn dedup_pieces(files: &[Range<u64>], extents: &[Extent], frames: &[Frame], space: &[u8]) -> Vec<DedupPiece> {
+    let mut pieces = Vec::new();
+    for file in files.iter().filter(|file| !file.is_empty()) {
+        let mut cuts = vec![file.start, file.end];
+        for extent in extents.iter().filter(|extent| file.contains(&extent.plain_offset.get())) {
+            let tar = extent.tar_range();
+            let inside = frames.iter().map(|frame| frame.tar_offset.get()).filter(|cut| tar.contains(cut));
+            cuts.extend(inside.map(|cut| extent.plain_offset.get() + cut - tar.start));
+        }
+        cuts.sort_unstable();
+        cuts.dedup();
+        pieces.extend(cuts.windows(2).map(|cut| DedupPiece {
+            plain_offset: cut[0].into(),
+            len: (cut[1] - cut[0]).into(),
+            digest: *Digest::of(&space[cut[0] as usize..cut[1] as usize]).as_bytes(),
+        }));
+    }
+    pieces
+}
+
+impl TestLayer {
+    /// A layer with these files, cut into frames after each of `frame_lens` (the last one repeats).
+    pub(crate) fn new(files: &[TestFile], frame_lens: &[usize]) -> Self {
+        LayerMaker { files, frame_lens, ..LayerMaker::default() }.make()
+    }
+
+    /// One file that fills `count` frames of `len` bytes, headers aside.
+    pub(crate) fn of_frames(count: usize, len: usize) -> Self {
+        Self::new(&[TestFile::of_len(count * len - 512)], &[len])
+    }
+
+    /// Like [`Self::new`], with `change` to alter what is compressed; the index promises the original.
+    pub(crate) fn with_frames(
+        files: &[TestFile],
+        frame_lens: &[usize],
+        change: impl Fn(usize, &[u8]) -> Vec<u8>,
+    ) -> Self {
+        LayerMaker { files, frame_lens, change: &change, ..LayerMaker::default() }.make()
+    }
+
+    /// Where a hot frame lies in the blob.
+    pub(crate) fn hot_range(&self, frames: Range<usize>) -> Range<u64> {
+        let start = self.lazy.index.range().end + 8;
+        let len = |frames: &[HotFrame]| frames.iter().map(|frame| u64::from(frame.compressed_len.get())).sum::<u64>();
+        start + len(&self.hot_frames[..frames.start])..start + len(&self.hot_frames[..frames.end])
+    }
+
+    /// The request that brings index and hot pack.
+    pub(crate) fn opening_request(&self) -> Range<u64> {
+        self.lazy.index.offset..self.lazy.hot_range().unwrap().end
     }
 
     /// The bytes that a read must return.
@@ -173,6 +306,7 @@ pub(crate) enum Fault {
 pub(crate) struct MemorySource {
     blob: Bytes,
     faults: Mutex<Vec<Fault>>,
+    range_faults: Mutex<Vec<(Range<u64>, Fault)>>,
     requests: watch::Sender<Vec<Range<u64>>>,
     ended_count: watch::Sender<usize>,
     holds: watch::Sender<BTreeSet<u64>>,
@@ -183,6 +317,7 @@ impl MemorySource {
         Arc::new(Self {
             blob: layer.blob.clone().into(),
             faults: Mutex::default(),
+            range_faults: Mutex::default(),
             requests: watch::Sender::default(),
             ended_count: watch::Sender::default(),
             holds: watch::Sender::default(),
@@ -223,6 +358,11 @@ impl MemorySource {
         self.faults.lock().unwrap().extend(faults);
     }
 
+    /// The request for exactly this range meets a fault.
+    pub(crate) fn fail_at(&self, range: &Range<u64>, fault: Fault) {
+        self.range_faults.lock().unwrap().push((range.clone(), fault));
+    }
+
     /// No answer passes this offset of the blob until [`Self::release`].
     pub(crate) fn hold_at(&self, offset: u64) {
         self.holds.send_modify(|holds| {
@@ -245,6 +385,9 @@ impl Source for MemorySource {
         let mut faults = self.faults.lock().unwrap();
         let fault = if faults.is_empty() { None } else { Some(faults.remove(0)) };
         drop(faults);
+        let range_faults = self.range_faults.lock().unwrap();
+        let fault = fault.or_else(|| range_faults.iter().find(|(faulty, _)| *faulty == range).map(|(_, fault)| *fault));
+        drop(range_faults);
         let mut blob = self.blob.clone();
         let mut end = range.end;
         match fault {
@@ -335,6 +478,14 @@ impl Fixture {
             .unwrap();
         assert!(status.success());
         copy
+    }
+}
+
+/// Waits until a layer's start-up work has ended: its dedup section is kept then.
+pub(crate) async fn wait_for_dedup(root: &Path, test: &TestLayer) {
+    let dedup = root.join("layers").join(test.lazy.id().hex()).join("dedup");
+    while !dedup.exists() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
