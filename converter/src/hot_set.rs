@@ -43,8 +43,9 @@ use self::{
 
 /// Most files of a hot set.
 const FILE_COUNT_MAX: usize = 50_000;
-/// Most bytes of a hot set: more than a node fetches in the time that people call a start.
-const LEN_MAX: u64 = 512 << 20;
+/// Most bytes of a hot set: more than a node fetches in the time that people call a start. A hot pack is
+/// compressed in memory.
+const LEN_MAX: u64 = 256 << 20;
 /// Ranges of a file that are closer to each other are one.
 const GAP_LEN_MAX: u64 = 16 << 10;
 

@@ -15,9 +15,6 @@ use crate::{
     hot_set::{ConfigError, FileContent, HotRange, Profile, StartConfig, derive},
 };
 
-/// Most bytes in the hot packs of an image: more than a node fetches in the time that people call a start.
-const HOT_LEN_MAX: u64 = 256 << 20;
-
 /// Where it is known from what a start reads.
 #[derive(Debug, Clone, Default)]
 pub enum HotPackChoice {
@@ -102,16 +99,14 @@ impl FileContent for ImageFiles<'_> {
 fn place(tree: &Index<Vec<u8>>, hot: &[HotRange]) -> HashMap<Digest, Vec<HotPiece>> {
     let layers: Vec<Digest> = tree.layers().collect();
     let mut packs: HashMap<Digest, LayerPack> = HashMap::new();
-    let mut left_len = HOT_LEN_MAX;
     for HotRange { inode, range, reason } in hot {
         let Some(inode) = tree.inode(*inode).filter(|inode| inode.is_regular()) else { continue };
         let Some(layer) = layers.get(inode.layer.get() as usize) else { continue };
         let file = inode.plain_range();
         let start = file.start + range.start / PLAIN_ALIGN * PLAIN_ALIGN;
         let end = file.end.min(file.start + range.end.min(inode.size.get()).next_multiple_of(PLAIN_ALIGN));
-        let Some(len) = end.checked_sub(start).filter(|len| (1..=left_len).contains(len)) else { continue };
-        if packs.entry(*layer).or_default().push(start..end, *reason) {
-            left_len -= len;
+        if start < end {
+            packs.entry(*layer).or_default().push(start..end, *reason);
         }
     }
     packs.into_iter().map(|(layer, pack)| (layer, pack.pieces)).collect()
