@@ -37,6 +37,10 @@ pub const SOURCE_DIFF_ID: &str = "io.lazuli.source.diff-id";
 /// What of the converter's options has shaped the layer: equal texts and equal digests mean that it can be used again.
 pub const SOURCE_OPTIONS: &str = "io.lazuli.source.options";
 
+/// All annotations of a lazy layer.
+pub const ALL: [&str; 8] =
+    [VERSION, BLOB_DIGEST, BLOB_LEN, INDEX_OFFSET, INDEX_COMPRESSED_LEN, INDEX_PLAIN_LEN, INDEX_DIGEST, HOT_LEN];
+
 /// The format version that this crate reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
 /// Longest index, compressed or plain, that a reader accepts (SPEC.md 9): bounds what a node allocates.

@@ -766,7 +766,8 @@ impl<B: AsRef<[u8]>> Index<B> {
         ensure(plain_len == 0, "hot frame", frame_count, "frames and pieces of the hot pack differ in length")?;
         let dedup_count = self.dedup.len() / size_of::<DedupLocation>();
         ensure(dedup_count <= 1, "dedup section", dedup_count as u64, "there are several")?;
-        let is_allowed = self.dedup().is_none_or(|dedup| dedup.plain_len <= INDEX_LEN_MAX);
+        let is_allowed = |dedup: &DedupLocation| dedup.plain_len.max(dedup.compressed_len) <= INDEX_LEN_MAX;
+        let is_allowed = self.dedup().is_none_or(is_allowed);
         ensure(is_allowed, "dedup section", 0, "it is longer than 1 GiB")
     }
 }

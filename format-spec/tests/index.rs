@@ -3,9 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use format_spec::{
-    CompressedIndex, Extent, Frame, Index, IndexBuilder, Inode,
+    BlobTail, CompressedIndex, Extent, Frame, Index, IndexBuilder, Inode,
+    annotation::INDEX_LEN_MAX,
     builder::{LayerData, blank_inode},
-    index::{WHITEOUT, mode},
+    index::{DedupLocation, WHITEOUT, mode},
 };
 use proptest::prelude::*;
 
@@ -106,6 +107,22 @@ fn refuses_frames_that_do_not_cover_the_tar_stream() {
     let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
     builder.add_directory(root, std::iter::empty::<(&[u8], u32)>()).unwrap();
     assert!(builder.finish_layer(&LayerData { tar_len: 1024, ..LayerData::default() }).is_err());
+}
+
+#[test]
+fn refuses_a_dedup_section_beyond_the_limit() {
+    let build = |compressed_len: u64, plain_len: u64| {
+        let mut builder = IndexBuilder::default();
+        let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+        builder.add_directory(root, std::iter::empty::<(&[u8], u32)>()).unwrap();
+        let section =
+            DedupLocation { compressed_len: compressed_len.into(), plain_len: plain_len.into(), digest: [0; 32] };
+        let tail = BlobTail { dedup: &[section], ..BlobTail::default() };
+        builder.finish_layer(&LayerData { tail, ..LayerData::default() }).is_ok()
+    };
+    let limit = INDEX_LEN_MAX;
+    let allowed = [(limit, limit), (limit + 1, 1), (1, limit + 1)].map(|(compressed, plain)| build(compressed, plain));
+    assert_eq!(allowed, [true, false, false]);
 }
 
 #[test]

@@ -9,13 +9,13 @@ use std::{
 };
 
 use format_spec::{
-    Digest, Footer, Frame, Index,
-    footer::FOOTER_FRAME_LEN,
+    Digest, Footer, Frame, Index, IndexLocation, dedup,
+    footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
     index::{WHITEOUT, flag, mode},
 };
 use serde_json::{Value, json};
 
-const VECTORS: [&str; 1] = ["v1-small"];
+const VECTORS: [&str; 2] = ["v1-small", "v1-hot"];
 
 fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("vectors").join(name)
@@ -31,15 +31,62 @@ fn at(range: &Range<u64>) -> Range<usize> {
 
 struct Layer {
     blob: Vec<u8>,
+    location: IndexLocation,
+    hot_len: u64,
     index: Index<Vec<u8>>,
 }
 
 impl Layer {
     fn open(blob: Vec<u8>) -> Self {
         let footer = &blob[blob.len() - usize::try_from(FOOTER_FRAME_LEN).unwrap()..];
-        let (location, _) = Footer::from_frame(footer, blob.len() as u64).unwrap().unwrap();
+        let (location, hot_len) = Footer::from_frame(footer, blob.len() as u64).unwrap().unwrap();
         let index = Index::from_compressed(&blob[at(&location.range())], &location).unwrap();
-        Self { blob, index }
+        assert_eq!(index.hot_len(), hot_len);
+        Self { blob, location, hot_len, index }
+    }
+
+    fn hot_start(&self) -> u64 {
+        self.location.range().end + SKIPPABLE_HEADER_LEN
+    }
+
+    /// The content of the hot pack, piece after piece.
+    fn hot_pack(&self) -> Vec<u8> {
+        let mut start = self.hot_start();
+        let mut content = Vec::new();
+        for frame in self.index.hot_frames() {
+            let end = start + u64::from(frame.compressed_len.get());
+            let compressed = &self.blob[at(&(start..end))];
+            assert_eq!(Digest::of(compressed), frame.digest());
+            content.extend(zstd::bulk::decompress(compressed, frame.plain_len.get() as usize).unwrap());
+            start = end;
+        }
+        content
+    }
+
+    /// Adds a line for every piece of hot pack and dedup section, whose bytes are those of the files.
+    fn list_copies(&self, lines: &mut Vec<Value>) {
+        let reasons = ["profile", "command", "interpreter", "library", "system", "runtime"];
+        let content = self.hot_pack();
+        let mut rest = content.as_slice();
+        for piece in self.index.hot_pieces() {
+            let (bytes, behind) = rest.split_at(piece.len.get() as usize);
+            assert_eq!(bytes, self.content(piece.plain_range()));
+            lines.push(json!({
+                "hot": piece.plain_offset.get(), "len": bytes.len(),
+                "reason": reasons[piece.reason.get() as usize - 1], "sha256": Digest::of(bytes).hex(),
+            }));
+            rest = behind;
+        }
+        assert_eq!(rest, b"");
+        let Some(section) = self.index.dedup() else { return };
+        let end = if self.hot_len > 0 { self.hot_start() + self.hot_len } else { self.location.range().end };
+        let start = end + SKIPPABLE_HEADER_LEN;
+        let compressed = &self.blob[at(&(start..start + section.compressed_len.get()))];
+        for piece in dedup::decompress(compressed, section, self.index.space_len()).unwrap() {
+            assert_eq!(Digest::of(&self.content(piece.plain_range())), piece.digest());
+            let (offset, len) = (piece.plain_offset.get(), piece.len.get());
+            lines.push(json!({ "dedup": offset, "len": len, "sha256": piece.digest().hex() }));
+        }
     }
 
     fn plain(&self, frame: &Frame) -> Vec<u8> {
@@ -48,16 +95,19 @@ impl Layer {
         zstd::bulk::decompress(compressed, frame.plain_len.get() as usize).unwrap()
     }
 
-    fn content(&self, file: Range<u64>) -> Vec<u8> {
-        let mut content = vec![0; usize::try_from(file.end - file.start).unwrap()];
-        for extent in &self.index.extents()[self.index.extents_in_plain(&file)] {
-            let to_plain = |tar: u64| tar - extent.tar_offset.get() + extent.plain_offset.get();
-            for frame in &self.index.frames()[self.index.frames_in_tar(&extent.tar_range())] {
+    fn content(&self, wanted: Range<u64>) -> Vec<u8> {
+        let mut content = vec![0; usize::try_from(wanted.end - wanted.start).unwrap()];
+        for extent in &self.index.extents()[self.index.extents_in_plain(&wanted)] {
+            let (start, end) = (extent.plain_range().start.max(wanted.start), extent.plain_range().end.min(wanted.end));
+            let to_tar = |plain: u64| plain - extent.plain_offset.get() + extent.tar_offset.get();
+            let tar = to_tar(start)..to_tar(end);
+            for frame in &self.index.frames()[self.index.frames_in_tar(&tar)] {
                 let (frame_tar, plain) = (frame.tar_range(), self.plain(frame));
-                let tar = frame_tar.start.max(extent.tar_range().start)..frame_tar.end.min(extent.tar_range().end);
-                let (start, len) = (to_plain(tar.start) - file.start, tar.end - tar.start);
-                let from = tar.start - frame_tar.start;
-                content[at(&(start..start + len))].copy_from_slice(&plain[at(&(from..from + len))]);
+                let part = frame_tar.start.max(tar.start)..frame_tar.end.min(tar.end);
+                let from = part.start - frame_tar.start..part.end - frame_tar.start;
+                let to = start - wanted.start + (part.start - tar.start);
+                let len = part.end - part.start;
+                content[at(&(to..to + len))].copy_from_slice(&plain[at(&from)]);
             }
         }
         content
@@ -120,6 +170,7 @@ fn this_crate_reads_the_vectors() {
         let layer = Layer::open(std::fs::read(path(&format!("{vector}.blob"))).unwrap());
         let mut lines = Vec::new();
         layer.list(b"", 0, &mut lines);
+        layer.list_copies(&mut lines);
         let expected = std::fs::read_to_string(path(&format!("{vector}.list"))).unwrap();
         let expected: Vec<Value> = expected.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(lines, expected, "{vector}");
@@ -141,16 +192,64 @@ fn a_second_reader_reads_the_vectors() {
     }
 }
 
-#[test]
-fn the_second_reader_refuses_a_changed_index() {
-    let mut blob = std::fs::read(path("v1-small.blob")).unwrap();
-    let footer = &blob[blob.len() - usize::try_from(FOOTER_FRAME_LEN).unwrap()..];
-    let (location, _) = Footer::from_frame(footer, blob.len() as u64).unwrap().unwrap();
-    blob[at(&location.range()).start + 20] ^= 1;
-    let changed = std::env::temp_dir().join(format!("lazuli-vector-{}", std::process::id()));
+/// Writes a blob to a file for the second reader, which must refuse it with `reason`.
+fn check_refusal(name: &str, blob: &[u8], reason: &str) {
+    let changed = std::env::temp_dir().join(format!("lazuli-vector-{name}-{}", std::process::id()));
     std::fs::write(&changed, blob).unwrap();
     let run = second_reader(&changed);
     std::fs::remove_file(&changed).unwrap();
     assert!(!run.status.success());
-    assert!(String::from_utf8_lossy(&run.stderr).contains("index has a wrong digest"));
+    let printed = String::from_utf8_lossy(&run.stderr).into_owned();
+    assert!(printed.contains(reason), "{name}: {printed}");
+}
+
+#[test]
+fn the_second_reader_refuses_what_is_changed() {
+    let Layer { blob, location, hot_len, index } = Layer::open(std::fs::read(path("v1-hot.blob")).unwrap());
+    let hot_end = location.range().end + SKIPPABLE_HEADER_LEN + hot_len;
+    let cases = [
+        ("frame", index.frames()[2].blob_offset.get() + 20, "frame 2 has a wrong digest"),
+        ("index", location.offset + 20, "index has a wrong digest"),
+        ("hot-pack", hot_end - 20, "hot frame has a wrong digest"),
+        ("dedup", hot_end + SKIPPABLE_HEADER_LEN + 20, "dedup section has a wrong digest"),
+        ("footer", blob.len() as u64 - 90, "footer has a wrong CRC-32"),
+    ];
+    for (name, position, reason) in cases {
+        let mut changed = blob.clone();
+        changed[usize::try_from(position).unwrap()] ^= 1;
+        check_refusal(name, &changed, reason);
+    }
+}
+
+/// The bytes of a block of SPEC.md: lines of an offset and two-digit bytes, and what is said of them.
+fn spec_bytes(heading: &str) -> Vec<u8> {
+    const SPEC: &str = include_str!("../SPEC.md");
+    let start = SPEC.find(heading).unwrap_or_else(|| panic!("SPEC.md has no heading {heading:?}"));
+    let block = SPEC[start..].split("```").nth(1).unwrap();
+    let mut bytes = Vec::new();
+    for line in block.lines().filter(|line| line.len() > 8 && line.as_bytes()[4] == b' ') {
+        assert_eq!(usize::from_str_radix(&line[..4], 16), Ok(bytes.len()), "{line}");
+        let digits = line[6..].split("  ").next().unwrap();
+        bytes.extend(digits.split(' ').map(|digits| u8::from_str_radix(digits, 16).unwrap()));
+    }
+    bytes
+}
+
+#[test]
+fn the_worked_example_of_the_specification_is_a_layer() {
+    let blob = spec_bytes("### 12.1");
+    let layer = Layer::open(blob.clone());
+    assert_eq!(layer.index.as_bytes(), spec_bytes("### 12.2"));
+    let mut lines = Vec::new();
+    layer.list(b"", 0, &mut lines);
+    assert_eq!(lines[1]["path"], "/hello");
+    let file = layer.index.inode(1).unwrap();
+    assert_eq!(layer.content(file.plain_range()), b"world\n");
+    let written = std::env::temp_dir().join(format!("lazuli-example-{}", std::process::id()));
+    std::fs::write(&written, blob).unwrap();
+    let run = second_reader(&written);
+    std::fs::remove_file(&written).unwrap();
+    let printed = String::from_utf8(run.stdout).unwrap();
+    let printed: Vec<Value> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(printed, lines);
 }
