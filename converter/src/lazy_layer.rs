@@ -4,9 +4,13 @@
 //! blob digest alone: tools that rebuild manifests drop annotations, and then it is all there is. Who acts
 //! on a footer reads the whole blob first; who only shows it need not.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use format_spec::{
-    Digest, DigestHasher, Footer, FormatError, LazyLayer, annotation::AnnotationError, footer::FOOTER_FRAME_LEN,
+    Digest, DigestHasher, Footer, FormatError, Index, LazyLayer,
+    annotation::AnnotationError,
+    footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
 };
 use futures_util::StreamExt;
 
@@ -101,6 +105,14 @@ pub fn annotate(mut descriptor: Descriptor, lazy: Option<LazyLayer>) -> Descript
         descriptor.annotations.get_or_insert_default().extend(lazy.to_annotations());
     }
     descriptor
+}
+
+/// Where the dedup section of a layer lies in its blob, if it has one: behind hot pack or index.
+pub fn dedup_range<B: AsRef<[u8]>>(lazy: &LazyLayer, index: &Index<B>) -> Option<Range<u64>> {
+    let len = index.dedup()?.compressed_len.get();
+    let end = lazy.hot_range().map_or(lazy.index.range().end, |range| range.end);
+    let start = end.saturating_add(SKIPPABLE_HEADER_LEN);
+    Some(start..start.saturating_add(len))
 }
 
 /// Where the footer stands in a blob that may have one.

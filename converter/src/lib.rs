@@ -2,7 +2,9 @@
 
 pub mod archive;
 pub mod blob_reader;
+mod blob_thread;
 pub mod cache;
+pub mod check;
 pub mod compress;
 mod contents;
 pub mod convert;
@@ -18,6 +20,7 @@ mod header;
 mod hot_pack;
 pub mod hot_set;
 pub mod image;
+pub mod inspect;
 pub mod layer;
 pub mod layer_index;
 pub mod layout;
@@ -27,6 +30,7 @@ pub mod manifest;
 pub mod mount;
 pub mod oci_archive;
 pub mod oci_directory;
+mod paths;
 mod pax;
 mod plain;
 pub mod pull;

@@ -2,7 +2,9 @@
 //!
 //! Exit codes: 0 done, 1 the image or the world is at fault (one line on standard error), 2 wrong usage.
 
+mod check_command;
 mod convert_command;
+mod inspect_command;
 mod mount_command;
 mod progress;
 mod pull_command;
@@ -28,6 +30,14 @@ enum Action {
     ///
     /// The image stays the same image: its layers are compressed anew and get an index, nothing else changes.
     Convert(convert_command::ConvertArguments),
+    /// Check every digest of an image, and its lazy layers' indexes against their tar streams, entry by entry.
+    ///
+    /// Reads all of it. Prints a line for everything that is wrong; exit code 1 if there is any.
+    Check(check_command::CheckArguments),
+    /// Show what an image consists of: layers, sizes, frames, hot packs, duplicate and hidden bytes.
+    ///
+    /// Reads the indexes of lazy layers only.
+    Inspect(inspect_command::InspectArguments),
     /// Mount a converted image and read it as it arrives, without containerd.
     ///
     /// Stays in the foreground until it is interrupted or the directory is unmounted.
@@ -51,6 +61,14 @@ fn main() -> ExitCode {
         match command.action {
             Action::Convert(arguments) => tokio::select! {
                 result = convert_command::run(arguments) => result,
+                () = interrupted => Err("interrupted".to_owned()),
+            },
+            Action::Check(arguments) => tokio::select! {
+                result = check_command::run(arguments) => result,
+                () = interrupted => Err("interrupted".to_owned()),
+            },
+            Action::Inspect(arguments) => tokio::select! {
+                result = inspect_command::run(arguments) => result,
                 () = interrupted => Err("interrupted".to_owned()),
             },
             Action::Mount(arguments) => mount_command::run(arguments, interrupted).await,

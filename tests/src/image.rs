@@ -7,7 +7,7 @@ use std::{
 };
 
 use flate2::write::GzEncoder;
-use format_spec::Digest;
+use format_spec::{Digest, LazyLayer};
 use serde_json::{Value, json};
 
 use crate::{
@@ -188,6 +188,45 @@ pub fn layout_blob(layout: &str, digest: Digest) -> PathBuf {
 /// When it cannot be read.
 pub fn layout_manifest(layout: &str) -> Result<Value> {
     Layout { directory: layout_directory(layout) }.manifest()
+}
+
+/// Stores a blob in the layout `layout` (`oci:DIR:tag`); returns a descriptor without media type.
+///
+/// # Errors
+///
+/// When it cannot be written.
+pub fn put_blob(layout: &str, content: &[u8]) -> Result<Value> {
+    let mut descriptor = Layout { directory: layout_directory(layout) }.add("", content)?;
+    descriptor.as_object_mut().map(|descriptor| descriptor.remove("mediaType"));
+    Ok(descriptor)
+}
+
+/// Makes a lazy blob layer `number` (lowest 0) of the only image of the layout `layout` (`oci:DIR:tag`).
+///
+/// # Errors
+///
+/// When it cannot be read or written.
+pub fn replace_layer(layout: &str, number: usize, blob: &[u8], lazy: &LazyLayer) -> Result<()> {
+    let descriptor = put_blob(layout, blob)?;
+    edit_manifest(layout, |manifest| {
+        let layer = &mut manifest["layers"][number];
+        layer["digest"] = descriptor["digest"].clone();
+        layer["size"] = descriptor["size"].clone();
+        layer["annotations"] = json!(lazy.to_annotations());
+    })
+}
+
+/// Changes the only manifest of the layout `layout` (`oci:DIR:tag`), which stays what the tag names.
+///
+/// # Errors
+///
+/// When it cannot be read or written.
+pub fn edit_manifest(layout: &str, edit: impl FnOnce(&mut Value)) -> Result<()> {
+    let layout = Layout { directory: layout_directory(layout) };
+    let mut manifest = layout.manifest()?;
+    edit(&mut manifest);
+    let media_type = manifest["mediaType"].as_str().unwrap_or_default().to_owned();
+    layout.tag(layout.add(&media_type, manifest.to_string().as_bytes())?)
 }
 
 /// This machine's architecture in the words of OCI.

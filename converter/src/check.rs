@@ -1,0 +1,298 @@
+//! Checks an image: every digest, every lazy layer's index against its tar stream, and the whole against
+//! the original it was converted from.
+//!
+//! Each blob is read once, as a stream: what is held of a layer is its index, the digests of its pieces and
+//! a frame at a time. What is wrong becomes a finding and the check goes on, so that one run names all damage;
+//! an error is what keeps it from looking.
+
+mod compare;
+mod frames;
+mod lazy;
+mod original;
+mod report;
+mod space;
+
+use std::{io::Read, sync::Arc};
+
+use bytes::Bytes;
+use format_spec::{
+    Digest, DigestHasher, Footer, Index, LazyLayer,
+    annotation::{self, AnnotationError},
+    footer::FOOTER_FRAME_LEN,
+};
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+pub use self::report::{CheckReport, Counts, Finding, LayerCheck, Part};
+use self::{
+    lazy::{OpenLayer, Passed, check_blob, open_pieces},
+    report::Findings,
+};
+use crate::{
+    blob_reader::BlobReader,
+    blob_thread::{Aborted, read_blob},
+    image::{ImageError, ImageSource},
+    lazy_layer::dedup_range,
+    manifest::{Descriptor, ImageConfig, Platform, media_type},
+    resolve::{ResolveError, ResolvedImage, resolve_image},
+};
+
+/// Layers checked side by side: hashing keeps a processor busy with each, and each may hold a large index.
+const LAYERS_AT_ONCE: usize = 2;
+
+/// An image cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// Finding the image.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    /// Finding the original.
+    #[error("original: {0}")]
+    Original(ResolveError),
+    /// A bug or a lack of memory: a thread ended early.
+    #[error("layer {digest}: {error}")]
+    Aborted {
+        /// The blob.
+        digest: Digest,
+        /// What happened.
+        error: Aborted,
+    },
+}
+
+/// Checks the image for `platform` at `source`, against the one at `original` where that is given.
+///
+/// `layer_done` is told of each layer, lowest first.
+///
+/// # Errors
+///
+/// When manifest or config of one of them cannot be read or are damaged. Everything else is a finding.
+pub async fn check_image(
+    source: &ImageSource,
+    original: Option<&ImageSource>,
+    platform: Option<&Platform>,
+    layer_done: impl Fn(&LayerCheck),
+) -> Result<CheckReport, CheckError> {
+    let image = resolve_image(source, platform).await?;
+    let original = match original {
+        Some(original) => Some(original::find(original, &image).await?),
+        None => None,
+    };
+    let mut findings = Findings::default();
+    let layers: Vec<LayerCheck> = stream::iter(image.manifest.layers.iter().zip(&image.diff_ids))
+        .map(|(descriptor, diff_id)| check_layer(source, descriptor, *diff_id))
+        .buffered(LAYERS_AT_ONCE)
+        .inspect_ok(|layer| layer_done(layer))
+        .try_collect()
+        .await?;
+    if let Some(original) = &original {
+        original::compare(&image, &layers, original, &mut findings).await?;
+    }
+    let is_sound = findings.is_empty() && layers.iter().all(|layer| layer.finding_count() == 0);
+    Ok(CheckReport {
+        digest: image.digest,
+        config_digest: image.manifest.config.digest,
+        platform: platform_of(&image),
+        is_sound,
+        layers,
+        findings: findings.list,
+        further_findings: findings.further,
+    })
+}
+
+/// The platform that the config names.
+pub(crate) fn platform_of(image: &ResolvedImage) -> String {
+    // The config was read once already to find the diff IDs.
+    let config: Option<ImageConfig> = serde_json::from_slice(&image.config).ok();
+    let parts = config.map(|config| [Some(config.os), Some(config.architecture), config.variant]);
+    let parts = parts.into_iter().flatten().flatten().filter(|part| !part.is_empty());
+    parts.collect::<Vec<_>>().join("/")
+}
+
+/// Checks one layer of any kind.
+async fn check_layer(source: &ImageSource, descriptor: &Descriptor, diff_id: Digest) -> Result<LayerCheck, CheckError> {
+    let mut findings = Findings::default();
+    let open = open_layer(source, descriptor, &mut findings).await;
+    let is_lazy = open.is_lazy;
+    let passed = read_layer(source, descriptor, open.layer).await?;
+    findings.append(passed.findings);
+    if let Some((found, _)) = passed.tar
+        && found != diff_id
+    {
+        findings.add(Part::Tar, "tar stream", format!("its digest is {found}, the diff ID in the config is {diff_id}"));
+    }
+    Ok(LayerCheck {
+        digest: descriptor.digest,
+        diff_id,
+        media_type: descriptor.media_type.clone(),
+        blob_len: descriptor.size,
+        is_lazy,
+        tar_digest: passed.tar.map(|(digest, _)| digest),
+        tar_len: passed.tar.map(|(_, len)| len),
+        counts: passed.counts,
+        findings: findings.list,
+        further_findings: findings.further,
+        not_checked: findings.not_checked,
+    })
+}
+
+/// Reads the blob of a layer to its end.
+async fn read_layer(
+    source: &ImageSource,
+    descriptor: &Descriptor,
+    open: Option<OpenLayer>,
+) -> Result<Passed, CheckError> {
+    let (digest, len) = (descriptor.digest, descriptor.size);
+    let is_tar = media_type::CONVERTIBLE_LAYERS.contains(&descriptor.media_type.as_str());
+    let mut passed = Passed::default();
+    // A layer that lies elsewhere, as those of Windows do, need not be here.
+    if descriptor.is_elsewhere() {
+        passed.findings.skip(format!("the blob, since it lies elsewhere: {}", descriptor.media_type));
+        return Ok(passed);
+    }
+    let stream = match source.blob_stream(&digest).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            passed.findings.add(Part::Blob, "blob", error);
+            return Ok(passed);
+        }
+    };
+    let work = move |mut blob: BlobReader<_>| match open {
+        Some(layer) => check_blob(&mut blob, &layer),
+        None => check_ordinary(&mut blob, is_tar),
+    };
+    read_blob(stream, digest, len, work).await.map_err(|error| CheckError::Aborted { digest, error })
+}
+
+/// A layer that is not lazy, or whose index cannot be read.
+fn check_ordinary<P: Iterator<Item = Result<Bytes, String>>>(blob: &mut BlobReader<P>, is_tar: bool) -> Passed {
+    let mut passed = Passed::default();
+    let plain = if is_tar { hash_plain(blob).map(Some) } else { Ok(None) };
+    match (plain, blob.finish()) {
+        (_, Err(error)) => passed.findings.add(Part::Blob, "blob", error),
+        (Err(error), Ok(())) => {
+            passed.findings.add(Part::Tar, "tar stream", format!("it cannot be decompressed: {error}"))
+        }
+        (Ok(tar), Ok(())) => passed.tar = tar,
+    }
+    passed
+}
+
+/// Digest and length of what a blob decompresses to.
+fn hash_plain<P: Iterator<Item = Result<Bytes, String>>>(blob: &mut BlobReader<P>) -> std::io::Result<(Digest, u64)> {
+    let mut plain = blob.decompress()?;
+    let (mut hasher, mut len) = (DigestHasher::default(), 0);
+    let mut buffer = vec![0; 128 << 10];
+    loop {
+        match plain.read(&mut buffer)? {
+            0 => return Ok((hasher.finish(), len)),
+            read => {
+                hasher.update(&buffer[..read]);
+                len += read as u64;
+            }
+        }
+    }
+}
+
+/// What could be opened of a layer.
+struct Opened {
+    /// Whether annotations or footer say that it is lazy.
+    is_lazy: bool,
+    layer: Option<OpenLayer>,
+}
+
+/// Fetches index and dedup section of a lazy layer: where its annotations say, or where its footer does.
+async fn open_layer(source: &ImageSource, descriptor: &Descriptor, findings: &mut Findings) -> Opened {
+    // What cannot be read here is named by the pass over the blob.
+    let in_footer = read_footer(source, descriptor).await.ok().flatten();
+    let annotated = annotated_layer(descriptor, in_footer.as_ref(), findings);
+    let is_annotated = descriptor.annotation(annotation::VERSION).is_some();
+    let is_lazy = is_annotated || in_footer.is_some();
+    let mut layer = None;
+    for (who, lazy) in [("annotations", annotated), ("footer", in_footer.filter(|found| Some(*found) != annotated))] {
+        let Some(lazy) = lazy.filter(|_| layer.is_none()) else { continue };
+        match open_index(source, descriptor, &lazy).await {
+            Ok(index) => layer = Some((lazy, index)),
+            Err(problem) => findings.add(Part::Index, format!("index where the {who} say"), problem),
+        }
+    }
+    let Some((lazy, index)) = layer else {
+        if is_lazy {
+            findings.skip("frames, files, hot pack and dedup section, since no index can be read");
+        }
+        return Opened { is_lazy, layer: None };
+    };
+    // Everything behind the index is where the index says.
+    if lazy.hot_len != index.hot_len() && findings.list.iter().all(|finding| finding.part != Part::Annotation) {
+        let problem = format!("it is {}, the hot pack has {} bytes", lazy.hot_len, index.hot_len());
+        findings.add(Part::Annotation, format!("annotation {}", annotation::HOT_LEN), problem);
+    }
+    let lazy = LazyLayer { hot_len: index.hot_len(), ..lazy };
+    let pieces = match dedup_range(&lazy, &index) {
+        None => Vec::new(),
+        Some(range) => match source.blob_range(descriptor, range).await {
+            Ok(compressed) => open_pieces(&compressed, &index, findings),
+            Err(error) => {
+                findings.add(Part::Dedup, "dedup section", error);
+                Vec::new()
+            }
+        },
+    };
+    Opened { is_lazy, layer: Some(OpenLayer { lazy, index: Arc::new(index), pieces: pieces.into() }) }
+}
+
+/// The layer that the annotations describe. What is wrong with them is a finding: by what the footer says, where
+/// it can be read.
+fn annotated_layer(
+    descriptor: &Descriptor,
+    in_footer: Option<&LazyLayer>,
+    findings: &mut Findings,
+) -> Option<LazyLayer> {
+    let parsed = LazyLayer::from_annotations(|key| descriptor.annotation(key));
+    let of_descriptor = |lazy| LazyLayer { blob: descriptor.digest, blob_len: descriptor.size, ..lazy };
+    let annotated = parsed.as_ref().ok().copied().flatten().map(of_descriptor);
+    match (in_footer, &parsed) {
+        (Some(_), Ok(None)) => {
+            let problem =
+                "it is missing: the layer is lazy by its footer, but no node will know; convert the image again";
+            findings.add(Part::Annotation, format!("annotation {}", annotation::VERSION), problem);
+        }
+        (Some(expected), _) => compare_annotations(descriptor, expected, findings),
+        (None, Ok(_)) => {
+            annotated.iter().for_each(|expected| compare_annotations(descriptor, expected, findings));
+        }
+        (None, Err(error)) => {
+            let key = match error {
+                AnnotationError::Missing(key) | AnnotationError::Malformed { key, .. } => *key,
+                AnnotationError::Version(_) => annotation::VERSION,
+            };
+            findings.add(Part::Annotation, format!("annotation {key}"), error);
+        }
+    }
+    annotated
+}
+
+/// Adds a finding for every annotation that is not that of the layer `expected`.
+fn compare_annotations(descriptor: &Descriptor, expected: &LazyLayer, findings: &mut Findings) {
+    let expected = expected.to_annotations();
+    for key in annotation::ALL {
+        let (found, expected) = (descriptor.annotation(key), expected.get(key).map(String::as_str));
+        if found != expected {
+            let [found, expected] = [found, expected].map(|value| value.unwrap_or("nothing"));
+            findings.add(Part::Annotation, format!("annotation {key}"), format!("it is {found}, expected {expected}"));
+        }
+    }
+}
+
+/// What the last bytes of a zstd blob say.
+async fn read_footer(source: &ImageSource, descriptor: &Descriptor) -> Result<Option<LazyLayer>, ImageError> {
+    let is_zstd = media_type::ZSTD_LAYERS.contains(&descriptor.media_type.as_str());
+    let Some(start) = descriptor.size.checked_sub(FOOTER_FRAME_LEN).filter(|_| is_zstd) else { return Ok(None) };
+    let frame = source.blob_range(descriptor, start..descriptor.size).await?;
+    let found = Footer::from_frame(&frame, descriptor.size).ok().flatten();
+    let (blob, blob_len) = (descriptor.digest, descriptor.size);
+    Ok(found.map(|(index, hot_len)| LazyLayer { blob, blob_len, index, hot_len }))
+}
+
+async fn open_index(source: &ImageSource, descriptor: &Descriptor, lazy: &LazyLayer) -> Result<Index<Vec<u8>>, String> {
+    let compressed = source.blob_range(descriptor, lazy.index.range()).await.map_err(|error| error.to_string())?;
+    Index::from_compressed(&compressed, &lazy.index).map_err(|error| error.to_string())
+}

@@ -1,0 +1,237 @@
+//! An index against the tar stream, name by name and field by field.
+//!
+//! Both sides are seen as any reader sees an index: paths, and what they show. The side of the tar stream
+//! is made by the walker and the tree of a conversion, so their errors are not found here; what a tar
+//! entry means is held by the tests that compare with a real unpack.
+
+use format_spec::{
+    Extent, Index, Inode,
+    index::{NO_XATTRS, WHITEOUT, flag, mode},
+};
+
+use super::report::{Findings, Part};
+use crate::paths::{Paths, shown};
+
+/// What the tar stream says: a tree in the form of an index, and where its files lie.
+pub(crate) struct TarSide {
+    pub(crate) tree: Index<Vec<u8>>,
+    pub(crate) extents: Vec<Extent>,
+    pub(crate) space_len: u64,
+}
+
+/// Adds a finding for every name and field in which `index` differs; returns how many inodes were compared.
+pub(crate) fn compare<B: AsRef<[u8]>>(index: &Index<B>, tar: &TarSide, findings: &mut Findings) -> u64 {
+    let mut comparison = Comparison {
+        index,
+        tar,
+        // The paths of the tar stream: those of the index may be what is wrong.
+        paths: Paths::new(&tar.tree),
+        partners: vec![None; tar.tree.inodes().len()],
+        findings,
+        has_differences: false,
+    };
+    comparison.compare_trees();
+    // Whatever shifts one file shifts all behind it: said only where nothing else is.
+    if !comparison.has_differences {
+        comparison.compare_order();
+    }
+    comparison.partners.iter().flatten().count() as u64
+}
+
+/// A name in a directory of the tar stream; none for the root.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    directory: u32,
+    name: Option<&'a [u8]>,
+}
+
+struct Comparison<'a, B> {
+    index: &'a Index<B>,
+    tar: &'a TarSide,
+    paths: Paths<'a, Vec<u8>>,
+    /// For every inode of the tar stream the one of the index that it was compared with.
+    partners: Vec<Option<u32>>,
+    findings: &'a mut Findings,
+    has_differences: bool,
+}
+
+impl<'a, B: AsRef<[u8]>> Comparison<'a, B> {
+    fn add(&mut self, place: Place<'_>, problem: String) {
+        let directory = self.paths.path(place.directory);
+        let path = match place.name {
+            None => directory,
+            Some(name) => format!("{}/{}", directory.trim_end_matches('/'), shown(name)),
+        };
+        self.has_differences = true;
+        self.findings.add(Part::File, path, problem);
+    }
+
+    fn compare_trees(&mut self) {
+        let mut pending = vec![(0, 0)];
+        self.compare_inodes(0, 0, Place { directory: 0, name: None });
+        while let Some((ours, theirs)) = pending.pop() {
+            let subdirectories = self.compare_directories(ours, theirs);
+            pending.extend(subdirectories.into_iter().rev());
+        }
+    }
+
+    /// Compares the names of two directories and what they show; returns the directories among them.
+    fn compare_directories(&mut self, ours: u32, theirs: u32) -> Vec<(u32, u32)> {
+        let (index, tree) = (self.index, &self.tar.tree);
+        let directory = theirs;
+        let (Some(ours), Some(theirs)) = (index.inode(ours), tree.inode(theirs)) else { return Vec::new() };
+        let (mut left, mut right) = (index.children(ours).peekable(), tree.children(theirs).peekable());
+        let mut subdirectories = Vec::new();
+        loop {
+            let names = [left.peek().map(|(name, _)| *name), right.peek().map(|(name, _)| *name)];
+            let Some(name) = names.into_iter().flatten().min() else { return subdirectories };
+            let ours = left.next_if(|(other, _)| *other == name).map(|(_, inode)| inode);
+            let theirs = right.next_if(|(other, _)| *other == name).map(|(_, inode)| inode);
+            let place = Place { directory, name: Some(name) };
+            match (ours, theirs) {
+                (Some(WHITEOUT), Some(WHITEOUT)) => {}
+                (Some(ours), Some(theirs)) if ours != WHITEOUT && theirs != WHITEOUT => {
+                    if self.compare_inodes(ours, theirs, place) {
+                        subdirectories.push((ours, theirs));
+                    }
+                }
+                (ours, theirs) => {
+                    let (ours, theirs) = (describe(index, ours), describe(tree, theirs));
+                    self.add(place, format!("the index has {ours}, the tar stream {theirs}"));
+                }
+            }
+        }
+    }
+
+    /// Compares two inodes; returns whether both are directories.
+    fn compare_inodes(&mut self, ours: u32, theirs: u32, place: Place<'_>) -> bool {
+        let (index, tree) = (self.index, &self.tar.tree);
+        let (Some(left), Some(right)) = (index.inode(ours), tree.inode(theirs)) else { return false };
+        match self.partners[theirs as usize].replace(ours) {
+            // A further name of a file that was compared.
+            Some(other) if other == ours => return false,
+            Some(_) => self.add(place, "the index has a file of its own, the tar stream a hard link".to_owned()),
+            None => {}
+        }
+        for problem in differences((index, left), (tree, right)) {
+            self.add(place, problem);
+        }
+        if left.is_regular() && right.is_regular() {
+            let (left, right) = (extents_of(index.extents(), left), extents_of(&self.tar.extents, right));
+            if let Some(number) = first_difference(&left, &right) {
+                let of = |extents: &[(u64, u64, u64)]| match extents.get(number) {
+                    Some((offset, tar, len)) => {
+                        format!("{len} bytes at {offset} that stand at {tar} of the tar stream")
+                    }
+                    None => "none".to_owned(),
+                };
+                let (left, right) = (of(&left), of(&right));
+                self.add(place, format!("extent {number} is {left} by the index, {right} by the tar stream"));
+            }
+        }
+        left.is_directory() && right.is_directory()
+    }
+
+    /// What holds for the tree as a whole: numbers in the order of the tar stream, and nothing left over.
+    fn compare_order(&mut self) {
+        let (index, root) = (self.index, Place { directory: 0, name: None });
+        for (theirs, ours) in (0..).zip(self.partners.clone()) {
+            if ours.is_some_and(|ours| ours != theirs) {
+                let problem = format!("it is inode {}, by its place in the tar stream {theirs}", ours.unwrap_or(0));
+                return self.add(Place { directory: theirs, name: None }, problem);
+            }
+        }
+        let counts = [
+            ("inodes", index.inodes().len() as u64, self.tar.tree.inodes().len() as u64),
+            ("extents", index.extents().len() as u64, self.tar.extents.len() as u64),
+            ("bytes of plain address space", index.space_len(), self.tar.space_len),
+        ];
+        for (what, ours, theirs) in counts.into_iter().filter(|(_, ours, theirs)| ours != theirs) {
+            self.add(root, format!("the index has {ours} {what}, the tar stream {theirs}"));
+        }
+    }
+}
+
+fn describe<B: AsRef<[u8]>>(index: &Index<B>, inode: Option<u32>) -> &'static str {
+    match inode {
+        None => "nothing",
+        Some(WHITEOUT) => "a whiteout",
+        Some(number) => index.inode(number).map_or("nothing", kind),
+    }
+}
+
+fn kind(inode: &Inode) -> &'static str {
+    match inode.file_type() {
+        mode::REGULAR => "a file",
+        mode::DIRECTORY => "a directory",
+        mode::SYMLINK => "a symbolic link",
+        mode::CHARACTER => "a character device",
+        mode::BLOCK => "a block device",
+        mode::FIFO => "a pipe",
+        _ => "a socket",
+    }
+}
+
+/// In what an inode of the index (left) differs from that of the tar stream, one sentence each.
+fn differences<L: AsRef<[u8]>, R: AsRef<[u8]>>(
+    (left_index, left): (&Index<L>, &Inode),
+    (right_index, right): (&Index<R>, &Inode),
+) -> Vec<String> {
+    if left.file_type() != right.file_type() {
+        return vec![format!("it is {} by the index, {} by the tar stream", kind(left), kind(right))];
+    }
+    let mut found = Vec::new();
+    let mut check = |what: &str, left: String, right: String| {
+        if left != right {
+            found.push(format!("{what} is {left} by the index, {right} by the tar stream"));
+        }
+    };
+    let mut check_number = |what, left: u64, right: u64| check(what, left.to_string(), right.to_string());
+    check_number("owner", left.uid.get().into(), right.uid.get().into());
+    check_number("group", left.gid.get().into(), right.gid.get().into());
+    check_number("link count", left.nlink.get().into(), right.nlink.get().into());
+    if left.is_regular() {
+        check_number("size", left.size.get(), right.size.get());
+        check_number("plain offset", left.plain_offset.get(), right.plain_offset.get());
+    }
+    if left.is_device() {
+        check_number("device number", left.payload.get().into(), right.payload.get().into());
+    }
+    let permissions = |inode: &Inode| format!("{:04o}", inode.mode.get() & 0o7777);
+    check("mode", permissions(left), permissions(right));
+    let time = |inode: &Inode| format!("{}.{:09}", inode.mtime_seconds(), inode.mtime_nanoseconds.get());
+    check("modification time", time(left), time(right));
+    check("target", shown(left_index.symlink_target(left)), shown(right_index.symlink_target(right)));
+    check("flags", flags(left), flags(right));
+    check("xattrs", xattrs(left_index, left), xattrs(right_index, right));
+    found
+}
+
+fn flags(inode: &Inode) -> String {
+    let set = [(flag::IMPLICIT, "implicit"), (flag::OPAQUE, "opaque")];
+    let names = set.into_iter().filter(|(bit, _)| inode.flags.get() & bit != 0).map(|(_, name)| name);
+    let names = names.collect::<Vec<_>>().join(" and ");
+    if names.is_empty() { "none".to_owned() } else { names }
+}
+
+fn xattrs<B: AsRef<[u8]>>(index: &Index<B>, inode: &Inode) -> String {
+    if inode.xattrs == NO_XATTRS {
+        return "none".to_owned();
+    }
+    let texts = index.xattrs(inode).map(|(name, value)| format!("{}={}", shown(name), value.escape_ascii()));
+    texts.collect::<Vec<_>>().join(", ")
+}
+
+/// Offset in the file, offset in the tar stream and length of each extent of a file.
+fn extents_of(extents: &[Extent], inode: &Inode) -> Vec<(u64, u64, u64)> {
+    let plain = inode.plain_range();
+    let start = extents.partition_point(|extent| extent.plain_range().end <= plain.start);
+    let inside = extents[start..].iter().take_while(|extent| extent.plain_offset.get() < plain.end);
+    let relative = |offset: u64| offset.saturating_sub(plain.start);
+    inside.map(|extent| (relative(extent.plain_offset.get()), extent.tar_offset.get(), extent.len.get())).collect()
+}
+
+fn first_difference<T: PartialEq>(left: &[T], right: &[T]) -> Option<usize> {
+    let len = left.len().max(right.len());
+    (0..len).find(|number| left.get(*number) != right.get(*number))
+}

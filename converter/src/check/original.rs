@@ -1,0 +1,139 @@
+//! An image against the one it was converted from: config, platform, tar streams, annotations.
+
+use std::collections::BTreeMap;
+
+use format_spec::Digest;
+use serde_json::Value;
+
+use super::{
+    CheckError, LayerCheck, check_ordinary, platform_of,
+    report::{Findings, Part},
+};
+use crate::{
+    blob_thread::read_blob,
+    image::ImageSource,
+    manifest::{Descriptor, Platform, media_type},
+    resolve::{ResolvedImage, resolve_image},
+};
+
+/// An image that another one was converted from.
+#[derive(Debug)]
+pub(crate) struct Original<'a> {
+    at: &'a ImageSource,
+    image: ResolvedImage,
+}
+
+/// Finds the image at `original` that is for the platform of `image`.
+pub(crate) async fn find<'a>(original: &'a ImageSource, image: &ResolvedImage) -> Result<Original<'a>, CheckError> {
+    let platform: Option<Platform> = platform_of(image).parse().ok();
+    let found = resolve_image(original, platform.as_ref()).await.map_err(CheckError::Original)?;
+    Ok(Original { at: original, image: found })
+}
+
+/// Adds a finding for everything in which `image`, whose `layers` were read, is not the original.
+pub(crate) async fn compare(
+    image: &ResolvedImage,
+    layers: &[LayerCheck],
+    original: &Original<'_>,
+    findings: &mut Findings,
+) -> Result<(), CheckError> {
+    let source = &original.image;
+    let (ours, theirs) = (image.manifest.config.digest, source.manifest.config.digest);
+    if ours != theirs {
+        findings.add(Part::Config, "config", format!("its digest is {ours}, that of the original {theirs}"));
+    }
+    compare_notes("manifest", image.manifest.annotations.as_ref(), source.manifest.annotations.as_ref(), findings);
+    compare_fields(&image.manifest.rest, &source.manifest.rest, findings);
+    let (our_count, their_count) = (layers.len(), source.manifest.layers.len());
+    if our_count != their_count {
+        findings.add(Part::Manifest, "manifest", format!("it has {our_count} layers, the original {their_count}"));
+    }
+    let pairs = image.manifest.layers.iter().zip(layers).zip(source.manifest.layers.iter().zip(&source.diff_ids));
+    for (number, ((ours, checked), (theirs, diff_id))) in pairs.enumerate() {
+        let place = format!("layer {} {}", number + 1, checked.digest);
+        compare_notes(&place, ours.annotations.as_ref(), theirs.annotations.as_ref(), findings);
+        if checked.diff_id != *diff_id {
+            let problem = format!("its diff ID is {}, that of the original {diff_id}", checked.diff_id);
+            findings.add(Part::Config, place.clone(), problem);
+        }
+        compare_layer(&place, checked, original.at, theirs, findings).await?;
+    }
+    Ok(())
+}
+
+/// Reads the original's layer and compares the tar streams.
+async fn compare_layer(
+    place: &str,
+    checked: &LayerCheck,
+    original: &ImageSource,
+    theirs: &Descriptor,
+    findings: &mut Findings,
+) -> Result<(), CheckError> {
+    let is_tar = media_type::CONVERTIBLE_LAYERS.contains(&theirs.media_type.as_str());
+    if !is_tar {
+        if checked.digest != theirs.digest {
+            let problem = format!("the original has {}, which is no file system and must stay as it is", theirs.digest);
+            findings.add(Part::Manifest, place, problem);
+        }
+        return Ok(());
+    }
+    let (digest, len) = (theirs.digest, theirs.size);
+    let stream = match original.blob_stream(&digest).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            findings.add(Part::Blob, format!("{place}, blob of the original"), error);
+            return Ok(());
+        }
+    };
+    let passed = read_blob(stream, digest, len, |mut blob| check_ordinary(&mut blob, true)).await;
+    let passed = passed.map_err(|error| CheckError::Aborted { digest, error })?;
+    for finding in passed.findings.list {
+        findings.add(finding.part, format!("{place}, {} of the original {digest}", finding.place), finding.problem);
+    }
+    if let (Some(found), Some((expected, _))) = (checked.tar_digest, passed.tar)
+        && found != expected
+    {
+        findings.add(Part::Tar, place, tar_problem(found, expected));
+    }
+    Ok(())
+}
+
+fn tar_problem(found: Digest, expected: Digest) -> String {
+    format!("its tar stream has digest {found}, that of the original {expected}")
+}
+
+type Notes = BTreeMap<String, String>;
+
+/// Annotations of the original are carried over as they are; conversion only adds some.
+fn compare_notes(place: &str, ours: Option<&Notes>, theirs: Option<&Notes>, findings: &mut Findings) {
+    for (key, expected) in theirs.into_iter().flatten() {
+        // A lazy original may have been converted again.
+        if key.starts_with(LAZULI_PREFIX) {
+            continue;
+        }
+        let found = ours.and_then(|ours| ours.get(key));
+        if found != Some(expected) {
+            let found = found.map_or("nothing".to_owned(), |found| format!("{found:?}"));
+            let problem = format!("it is {found}, in the original {expected:?}");
+            findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
+        }
+    }
+}
+
+/// Annotations of this format.
+const LAZULI_PREFIX: &str = "containerd.io/snapshot/lazuli/";
+
+/// What else stands in the manifest, like its subject.
+fn compare_fields(ours: &BTreeMap<String, Value>, theirs: &BTreeMap<String, Value>, findings: &mut Findings) {
+    for (key, expected) in theirs {
+        let found = ours.get(key);
+        if found != Some(expected) {
+            let found = found.map_or("nothing".to_owned(), Value::to_string);
+            findings.add(
+                Part::Manifest,
+                format!("manifest, {key}"),
+                format!("it is {found}, in the original {expected}"),
+            );
+        }
+    }
+}

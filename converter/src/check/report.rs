@@ -1,0 +1,171 @@
+//! What a check has found, for people and programs.
+
+use std::fmt;
+
+use format_spec::Digest;
+use serde::Serialize;
+
+/// What a finding is about; the words are those of the JSON report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// The manifest, beside its layers.
+    Manifest,
+    /// The config.
+    Config,
+    /// An annotation of a layer descriptor.
+    Annotation,
+    /// The blob as a whole.
+    Blob,
+    /// What stands where in a blob.
+    Layout,
+    /// The footer.
+    Footer,
+    /// The index.
+    Index,
+    /// A frame.
+    Frame,
+    /// The tar stream.
+    Tar,
+    /// What the index says of a file.
+    File,
+    /// The hot pack.
+    HotPack,
+    /// The dedup section.
+    Dedup,
+}
+
+/// Something that is not as it must be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What it is about.
+    pub part: Part,
+    /// Which one: `frame 5, bytes 100..200 of the blob`.
+    pub place: String,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.problem)
+    }
+}
+
+/// The result for one layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LayerCheck {
+    /// Digest of the blob by the manifest.
+    pub digest: Digest,
+    /// Digest of the tar stream by the config.
+    pub diff_id: Digest,
+    /// Media type.
+    pub media_type: String,
+    /// Length of the blob by the manifest, in bytes.
+    pub blob_len: u64,
+    /// Whether it is lazy, by its annotations or its footer.
+    pub is_lazy: bool,
+    /// Digest of the tar stream as it was read; `None` where it could not be read to its end.
+    pub tar_digest: Option<Digest>,
+    /// Length of the tar stream as it was read.
+    pub tar_len: Option<u64>,
+    /// What of a lazy layer was compared.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// What is wrong.
+    pub findings: Vec<Finding>,
+    /// How many findings there are beyond those listed.
+    pub further_findings: u64,
+    /// What could not be checked, with the reason.
+    pub not_checked: Vec<String>,
+}
+
+/// Records of an index that were compared with the content.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Frames whose digests were compared.
+    pub frames: u64,
+    /// Inodes that were compared with the tar stream.
+    pub files: u64,
+    /// Pieces of the hot pack that were compared with the tar stream.
+    pub hot_pieces: u64,
+    /// Digests of the dedup section that were compared with the tar stream.
+    pub dedup_pieces: u64,
+}
+
+/// The result for an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CheckReport {
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// Digest of the config: the image ID.
+    pub config_digest: Digest,
+    /// `os/architecture[/variant]`.
+    pub platform: String,
+    /// Whether nothing was found.
+    pub is_sound: bool,
+    /// The layers, lowest first.
+    pub layers: Vec<LayerCheck>,
+    /// What is wrong beside the layers, and in what it differs from the original.
+    pub findings: Vec<Finding>,
+    /// How many such findings there are beyond those listed.
+    pub further_findings: u64,
+}
+
+impl CheckReport {
+    /// Number of findings.
+    pub fn finding_count(&self) -> u64 {
+        let of_layers: u64 = self.layers.iter().map(LayerCheck::finding_count).sum();
+        of_layers + self.findings.len() as u64 + self.further_findings
+    }
+}
+
+impl LayerCheck {
+    /// Number of findings, those not listed included.
+    pub fn finding_count(&self) -> u64 {
+        self.findings.len() as u64 + self.further_findings
+    }
+}
+
+/// Findings in the making: a bounded number of them, the rest counted.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    pub(crate) list: Vec<Finding>,
+    pub(crate) further: u64,
+    pub(crate) not_checked: Vec<String>,
+}
+
+impl Findings {
+    /// Most findings of one part that are listed.
+    const LISTED_MAX: usize = 10;
+
+    /// Longest description of a problem, in characters: values of a stranger stand in some.
+    const PROBLEM_LEN_MAX: usize = 1000;
+
+    pub(crate) fn add(&mut self, part: Part, place: impl Into<String>, problem: impl fmt::Display) {
+        let problem = problem.to_string().chars().take(Self::PROBLEM_LEN_MAX).collect();
+        self.push(Finding { part, place: place.into(), problem });
+    }
+
+    fn push(&mut self, finding: Finding) {
+        if self.list.iter().filter(|other| other.part == finding.part).count() < Self::LISTED_MAX {
+            self.list.push(finding);
+        } else {
+            self.further += 1;
+        }
+    }
+
+    pub(crate) fn append(&mut self, others: Self) {
+        others.list.into_iter().for_each(|finding| self.push(finding));
+        self.further += others.further;
+        self.not_checked.extend(others.not_checked);
+    }
+
+    pub(crate) fn skip(&mut self, what: impl Into<String>) {
+        self.not_checked.push(what.into());
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+}

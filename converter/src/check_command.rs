@@ -1,0 +1,102 @@
+//! `lazuli check`: flags in, one line for everything that is wrong.
+
+use clap::Args;
+use converter::{
+    check::{CheckError, CheckReport, LayerCheck, check_image},
+    image::ImageSource,
+    location::Location,
+    manifest::Platform,
+};
+use indicatif::HumanBytes;
+
+use crate::{fail_with, registry_arguments::RegistryArguments};
+
+/// What `lazuli check` is told.
+#[derive(Debug, Args)]
+pub(crate) struct CheckArguments {
+    /// The image: host/repository:tag, host/repository@sha256:..., oci:DIR[:tag] or an archive
+    #[arg(value_name = "IMG")]
+    image: Location,
+    /// The image that it was converted from: compares config, tar streams and annotations
+    #[arg(long, value_name = "ORIGINAL")]
+    against: Option<Location>,
+    /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
+    #[arg(long)]
+    platform: Option<Platform>,
+    #[command(flatten)]
+    registries: RegistryArguments,
+    /// Print a report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Checks, and prints what was found; an image with findings is an error.
+pub(crate) async fn run(arguments: CheckArguments) -> Result<(), String> {
+    let CheckArguments { image, against, platform, registries, json } = arguments;
+    let client = registries.into_client();
+    let named = image.to_string();
+    let spool = std::env::temp_dir();
+    let report = async {
+        let source = ImageSource::open(image, &client, &spool).await.map_err(|error| fail_with(&named, &error))?;
+        let original = match against {
+            None => None,
+            Some(original) => {
+                let named = original.to_string();
+                let opened = ImageSource::open(original, &client, &spool).await;
+                Some(opened.map_err(|error| fail_with(&named, &error))?)
+            }
+        };
+        let print = |layer: &LayerCheck| {
+            if !json {
+                print_layer(layer);
+            }
+        };
+        let report = check_image(&source, original.as_ref(), platform.as_ref(), print).await;
+        report.map_err(|error: CheckError| fail_with(&named, &error))
+    };
+    let report: CheckReport = report.await?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&report).expect("a report has no maps"));
+    } else {
+        report.findings.iter().for_each(|finding| println!("{finding}"));
+        if report.further_findings > 0 {
+            println!("{} findings more of the same kinds", report.further_findings);
+        }
+    }
+    match report.finding_count() {
+        0 => {
+            if !json {
+                println!("{named} {} {} is sound", report.platform, report.digest);
+            }
+            Ok(())
+        }
+        1 => Err(format!("{named}: 1 finding")),
+        count => Err(format!("{named}: {count} findings")),
+    }
+}
+
+fn print_layer(layer: &LayerCheck) {
+    let LayerCheck { digest, counts, .. } = layer;
+    let kind = if layer.is_lazy { "lazy" } else { "ordinary" };
+    let mut words = vec![format!("{kind}, {}", HumanBytes(layer.blob_len))];
+    words.extend(layer.tar_len.map(|len| format!("{} of tar", HumanBytes(len))));
+    if layer.is_lazy {
+        words.push(format!("{} frames, {} files", counts.frames, counts.files));
+        words.push(format!("{} hot pieces, {} dedup pieces", counts.hot_pieces, counts.dedup_pieces));
+    }
+    let verdict = match layer.finding_count() {
+        0 => "sound".to_owned(),
+        1 => "1 finding".to_owned(),
+        count => format!("{count} findings"),
+    };
+    println!("layer {digest}: {verdict} ({})", words.join(", "));
+    for finding in &layer.findings {
+        println!("layer {digest}: {finding}");
+    }
+    if layer.further_findings > 0 {
+        println!("layer {digest}: {} findings more of the same kinds", layer.further_findings);
+    }
+    for what in &layer.not_checked {
+        println!("layer {digest}: not checked: {what}");
+    }
+}

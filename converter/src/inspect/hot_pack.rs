@@ -1,0 +1,101 @@
+//! What a hot pack holds and why, in the words of files.
+
+use std::collections::BTreeSet;
+
+use format_spec::{HotPiece, Index, index::hot_reason};
+use serde::Serialize;
+
+use crate::paths::Paths;
+
+/// A hot pack.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct HotPackFacts {
+    /// Its length in the blob, in bytes.
+    pub compressed_len: u64,
+    /// Length of what it holds, in bytes.
+    pub plain_len: u64,
+    /// Number of files that it holds something of.
+    pub files: u64,
+    /// Number of pieces.
+    pub pieces: u64,
+    /// The same by reason, most bytes first.
+    pub reasons: Vec<ReasonFacts>,
+    /// Everything in it, in the order of first access; empty unless asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub list: Vec<HotEntry>,
+}
+
+/// What is in a hot pack for one reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ReasonFacts {
+    /// The reason.
+    pub reason: &'static str,
+    /// Number of files.
+    pub files: u64,
+    /// Length of what is held of them, in bytes.
+    pub plain_len: u64,
+}
+
+/// A piece of a hot pack.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct HotEntry {
+    /// The file.
+    pub path: String,
+    /// Where in the file it starts, in bytes.
+    pub offset: u64,
+    /// Its length, in bytes.
+    pub len: u64,
+    /// Why it is there.
+    pub reason: &'static str,
+}
+
+/// A reason in one word.
+fn word(reason: u32) -> &'static str {
+    match reason {
+        hot_reason::PROFILE => "profile",
+        hot_reason::COMMAND => "command",
+        hot_reason::INTERPRETER => "interpreter",
+        hot_reason::LIBRARY => "library",
+        hot_reason::SYSTEM => "system",
+        hot_reason::RUNTIME => "runtime",
+        _ => "other",
+    }
+}
+
+/// The hot pack of a layer; `None` without one.
+pub(crate) fn facts<B: AsRef<[u8]>>(index: &Index<B>, with_list: bool) -> Option<HotPackFacts> {
+    let pieces = index.hot_pieces();
+    if pieces.is_empty() {
+        return None;
+    }
+    let paths = Paths::new(index);
+    let file = |piece: &HotPiece| paths.file_at(piece.plain_offset.get()).unwrap_or_default();
+    let entry = |piece: &HotPiece| {
+        let (inode, offset) = file(piece);
+        HotEntry { path: paths.path(inode), offset, len: piece.len.get().into(), reason: word(piece.reason.get()) }
+    };
+    let files_of = |pieces: &mut dyn Iterator<Item = &HotPiece>| {
+        pieces.map(|piece| file(piece).0).collect::<BTreeSet<_>>().len() as u64
+    };
+    let words: BTreeSet<&'static str> = pieces.iter().map(|piece| word(piece.reason.get())).collect();
+    let mut reasons: Vec<ReasonFacts> = words
+        .into_iter()
+        .map(|reason| {
+            let own = || pieces.iter().filter(|piece| word(piece.reason.get()) == reason);
+            ReasonFacts { reason, files: files_of(&mut own()), plain_len: len_of(own()) }
+        })
+        .collect();
+    reasons.sort_by_key(|reason| std::cmp::Reverse(reason.plain_len));
+    Some(HotPackFacts {
+        compressed_len: index.hot_len(),
+        plain_len: len_of(pieces.iter()),
+        files: files_of(&mut pieces.iter()),
+        pieces: pieces.len() as u64,
+        reasons,
+        list: if with_list { pieces.iter().map(entry).collect() } else { Vec::new() },
+    })
+}
+
+fn len_of<'a>(pieces: impl Iterator<Item = &'a HotPiece>) -> u64 {
+    pieces.map(|piece| u64::from(piece.len.get())).sum()
+}
