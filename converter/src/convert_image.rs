@@ -7,14 +7,14 @@ use std::{
     time::Instant,
 };
 
-use bytes::Bytes;
 use format_spec::{Digest, HotPiece, Index, LazyLayer};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use storage::ByteStream;
-use tokio::{runtime::Handle, sync::mpsc};
+use tokio::runtime::Handle;
 
 use crate::{
     blob_reader::BlobReader,
+    blob_thread::{self, Pieces},
     cache::{ConversionKey, annotations_of},
     convert::{Conversion, ConvertError},
     convert_index::NewManifest,
@@ -27,9 +27,6 @@ use crate::{
     resolve::ResolvedImage,
     start_up::{HotPackChoice, ReadableLayer, choose_hot_pieces},
 };
-
-/// Pieces of a blob that wait for the decompressor; registry and file pieces have up to 256 KiB.
-const PIECES_WAITING_MAX: usize = 16;
 
 /// A layer that is still to be brought to the destination.
 #[derive(Debug, Clone)]
@@ -299,24 +296,19 @@ impl Conversion<'_> {
     async fn read_blob<T: Send + 'static>(
         &self,
         number: usize,
-        mut stream: ByteStream,
+        stream: ByteStream,
         descriptor: &Descriptor,
         work: impl FnOnce(BlobReader<Pieces>) -> Result<T, LayerError> + Send + 'static,
     ) -> Result<T, ConvertError> {
-        let (digest, len) = (descriptor.digest, descriptor.size);
-        let (sender, receiver) = mpsc::channel(PIECES_WAITING_MAX);
-        let thread = tokio::task::spawn_blocking(move || work(BlobReader::new(Pieces(receiver), digest, len)));
+        let digest = descriptor.digest;
+        let observer = Arc::clone(&self.observer);
         let mut read_len = 0;
-        while let Some(piece) = stream.next().await {
-            read_len += piece.as_ref().map_or(0, Bytes::len) as u64;
-            self.observer.layer_read(number, read_len);
-            // The thread stops listening when it has failed; it says why.
-            if sender.send(piece.map_err(|error| error.0)).await.is_err() {
-                break;
-            }
-        }
-        drop((sender, stream));
-        let result = thread.await.map_err(|_| ConvertError::Aborted(digest))?;
+        let counted = stream.inspect_ok(move |piece| {
+            read_len += piece.len() as u64;
+            observer.layer_read(number, read_len);
+        });
+        let result = blob_thread::read_blob(Box::pin(counted), digest, descriptor.size, work).await;
+        let result = result.map_err(|_| ConvertError::Aborted(digest))?;
         result.map_err(|error| ConvertError::Layer { digest, error })
     }
 
@@ -372,16 +364,5 @@ fn content_of(facts: &LayerFacts, converted: &ConvertedLayer) -> LayerContent {
         index_len: converted.layer.index.compressed_len,
         hot_len: converted.layer.hot_len,
         dedup_len: converted.dedup_len,
-    }
-}
-
-/// The pieces of a blob, as the thread that works on it takes them.
-struct Pieces(mpsc::Receiver<Result<Bytes, String>>);
-
-impl Iterator for Pieces {
-    type Item = Result<Bytes, String>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.0.blocking_recv()
     }
 }
