@@ -3,7 +3,8 @@
 #   make build         the programs
 #   make test          everything that every change must pass
 #   make test-images   the three real images, in every field, and a second version of one (minutes)
-#   make bench         conversion speed, size and memory beside gzip and zstd (minutes)
+#   make bench         conversion speed, size and memory beside what others take (minutes)
+#   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
 #   make lint          formatting and clippy
 #   make deps          the Debian packages that all this needs
@@ -12,7 +13,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images bench demo lint deps images clean
+.PHONY: build test test-images bench bench-frames demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -26,9 +27,15 @@ test-images: build images
 	$(CARGO) test --release --workspace --test real_images -- --nocapture --test-threads 1
 	$(CARGO) test --release --workspace --test versions -- --nocapture
 
-bench: build
+bench: build images
+	tests/deps bench
 	benches/convert
 	benches/convert --large
+
+bench-frames: images
+	mkdir -p target/start-reads
+	for image in python node jre; do benches/start-reads $$image >target/start-reads/$$image || exit; done
+	$(CARGO) bench --workspace --profile release --bench frames -- --reads $(CURDIR)/target/start-reads
 
 demo: build
 	@target/release/demo
