@@ -3,7 +3,7 @@
 #   make build         the programs
 #   make test          everything that every change must pass
 #   make test-images   the three real images, in every field, and a second version of one (minutes)
-#   make bench         conversion speed, size and memory beside what others take (minutes)
+#   make bench         conversion beside what others take; the hot set beside real starts (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
 #   make lint          formatting and clippy
@@ -31,6 +31,8 @@ bench: build images
 	tests/deps bench
 	benches/convert
 	benches/convert --large
+	$(CARGO) build --release -p converter --example hot_set
+	benches/hot_set
 
 bench-frames: images
 	mkdir -p target/start-reads

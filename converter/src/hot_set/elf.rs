@@ -21,8 +21,6 @@ const TABLE_LEN_MAX: u64 = 256 << 10;
 const STRING_LEN_MAX: u64 = 4096;
 /// Files up to this length are hot as a whole: cutting them saves little.
 const WHOLE_LEN_MAX: u64 = 64 << 10;
-/// Without section headers nothing is known of a read-only segment: this much of it is hot.
-const UNKNOWN_SEGMENT_LEN_MAX: u64 = 1 << 20;
 /// Sections of a file that only exceptions and debuggers read.
 const COLD_SECTIONS: [&[u8]; 4] = [b".eh_frame", b".eh_frame_hdr", b".gcc_except_table", b".note.stapsdt"];
 
@@ -40,7 +38,7 @@ impl Part {
     /// of an interpreter, everywhere in it, but 1 to 15 % of libraries beyond a few megabytes.
     fn section_len_max(self) -> u64 {
         match self {
-            Self::Program => 64 << 20,
+            Self::Program => 32 << 20,
             Self::Library => 8 << 20,
         }
     }
@@ -170,7 +168,7 @@ impl Parser<'_, '_> {
         }
     }
 
-    /// Sections that are loaded, or the segments of a file that has lost its section headers.
+    /// Sections that are loaded and segments that are written, or all segments of a file without section headers.
     fn regions<H: FileHeader<Endian = Endianness>>(
         &mut self,
         header: &H,
@@ -183,20 +181,15 @@ impl Parser<'_, '_> {
             range: segments_start..segments_start.saturating_add(size_of_val(segments) as u64),
             is_body: false,
         });
-        let mut has_sections = false;
-        for region in self.loaded_sections::<H>(header, endian).unwrap_or_default() {
-            has_sections = true;
-            regions.push(region);
-        }
+        let sections = self.loaded_sections::<H>(header, endian);
+        let has_sections = sections.is_some();
+        regions.extend(sections.unwrap_or_default());
         for segment in segments.iter().filter(|segment| segment.p_type(endian) == elf::PT_LOAD) {
             let (start, len) = segment.file_range(endian);
-            let is_written = segment.p_flags(endian) & elf::PF_W != 0;
-            let len = match (is_written, has_sections) {
-                (true, _) => len,
-                (false, true) => continue,
-                (false, false) => len.min(UNKNOWN_SEGMENT_LEN_MAX),
-            };
-            regions.push(Region { range: start..start.saturating_add(len), is_body: false });
+            let is_body = segment.p_flags(endian) & elf::PF_W == 0;
+            if !is_body || !has_sections {
+                regions.push(Region { range: start..start.saturating_add(len), is_body });
+            }
         }
         regions
     }

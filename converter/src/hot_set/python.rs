@@ -240,6 +240,8 @@ impl Python {
         names: impl IntoIterator<Item = String>,
         reason: u32,
     ) {
+        // `reason` is that of the first module: the others are there because of it.
+        let mut reason = reason;
         let mut pending: Vec<String> = names.into_iter().collect();
         pending.reverse();
         while let Some(name) = pending.pop() {
@@ -256,6 +258,7 @@ impl Python {
             self.seen.insert(name.clone());
             let Some(module) = self.find(&search.files, &name) else { continue };
             let mut inner = self.load(search, process, &name, &module, reason);
+            reason = hot_reason::RUNTIME;
             inner.reverse();
             if pending.len() + inner.len() <= PENDING_COUNT_MAX {
                 pending.extend(inner);

@@ -53,6 +53,19 @@ fn of_large_libraries_symbols_and_data_are_hot_but_not_what_debuggers_read() {
 }
 
 #[test]
+fn a_program_without_section_headers_is_hot_as_a_whole() {
+    let mut bytes = std::fs::read("/bin/ls").unwrap();
+    // `e_shoff`, and at the end of the header `e_shnum` and `e_shstrndx` (elf(5)).
+    bytes[40..48].fill(0);
+    bytes[60..64].fill(0);
+    let size = bytes.len() as u64;
+    let hot = TestImage::new().program("/bin/ls", bytes).derive(&["ls"], &[]);
+    let len: u64 = hot.iter().map(|hot| hot.range.end - hot.range.start).sum();
+    // Behind the segments stand section names and headers, which nothing loads.
+    assert!(len * 100 > size * 95, "{len} of {size}");
+}
+
+#[test]
 fn run_paths_and_the_environment_lead_to_libraries() {
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
