@@ -3,7 +3,7 @@
 //! Symbolic links are followed inside the image, `..` stops at its root. Everything that is read to find
 //! out more counts against one budget, so that no image makes the search long.
 
-use std::collections::VecDeque;
+use std::{cell::Cell, collections::VecDeque};
 
 use format_spec::{Index, Inode, index::WHITEOUT};
 
@@ -18,12 +18,17 @@ const READ_LEN_MAX: u64 = 512 << 20;
 /// Most reads for it.
 const READ_COUNT_MAX: u32 = 100_000;
 
+/// Most look-ups of paths for it, each counted once for every this many bytes of the path.
+const LOOK_UP_COUNT_MAX: u64 = 50_000_000;
+const LOOK_UP_UNIT_LEN: u64 = 16;
+
 /// The tree of an image and what can be read of its files.
 pub(super) struct Files<'a> {
     tree: Index<&'a [u8]>,
     content: &'a mut dyn FileContent,
     read_len: u64,
     read_count: u32,
+    look_up_count: Cell<u64>,
 }
 
 /// A file or directory, and its one path without links.
@@ -37,7 +42,7 @@ pub(super) struct Found {
 
 impl<'a> Files<'a> {
     pub(super) fn new(tree: Index<&'a [u8]>, content: &'a mut dyn FileContent) -> Self {
-        Self { tree, content, read_len: 0, read_count: 0 }
+        Self { tree, content, read_len: 0, read_count: 0, look_up_count: Cell::new(0) }
     }
 
     pub(super) fn inode(&self, number: u32) -> Option<&Inode> {
@@ -46,6 +51,11 @@ impl<'a> Files<'a> {
 
     /// What an absolute path names, links followed; relative ones start at the root.
     pub(super) fn find(&self, path: &[u8]) -> Option<Found> {
+        let count = self.look_up_count.get() + 1 + path.len() as u64 / LOOK_UP_UNIT_LEN;
+        self.look_up_count.set(count);
+        if count > LOOK_UP_COUNT_MAX {
+            return None;
+        }
         find(&self.tree, path)
     }
 

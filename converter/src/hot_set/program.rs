@@ -79,10 +79,10 @@ pub(super) fn run(search: &mut Search<'_>, command: &Command) {
     if command.depth > DEPTH_MAX || search.program_count >= PROGRAM_COUNT_MAX {
         return;
     }
-    search.program_count += 1;
     let Some((path, program)) = command.argv.first().and_then(|name| look_up(search, &command.directory, name)) else {
         return;
     };
+    search.program_count += 1;
     let Some(head) = search.files.read_head(program.inode, SCRIPT_HEAD_LEN) else { return };
     if let Some(line) = head.strip_prefix(b"#!") {
         search.add_file(&program, command.reason);

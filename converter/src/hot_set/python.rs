@@ -21,6 +21,8 @@ const SOURCE_LEN_MAX: u64 = 4 << 20;
 const NAME_COUNT_MAX: usize = 200_000;
 /// Longest name: every package in it is looked up.
 const NAME_LEN_MAX: usize = 1024;
+/// Most directories of the search path.
+const PATH_COUNT_MAX: usize = 1000;
 /// Most names that wait to be looked up.
 const PENDING_COUNT_MAX: usize = 1_000_000;
 /// Length of the head of a `.pyc`: magic, flags, modification time, size (PEP 552).
@@ -191,7 +193,8 @@ impl Python {
                         self.import_all(search, process, names, hot_reason::RUNTIME);
                     } else if !line.is_empty() && !line.starts_with('#') {
                         let added = join(&directory, line.as_bytes());
-                        if search.files.find_directory(&added).is_some() && !self.path.contains(&added) {
+                        let is_new = self.path.len() < PATH_COUNT_MAX && !self.path.contains(&added);
+                        if is_new && search.files.find_directory(&added).is_some() {
                             self.path.push(added);
                         }
                     }
@@ -269,11 +272,11 @@ impl Python {
     /// The file that a name means; `None` for what is built in, and for packages without a file.
     fn find(&mut self, files: &Files<'_>, name: &str) -> Option<Module> {
         let (directories, last) = match name.rsplit_once('.') {
-            Some((package, last)) => (self.packages.get(package)?.clone(), last),
-            None => (self.path.clone(), name),
+            Some((package, last)) => (self.packages.get(package)?, last),
+            None => (&self.path, name),
         };
         let mut portions = Vec::new();
-        for directory in &directories {
+        for directory in directories {
             let inside = join(directory, last.as_bytes());
             if files.find_directory(&inside).is_some() {
                 if let Some(module) = self.find_in(files, &inside, b"__init__", true) {

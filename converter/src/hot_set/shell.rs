@@ -21,6 +21,14 @@ const PREFIXES: [&[u8]; 17] = [
     b"!", b"{", b"nohup", b"trap", b"case",
 ];
 
+/// Commands that shells run themselves, although there are programs of the same names.
+const BUILT_IN: [&[u8]; 12] =
+    [b"[", b"[[", b"test", b"echo", b"printf", b"true", b"false", b"pwd", b"kill", b"set", b"export", b":"];
+/// Most words of a command.
+const WORD_COUNT_MAX: usize = 1000;
+/// Longest word after variables are put in.
+const WORD_LEN_MAX: usize = 64 << 10;
+
 /// Whether a program of this name is a shell.
 pub(super) fn is_shell(name: &[u8]) -> bool {
     SHELLS.contains(&name)
@@ -53,10 +61,12 @@ fn run_file(search: &mut Search<'_>, command: &Command, path: &[u8], arguments: 
 fn run_text(search: &mut Search<'_>, command: &Command, text: &[u8], arguments: &[Vec<u8>]) {
     let mut inner = command.inner(Vec::new(), hot_reason::COMMAND);
     for words in commands(text) {
-        let words: Vec<Vec<u8>> = words.into_iter().flat_map(|word| expand(search, word, arguments)).collect();
+        let words: Vec<Vec<u8>> =
+            words.into_iter().flat_map(|word| expand(search, word, arguments)).take(WORD_COUNT_MAX).collect();
         let words: Vec<Vec<u8>> = words.into_iter().skip_while(is_prefix).collect();
         match words.first().map(Vec::as_slice) {
             None => {}
+            Some(name) if BUILT_IN.contains(&name) => {}
             Some(b"cd") => {
                 if let Some(directory) = words.get(1) {
                     inner.directory = join(&inner.directory, directory);
@@ -95,7 +105,7 @@ fn expand(search: &Search<'_>, word: Vec<u8>, arguments: &[Vec<u8>]) -> Vec<Vec<
     }
     let mut expanded = Vec::new();
     let mut rest = word.as_slice();
-    while let Some(dollar) = rest.iter().position(|byte| *byte == b'$') {
+    while let Some(dollar) = rest.iter().position(|byte| *byte == b'$').filter(|_| expanded.len() < WORD_LEN_MAX) {
         expanded.extend_from_slice(&rest[..dollar]);
         rest = &rest[dollar + 1..];
         let is_braced = rest.first() == Some(&b'{');

@@ -170,7 +170,8 @@ fn commands_in_a_shell_are_followed() {
         .program("/app/three", elf_program())
         .program("/opt/four", elf_program())
         .file("/app/data.txt", "x");
-    let text = "set -e; if A=b exec \"one\" && cd /app; then ./three data.txt | $HOME/four > /dev/null; fi # two";
+    let image = image.program("/usr/bin/[", elf_program()).program("/usr/bin/echo", elf_program());
+    let text = "set -e; [ -f x ] && echo one; if A=b exec \"one\" && cd /app; then ./three data.txt | $HOME/four > /dev/null; fi # two";
     let expected = ["/bin/sh", "/usr/bin/one", "/app/three", "/app/data.txt", "/opt/four"];
     assert_eq!(image.hot_paths(&["sh", "-ec", text], &["HOME=/opt"]), expected);
 }
