@@ -140,10 +140,10 @@ impl Conversion<'_> {
                 };
                 Some(ReadableLayer { digest: *digest, index, reader })
             });
-            let hot_pieces = choose_hot_pieces(readable.collect(), &choice, &config)?;
-            Ok((prepared, hot_pieces))
+            let hot_pieces = choose_hot_pieces(readable.collect(), &choice, &config);
+            hot_pieces.map(|hot_pieces| (prepared, hot_pieces))
         });
-        thread.await.map_err(|_| ConvertError::Aborted(image.digest))?
+        Ok(thread.await.map_err(|_| ConvertError::Aborted(image.digest))??)
     }
 
     /// A layer that is lazy already, read where it is: its index now, a few frames of it perhaps.

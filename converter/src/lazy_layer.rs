@@ -137,8 +137,8 @@ async fn verified_footer(source: &ImageSource, descriptor: &Descriptor) -> Resul
         let piece: Bytes = piece.map_err(|error| ImageError::Stream { digest, reason: error.0 })?;
         hasher.update(&piece);
         tail.extend_from_slice(&piece);
-        let surplus = tail.len().saturating_sub(FOOTER_FRAME_LEN as usize);
-        tail.drain(..surplus);
+        let surplus = (tail.len() as u64).saturating_sub(FOOTER_FRAME_LEN);
+        tail.drain(..usize::try_from(surplus).expect("less than there is"));
     }
     let found = hasher.finish();
     if found == digest { Ok(tail) } else { Err(ImageError::Digest { expected: digest, found }.into()) }

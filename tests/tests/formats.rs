@@ -335,7 +335,7 @@ fn an_artifact_is_copied_as_it_is() -> Result<()> {
     let layout = Layout::create(scratch.join("chart"))?;
     let config = layout.add("application/vnd.cncf.helm.config.v1+json", b"{}")?;
     let chart = layout.add("application/vnd.cncf.helm.chart.content.v1.tar+gzip", &noise(3, 5000))?;
-    let descriptor = layout.add_manifest(&config, &[chart.clone()])?;
+    let descriptor = layout.add_manifest(&config, std::slice::from_ref(&chart))?;
     layout.tag(descriptor.clone())?;
     let copy = registry.reference("charts:v1");
     let finished = lazuli(["convert", &layout.reference(), &copy])?;

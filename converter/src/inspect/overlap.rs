@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 
 use format_spec::{Digest, Index, Inode};
-use fusefs::merge::merge;
+use fusefs::merge::{MergeError, merge};
 
-use super::{DedupFacts, HiddenFacts, InspectError, OpenLayer};
+use super::{DedupFacts, HiddenFacts, OpenLayer};
 
 /// For every layer, lowest first, what it has twice and what lower layers have; `None` without a dedup section.
 pub(super) fn duplicates(layers: &[&OpenLayer]) -> Vec<Option<DedupFacts>> {
@@ -34,13 +34,13 @@ pub(super) fn duplicates(layers: &[&OpenLayer]) -> Vec<Option<DedupFacts>> {
 }
 
 /// For every layer, lowest first, the files that the tree of all of them does not show.
-pub(super) fn hidden(layers: &[&OpenLayer]) -> Result<Vec<HiddenFacts>, InspectError> {
+pub(super) fn hidden(layers: &[&OpenLayer]) -> Result<Vec<HiddenFacts>, MergeError> {
     if layers.is_empty() {
         return Ok(Vec::new());
     }
     let named: Vec<_> = layers.iter().map(|layer| (layer.lazy.id(), &layer.index)).collect();
     let tree = merge(&named)?;
-    let tree = Index::open(tree).map_err(fusefs::merge::MergeError::from)?;
+    let tree = Index::open(tree).map_err(MergeError::from)?;
     let mut hidden: Vec<HiddenFacts> = Vec::with_capacity(layers.len());
     for layer in layers {
         let files = layer.index.inodes().iter().filter(|inode| inode.is_regular());
