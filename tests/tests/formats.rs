@@ -244,8 +244,10 @@ fn all_platforms_of_an_index_are_converted_and_the_rest_is_kept() -> Result<()> 
     let report = lazuli_ok(["convert", "--all-platforms", "--json", &original, &lazy])?;
     let report: Value = serde_json::from_str(&report).map_err(std::io::Error::from).context("parsing the report")?;
     assert_eq!((list(&report["images"]).len(), list(&report["artifacts"]).len()), (2, 3));
+    // What is at the destination already is read again to see what a start of the second image reads.
     let mut reads = BTreeMap::new();
-    for served in registry.served()?.split_off(before).iter().filter(|served| served.is_blob_read()) {
+    let served = registry.served()?.split_off(before);
+    for served in served.iter().filter(|served| served.is_blob_read() && served.path.starts_with("/v2/many/")) {
         *reads.entry(served.path.clone()).or_insert(0) += 1;
     }
     assert!(reads.values().all(|count| *count == 1), "something was read twice: {reads:?}");
@@ -644,5 +646,20 @@ fn blobs_of_a_sister_repository_are_mounted_and_not_moved() -> Result<()> {
     let (read, sent) = work_of(&registry, || lazuli_ok(["convert", &original, &copy]).map(drop))?;
     assert_eq!((read, sent), (Vec::new(), 0));
     assert_eq!(registry.manifest("copy/of/sample:wasm")?, registry.manifest("sample:wasm")?);
+    Ok(())
+}
+
+#[test]
+fn a_directory_of_hosts_says_where_a_registry_is() -> Result<()> {
+    let scratch = Scratch::new("hosts-directory")?;
+    let registry = TestRegistry::start(&scratch)?;
+    let layout = image_of(vec![TarLayer::new().file("a", "a").finish()?]).write(&scratch, "image")?;
+    registry.push(&layout, "sample:v1")?;
+    let hosts = scratch.directory("hosts/registry.test_5000_")?.join("hosts.toml");
+    fs::write(&hosts, format!("server = \"http://{}\"\n", registry.address())).at("writing", &hosts)?;
+    let named = ["registry.test:5000/sample:v1", "registry.test:5000/sample:lazy"];
+    let hosts_dir = scratch.join("hosts");
+    lazuli_ok(["convert", "--hosts-dir", text(&hosts_dir), named[0], named[1]])?;
+    assert_eq!(registry.tags("sample"), ["lazy", "v1"]);
     Ok(())
 }
