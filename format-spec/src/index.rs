@@ -7,7 +7,7 @@
 //!
 //! `builder.rs` makes these bytes.
 
-use std::{cmp::Ordering, ops::Range};
+use std::{cmp::Ordering, collections::VecDeque, ops::Range};
 
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
@@ -28,6 +28,13 @@ pub const FRAME_PLAIN_LEN_MAX: u32 = 4 << 20;
 pub const FRAME_COMPRESSED_LEN_MAX: u32 = FRAME_PLAIN_LEN_MAX + (1 << 16);
 /// Longest name of a directory entry: what Linux file systems allow (`NAME_MAX`).
 pub const NAME_LEN_MAX: usize = 255;
+/// Longest target of a symbolic link: what Linux follows (`PATH_MAX`, less its final zero).
+pub const TARGET_LEN_MAX: u64 = 4095;
+/// Longest value of an extended attribute (Linux `XATTR_SIZE_MAX`); names are at most [`NAME_LEN_MAX`] long.
+pub const XATTR_VALUE_LEN_MAX: u32 = 64 << 10;
+/// Most bytes that all targets, xattr names and values have together, shared ones counted each time: an index of few
+/// bytes must not become gigabytes where it is merged.
+pub const TEXTS_LEN_MAX: u64 = 256 << 20;
 /// Most layers a merged tree may have: what overlayfs and containerd can stack.
 pub const LAYER_COUNT_MAX: usize = 500;
 /// The inode number that marks a whiteout in [`Dirent::inode`].
@@ -596,77 +603,102 @@ impl<B: AsRef<[u8]>> Index<B> {
         self.check_hot_pack()
     }
 
+    /// Sets are runs of xattrs that follow each other, so that an attribute counts once in what follows.
     fn check_strings(&self) -> Result<(), FormatError> {
         let strings_len = self.strings.len() as u64;
         let xattrs: &[Xattr] = self.records(&self.xattrs);
+        let mut texts_len = 0u64;
         for (number, xattr) in (0..).zip(xattrs) {
-            let ends = [(xattr.name_offset, xattr.name_len), (xattr.value_offset, xattr.value_len)]
-                .map(|(offset, len)| u64::from(offset.get()) + u64::from(len.get()));
-            ensure(ends.iter().all(|end| *end <= strings_len), "xattr", number, "lies outside the strings")?;
+            let ensure = |holds, rule| ensure(holds, "xattr", number, rule);
+            let (name_len, value_len) = (xattr.name_len.get(), xattr.value_len.get());
+            let ends = [(xattr.name_offset, name_len), (xattr.value_offset, value_len)]
+                .map(|(offset, len)| u64::from(offset.get()) + u64::from(len));
+            ensure(ends.iter().all(|end| *end <= strings_len), "lies outside the strings")?;
+            let name = self.string(xattr.name_offset.get(), name_len.into());
+            ensure((1..=NAME_LEN_MAX).contains(&name.len()) && !name.contains(&0), "its name is not allowed")?;
+            ensure(value_len <= XATTR_VALUE_LEN_MAX, "its value is longer than 64 KiB")?;
+            texts_len += u64::from(name_len) + u64::from(value_len);
         }
+        let mut xattr_end = 0;
         for (number, set) in (0..).zip(self.records::<XattrSet>(&self.xattr_sets)) {
-            let end = u64::from(set.first.get()) + u64::from(set.count.get());
-            ensure(end <= xattrs.len() as u64, "xattr set", number, "lies outside the xattrs")?;
+            let ensure = |holds, rule| ensure(holds, "xattr set", number, rule);
+            let run = xattr_end..set.first.get() as usize + set.count.get() as usize;
+            ensure(set.first.get() as usize == xattr_end, "does not start where the one before it ends")?;
+            let in_set = xattrs.get(run.clone());
+            ensure(in_set.is_some(), "lies outside the xattrs")?;
+            let names = in_set.unwrap_or_default().iter();
+            let names = names.map(|xattr| self.string(xattr.name_offset.get(), xattr.name_len.get().into()));
+            ensure(names.is_sorted_by(|name, next| name < next), "its names do not ascend")?;
+            xattr_end = run.end;
         }
-        Ok(())
+        ensure(xattr_end == xattrs.len(), "xattr", xattr_end as u64, "belongs to no set")?;
+        for (number, inode) in (0..).zip(self.inodes()).filter(|(_, inode)| inode.is_symlink()) {
+            let target_len = inode.size.get();
+            ensure(target_len <= TARGET_LEN_MAX, "inode", number, "its target is longer than 4095 bytes")?;
+            texts_len += target_len;
+        }
+        ensure(texts_len <= TEXTS_LEN_MAX, "strings", 0, "targets and xattrs have more than 256 MiB together")
     }
 
     /// Breadth-first order makes the directories a tree: each range starts where the one before it ended,
     /// so a directory has one parent and no directory is its own ancestor.
     fn check_directories(&self) -> Result<(), FormatError> {
         let (inodes, dirents) = (self.inodes(), self.dirents());
+        let dirent_rule = |number: usize, rule| FormatError::Rule { what: "dirent", number: number as u64, rule };
         let root = inodes.first().ok_or(FormatError::Rule { what: "inode", number: 0, rule: "there is no root" })?;
         ensure(
-            root.is_directory() && root.payload == 0,
+            root.is_directory() && root.payload == 0 && root.parent == 0,
             "inode",
             0,
             "the root is no directory that starts at dirent 0",
         )?;
         let mut end = directory_end(root, 0, dirents.len())?;
-        let mut directory_ends = vec![end].into_iter().collect::<std::collections::VecDeque<_>>();
+        // Directories whose entries are still to come, and where these end.
+        let mut directories = VecDeque::from([(0, end)]);
+        let mut links = vec![0u32; inodes.len()];
+        links[0] = 2;
         let mut previous_name: Option<&[u8]> = None;
         let mut name_end = 0;
         for (number, dirent) in dirents.iter().enumerate() {
-            while directory_ends.front().is_some_and(|end| *end <= number) {
-                directory_ends.pop_front();
+            while directories.front().is_some_and(|(_, end)| *end <= number) {
+                directories.pop_front();
                 previous_name = None;
             }
-            ensure(number < end, "dirent", number as u64, "belongs to no directory")?;
-            ensure(
-                dirent.name_offset.get() as usize == name_end,
-                "dirent",
-                number as u64,
-                "its name is not the next one",
-            )?;
+            let ensure = |holds, rule| if holds { Ok(()) } else { Err(dirent_rule(number, rule)) };
+            let directory = directories.front().map(|(directory, _)| *directory);
+            let directory = directory.ok_or(dirent_rule(number, "belongs to no directory"))?;
+            ensure(dirent.name_offset.get() as usize == name_end, "its name is not the next one")?;
             let name = self.name(number);
             name_end += name.len();
-            check_name(name).map_err(|rule| FormatError::Rule { what: "dirent", number: number as u64, rule })?;
-            ensure(previous_name < Some(name), "dirent", number as u64, "names do not ascend")?;
+            check_name(name).map_err(|rule| dirent_rule(number, rule))?;
+            ensure(previous_name < Some(name), "names do not ascend")?;
             previous_name = Some(name);
             if dirent.inode == WHITEOUT {
                 continue;
             }
-            let inode = self.inode(dirent.inode.get());
-            let inode = inode.ok_or(FormatError::Rule {
-                what: "dirent",
-                number: number as u64,
-                rule: "there is no such inode",
-            })?;
-            ensure(dirent.inode != 0, "dirent", number as u64, "names the root")?;
-            if inode.is_directory() {
-                let inode_number = dirent.inode.get().into();
-                ensure(
-                    inode.payload.get() as usize == end,
-                    "inode",
-                    inode_number,
-                    "its dirents are not the next ones",
-                )?;
-                end = directory_end(inode, inode_number, dirents.len())?;
-                directory_ends.push_back(end);
+            let inode_number = dirent.inode.get();
+            let inode = self.inode(inode_number).ok_or(dirent_rule(number, "there is no such inode"))?;
+            let has_names = links[inode_number as usize] > 0;
+            ensure(inode_number != 0, "names the root")?;
+            ensure(has_names || inode.parent == directory, "is the first of an inode with another parent")?;
+            if !inode.is_directory() {
+                links[inode_number as usize] += 1;
+                continue;
             }
+            ensure(!has_names, "names a directory that has a name already")?;
+            ensure(inode.payload.get() as usize == end, "names a directory whose dirents are not the next ones")?;
+            links[inode_number as usize] = 2;
+            links[directory as usize] += 1;
+            end = directory_end(inode, inode_number.into(), dirents.len())?;
+            directories.push_back((inode_number, end));
         }
         ensure(end == dirents.len(), "dirent", end as u64, "belongs to no directory")?;
-        ensure(name_end == self.names.len(), "dirent", dirents.len() as u64, "names are left over")
+        ensure(name_end == self.names.len(), "dirent", dirents.len() as u64, "names are left over")?;
+        for (number, (inode, links)) in (0..).zip(inodes.iter().zip(links)) {
+            ensure(links > 0, "inode", number, "it has no name")?;
+            ensure(inode.nlink == links, "inode", number, "its link count is not the number of its names")?;
+        }
+        Ok(())
     }
 
     fn check_inodes(&self) -> Result<(), FormatError> {

@@ -6,7 +6,10 @@
 //!
 //! This file knows bytes, lengths and checksums; what the records mean is `index.rs`.
 
-use std::ops::Range;
+use std::{
+    io::{self, Read},
+    ops::Range,
+};
 
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
@@ -273,10 +276,12 @@ pub(crate) fn decompress(compressed: &[u8], plain_len: u64) -> Result<Vec<u8>, F
     if plain_len > INDEX_LEN_MAX {
         return Err(length(INDEX_LEN_MAX, plain_len));
     }
-    let capacity = usize::try_from(plain_len).expect("checked against 1 GiB");
-    let mut bytes =
-        zstd::bulk::decompress(compressed, capacity).map_err(|error| FormatError::Compression(error.to_string()))?;
-    if bytes.len() != capacity {
+    // Grows with what arrives: a length that lies allocates nothing.
+    let failed = |error: io::Error| FormatError::Compression(error.to_string());
+    let decoder = zstd::stream::read::Decoder::with_buffer(compressed).map_err(failed)?;
+    let mut bytes = Vec::new();
+    decoder.take(plain_len + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 != plain_len {
         return Err(length(plain_len, bytes.len() as u64));
     }
     from_wire(&mut bytes)?;

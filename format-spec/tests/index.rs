@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use format_spec::{
-    BlobTail, CompressedIndex, Extent, Frame, Index, IndexBuilder, Inode,
+    BlobTail, CompressedIndex, Extent, FormatError, Frame, Index, IndexBuilder, Inode,
     annotation::INDEX_LEN_MAX,
     builder::{LayerData, blank_inode},
     index::{DedupLocation, WHITEOUT, mode},
+    table::{Header, SectionEntry},
 };
 use proptest::prelude::*;
+use zerocopy::FromBytes;
 
 const FILE_LEN: u64 = 5000;
 
@@ -144,6 +146,81 @@ fn refuses_a_cycle_of_directories() {
     builder.add_directory(root, [("inner", inner)]).unwrap();
     builder.add_directory(inner, [("inner", inner)]).unwrap();
     assert!(builder.finish_layer(&LayerData::default()).is_err());
+}
+
+fn rule(what: &'static str, number: u64, rule: &'static str) -> Result<(), FormatError> {
+    Err(FormatError::Rule { what, number, rule })
+}
+
+/// Empty directories have equal dirents, so their breadth-first order alone would allow it.
+#[test]
+fn refuses_an_empty_directory_with_two_names() {
+    let mut builder = IndexBuilder::default();
+    let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+    let inner = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+    builder.add_directory(root, [("a", inner), ("b", inner)]).unwrap();
+    builder.add_directory(inner, Vec::<(&[u8], u32)>::new()).unwrap();
+    let refused = builder.finish_layer(&LayerData::default()).map(|_| ());
+    assert_eq!(refused, rule("dirent", 1, "names a directory that has a name already"));
+}
+
+#[test]
+fn refuses_an_inode_without_a_name() {
+    let mut builder = IndexBuilder::default();
+    let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+    builder.add_inode(blank_inode(mode::FIFO)).unwrap();
+    builder.add_directory(root, Vec::<(&[u8], u32)>::new()).unwrap();
+    let refused = builder.finish_layer(&LayerData::default()).map(|_| ());
+    assert_eq!(refused, rule("inode", 1, "it has no name"));
+}
+
+/// Changes one inode of [`sample`] behind the builder's back and puts the checksums right.
+fn check_changed(number: usize, change: impl FnOnce(&mut Inode)) -> Result<(), FormatError> {
+    let mut bytes = open(&sample()).as_bytes().to_vec();
+    let (_, rest) = Header::mut_from_prefix(&mut bytes).unwrap();
+    let (table, _) = <[SectionEntry]>::ref_from_prefix_with_elems(rest, 1).unwrap();
+    let start = usize::try_from(table[0].offset.get()).unwrap();
+    let len = usize::try_from(table[0].len.get()).unwrap();
+    let inodes = <[Inode]>::mut_from_bytes(&mut bytes[start..start + len]).unwrap();
+    change(&mut inodes[number]);
+    let crc32 = crc32fast::hash(&bytes[start..start + len]);
+    bytes[64 + 24..64 + 28].copy_from_slice(&crc32.to_le_bytes());
+    let count = u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&bytes[..60]);
+    hasher.update(&bytes[64..64 + 32 * count]);
+    bytes[60..64].copy_from_slice(&hasher.finalize().to_le_bytes());
+    Index::open(bytes)?.check()
+}
+
+#[test]
+fn refuses_link_counts_and_parents_that_the_names_contradict() {
+    assert_eq!(check_changed(1, |_| ()), Ok(()));
+    let count = "its link count is not the number of its names";
+    assert_eq!(check_changed(1, |file| file.nlink = 3.into()), rule("inode", 1, count));
+    assert_eq!(check_changed(0, |root| root.nlink = 2.into()), rule("inode", 0, count));
+    let parent = "is the first of an inode with another parent";
+    assert_eq!(check_changed(1, |file| file.parent = 2.into()), rule("dirent", 0, parent));
+    assert_eq!(check_changed(2, |directory| directory.parent = 2.into()), rule("dirent", 1, parent));
+}
+
+#[test]
+fn refuses_attributes_that_linux_does_not_store() {
+    let check = |xattrs: Vec<(&[u8], usize)>| {
+        let mut builder = IndexBuilder::default();
+        let xattrs = xattrs.into_iter().map(|(name, len)| (name.to_vec(), vec![0; len])).collect();
+        let xattrs = builder.add_xattrs(xattrs).unwrap();
+        let root = builder.add_inode(Inode { xattrs: xattrs.into(), ..blank_inode(mode::DIRECTORY | 0o755) }).unwrap();
+        builder.add_directory(root, Vec::<(&[u8], u32)>::new()).unwrap();
+        builder.finish_layer(&LayerData::default()).map(|_| ())
+    };
+    assert_eq!(check(vec![(b"user.a", 65536), (b"user.b", 0)]), Ok(()));
+    assert_eq!(check(vec![(b"user.a", 65537)]), rule("xattr", 0, "its value is longer than 64 KiB"));
+    assert_eq!(check(vec![(b"user.b", 0), (b"user.a", 0)]), rule("xattr set", 0, "its names do not ascend"));
+    assert_eq!(check(vec![(b"user.a", 0), (b"user.a", 1)]), rule("xattr set", 0, "its names do not ascend"));
+    for name in [&b""[..], b"user.\0", &[b'x'; 256]] {
+        assert_eq!(check(vec![(name, 0)]), rule("xattr", 0, "its name is not allowed"), "{name:?}");
+    }
 }
 
 proptest! {

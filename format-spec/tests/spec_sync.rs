@@ -165,6 +165,9 @@ fn limits_are_those_of_the_specification() {
         index::FRAME_COMPRESSED_LEN_MAX.to_string(),
         table::SECTION_COUNT_MAX.to_string(),
         index::NAME_LEN_MAX.to_string(),
+        index::TARGET_LEN_MAX.to_string(),
+        format!("{}, {}", index::NAME_LEN_MAX, index::XATTR_VALUE_LEN_MAX),
+        index::TEXTS_LEN_MAX.to_string(),
         index::LAYER_COUNT_MAX.to_string(),
     ];
     assert_eq!(spec, code);
