@@ -314,6 +314,11 @@ mod tests {
         check(b"short", "FILE: no tar archive: the stream ends within a header");
         check(&sample()[..514], "FILE: truncated: it ends within a/layer.tar");
         check(&sample()[..1100], "FILE: ");
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(5);
+        builder.append_data(&mut header, "a\nb\u{1b}[1m", &b"hello"[..]).unwrap();
+        check(&builder.into_inner().unwrap()[..514], "FILE: truncated: it ends within a b [1m");
         check(&[&GZIP_MAGIC[..], b"nothing"].concat(), "FILE: decompressing into ");
         check(&[&ZSTD_MAGIC[..], b"nothing"].concat(), "FILE: decompressing into ");
         assert!(open(b"").unwrap().members.is_empty());

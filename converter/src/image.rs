@@ -40,7 +40,7 @@ pub enum ImageError {
     #[error("{}: no OCI image layout in this directory", .0.display())]
     NoLayout(PathBuf),
     /// A layout does not have the tag.
-    #[error("{}: no image tagged {tag}; there is: {present}", place.display())]
+    #[error("{}: no image tagged {tag}; there is: {}", place.display(), one_line(present))]
     NoTag {
         /// The layout.
         place: PathBuf,
@@ -50,7 +50,7 @@ pub enum ImageError {
         present: String,
     },
     /// A file is no archive, or not the one that is expected.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {}", path.display(), one_line(reason))]
     Archive {
         /// The file.
         path: PathBuf,
@@ -58,7 +58,7 @@ pub enum ImageError {
         reason: String,
     },
     /// A document cannot be understood.
-    #[error("{what}: {reason}")]
+    #[error("{what}: {}", one_line(reason))]
     Malformed {
         /// Which one.
         what: String,
@@ -93,6 +93,11 @@ pub enum ImageError {
     /// A thread that reads an archive ended early.
     #[error("{0}: reading it ended abnormally")]
     Aborted(Location),
+}
+
+/// Text of which an image may be the author, for a message: names of members and tags may hold anything.
+fn one_line(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 
 /// A manifest or index as it is stored.

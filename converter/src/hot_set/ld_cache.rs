@@ -17,11 +17,14 @@ const NEW_FLAGS_OFFSET: usize = 28;
 const BIG_ENDIAN_FLAG: u8 = 3;
 /// Longest name or path that is taken.
 const STRING_LEN_MAX: usize = 4096;
+/// Most bytes of names and paths: entries may share strings, so a short file could say gigabytes.
+const STRINGS_LEN_MAX: usize = 16 << 20;
 
 /// Paths of libraries by name, those for any processor first.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct LdCache {
     paths: BTreeMap<Vec<u8>, Vec<Vec<u8>>>,
+    strings_len: usize,
 }
 
 impl LdCache {
@@ -76,6 +79,10 @@ impl LdCache {
     }
 
     fn add(&mut self, name: &[u8], path: &[u8]) {
+        self.strings_len += name.len() + path.len();
+        if self.strings_len > STRINGS_LEN_MAX {
+            return;
+        }
         self.paths.entry(name.to_vec()).or_default().push(path.to_vec());
     }
 }
@@ -164,6 +171,23 @@ mod tests {
         both.resize(both.len().next_multiple_of(8), 0);
         both.extend(new_format(&[("liba.so", "/new/liba.so", 0)], false));
         assert_eq!(LdCache::parse(&both).paths(b"liba.so"), [b"/new/liba.so".to_vec()]);
+    }
+
+    #[test]
+    fn long_strings_that_entries_share_are_not_copied_without_end() {
+        let mut bytes = new_format(&[("liba.so", &"x".repeat(4000), 0)], false);
+        let entry = bytes[NEW_HEADER_LEN..NEW_HEADER_LEN + NEW_ENTRY_LEN].to_vec();
+        let strings = bytes.split_off(NEW_HEADER_LEN + NEW_ENTRY_LEN);
+        let count = 20_000;
+        let moved = u32::try_from((count - 1) * NEW_ENTRY_LEN).unwrap();
+        let shifted = |at: usize| (u32::from_le_bytes(entry[at..at + 4].try_into().unwrap()) + moved).to_le_bytes();
+        let entry = [&entry[..4], &shifted(4), &shifted(8), &entry[12..]].concat();
+        bytes.truncate(NEW_HEADER_LEN);
+        bytes[NEW_MAGIC.len()..NEW_MAGIC.len() + 4].copy_from_slice(&u32::try_from(count).unwrap().to_le_bytes());
+        bytes.extend(entry.repeat(count));
+        bytes.extend(strings);
+        let cache = LdCache::parse(&bytes);
+        assert_eq!(cache.paths(b"liba.so").len(), STRINGS_LEN_MAX / 4007);
     }
 
     #[test]
