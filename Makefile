@@ -3,6 +3,7 @@
 #   make build         the programs
 #   make test          everything that every change must pass
 #   make test-images   the three real images, in every field, and a second version of one (minutes)
+#   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
 #   make bench         conversion beside what others take; the hot set beside real starts (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
@@ -13,7 +14,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images bench bench-frames demo lint deps images clean
+.PHONY: build test test-images fuzz bench bench-frames demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -26,6 +27,9 @@ test: build
 test-images: build images
 	$(CARGO) test --release --workspace --test real_images -- --nocapture --test-threads 1
 	$(CARGO) test --release --workspace --test versions -- --nocapture
+
+fuzz: deps
+	fuzz/run $(or $(SECONDS),60) $(TARGET)
 
 bench: build images
 	tests/deps bench

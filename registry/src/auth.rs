@@ -68,7 +68,7 @@ impl Authorization {
 }
 
 /// An answer and when it ends.
-struct Kept {
+pub(crate) struct Kept {
     authorization: Authorization,
     expires: Option<Instant>,
 }
@@ -244,7 +244,7 @@ struct TokenAnswer {
     expires_in: Option<u64>,
 }
 
-fn parse_token(bytes: &[u8]) -> Option<Kept> {
+pub(crate) fn parse_token(bytes: &[u8]) -> Option<Kept> {
     let answer: TokenAnswer = serde_json::from_slice(bytes).ok()?;
     let token = answer.token.filter(|token| !token.is_empty()).or(answer.access_token)?;
     // A token goes into a header: one with other characters would be refused there, with a worse message.

@@ -338,7 +338,7 @@ impl Download {
 }
 
 /// `bytes FIRST-LAST/LENGTH` as a half-open range and the length, if known. Source: RFC 9110 14.4.
-fn parse_content_range(text: &str) -> Option<(Range<u64>, Option<u64>)> {
+pub(crate) fn parse_content_range(text: &str) -> Option<(Range<u64>, Option<u64>)> {
     let (range, len) = text.strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
     let (first, last) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?);

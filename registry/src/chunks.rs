@@ -128,7 +128,7 @@ impl ChunkedUpload {
 }
 
 /// The end of `0-LAST` (with or without a unit in front) as a half-open range has it.
-fn parse_range_end(text: &str) -> Option<u64> {
+pub(crate) fn parse_range_end(text: &str) -> Option<u64> {
     let text = text.strip_prefix("bytes=").or(text.strip_prefix("bytes ")).unwrap_or(text);
     let (first, last) = text.trim().split_once('-')?;
     (first == "0").then_some(())?;

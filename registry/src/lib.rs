@@ -17,6 +17,8 @@ mod client;
 mod credentials;
 mod endpoint;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hosts;
 mod hosts_dir;
 mod http;

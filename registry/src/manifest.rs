@@ -198,7 +198,7 @@ struct Outline {
 }
 
 /// What kind of manifest `bytes` are. Their own word comes first, for the digest covers it.
-fn find_media_type(bytes: &[u8], content_type: &str) -> Result<&'static str, String> {
+pub(crate) fn find_media_type(bytes: &[u8], content_type: &str) -> Result<&'static str, String> {
     let Ok(outline) = serde_json::from_slice::<Outline>(bytes) else {
         let start = String::from_utf8_lossy(&bytes[..bytes.len().min(256)]).into_owned();
         return Err(match is_html(&start) {

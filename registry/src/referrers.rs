@@ -191,13 +191,13 @@ fn tagged(reference: &Reference, subject: &Digest, end: &str) -> Reference {
     reference.with_tag(&format!("sha256-{}{end}", subject.hex())).expect("hex digits and known ends make a tag")
 }
 
-fn parse_index(what: &str, host: &str, bytes: &[u8]) -> Result<Vec<Referrer>, Error> {
+pub(crate) fn parse_index(what: &str, host: &str, bytes: &[u8]) -> Result<Vec<Referrer>, Error> {
     let parsed = serde_json::from_slice::<ReferrersIndex>(bytes);
     parsed.map(|index| index.manifests).map_err(|error| Error::malformed(what, host, clean(&error.to_string())))
 }
 
 /// The target of the `next` link. Source: RFC 8288 3.
-fn next_link(text: &str) -> Option<&str> {
+pub(crate) fn next_link(text: &str) -> Option<&str> {
     text.split(',').find_map(|link| {
         let (target, parameters) = link.trim().strip_prefix('<')?.split_once('>')?;
         let is_next = |parameter: &str| matches!(parameter.trim(), "rel=\"next\"" | "rel=next");

@@ -248,7 +248,7 @@ pub(crate) fn header_text(headers: &header::HeaderMap, name: impl header::AsHead
 }
 
 /// `Retry-After` as a length of time. Source: RFC 9110 10.2.3.
-fn parse_retry_after(headers: &header::HeaderMap, now: SystemTime) -> Option<Duration> {
+pub(crate) fn parse_retry_after(headers: &header::HeaderMap, now: SystemTime) -> Option<Duration> {
     let text = header_text(headers, header::RETRY_AFTER)?.trim();
     if let Ok(seconds) = text.parse::<u64>() {
         return Some(Duration::from_secs(seconds));
@@ -270,7 +270,7 @@ struct ErrorEntry {
 }
 
 /// What an error answer says, in one clean line; may be empty.
-fn describe_refusal(body: &[u8]) -> String {
+pub(crate) fn describe_refusal(body: &[u8]) -> String {
     if let Ok(answer) = serde_json::from_slice::<ErrorAnswer>(body) {
         let entries = answer.errors.iter().map(|entry| match (&entry.code, &entry.message) {
             (Some(code), Some(message)) => format!("{code}: {message}"),

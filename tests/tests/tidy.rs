@@ -7,7 +7,7 @@ use std::{
 };
 
 /// Crate, and the crates of this project that it may use. `docs/ARCHITECTURE.md` draws the same.
-const ARROWS: [(&str, &[&str]); 7] = [
+const ARROWS: [(&str, &[&str]); 8] = [
     ("format-spec", &[]),
     ("storage", &["format-spec"]),
     ("registry", &["format-spec", "storage"]),
@@ -15,6 +15,7 @@ const ARROWS: [(&str, &[&str]); 7] = [
     ("converter", &["format-spec", "storage", "registry", "fusefs"]),
     ("snapshotter", &["format-spec", "storage", "registry", "fusefs"]),
     ("tests", &["format-spec", "storage", "registry", "fusefs", "converter", "snapshotter"]),
+    ("fuzz", &["format-spec", "storage", "registry", "fusefs", "converter", "snapshotter"]),
 ];
 
 /// `registry` is for the program alone: the library takes any source of bytes.
