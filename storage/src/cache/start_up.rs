@@ -24,7 +24,7 @@ use crate::{
     directory::LayerDirectory,
     frame_store::lock,
     hot_pack::{self, HotStream},
-    layer::{Layer, LayerInner},
+    layer::{Layer, LayerIndex, LayerInner, Priority},
     source::{Incoming, SourceError},
 };
 
@@ -138,19 +138,26 @@ async fn copy_from_peers(
         let (store, cache) = (&layer.store, cache.upgrade());
         let find = |(wanted, cache): (_, Arc<CacheInner>)| CopyPlan::find(store, wanted, cache.peers(layer.layer.id()));
         let plan = wanted.as_deref().zip(cache).and_then(find).map(Arc::new);
-        let is_missing = |plain: &Range<u64>| {
+        let missing_of = |plain: &Range<u64>| {
             let missing: Vec<_> = store.missing_runs(plain).collect();
-            plan.as_ref().map_or(!missing.is_empty(), |plan| !plan.take(&missing).1.is_empty())
+            plan.as_ref().map_or(missing.clone(), |plan| plan.take(&missing).1)
         };
-        let hot = if had_hot_pack { None } else { HotStream::of_missing(store.index(), is_missing) };
-        lock(&layer.hot).clone_from(&hot);
+        let rest = if had_hot_pack { HotRest::Nothing } else { HotRest::of(store.index(), missing_of) };
+        if let HotRest::Pack(hot) = &rest {
+            *lock(&layer.hot) = Some(hot.clone());
+        }
         layer.set_copies(plan.clone().map_or(Copies::None, Copies::Found));
-        (plan, hot)
+        (plan, rest)
     };
-    let Some((plan, hot)) = blocking(layer, prepare).await else { return };
+    let Some((plan, rest)) = blocking(layer, prepare).await else { return };
     let receive = async {
-        if let Some(hot) = hot {
-            receive_hot_pack(layer, hot, None).await;
+        match rest {
+            HotRest::Nothing => {}
+            HotRest::Pack(hot) => receive_hot_pack(layer, hot, None).await,
+            HotRest::Runs(runs) => {
+                let frames: Vec<u32> = runs.iter().flat_map(|run| layer.store.missing_frames(run)).collect();
+                layer.scheduler.want(layer, frames, Priority::HotPack, None);
+            }
         }
     };
     let copy = async {
@@ -171,6 +178,32 @@ async fn copy_from_peers(
         }
     };
     blocking(layer, keep).await;
+}
+
+/// How what is missing of a hot pack comes when copies have been found.
+enum HotRest {
+    Nothing,
+    /// As parts of the pack.
+    Pack(Arc<HotStream>),
+    /// As frames: these runs, in the order of the pack.
+    Runs(Vec<Range<u64>>),
+}
+
+impl HotRest {
+    /// `missing_of` says what of a range neither is there nor is copied.
+    ///
+    /// A pack that is there for the larger part is one of a new version: what it lacks is scattered among what changed,
+    /// whose frames are fetched sooner or later, and would cost its bytes twice.
+    fn of(index: &LayerIndex, missing_of: impl Fn(&Range<u64>) -> Vec<Range<u64>>) -> Self {
+        let pieces = index.hot_pieces();
+        let runs: Vec<_> = pieces.iter().flat_map(|piece| missing_of(&piece.plain_range())).collect();
+        let missing_len: u64 = runs.iter().map(|run| run.end - run.start).sum();
+        let len: u64 = pieces.iter().map(|piece| u64::from(piece.len.get())).sum();
+        if missing_len * 2 < len {
+            return Self::Runs(runs);
+        }
+        HotStream::of_missing(index, |plain| !missing_of(plain).is_empty()).map_or(Self::Nothing, Self::Pack)
+    }
 }
 
 /// Copies all pieces of a plan: first those of the hot pack, in its order.

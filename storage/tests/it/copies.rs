@@ -263,7 +263,8 @@ async fn a_crash_before_the_copies_loses_nothing_but_time() {
     let crashed = fixture.crash();
 
     let source = MemorySource::new(&second);
-    let layer = open_cache(crashed.path()).layer(&second.lazy, source.clone(), json!(null)).await.unwrap();
+    let cache = open_cache(crashed.path());
+    let layer = cache.layer(&second.lazy, source.clone(), json!(null)).await.unwrap();
     check_read(&layer, &second, 0..second.space.len() as u64).await;
     assert_eq!(source.requests(), from_ref(&second.section));
 }
@@ -286,21 +287,17 @@ async fn a_crash_after_the_copies_loses_none() {
     assert_eq!(source.requests(), []);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn of_a_hot_pack_only_what_nobody_has_is_asked_for() {
+/// Four files whose larger part is hot, each in a hot frame of its own, longer than a gap that is worth receiving.
+fn hot_version(time: u64, changed_files: &[usize]) -> (TestLayer, Vec<Range<u64>>) {
     let files = [200_000, 200_000, 200_000, 200_000].map(TestFile::of_len);
     let hot: Vec<Range<u64>> = (0..4).map(|file| file * 200_704..file * 200_704 + 163_840).collect();
-    let keep = |_: &mut Vec<DedupPiece>| {};
-    let maker = |time, changed_files| LayerMaker {
-        files: &files,
-        time,
-        changed_files,
-        hot: &hot,
-        hot_frame_len: 163_840,
-        dedup: Some(&keep),
-        ..LayerMaker::default()
-    };
-    let (first, second) = (maker(0, &[]).make(), maker(1, &[2]).make());
+    let maker = LayerMaker { files: &files, time, changed_files, hot: &hot, ..LayerMaker::default() };
+    (LayerMaker { hot_frame_len: 163_840, dedup: Some(&|_| {}), ..maker }.make(), hot)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_hot_pack_only_what_nobody_has_is_asked_for() {
+    let ((first, _), (second, hot)) = (hot_version(0, &[]), hot_version(1, &[0, 2]));
     let (cache, directory) = with_first(&first).await;
     let source = MemorySource::new(&second);
     let layer = cache.layer(&second.lazy, source.clone(), json!(null)).await.unwrap();
@@ -308,8 +305,30 @@ async fn of_a_hot_pack_only_what_nobody_has_is_asked_for() {
         check_read(&layer, &second, plain.clone()).await;
     }
     wait_for_dedup(directory.path(), &second).await;
-    let expected = [second.index_request(), second.section.clone(), second.hot_range(2..3)];
+    let expected = [second.index_request(), second.section.clone(), second.hot_range(0..1), second.hot_range(2..3)];
     assert_eq!(source.requests(), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_missing_of_a_hot_pack_that_others_mostly_have_comes_as_frames() {
+    let ((first, _), (second, hot)) = (hot_version(0, &[]), hot_version(1, &[2]));
+    let (cache, directory) = with_first(&first).await;
+    let source = MemorySource::new(&second);
+    let layer = cache.layer(&second.lazy, source.clone(), json!(null)).await.unwrap();
+    // No reader is needed.
+    while layer.read_at_if_present(hot[2].start, &mut vec![0; 163_840]).unwrap().is_none() {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    wait_for_dedup(directory.path(), &second).await;
+    check_read(&layer, &second, 0..second.space.len() as u64).await;
+    let mut requests = source.requests();
+    assert_eq!(requests[..2], [second.index_request(), second.section.clone()]);
+    requests.sort_by_key(|range| range.start);
+    assert!(requests.windows(2).all(|pair| pair[0].end <= pair[1].start), "{requests:?}");
+    assert_eq!(requests.pop().as_ref(), Some(&second.section));
+    assert_eq!(requests.pop(), Some(second.index_request()));
+    let fetched: u64 = requests.iter().map(|range| range.end - range.start).sum();
+    assert!(fetched < 230_000, "{fetched} bytes for a file of 200,000");
 }
 
 proptest! {
