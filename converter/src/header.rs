@@ -23,7 +23,9 @@ const DEVICE_MAJOR: Range<usize> = 329..337;
 const DEVICE_MINOR: Range<usize> = 337..345;
 const USTAR_PREFIX: Range<usize> = 345..500;
 const STAR_PREFIX: Range<usize> = 345..476;
+const STAR_TIMES: [Range<usize>; 2] = [476..488, 488..500];
 const STAR_TRAILER: Range<usize> = 508..512;
+const GNU_TIMES: [Range<usize>; 2] = [345..357, 357..369];
 
 /// The fields of a header block as they stand there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,26 +52,27 @@ impl Header {
         check_checksum(block)?;
         let is_gnu = &block[MAGIC] == b"ustar " && &block[VERSION] == b" \0";
         let is_ustar = &block[MAGIC] == b"ustar\0";
-        let prefix = match (is_ustar, &block[STAR_TRAILER] == b"tar\0") {
-            (true, false) => text(&block[USTAR_PREFIX]),
-            (true, true) => text(&block[STAR_PREFIX]),
-            (false, _) => &[],
+        let is_star = is_ustar && &block[STAR_TRAILER] == b"tar\0";
+        let prefix = match (is_ustar, is_star, is_gnu) {
+            (_, true, _) => {
+                STAR_TIMES.into_iter().try_for_each(|field| number(&block[field]).map(drop))?;
+                text(&block[STAR_PREFIX])
+            }
+            (true, ..) => text(&block[USTAR_PREFIX]),
+            (_, _, true) => gnu_prefix(block),
+            _ => &[],
         };
         let mut path = prefix.to_vec();
         if !path.is_empty() {
             path.push(b'/');
         }
         path.extend_from_slice(text(&block[NAME]));
-        let type_flag = block[TYPE_FLAG];
-        // Archives older than POSIX have arbitrary bytes here, and so do entries that are no devices.
-        let device = |field| match (is_gnu || is_ustar, type_flag) {
-            (true, b'3' | b'4') => number(&block[field]),
-            _ => Ok(0),
-        };
+        // Archives older than POSIX have arbitrary bytes here.
+        let device = |field| if is_gnu || is_ustar { number(&block[field]) } else { Ok(0) };
         Ok(Self {
             path,
             link_target: text(&block[LINK_NAME]).to_vec(),
-            type_flag,
+            type_flag: block[TYPE_FLAG],
             mode: number(&block[MODE])?,
             uid: number(&block[UID])?,
             gid: number(&block[GID])?,
@@ -79,6 +82,14 @@ impl Header {
             device_minor: device(DEVICE_MINOR)?,
         })
     }
+}
+
+/// GNU headers have times where others have a prefix. Go up to 1.7 wrote a prefix into them all the same,
+/// and its reader still takes what is no time for that.
+fn gnu_prefix(block: &[u8; BLOCK_LEN]) -> &[u8] {
+    let is_time = |field: Range<usize>| block[field.start] == 0 || number(&block[field]).is_ok();
+    let prefix = text(&block[USTAR_PREFIX]);
+    if GNU_TIMES.into_iter().all(is_time) || !prefix.is_ascii() { &[] } else { prefix }
 }
 
 /// The sum of all bytes, those of the checksum counted as spaces; some old writers summed signed bytes.

@@ -169,6 +169,7 @@ fn walk<R: Read, S: FnMut(PlainFrame) -> io::Result<()>>(
     while let Some(entry) = next_entry(&mut stream)? {
         cut_entry(&mut stream, sizes, entry, &mut tree)?;
     }
+    tree.finish()?;
     // What follows the archive's end belongs to the stream and its digest.
     let tar_len = stream.finish().map_err(TarError::Io)?;
     Ok((tree, tar_len))

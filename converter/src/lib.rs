@@ -1,6 +1,8 @@
 //! Image in, lazy image out: the library behind the `lazuli` command.
 
+mod acl;
 pub mod archive;
+mod attributes;
 pub mod blob_reader;
 mod blob_thread;
 pub mod cache;

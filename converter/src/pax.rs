@@ -16,97 +16,120 @@ pub struct Time {
     pub nanoseconds: u32,
 }
 
-/// What the records say; `None` where the header block's own value holds.
+/// The records of an extended header by keyword; of several for one, the last. What a value means is only
+/// looked at when somebody asks for it, as containerd's tar reader does.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Pax {
-    pub(crate) path: Option<Vec<u8>>,
-    pub(crate) link_target: Option<Vec<u8>>,
-    pub(crate) size: Option<i64>,
-    pub(crate) uid: Option<i64>,
-    pub(crate) gid: Option<i64>,
-    pub(crate) mtime: Option<Time>,
-    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-    pub(crate) sparse: PaxSparse,
-}
+pub(crate) struct Records(BTreeMap<Vec<u8>, Vec<u8>>);
 
-/// The records of GNU sparse files.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct PaxSparse {
-    pub(crate) major: Option<i64>,
-    pub(crate) minor: Option<i64>,
+/// What the records say of a GNU sparse file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Sparse {
     pub(crate) name: Option<Vec<u8>>,
     /// Length of the file with its holes.
     pub(crate) real_size: Option<i64>,
-    /// Offsets and lengths by turns, formats 0.0 and 0.1.
-    pub(crate) map: Option<Vec<u64>>,
+    pub(crate) map: SparseMap,
 }
 
-impl Pax {
+/// Where the map of a sparse file stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum SparseMap {
+    /// In the records (formats 0.0 and 0.1): offsets and lengths by turns.
+    Known(Vec<u64>),
+    /// In front of the content (format 1.0).
+    InContent,
+}
+
+const SPARSE_MAP: &[u8] = b"GNU.sparse.map";
+
+impl Records {
     /// Reads the content of an extended header.
     ///
     /// # Errors
     ///
     /// What is wrong with it.
     pub(crate) fn parse(mut bytes: &[u8]) -> Result<Self, &'static str> {
-        let mut pax = Self::default();
+        let mut records = BTreeMap::new();
+        // Format 0.0 says piece by piece what 0.1 says in one record.
+        let mut sparse_map: Vec<&[u8]> = Vec::new();
         while !bytes.is_empty() {
             let (key, value, rest) = next_record(bytes).ok_or("its PAX header is malformed")?;
-            pax.set(key, value)?;
             bytes = rest;
+            if key.contains(&0) || (matches!(key, b"path" | b"linkpath" | b"uname" | b"gname") && value.contains(&0)) {
+                return Err("its PAX header has a zero byte in a name");
+            }
+            if !matches!(key, b"GNU.sparse.offset" | b"GNU.sparse.numbytes") {
+                records.insert(key.to_vec(), value.to_vec());
+                continue;
+            }
+            let is_length = key == b"GNU.sparse.numbytes";
+            if is_length == sparse_map.len().is_multiple_of(2) || value.contains(&b',') {
+                return Err("its sparse map is malformed");
+            }
+            sparse_map.push(value);
         }
-        Ok(pax)
+        if !sparse_map.is_empty() {
+            records.insert(SPARSE_MAP.to_vec(), sparse_map.join(&b','));
+        }
+        Ok(Self(records))
     }
 
-    fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), &'static str> {
-        if key.contains(&0) || (matches!(key, b"path" | b"linkpath") && value.contains(&0)) {
-            return Err("its PAX header has a zero byte in a name");
-        }
-        if let Some(name) = key.strip_prefix(XATTR_PREFIX) {
-            self.xattrs.insert(name.to_vec(), value.to_vec());
-            return Ok(());
-        }
-        // An empty value withdraws an earlier record.
-        let integer = || match value {
-            b"" => Ok(None),
-            _ => integer(value).map(Some),
+    /// A value; an empty one says that the header block's own holds.
+    pub(crate) fn text(&self, key: &str) -> Option<&[u8]> {
+        self.0.get(key.as_bytes()).map(Vec::as_slice).filter(|value| !value.is_empty())
+    }
+
+    /// A whole number.
+    pub(crate) fn integer(&self, key: &str) -> Result<Option<i64>, &'static str> {
+        self.text(key).map(integer).transpose()
+    }
+
+    /// A point in time.
+    pub(crate) fn time(&self, key: &str) -> Result<Option<Time>, &'static str> {
+        self.text(key).map(time).transpose()
+    }
+
+    /// Extended attributes by full name; empty values are values.
+    pub(crate) fn xattrs(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
+        let xattrs = self.0.range(XATTR_PREFIX.to_vec()..).take_while(|(key, _)| key.starts_with(XATTR_PREFIX));
+        xattrs.map(|(key, value)| (key[XATTR_PREFIX.len()..].to_vec(), value.clone())).collect()
+    }
+
+    /// What they say of a sparse file; `None` for one without holes, and for formats that nobody knows.
+    pub(crate) fn sparse(&self) -> Result<Option<Sparse>, &'static str> {
+        let is_in_content = match (self.text("GNU.sparse.major"), self.text("GNU.sparse.minor")) {
+            (Some(b"1"), Some(b"0")) => true,
+            (Some(b"0"), Some(b"0" | b"1")) => false,
+            (None, None) if self.text("GNU.sparse.map").is_some() => false,
+            _ => return Ok(None),
         };
-        let text = || (!value.is_empty()).then(|| value.to_vec());
-        match key {
-            b"path" => self.path = text(),
-            b"linkpath" => self.link_target = text(),
-            b"size" => self.size = integer()?,
-            b"uid" => self.uid = integer()?,
-            b"gid" => self.gid = integer()?,
-            b"mtime" if value.is_empty() => self.mtime = None,
-            b"mtime" => self.mtime = Some(time(value)?),
-            b"GNU.sparse.major" => self.sparse.major = integer()?,
-            b"GNU.sparse.minor" => self.sparse.minor = integer()?,
-            b"GNU.sparse.name" => self.sparse.name = text(),
-            b"GNU.sparse.size" | b"GNU.sparse.realsize" => self.sparse.real_size = integer()?,
-            b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
-                let map = self.sparse.map.get_or_insert_default();
-                if map.len() % 2 != usize::from(key == b"GNU.sparse.numbytes") {
-                    return Err("its sparse map is malformed");
-                }
-                map.push(unsigned(value)?);
-            }
-            b"GNU.sparse.map" if value.is_empty() => self.sparse.map = Some(Vec::new()),
-            b"GNU.sparse.map" => {
-                self.sparse.map = Some(value.split(|byte| *byte == b',').map(unsigned).collect::<Result<_, _>>()?);
-            }
-            _ => {}
+        let real_size = match self.integer("GNU.sparse.size")? {
+            None => self.integer("GNU.sparse.realsize")?,
+            size => size,
+        };
+        let name = self.text("GNU.sparse.name").map(<[u8]>::to_vec);
+        let map = if is_in_content { SparseMap::InContent } else { SparseMap::Known(self.sparse_map()?) };
+        Ok(Some(Sparse { name, real_size, map }))
+    }
+
+    fn sparse_map(&self) -> Result<Vec<u64>, &'static str> {
+        let numbers = self.text("GNU.sparse.map").into_iter().flat_map(|map| map.split(|byte| *byte == b','));
+        let map: Vec<_> = numbers.map(unsigned).collect::<Result<_, _>>()?;
+        let count = unsigned(self.text("GNU.sparse.numblocks").unwrap_or_default())?;
+        if (map.len() as u64).is_multiple_of(2) && map.len() as u64 / 2 == count {
+            Ok(map)
+        } else {
+            Err("its sparse map is malformed")
         }
-        Ok(())
     }
 }
 
 /// Splits `LENGTH KEY=VALUE\n` off; the length counts the whole record.
 fn next_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
-    let space = bytes.iter().take(20).position(|byte| *byte == b' ')?;
+    let space = bytes.iter().position(|byte| *byte == b' ')?;
     let len = usize::try_from(unsigned(&bytes[..space]).ok()?).ok()?;
     let record = bytes.get(space + 1..len)?.strip_suffix(b"\n")?;
     let equals = record.iter().position(|byte| *byte == b'=')?;
-    Some((&record[..equals], &record[equals + 1..], &bytes[len..]))
+    (equals > 0).then(|| (&record[..equals], &record[equals + 1..], &bytes[len..]))
 }
 
 fn integer(text: &[u8]) -> Result<i64, &'static str> {
@@ -154,23 +177,19 @@ mod tests {
         let bytes = [
             record("path", b"old"),
             record("path", b"n\xe4me"),
+            record("size", b"of no interest, as another one follows"),
             record("size", b"8589934592"),
-            record("uid", b"3000000000"),
             record("SCHILY.xattr.user.a", b"\0=\n"),
-            record("comment", b"of no interest"),
+            record("SCHILY.xattr.user.b", b""),
             record("gid", b"7"),
             record("gid", b""),
         ]
         .concat();
-        let pax = Pax::parse(&bytes).unwrap();
-        let expected = Pax {
-            path: Some(b"n\xe4me".to_vec()),
-            size: Some(8_589_934_592),
-            uid: Some(3_000_000_000),
-            xattrs: [(b"user.a".to_vec(), b"\0=\n".to_vec())].into(),
-            ..Pax::default()
-        };
-        assert_eq!(pax, expected);
+        let records = Records::parse(&bytes).unwrap();
+        assert_eq!(records.text("path"), Some(&b"n\xe4me"[..]));
+        assert_eq!((records.integer("size"), records.integer("gid")), (Ok(Some(8_589_934_592)), Ok(None)));
+        let xattrs = [(b"user.a".to_vec(), b"\0=\n".to_vec()), (b"user.b".to_vec(), Vec::new())];
+        assert_eq!(records.xattrs(), xattrs.into());
     }
 
     #[test]
@@ -183,13 +202,15 @@ mod tests {
             b"7 path\n",
             b"99999999999999999999 a=b\n",
             b"10 path=\0\n\n",
+            b"11 uname=\0\n",
             b"0 a=b\n",
             b"-5 a=b\n",
-            b"9 size=x\n",
-            b"10 mtime=\n\n",
+            b"6 =ab\n",
         ] {
-            assert!(Pax::parse(bytes).is_err(), "{bytes:?}");
+            assert!(Records::parse(bytes).is_err(), "{bytes:?}");
         }
+        let records = Records::parse(&[record("size", b"x"), record("mtime", b"\n")].concat()).unwrap();
+        assert!(records.integer("size").is_err() && records.time("mtime").is_err());
     }
 
     #[test]
@@ -213,14 +234,22 @@ mod tests {
     fn reads_sparse_maps_of_both_old_formats() {
         let old = [
             record("GNU.sparse.size", b"10"),
+            record("GNU.sparse.numblocks", b"2"),
             record("GNU.sparse.offset", b"1"),
             record("GNU.sparse.numbytes", b"2"),
             record("GNU.sparse.offset", b"8"),
             record("GNU.sparse.numbytes", b"1"),
         ];
-        let new = [record("GNU.sparse.size", b"10"), record("GNU.sparse.map", b"1,2,8,1")];
-        assert_eq!(Pax::parse(&old.concat()), Pax::parse(&new.concat()));
-        assert_eq!(Pax::parse(&new.concat()).unwrap().sparse.map, Some(vec![1, 2, 8, 1]));
-        assert!(Pax::parse(&record("GNU.sparse.numbytes", b"1")).is_err());
+        let new = [
+            record("GNU.sparse.size", b"10"),
+            record("GNU.sparse.numblocks", b"2"),
+            record("GNU.sparse.map", b"1,2,8,1"),
+        ];
+        assert_eq!(Records::parse(&old.concat()), Records::parse(&new.concat()));
+        let sparse = Records::parse(&new.concat()).unwrap().sparse().unwrap().unwrap();
+        assert_eq!((sparse.real_size, sparse.map), (Some(10), SparseMap::Known(vec![1, 2, 8, 1])));
+        assert!(Records::parse(&record("GNU.sparse.numbytes", b"1")).is_err());
+        let without_count = Records::parse(&record("GNU.sparse.map", b"1,2")).unwrap();
+        assert_eq!(without_count.sparse(), Err("a number of its PAX header is malformed"));
     }
 }

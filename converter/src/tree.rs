@@ -1,13 +1,12 @@
 //! The tree that one layer's tar entries describe, as an unpack of this layer alone makes it.
 //!
-//! The rules are those of containerd's unpack (its `archive` package, applied to overlayfs) wherever an
-//! image can tell the difference: paths are cleaned and cannot leave the root, symbolic links of the same
-//! layer are followed on the way to a parent directory, later entries replace earlier ones except that
-//! directories merge, a hard link's metadata goes to the inode it links to, the root's owner and mode are
-//! fixed, times outside 1970 to 2262 become 1970. Where containerd's result depends on the order of
-//! whiteouts and entries, the OCI image specification holds: a whiteout hides lower layers only.
+//! The rules are those of containerd's unpack (its `archive` package, applied to overlayfs) and of the Linux
+//! calls that it makes: paths are cleaned and cannot leave the root, symbolic links of the same layer are
+//! followed on the way to a parent directory, later entries replace earlier ones except that directories
+//! merge, a hard link's metadata goes to the inode it links to, directories get their times when all is
+//! there. What containerd cannot unpack is refused. `docs/SEMANTICS.md` has them all, with their tests.
 //!
-//! What comes of the tree is `layer_index.rs`.
+//! Attributes are `attributes.rs`; what comes of the tree is `layer_index.rs`.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -18,22 +17,28 @@ use format_spec::{
 };
 
 use crate::{
+    attributes::{self, Xattrs},
     pax::Time,
     walker::{Entry, EntryKind, Segment},
 };
 
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
-/// Prefix of what AUFS keeps for itself.
-const META_PREFIX: &[u8] = b".wh..wh.";
 const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
-/// Longest target of a symbolic link (Linux `PATH_MAX`, less its final zero).
-const TARGET_LEN_MAX: usize = 4095;
+/// Longest path and longest target of a symbolic link (Linux `PATH_MAX`, less its final zero).
+const PATH_LEN_MAX: usize = 4095;
 /// Most symbolic links on the way to one path, as in containerd's path resolution.
 const LINKS_FOLLOWED_MAX: usize = 255;
-/// Most inodes of a layer: bounds the memory of a conversion. The largest images known have under a million.
-const INODE_COUNT_MAX: usize = 4_000_000;
-/// What 64 bits of nanoseconds can say; containerd gives later times up.
-const MTIME_SECONDS_MAX: i64 = 9_223_372_036;
+/// Most memory that a tree may take, in bytes as [`LayerTree::grow`] counts them: bounds the memory of a
+/// conversion. Enough for a million files; the largest images known have fewer in all their layers.
+const MEMORY_LEN_MAX: u64 = 256 << 20;
+/// What an inode takes beside its names, target, attributes and segments.
+const NODE_MEMORY_LEN: u64 = 160;
+/// What a name takes beside its bytes.
+const NAME_MEMORY_LEN: u64 = 64;
+
+/// A number that changes nothing as owner or group (chown(2): -1).
+const NO_OWNER: u32 = u32::MAX;
+const SET_GROUP_ID: u32 = 0o2000;
 
 /// The root of a tree.
 pub(crate) const ROOT: u32 = 0;
@@ -42,6 +47,9 @@ pub(crate) const ROOT: u32 = 0;
 #[derive(Debug)]
 pub struct LayerTree {
     nodes: Vec<Node>,
+    /// Names and times of directory entries, which are applied last.
+    directory_times: Vec<(Box<[u8]>, Time)>,
+    memory_len: u64,
 }
 
 /// An inode; nodes stand in the order in which the tar stream creates them.
@@ -49,7 +57,7 @@ pub struct LayerTree {
 pub(crate) struct Node {
     /// Everything but what depends on other inodes.
     pub(crate) inode: Inode,
-    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub(crate) xattrs: Xattrs,
     pub(crate) content: Content,
 }
 
@@ -79,7 +87,7 @@ pub struct TreeError {
 impl Default for LayerTree {
     fn default() -> Self {
         let root = Node { inode: implicit_directory(), xattrs: BTreeMap::new(), content: directory() };
-        Self { nodes: vec![root] }
+        Self { nodes: vec![root], directory_times: Vec::new(), memory_len: NODE_MEMORY_LEN }
     }
 }
 
@@ -98,23 +106,60 @@ impl LayerTree {
         self.try_apply(entry, tar_offset).map_err(|reason| TreeError { path, reason })
     }
 
-    fn try_apply(&mut self, entry: Entry, tar_offset: u64) -> Result<(), String> {
-        let mut parents = clean(&entry.path);
-        if parents.iter().any(|name| name.starts_with(META_PREFIX) && name != OPAQUE_NAME) {
-            return Ok(());
+    /// Ends the layer: gives directories their times, as containerd does when everything else is there.
+    ///
+    /// # Errors
+    ///
+    /// When a later entry took a directory away: containerd then finds nothing to give the time to.
+    pub fn finish(&mut self) -> Result<(), TreeError> {
+        for (path, time) in std::mem::take(&mut self.directory_times) {
+            self.set_directory_time(&path, time)
+                .map_err(|reason| TreeError { path: String::from_utf8_lossy(&path).into_owned(), reason })?;
         }
+        Ok(())
+    }
+
+    fn set_directory_time(&mut self, path: &[u8], time: Time) -> Result<(), String> {
+        let resolved = self.resolve(clean(path))?;
+        let gone = "a later entry of the layer takes this directory away";
+        let number = self.find(&resolved).ok_or(gone)?;
+        if number != WHITEOUT {
+            attributes::set_mtime(&mut self.nodes[number as usize].inode, time);
+        }
+        Ok(())
+    }
+
+    fn try_apply(&mut self, entry: Entry, tar_offset: u64) -> Result<(), String> {
+        if entry.kind == EntryKind::Other(b'S') {
+            return Err("it is an old GNU sparse file, which containerd refuses".to_owned());
+        }
+        let mut parents = clean(&entry.path);
         let Some(name) = parents.pop() else {
-            self.apply_to_root(&entry);
+            if entry.kind != EntryKind::Global {
+                self.apply_to_root(&entry);
+            }
             return Ok(());
         };
-        let parent = self.make_directories(self.resolve(parents)?)?;
+        let parents = self.resolve(parents)?;
+        if path_len(&parents) + 1 + name.len() > PATH_LEN_MAX {
+            return Err(format!("its path is longer than {PATH_LEN_MAX} bytes"));
+        }
+        let parent = self.make_directories(parents)?;
         if name == OPAQUE_NAME {
-            let inode = &mut self.nodes[parent as usize].inode;
-            inode.flags = (inode.flags.get() | flag::OPAQUE).into();
+            // The roots of all layers show, whatever they say: overlayfs stacks them without a look.
+            if parent != ROOT {
+                let inode = &mut self.nodes[parent as usize].inode;
+                inode.flags = (inode.flags.get() | flag::OPAQUE).into();
+            }
             return Ok(());
         }
         if let Some(hidden) = name.strip_prefix(WHITEOUT_PREFIX) {
             return self.add_whiteout(parent, hidden);
+        }
+        if entry.kind == EntryKind::Global {
+            // containerd makes way for it and then finds that there is nothing to make.
+            self.unlink(parent, &name);
+            return Ok(());
         }
         check_name(&name)?;
         self.add_entry(parent, name, entry, tar_offset)
@@ -124,68 +169,67 @@ impl LayerTree {
     fn apply_to_root(&mut self, entry: &Entry) {
         let inode = &mut self.nodes[ROOT as usize].inode;
         inode.flags = (inode.flags.get() & !flag::IMPLICIT).into();
-        set_mtime(inode, entry.mtime);
+        attributes::set_mtime(inode, entry.mtime);
     }
 
     fn add_whiteout(&mut self, parent: u32, name: &[u8]) -> Result<(), String> {
         check_name(name).map_err(|_| "it is a whiteout of no possible name".to_owned())?;
-        match self.child(parent, name) {
-            Some(WHITEOUT) => {}
-            // The layer's own entry stays; only what lower layers have under the name is hidden.
-            Some(existing) => {
-                let inode = &mut self.nodes[existing as usize].inode;
-                if inode.is_directory() {
-                    inode.flags = (inode.flags.get() | flag::OPAQUE).into();
-                }
-            }
-            None => self.link(parent, name, WHITEOUT),
+        if self.child(parent, name).is_some() {
+            return Err("it is a whiteout of what the same layer has already".to_owned());
         }
-        Ok(())
+        self.link(parent, name, WHITEOUT)
     }
 
     fn add_entry(&mut self, parent: u32, name: Vec<u8>, entry: Entry, tar_offset: u64) -> Result<(), String> {
-        let existing = self.child(parent, &name);
-        let existing_directory = existing.filter(|number| self.directory(*number).is_some());
-        if entry.kind == EntryKind::Directory
-            && let Some(number) = existing_directory
-        {
-            return self.set_metadata(number, entry);
+        if entry.kind == EntryKind::Directory {
+            self.grow(NAME_MEMORY_LEN + entry.path.len() as u64)?;
+            self.directory_times.push((entry.path.as_slice().into(), entry.mtime));
+            let existing = self.child(parent, &name).filter(|number| self.directory(*number).is_some());
+            if let Some(number) = existing {
+                return self.set_metadata(number, entry);
+            }
         }
         self.unlink(parent, &name);
         let number = match entry.kind {
             EntryKind::HardLink => self.find_link_target(&entry.link_target)?,
-            // This is how overlayfs, onto which containerd unpacks, stores a whiteout.
-            EntryKind::Character if entry.device == (0, 0) => {
-                self.link(parent, &name, WHITEOUT);
-                return Ok(());
+            _ => {
+                let node = new_node(&entry, tar_offset)?;
+                // This is how overlayfs, onto which containerd unpacks, stores a whiteout.
+                let is_whiteout = node.inode.file_type() == mode::CHARACTER && node.inode.payload == 0;
+                if is_whiteout { WHITEOUT } else { self.add_node(parent, node)? }
             }
-            _ => self.add_node(new_node(&entry, tar_offset)?)?,
         };
-        self.link(parent, &name, number);
-        if existing == Some(WHITEOUT) && entry.kind == EntryKind::Directory {
-            let inode = &mut self.nodes[number as usize].inode;
-            inode.flags = (inode.flags.get() | flag::OPAQUE).into();
+        self.link(parent, &name, number)?;
+        if number == WHITEOUT {
+            return Ok(());
+        }
+        if entry.kind == EntryKind::HardLink {
+            attributes::forget_capability(&mut self.nodes[number as usize].xattrs);
         }
         self.set_metadata(number, entry)
     }
 
+    /// The target of a hard link; may be a whiteout, which is a file to containerd.
     fn find_link_target(&self, target: &[u8]) -> Result<u32, String> {
         let shown = || String::from_utf8_lossy(target).into_owned();
-        let mut parents = clean(target);
-        let name = parents.pop().ok_or("it is a hard link to the root directory")?;
-        let mut number = Some(ROOT);
-        for parent in self.resolve(parents)? {
-            number = number.and_then(|number| self.child(number, &parent));
-        }
-        let number = number.and_then(|number| self.child(number, &name)).filter(|number| *number != WHITEOUT);
+        let mut path = clean(target);
+        let name = path.pop().ok_or("it is a hard link to the root directory")?;
+        let mut path = self.resolve(path)?;
+        path.push(name);
+        let number = self.find(&path);
         let number = number.ok_or_else(|| format!("it is a hard link to {:?}, which this layer lacks", shown()))?;
-        match self.nodes[number as usize].content {
-            Content::Directory(_) => Err(format!("it is a hard link to {:?}, a directory", shown())),
-            _ => Ok(number),
+        match self.directory(number) {
+            Some(_) => Err(format!("it is a hard link to {:?}, a directory", shown())),
+            None => Ok(number),
         }
     }
 
-    /// Follows the symbolic links on the way to a directory, which need not exist.
+    /// What stands at a resolved path.
+    fn find(&self, path: &[Vec<u8>]) -> Option<u32> {
+        path.iter().try_fold(ROOT, |number, name| self.child(number, name))
+    }
+
+    /// Follows the symbolic links on the way to a path, which need not exist.
     fn resolve(&self, path: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, String> {
         let mut pending: VecDeque<_> = path.into();
         let mut resolved: Vec<Vec<u8>> = Vec::with_capacity(pending.len());
@@ -208,6 +252,9 @@ impl LayerTree {
             for name in clean(&whole).into_iter().rev() {
                 pending.push_front(name);
             }
+            if path_len(&pending) > PATH_LEN_MAX {
+                return Err(format!("the path behind its symbolic links is longer than {PATH_LEN_MAX} bytes"));
+            }
             resolved.clear();
             at = Some(ROOT);
         }
@@ -219,20 +266,16 @@ impl LayerTree {
         let mut number = ROOT;
         for name in path {
             number = match self.child(number, &name) {
-                Some(existing) if existing != WHITEOUT => {
-                    if self.directory(existing).is_none() {
-                        return Err(format!("{:?} on the way to it is no directory", String::from_utf8_lossy(&name)));
-                    }
-                    existing
+                Some(existing) if self.directory(existing).is_some() => existing,
+                Some(existing) => {
+                    let what = if existing == WHITEOUT { "a whiteout" } else { "no directory" };
+                    return Err(format!("{:?} on the way to it is {what}", String::from_utf8_lossy(&name)));
                 }
-                hidden => {
+                None => {
                     check_name(&name)?;
-                    let mut inode = implicit_directory();
-                    if hidden.is_some() {
-                        inode.flags = flag::OPAQUE.into();
-                    }
-                    let made = self.add_node(Node { inode, xattrs: BTreeMap::new(), content: directory() })?;
-                    self.link(number, &name, made);
+                    let node = Node { inode: implicit_directory(), xattrs: Xattrs::new(), content: directory() };
+                    let made = self.add_node(number, node)?;
+                    self.link(number, &name, made)?;
                     made
                 }
             };
@@ -241,26 +284,47 @@ impl LayerTree {
     }
 
     fn set_metadata(&mut self, number: u32, entry: Entry) -> Result<(), String> {
-        let node = &mut self.nodes[number as usize];
-        let owner = |id: i64| u32::try_from(id).map_err(|_| format!("its owner or group {id} is not allowed"));
-        let inode = &mut node.inode;
-        inode.uid = owner(entry.uid)?.into();
-        inode.gid = owner(entry.gid)?.into();
-        let permissions = if inode.is_symlink() { 0o777 } else { entry.mode };
-        inode.mode = (inode.file_type() | permissions).into();
+        let xattrs_len = entry.xattrs.iter().map(|(name, value)| (name.len() + value.len()) as u64 + NAME_MEMORY_LEN);
+        self.grow(xattrs_len.sum())?;
+        let Node { inode, xattrs, .. } = &mut self.nodes[number as usize];
+        inode.uid = owner(inode.uid.get(), entry.uid).into();
+        inode.gid = owner(inode.gid.get(), entry.gid).into();
+        attributes::set(xattrs, entry.xattrs, inode.file_type())?;
+        if !inode.is_symlink() {
+            inode.mode = (inode.file_type() | entry.mode).into();
+            attributes::set_permissions(xattrs, entry.mode);
+        }
         inode.flags = (inode.flags.get() & !flag::IMPLICIT).into();
-        set_mtime(inode, entry.mtime);
-        node.xattrs.extend(entry.xattrs.into_iter().filter(|(name, _)| is_xattr_name(name)));
+        attributes::set_mtime(inode, entry.mtime);
         Ok(())
     }
 
-    fn add_node(&mut self, node: Node) -> Result<u32, String> {
-        if self.nodes.len() >= INODE_COUNT_MAX {
-            return Err(format!("the layer has more than {INODE_COUNT_MAX} files"));
+    /// Adds an inode that is created in the directory `parent`, with what it inherits there.
+    fn add_node(&mut self, parent: u32, mut node: Node) -> Result<u32, String> {
+        let segments_len = match &node.content {
+            Content::File { segments: Some(segments), .. } => size_of_val(segments.as_slice()) as u64,
+            Content::Symlink(target) => target.len() as u64,
+            _ => 0,
+        };
+        self.grow(NODE_MEMORY_LEN + segments_len)?;
+        let parent = &self.nodes[parent as usize];
+        if parent.inode.mode.get() & SET_GROUP_ID != 0 {
+            node.inode.gid = parent.inode.gid;
         }
-        let number = u32::try_from(self.nodes.len()).expect("below the limit");
+        attributes::inherit(&mut node.xattrs, &parent.xattrs, &node.inode);
+        let number = u32::try_from(self.nodes.len()).expect("memory is limited");
         self.nodes.push(node);
         Ok(number)
+    }
+
+    /// Counts memory that the tree is about to take.
+    fn grow(&mut self, len: u64) -> Result<(), String> {
+        self.memory_len = self.memory_len.saturating_add(len);
+        if self.memory_len > MEMORY_LEN_MAX {
+            let limit = MEMORY_LEN_MAX >> 20;
+            return Err(format!("the layer's metadata takes more than {limit} MiB: split it into several layers"));
+        }
+        Ok(())
     }
 
     /// The entries of a directory; `None` for everything else.
@@ -275,10 +339,12 @@ impl LayerTree {
         self.directory(directory)?.get(name).copied()
     }
 
-    fn link(&mut self, directory: u32, name: &[u8], number: u32) {
+    fn link(&mut self, directory: u32, name: &[u8], number: u32) -> Result<(), String> {
+        self.grow(NAME_MEMORY_LEN + name.len() as u64)?;
         if let Content::Directory(children) = &mut self.nodes[directory as usize].content {
             children.insert(name.into(), number);
         }
+        Ok(())
     }
 
     fn unlink(&mut self, directory: u32, name: &[u8]) {
@@ -303,7 +369,7 @@ fn new_node(entry: &Entry, tar_offset: u64) -> Result<Node, String> {
         EntryKind::Regular => (mode::REGULAR, Content::File { tar_offset, segments: entry.segments.clone() }),
         EntryKind::Directory => (mode::DIRECTORY, directory()),
         EntryKind::Symlink => {
-            if entry.link_target.is_empty() || entry.link_target.len() > TARGET_LEN_MAX {
+            if entry.link_target.is_empty() || entry.link_target.len() > PATH_LEN_MAX {
                 return Err(format!("it is a symbolic link with a target of {} bytes", entry.link_target.len()));
             }
             (mode::SYMLINK, Content::Symlink(entry.link_target.clone()))
@@ -311,39 +377,37 @@ fn new_node(entry: &Entry, tar_offset: u64) -> Result<Node, String> {
         EntryKind::Character => (mode::CHARACTER, Content::None),
         EntryKind::Block => (mode::BLOCK, Content::None),
         EntryKind::Fifo => (mode::FIFO, Content::None),
-        EntryKind::HardLink => unreachable!("a hard link has no node of its own"),
-        EntryKind::Other(b'S') => return Err("it is an old GNU sparse file, which containerd refuses".to_owned()),
+        EntryKind::HardLink | EntryKind::Global => unreachable!("it has no node of its own"),
         EntryKind::Other(flag) => {
             return Err(format!("its type {:?} is unknown, containerd refuses it", char::from(flag)));
         }
     };
-    let mut inode = blank_inode(file_type);
+    // Linux knows no permissions of symbolic links.
+    let permissions = if file_type == mode::SYMLINK { 0o777 } else { 0 };
+    let mut inode = blank_inode(file_type | permissions);
     inode.size = entry.size.into();
     if inode.is_device() {
-        inode.payload = encode_device(entry.device).ok_or("its device number is too large")?.into();
+        inode.payload = encode_device(entry.device).into();
     }
-    Ok(Node { inode, xattrs: BTreeMap::new(), content })
+    Ok(Node { inode, xattrs: Xattrs::new(), content })
 }
 
+/// The number that mknod(2) gets: 12 bits of the major number, 20 of the minor one, others are lost.
 /// Source: Linux include/linux/kdev_t.h, `new_encode_dev`.
-fn encode_device((major, minor): (i64, i64)) -> Option<u32> {
-    let major = u32::try_from(major).ok().filter(|major| *major < 1 << 12)?;
-    let minor = u32::try_from(minor).ok().filter(|minor| *minor < 1 << 20)?;
-    Some(minor & 0xff | major << 8 | (minor & !0xff) << 12)
+fn encode_device((major, minor): (i64, i64)) -> u32 {
+    let bits = |number: i64, count: u32| u32::try_from(number & ((1 << count) - 1)).expect("fewer than 32 bits");
+    let (major, minor) = (bits(major, 12), bits(minor, 20));
+    minor & 0xff | major << 8 | (minor & !0xff) << 12
 }
 
-fn set_mtime(inode: &mut Inode, time: Time) {
-    let time = if (0..MTIME_SECONDS_MAX).contains(&time.seconds) { time } else { Time::default() };
-    inode.mtime_seconds = time.seconds.cast_unsigned().into();
-    inode.mtime_nanoseconds = time.nanoseconds.into();
+/// The owner or group after an lchown(2) to `id`: of its bits 32 count, and all of them set change nothing.
+fn owner(current: u32, id: i64) -> u32 {
+    let id = u32::try_from(id & i64::from(u32::MAX)).expect("32 bits");
+    if id == NO_OWNER { current } else { id }
 }
 
-/// Whether Linux file systems store extended attributes of this name; containerd drops all others.
-fn is_xattr_name(name: &[u8]) -> bool {
-    let has_prefix = [b"user.".as_slice(), b"trusted.", b"security."]
-        .iter()
-        .any(|prefix| name.len() > prefix.len() && name.starts_with(prefix));
-    (has_prefix || matches!(name, b"system.posix_acl_access" | b"system.posix_acl_default")) && !name.contains(&0)
+fn path_len<'a>(names: impl IntoIterator<Item = &'a Vec<u8>>) -> usize {
+    names.into_iter().map(|name| name.len() + 1).sum()
 }
 
 /// The components of a path from the root, `.` and `..` resolved without looking at the tree.

@@ -56,6 +56,7 @@ fn index(entries: Vec<Entry>) -> Index<Vec<u8>> {
     for (number, entry) in (1..).zip(entries) {
         tree.apply(entry, number * 1000).unwrap();
     }
+    tree.finish().unwrap();
     let built = build_index(tree).unwrap();
     let frame = format_spec::Frame {
         blob_offset: 0.into(),
@@ -80,7 +81,8 @@ fn index(entries: Vec<Entry>) -> Index<Vec<u8>> {
 
 fn refusal(entries: Vec<Entry>) -> String {
     let mut tree = LayerTree::default();
-    let results: Vec<_> = entries.into_iter().map(|entry| tree.apply(entry, 0)).collect();
+    let mut results: Vec<_> = entries.into_iter().map(|entry| tree.apply(entry, 0)).collect();
+    results.push(tree.finish());
     results.into_iter().find_map(Result::err).expect("refused").to_string()
 }
 
@@ -192,20 +194,26 @@ fn hard_links_need_a_file_of_the_layer() {
     let message = refusal(vec![hard_link("b", "a")]);
     assert_eq!(message, r#"tar entry "b": it is a hard link to "a", which this layer lacks"#);
     assert!(refusal(vec![file("a"), hard_link("a", "a")]).contains("lacks"));
-    assert!(refusal(vec![file(".wh.a"), hard_link("b", "a")]).contains("lacks"));
     assert!(refusal(vec![directory("a"), hard_link("b", "a")]).contains("a directory"));
     assert!(refusal(vec![hard_link("b", "/")]).contains("root directory"));
 }
 
 #[test]
-fn whiteouts_hide_lower_layers_only() {
+fn a_hard_link_to_a_whiteout_is_a_whiteout() {
+    check(vec![file(".wh.a"), hard_link("b", "a")], &["a!", "b!"]);
+}
+
+#[test]
+fn whiteouts_come_before_what_has_their_name() {
     check(vec![file("d/.wh.a"), file(".wh.b")], &["b!", "d/?", "d/a!"]);
-    check(vec![file("a"), file(".wh.a")], &["a"]);
     check(vec![file(".wh.a"), file("a")], &["a"]);
-    check(vec![directory("a"), file(".wh.a")], &["a//"]);
-    check(vec![file(".wh.a"), directory("a")], &["a//"]);
-    check(vec![file(".wh.a"), file("a/b")], &["a//", "a/b"]);
+    check(vec![file(".wh.a"), directory("a")], &["a/"]);
     check(vec![entry(EntryKind::Character, "a")], &["a!"]);
+    for existing in [file("a"), directory("a"), symlink("a", "b"), file(".wh.a")] {
+        let message = refusal(vec![existing, file(".wh.a")]);
+        assert_eq!(message, r#"tar entry ".wh.a": it is a whiteout of what the same layer has already"#);
+    }
+    assert!(refusal(vec![file(".wh.a"), file("a/b")]).contains("is a whiteout"));
 }
 
 #[test]
@@ -214,12 +222,13 @@ fn opaque_whiteouts_mark_their_directory() {
     check(vec![file("d/.wh..wh..opq"), directory("d")], &["d//"]);
     check(vec![file("d/.wh..wh..opq")], &["d//?"]);
     let root = index(vec![file(".wh..wh..opq")]).inodes()[0];
-    assert_eq!(root.flags.get(), flag::OPAQUE | flag::IMPLICIT);
+    assert_eq!(root.flags.get(), flag::IMPLICIT, "overlayfs stacks roots whatever they say");
 }
 
 #[test]
-fn what_aufs_keeps_for_itself_is_skipped() {
-    check(vec![directory(".wh..wh.plnk"), file(".wh..wh.plnk/1.2"), file(".wh..wh.aufs"), file("a")], &["a"]);
+fn names_that_aufs_keeps_are_names() {
+    check(vec![directory(".wh..wh.plnk"), file(".wh..wh.aufs")], &[".wh.aufs!", ".wh.plnk!"]);
+    check(vec![file(".wh..wh.plnk/1.2")], &[".wh..wh.plnk/?", ".wh..wh.plnk/1.2"]);
 }
 
 #[test]
@@ -254,8 +263,52 @@ fn refuses_ways_that_lead_nowhere() {
     assert!(refusal(vec![symlink("s", "")]).contains("target of 0 bytes"));
     assert!(refusal(vec![entry(EntryKind::Other(b'S'), "s")]).contains("old GNU sparse"));
     assert!(refusal(vec![entry(EntryKind::Other(b'7'), "s")]).contains("type '7'"));
-    assert!(refusal(vec![Entry { uid: -1, ..file("f") }]).contains("-1"));
-    assert!(refusal(vec![Entry { device: (1 << 12, 0), ..entry(EntryKind::Block, "f") }]).contains("device number"));
+    assert!(refusal(vec![directory("a"), directory("a/b"), file("a")]).contains("takes this directory away"));
+    assert!(refusal(vec![file(&"0123456789/".repeat(400))]).contains("longer than 4095"));
+}
+
+#[test]
+fn directories_get_their_times_last() {
+    let timed = |seconds, entry| Entry { mtime: Time { seconds, nanoseconds: 0 }, ..entry };
+    let entries = vec![timed(1, directory("a")), timed(2, directory("b")), timed(3, symlink("b", "a"))];
+    let index = index(entries);
+    assert_eq!((find(&index, "a").mtime_seconds(), find(&index, "b").mtime_seconds()), (2, 3));
+}
+
+#[test]
+fn a_layer_of_too_many_entries_is_refused_before_memory_runs_out() {
+    let mut tree = LayerTree::default();
+    let refused = (0..u64::MAX).find_map(|number| tree.apply(file(&format!("{number:08}")), 0).err()).unwrap();
+    assert!(
+        refused.to_string().ends_with("the layer's metadata takes more than 256 MiB: split it into several layers")
+    );
+    assert!(tree.node_count() > 1_000_000, "{}", tree.node_count());
+}
+
+#[test]
+fn global_headers_take_what_has_their_name_and_make_their_parents() {
+    check(vec![file("a"), entry(EntryKind::Global, "a"), entry(EntryKind::Global, "d/g")], &["d/?"]);
+}
+
+#[test]
+fn numbers_lose_the_bits_that_linux_drops() {
+    let owned = |uid, gid| {
+        let found = find(&index(vec![Entry { uid, gid, ..file("f") }]), "f");
+        (found.uid.get(), found.gid.get())
+    };
+    assert_eq!(owned(-2, 1 << 32 | 5), (u32::MAX - 1, 5));
+    assert_eq!(owned(-1, i64::from(u32::MAX)), (0, 0), "changes nothing");
+    let device = |device| find(&index(vec![Entry { device, ..entry(EntryKind::Block, "d") }]), "d").payload.get();
+    assert_eq!(device((0x1001, 0x10_0007)), 1 << 8 | 7);
+    check(vec![Entry { device: (0x1000, 1 << 20), ..entry(EntryKind::Character, "d") }], &["d!"]);
+}
+
+#[test]
+fn a_directory_with_set_group_id_hands_its_group_down() {
+    let parent = Entry { mode: 0o2775, gid: 50, ..directory("d") };
+    let index = index(vec![parent, file("d/made/f"), Entry { gid: -1, ..file("d/g") }]);
+    let made = find(&index, "d/made");
+    assert_eq!((made.gid.get(), made.mode.get(), find(&index, "d/g").gid.get()), (50, 0o40755, 50));
 }
 
 #[test]
@@ -268,7 +321,10 @@ fn the_root_keeps_owner_and_mode() {
 #[test]
 fn times_that_containerd_gives_up_become_1970() {
     let time = |seconds| Entry { mtime: Time { seconds, nanoseconds: 5 }, ..file("f") };
-    for (seconds, expected) in [(-1, (0, 0)), (0, (0, 5)), (1 << 33, (1 << 33, 5)), (1 << 40, (0, 0))] {
+    let last = 9_223_372_036;
+    for (seconds, expected) in
+        [(-1, (0, 0)), (0, (0, 5)), (1 << 33, (1 << 33, 5)), (last, (last, 5)), (last + 1, (0, 0))]
+    {
         let found = find(&index(vec![time(seconds)]), "f");
         assert_eq!((found.mtime_seconds(), found.mtime_nanoseconds.get()), expected, "{seconds}");
     }
@@ -276,17 +332,56 @@ fn times_that_containerd_gives_up_become_1970() {
 
 #[test]
 fn metadata_survives() {
-    let names = ["user.a", "trusted.b", "security.c", "system.posix_acl_access", "other.d", "user."];
-    let xattrs = names.map(|name| (name.as_bytes().to_vec(), b"\0\xff".to_vec())).into();
-    let device = Entry { device: (0x123, 0x45678), mode: 0o4755, xattrs, ..entry(EntryKind::Block, "d") };
+    let device = Entry { device: (0x123, 0x45678), mode: 0o4755, ..entry(EntryKind::Block, "d") };
     let index = index(vec![device, symlink("s", "t"), entry(EntryKind::Fifo, "p")]);
     let found = find(&index, "d");
     // new_encode_dev: the minor number's low byte, the major number, the rest of the minor number.
     assert_eq!(found.payload.get(), 0x4561_2378);
     assert_eq!((found.mode.get(), found.uid.get(), found.gid.get()), (0o64755, 1, 2));
-    let names: Vec<_> = index.xattrs(&found).map(|(name, _)| String::from_utf8_lossy(name).into_owned()).collect();
-    assert_eq!(names, ["security.c", "system.posix_acl_access", "trusted.b", "user.a"]);
     assert_eq!((find(&index, "s").mode.get(), find(&index, "p").mode.get()), (0o120777, 0o10640));
+}
+
+fn with_xattrs(entry: Entry, xattrs: &[(&str, &[u8])]) -> Entry {
+    let xattrs = xattrs.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.to_vec())).collect();
+    Entry { xattrs, ..entry }
+}
+
+fn xattr_names(index: &Index<Vec<u8>>, path: &str) -> Vec<String> {
+    let inode = find(index, path);
+    index.xattrs(&inode).map(|(name, _)| String::from_utf8_lossy(name).into_owned()).collect()
+}
+
+const CAPABILITY: (&str, &[u8]) =
+    ("security.capability", &[1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+
+#[test]
+fn xattrs_are_those_that_containerd_sets() {
+    let all = [("user.a", &b"1"[..]), ("trusted.b", b"2"), ("security.c", b"\0"), ("other.d", b"3"), ("user.e", b"")];
+    let entries = [file("f"), directory("d"), symlink("s", "t"), entry(EntryKind::Fifo, "p")];
+    let index = index(entries.map(|entry| with_xattrs(entry, &all)).into());
+    for (path, names) in
+        [("f", &["security.c", "user.a", "user.e"][..]), ("s", &["security.c"]), ("p", &["security.c"])]
+    {
+        assert_eq!(xattr_names(&index, path), names, "{path}");
+    }
+    assert_eq!(xattr_names(&index, "d"), xattr_names(&index, "f"));
+}
+
+#[test]
+fn refuses_xattrs_that_linux_refuses() {
+    let long = "user.".to_owned() + &"n".repeat(251);
+    for (name, value) in [("", &b"1"[..]), ("user.", b"1"), (&long, b"1"), ("security.capability", b"1")] {
+        let message = refusal(vec![with_xattrs(file("f"), &[(name, value)])]);
+        assert!(message.contains(&format!("Linux refuses its attribute {name:?}")), "{message}");
+    }
+}
+
+#[test]
+fn a_hard_link_loses_capabilities_that_it_does_not_bring() {
+    let capable = || with_xattrs(file("a"), &[CAPABILITY]);
+    assert_eq!(xattr_names(&index(vec![capable(), hard_link("b", "a")]), "a"), [] as [&str; 0]);
+    let index = index(vec![capable(), with_xattrs(hard_link("b", "a"), &[CAPABILITY])]);
+    assert_eq!(xattr_names(&index, "a"), ["security.capability"]);
 }
 
 #[test]

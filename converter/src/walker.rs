@@ -2,18 +2,21 @@
 //!
 //! The walker reads headers and whatever stands in front of an entry's content; the content is the
 //! caller's. It reads what containerd's tar reader reads, as that is the judge of what a layer means:
-//! global PAX headers have no effect, links and devices have no content whatever their size says.
+//! global PAX headers are entries and have no effect on others, links and devices have no content whatever
+//! their size says.
 //! What entries mean for a file system is `tree.rs`.
 
 use std::{collections::BTreeMap, io};
 
 use crate::{
     header::{BLOCK_LEN, Header, text},
-    pax::{Pax, Time, unsigned},
+    pax::{Records, SparseMap, Time, unsigned},
 };
 
-/// Longest extended header, long name or sparse map, as in containerd's tar reader: they are kept in memory.
+/// Longest extended header or long name, as in containerd's tar reader: they are kept in memory.
 const EXTENSION_LEN_MAX: u64 = 1 << 20;
+/// Longest sparse map of format 1.0, for the same reason; it has room for hundreds of thousands of segments.
+const SPARSE_MAP_LEN_MAX: u64 = 8 << 20;
 
 /// A tar stream to walk over.
 pub trait TarInput {
@@ -52,6 +55,8 @@ pub enum EntryKind {
     Block,
     /// Named pipe.
     Fifo,
+    /// Global PAX header: stands for no file.
+    Global,
     /// Anything else: its type flag.
     Other(u8),
 }
@@ -120,7 +125,7 @@ pub enum TarError {
 /// Headers that stand in front of an entry.
 #[derive(Default)]
 struct Extensions {
-    pax: Pax,
+    records: Records,
     long_path: Option<Vec<u8>>,
     long_link_target: Option<Vec<u8>>,
 }
@@ -146,12 +151,21 @@ pub fn next_entry(input: &mut impl TarInput) -> Result<Option<Entry>, TarError> 
         }
         let content = read_extension(input, header.size, start)?;
         match header.type_flag {
-            b'x' => extensions.pax = Pax::parse(&content).map_err(malformed)?,
-            b'L' => extensions.long_path = Some(text(&content).to_vec()),
-            b'K' => extensions.long_link_target = Some(text(&content).to_vec()),
-            _ => extensions = Extensions::default(),
+            b'x' => extensions.records = Records::parse(&content).map_err(malformed)?,
+            b'L' => extensions.long_path = long_text(&content),
+            b'K' => extensions.long_link_target = long_text(&content),
+            _ => {
+                let path = Records::parse(&content).map_err(malformed)?.text("path").map(<[u8]>::to_vec);
+                let header = Header { size: 0, path: path.unwrap_or(header.path), ..header };
+                return to_entry(input, start, header, Extensions::default()).map(Some);
+            }
         }
     }
+}
+
+/// A GNU long name; an empty one says nothing.
+fn long_text(content: &[u8]) -> Option<Vec<u8>> {
+    Some(text(content).to_vec()).filter(|text| !text.is_empty())
 }
 
 enum HeaderError {
@@ -209,8 +223,9 @@ fn read_extension(input: &mut impl TarInput, len: i64, start: u64) -> Result<Vec
 
 fn to_entry(input: &mut impl TarInput, start: u64, header: Header, extensions: Extensions) -> Result<Entry, TarError> {
     let malformed = |reason| TarError::Malformed { start, reason };
-    let Extensions { pax, long_path, long_link_target } = extensions;
-    let path = long_path.or(pax.path).unwrap_or(header.path);
+    let Extensions { records, long_path, long_link_target } = extensions;
+    let text = |key| records.text(key).map(<[u8]>::to_vec);
+    let path = long_path.or_else(|| text("path")).unwrap_or(header.path);
     let kind = match header.type_flag {
         0 if path.ends_with(b"/") => EntryKind::Directory,
         0 | b'0' => EntryKind::Regular,
@@ -220,45 +235,48 @@ fn to_entry(input: &mut impl TarInput, start: u64, header: Header, extensions: E
         b'4' => EntryKind::Block,
         b'5' => EntryKind::Directory,
         b'6' => EntryKind::Fifo,
+        b'g' => EntryKind::Global,
         other => EntryKind::Other(other),
     };
-    let stored_len = match kind {
-        EntryKind::Regular | EntryKind::Other(_) => pax.size.unwrap_or(header.size),
-        _ => 0,
-    };
+    let integer = |key| records.integer(key).map_err(malformed);
+    let time = |key| records.time(key).map_err(malformed);
+    // Nobody asks for these, but containerd does not unpack an entry with a malformed one.
+    time("atime")?;
+    time("ctime")?;
+    let size = integer("size")?.unwrap_or(header.size);
+    let has_content = matches!(kind, EntryKind::Regular | EntryKind::Other(_));
+    let stored_len = if has_content { size } else { 0 };
     let stored_len = u64::try_from(stored_len).map_err(|_| malformed("its size is negative"))?;
     let mut entry = Entry {
         start,
         path,
         kind,
         mode: u32::try_from(header.mode & 0o7777).expect("12 bits"),
-        uid: pax.uid.unwrap_or(header.uid),
-        gid: pax.gid.unwrap_or(header.gid),
-        mtime: pax.mtime.unwrap_or(Time { seconds: header.mtime_seconds, nanoseconds: 0 }),
-        link_target: long_link_target.or(pax.link_target).unwrap_or(header.link_target),
+        uid: integer("uid")?.unwrap_or(header.uid),
+        gid: integer("gid")?.unwrap_or(header.gid),
+        mtime: time("mtime")?.unwrap_or(Time { seconds: header.mtime_seconds, nanoseconds: 0 }),
+        link_target: long_link_target.or_else(|| text("linkpath")).unwrap_or(header.link_target),
         device: (header.device_major, header.device_minor),
-        xattrs: pax.xattrs,
+        xattrs: records.xattrs(),
         size: stored_len,
         segments: None,
         stored_len,
         padding_len: stored_len.wrapping_neg() % BLOCK_LEN as u64,
     };
-    if kind != EntryKind::Regular {
-        return Ok(entry);
+    let Some(sparse) = records.sparse().map_err(malformed)? else { return Ok(entry) };
+    if !has_content {
+        return Err(malformed("it has a sparse map and no content"));
     }
-    let sparse = pax.sparse;
-    let map = match (sparse.major, sparse.minor, sparse.map) {
-        (Some(1), Some(0), _) => Some(read_sparse_map(input, &mut entry)?),
-        (None | Some(0), None | Some(0 | 1), Some(map)) => Some(map),
-        _ => None,
-    };
-    let Some(map) = map else { return Ok(entry) };
     if let Some(name) = sparse.name {
         entry.path = name;
     }
     if let Some(size) = sparse.real_size {
         entry.size = u64::try_from(size).map_err(|_| malformed("its size is negative"))?;
     }
+    let map = match sparse.map {
+        SparseMap::Known(map) => map,
+        SparseMap::InContent => read_sparse_map(input, &mut entry)?,
+    };
     let (pairs, rest) = map.as_chunks::<2>();
     let segments: Vec<_> = pairs.iter().map(|[offset, len]| Segment { offset: *offset, len: *len }).collect();
     if !rest.is_empty() || !is_map_of(&segments, entry.size, entry.stored_len) {
@@ -289,7 +307,10 @@ fn read_sparse_map(input: &mut impl TarInput, entry: &mut Entry) -> Result<Vec<u
     let mut read_len = 0;
     while expected_len.is_none_or(|expected| map.len() < expected) {
         read_len += BLOCK_LEN as u64;
-        if read_len > EXTENSION_LEN_MAX || read_len > entry.stored_len.next_multiple_of(BLOCK_LEN as u64) {
+        if read_len > SPARSE_MAP_LEN_MAX {
+            return Err(malformed("its sparse map is longer than 8 MiB"));
+        }
+        if read_len > entry.stored_len {
             return Err(malformed("its sparse map does not end"));
         }
         let block = input.peek(BLOCK_LEN)?;
@@ -309,11 +330,7 @@ fn read_sparse_map(input: &mut impl TarInput, entry: &mut Entry) -> Result<Vec<u
             }
         }
     }
-    if read_len > entry.stored_len {
-        // The padding stood in the map's last block.
-        entry.padding_len = 0;
-    }
-    entry.stored_len = entry.stored_len.saturating_sub(read_len);
+    entry.stored_len -= read_len;
     Ok(map)
 }
 

@@ -152,14 +152,15 @@ fn pax_records_replace_header_fields() {
 }
 
 #[test]
-fn global_pax_headers_have_no_effect() {
+fn global_pax_headers_are_entries_without_effect() {
     let mut global = pax(&[("path", b"global"), ("uid", b"9")]);
     global[156] = b'g';
     let mut block = tar::Header::from_byte_slice(&global[..BLOCK_LEN]).clone();
     block.set_cksum();
     global[..BLOCK_LEN].copy_from_slice(block.as_bytes());
-    let (entry, _) = only_entry(&[&global, &file(b"file", b"")]);
-    assert_eq!((entry.path.as_slice(), entry.uid, entry.start), (&b"file"[..], 0, 0));
+    let entries = walk(&[global, file(b"file", b""), END.to_vec()].concat()).unwrap();
+    let shown: Vec<_> = entries.iter().map(|(entry, _)| (entry.kind, entry.path.as_slice(), entry.uid)).collect();
+    assert_eq!(shown, [(EntryKind::Global, &b"global"[..], 0), (EntryKind::Regular, b"file", 0)]);
 }
 
 #[test]
@@ -195,8 +196,12 @@ fn reads_the_three_pax_sparse_formats() {
         ("GNU.sparse.offset", b"1000"),
         ("GNU.sparse.numbytes", b"0"),
     ];
-    let middle: [(&str, &[u8]); 3] =
-        [("GNU.sparse.size", b"1000"), ("GNU.sparse.map", b"100,4,1000,0"), ("GNU.sparse.name", b"name")];
+    let middle: [(&str, &[u8]); 4] = [
+        ("GNU.sparse.size", b"1000"),
+        ("GNU.sparse.numblocks", b"2"),
+        ("GNU.sparse.map", b"100,4,1000,0"),
+        ("GNU.sparse.name", b"name"),
+    ];
     let new: [(&str, &[u8]); 4] = [
         ("GNU.sparse.major", b"1"),
         ("GNU.sparse.minor", b"0"),
@@ -232,7 +237,12 @@ fn a_sparse_map_may_need_several_blocks() {
 #[test]
 fn refuses_sparse_maps_that_lie() {
     for map in ["100,5", "100,4,99,0", "998,4", "5", "18446744073709551615,4", "100,4,1001,0"] {
-        let records: [(&str, &[u8]); 2] = [("GNU.sparse.size", b"1000"), ("GNU.sparse.map", map.as_bytes())];
+        let count = map.split(',').count().div_ceil(2).to_string();
+        let records: [(&str, &[u8]); 3] = [
+            ("GNU.sparse.size", b"1000"),
+            ("GNU.sparse.numblocks", count.as_bytes()),
+            ("GNU.sparse.map", map.as_bytes()),
+        ];
         let bytes = [pax(&records), file(b"name", b"data"), END.to_vec()].concat();
         assert!(matches!(walk(&bytes), Err(TarError::Malformed { .. })), "{map}");
     }

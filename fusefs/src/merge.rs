@@ -7,7 +7,8 @@
 //! - an entry replaces what lower layers have under its path; two directories merge;
 //! - a whiteout hides it; an opaque directory hides what lies below it in lower layers;
 //! - a directory shows the metadata of the uppermost layer that names it itself. A layer whose tar stream
-//!   names only its content (flag IMPLICIT) leaves the metadata of lower layers, as containerd copies it.
+//!   names only its content (flag IMPLICIT) leaves the metadata of lower layers, as containerd copies it,
+//!   even from where an opaque directory hides the rest.
 //!
 //! Three things are those of an unpack into one directory instead, because programs rely on them and
 //! overlayfs is no model: the link count of a file is the number of names the tree shows (overlayfs counts
@@ -81,8 +82,15 @@ struct LayerInode {
 struct Directory {
     /// Its number in the tree.
     number: u32,
-    /// The directories it shows, uppermost first.
-    shown: Vec<LayerInode>,
+    layers: DirectoryLayers,
+}
+
+/// The directories of all layers under one path, uppermost first, down to where it is something else.
+#[derive(Debug)]
+struct DirectoryLayers {
+    directories: Vec<LayerInode>,
+    /// How many of them show; the others lie below an opaque directory.
+    shown_count: usize,
 }
 
 struct Merger<'a, B> {
@@ -104,17 +112,19 @@ impl<'a, B: AsRef<[u8]>> Merger<'a, B> {
 
     fn add_root(&mut self) -> Result<(), MergeError> {
         let roots = (0..self.layers.len()).rev().map(|layer| LayerInode { layer: layer_number(layer), inode: 0 });
-        let shown = self.visible_directories(roots)?;
-        self.add_directory_inode(shown)?;
+        let layers = self.directory_layers(roots, self.layers.len())?;
+        self.add_directory_inode(layers)?;
         Ok(())
     }
 
-    /// Of the entries under one path, uppermost first, those directories that show through.
-    fn visible_directories(
+    /// Of the entries under one path, uppermost first, the directories. The first `shown_count` are in
+    /// directories that show.
+    fn directory_layers(
         &self,
         candidates: impl IntoIterator<Item = LayerInode>,
-    ) -> Result<Vec<LayerInode>, MergeError> {
-        let mut shown = Vec::new();
+        mut shown_count: usize,
+    ) -> Result<DirectoryLayers, MergeError> {
+        let mut directories = Vec::new();
         for candidate in candidates {
             if candidate.inode == WHITEOUT {
                 break;
@@ -123,19 +133,20 @@ impl<'a, B: AsRef<[u8]>> Merger<'a, B> {
             if !inode.is_directory() {
                 break;
             }
-            shown.push(candidate);
+            directories.push(candidate);
             if inode.flags.get() & flag::OPAQUE != 0 {
-                break;
+                shown_count = shown_count.min(directories.len());
             }
         }
-        Ok(shown)
+        shown_count = shown_count.min(directories.len());
+        Ok(DirectoryLayers { directories, shown_count })
     }
 
     /// Adds a directory with the metadata of the uppermost layer that names it, and queues its entries.
-    fn add_directory_inode(&mut self, shown: Vec<LayerInode>) -> Result<u32, MergeError> {
-        let mut metadata =
-            *shown.first().ok_or(FormatError::Rule { what: "inode", number: 0, rule: "the root is no directory" })?;
-        for candidate in &shown {
+    fn add_directory_inode(&mut self, layers: DirectoryLayers) -> Result<u32, MergeError> {
+        let missing = FormatError::Rule { what: "inode", number: 0, rule: "the root is no directory" };
+        let mut metadata = *layers.directories.first().ok_or(missing)?;
+        for candidate in &layers.directories {
             if self.inode(*candidate)?.1.flags.get() & flag::IMPLICIT == 0 {
                 metadata = *candidate;
                 break;
@@ -149,7 +160,7 @@ impl<'a, B: AsRef<[u8]>> Merger<'a, B> {
             ..*inode
         };
         let number = self.builder.add_inode(inode)?;
-        self.queue.push_back(Directory { number, shown });
+        self.queue.push_back(Directory { number, layers });
         Ok(number)
     }
 
@@ -200,36 +211,39 @@ impl<'a, B: AsRef<[u8]>> Merger<'a, B> {
 
     /// Adds the entries of a directory: names ascending, of each the uppermost entry.
     fn add_directory(&mut self, directory: &Directory) -> Result<(), MergeError> {
-        let mut entries = Vec::with_capacity(directory.shown.len());
-        for shown in &directory.shown {
-            let (index, inode) = self.inode(*shown)?;
-            entries.push((shown.layer, index.children(inode).peekable()));
+        let DirectoryLayers { directories, shown_count } = &directory.layers;
+        let mut entries = Vec::with_capacity(directories.len());
+        for directory in directories {
+            let (index, inode) = self.inode(*directory)?;
+            entries.push((directory.layer, index.children(inode).peekable()));
         }
         let mut children = Vec::new();
         let mut candidates = Vec::with_capacity(entries.len());
         while let Some(name) = entries.iter_mut().filter_map(|(_, rest)| rest.peek().map(|(name, _)| *name)).min() {
             candidates.clear();
-            for (layer, rest) in &mut entries {
+            let mut candidates_shown = 0;
+            for (position, (layer, rest)) in entries.iter_mut().enumerate() {
                 if let Some((_, inode)) = rest.next_if(|(other, _)| *other == name) {
                     candidates.push(LayerInode { layer: *layer, inode });
+                    candidates_shown += usize::from(position < *shown_count);
                 }
             }
-            if let Some(number) = self.add_child(&candidates)? {
+            if let Some(number) = self.add_child(&candidates, candidates_shown)? {
                 children.push((name, number));
             }
         }
         Ok(self.builder.add_directory(directory.number, children)?)
     }
 
-    /// Adds what is seen of the entries under one path, uppermost first; `None` behind a whiteout.
-    fn add_child(&mut self, candidates: &[LayerInode]) -> Result<Option<u32>, MergeError> {
-        let Some(uppermost) = candidates.first().filter(|candidate| candidate.inode != WHITEOUT) else {
-            return Ok(None);
-        };
+    /// Adds what is seen of the entries under one path, uppermost first, of which the first `shown_count`
+    /// are in directories that show; `None` where nothing is.
+    fn add_child(&mut self, candidates: &[LayerInode], shown_count: usize) -> Result<Option<u32>, MergeError> {
+        let uppermost = candidates[..shown_count].first().filter(|candidate| candidate.inode != WHITEOUT);
+        let Some(uppermost) = uppermost else { return Ok(None) };
         let (_, inode) = self.inode(*uppermost)?;
         if inode.is_directory() {
-            let shown = self.visible_directories(candidates.iter().copied())?;
-            return self.add_directory_inode(shown).map(Some);
+            let layers = self.directory_layers(candidates.iter().copied(), shown_count)?;
+            return self.add_directory_inode(layers).map(Some);
         }
         self.add_file_inode(*uppermost, inode).map(Some)
     }

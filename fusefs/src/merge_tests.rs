@@ -130,7 +130,7 @@ fn model(layers: &[Node]) -> BTreeMap<Path, Shown> {
     // Which inode stands under a path: link counts come from here.
     let mut identities = BTreeMap::new();
     for (layer, root) in (0..).zip(layers) {
-        apply(&mut shown, &mut identities, layer, Path::new(), root);
+        apply(&mut shown, &mut identities, &layers[..layer as usize], Path::new(), root);
     }
     identities.retain(|path, _| shown.contains_key(path));
     let paths: Vec<Path> = shown.keys().cloned().collect();
@@ -150,10 +150,11 @@ fn model(layers: &[Node]) -> BTreeMap<Path, Shown> {
 fn apply(
     shown: &mut BTreeMap<Path, Shown>,
     identities: &mut BTreeMap<Path, (u32, u32)>,
-    layer: u32,
+    below: &[Node],
     path: Path,
     node: &Node,
 ) {
+    let layer = u32::try_from(below.len()).unwrap();
     let is_merging = matches!(node, Node::Directory { is_opaque: false, .. })
         && shown.get(&path).is_some_and(|below| below.kind == mode::DIRECTORY);
     if !is_merging {
@@ -162,9 +163,8 @@ fn apply(
     }
     let (kind, metadata) = match node {
         Node::Whiteout => return,
-        Node::Directory { metadata: None, .. } if is_merging && shown[&path].metadata.is_some() => {
-            let below = &shown[&path];
-            (mode::DIRECTORY, Some((below.metadata, below.layer)))
+        Node::Directory { metadata: None, .. } if inherited(below, &path).is_some() => {
+            (mode::DIRECTORY, inherited(below, &path).map(|(metadata, layer)| (Some(metadata), layer)))
         }
         Node::Directory { metadata, .. } => (mode::DIRECTORY, Some((*metadata, layer))),
         Node::File(number) | Node::Link(number) => (mode::REGULAR, Some((Some(*number), layer))),
@@ -176,7 +176,7 @@ fn apply(
         Node::Directory { children, .. } => {
             for (name, child) in children {
                 let path = path.iter().copied().chain([*name]).collect();
-                apply(shown, identities, layer, path, child);
+                apply(shown, identities, below, path, child);
             }
         }
         Node::File(number) | Node::Link(number) | Node::Symlink(number) => {
@@ -184,6 +184,27 @@ fn apply(
         }
         Node::Whiteout => {}
     }
+}
+
+/// Metadata for a directory that a layer only passes through: that of the uppermost layer below which names
+/// it, unless one between them has something else there or on the way.
+fn inherited(below: &[Node], path: &[&str]) -> Option<(u32, u32)> {
+    for (layer, root) in (0..).zip(below).rev() {
+        let mut node = Some(root);
+        for name in path {
+            node = match node {
+                Some(Node::Directory { children, .. }) => children.get(name),
+                Some(_) => return None,
+                None => None,
+            };
+        }
+        match node {
+            Some(Node::Directory { metadata: Some(metadata), .. }) => return Some((*metadata, layer)),
+            Some(Node::Directory { .. }) | None => {}
+            Some(_) => return None,
+        }
+    }
+    None
 }
 
 fn merged(layers: &[Node]) -> Index<Vec<u8>> {
@@ -321,6 +342,18 @@ fn a_directory_that_a_layer_only_passes_through_keeps_its_metadata() {
     check(&[below, above], &[("a", Some(1), 2), ("a/b", Some(2), 1)]);
     let above = directory([("a", named_directory(3, []))]);
     check(&[directory([("a", named_directory(1, []))]), above], &[("a", Some(3), 2)]);
+}
+
+#[test]
+fn an_opaque_directory_that_a_layer_only_passes_through_keeps_its_metadata() {
+    let below = directory([("a", named_directory(1, [("b", named_directory(2, [("c", Node::File(3))]))]))]);
+    let passed = Node::Directory { metadata: None, is_opaque: true, children: [("d", Node::File(4))].into() };
+    let above = directory([("a", directory([("b", passed)]))]);
+    check(&[below.clone(), above], &[("a", Some(1), 3), ("a/b", Some(2), 2), ("a/b/d", Some(4), 1)]);
+    // containerd looks for it in each layer, whatever upper layers hide.
+    let opaque = directory([("a", opaque_directory(5, []))]);
+    let above = directory([("a", directory([("b", directory([("d", Node::File(6))]))]))]);
+    check(&[below, opaque, above], &[("a", Some(5), 3), ("a/b", Some(2), 2), ("a/b/d", Some(6), 1)]);
 }
 
 #[test]

@@ -3,7 +3,8 @@
 //! Not compared, because they are of the mount and not of the image: inode and device numbers, access
 //! and change times, block counts, sizes of directories, and the link counts of directories where a
 //! file system does not count them (it says 1 then, as overlayfs does). Nor the time of the root itself:
-//! containerd ignores a layer's entry for the root and leaves it the time of unpacking.
+//! containerd ignores a layer's entry for the root and leaves it the time of unpacking. Nor names that
+//! cannot be looked up: overlayfs lists whiteouts of a directory that only one layer has.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -116,8 +117,12 @@ pub fn diff_trees(original: &Path, lazy: &Path) -> Result<Vec<String>> {
 }
 
 impl Entry {
-    fn read(path: &Path) -> Result<Self> {
-        let metadata = fs::symlink_metadata(path).at("reading metadata of", path)?;
+    /// `None` for what is not there.
+    fn read(path: &Path) -> Result<Option<Self>> {
+        let metadata = match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            metadata => metadata.at("reading metadata of", path)?,
+        };
         let kind = kind_of(metadata.file_type());
         let target = match kind {
             "symlink" => Some(fs::read_link(path).at("reading link", path)?),
@@ -128,7 +133,7 @@ impl Entry {
             let value = xattr::get(path, &name).at("reading an xattr of", path)?;
             xattrs.insert(name.as_bytes().to_vec(), value.unwrap_or_default());
         }
-        Ok(Self::from_parts(kind, &metadata, target, xattrs))
+        Ok(Some(Self::from_parts(kind, &metadata, target, xattrs)))
     }
 
     fn from_parts(
@@ -184,7 +189,7 @@ fn walk(root: &Path) -> Result<BTreeMap<PathBuf, Entry>> {
     let mut pending = vec![PathBuf::new()];
     while let Some(relative) = pending.pop() {
         let path = root.join(&relative);
-        let entry = Entry::read(&path)?;
+        let Some(entry) = Entry::read(&path)? else { continue };
         if entry.kind == "directory" {
             for child in fs::read_dir(&path).at("listing", &path)? {
                 pending.push(relative.join(child.at("listing", &path)?.file_name()));

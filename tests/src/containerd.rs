@@ -106,6 +106,15 @@ impl Containerd {
         run(&mut self.ctr(["images", "pull", "--plain-http", "--snapshotter", snapshotter, reference])).map(drop)
     }
 
+    /// Takes in the images of an archive without unpacking them.
+    ///
+    /// # Errors
+    ///
+    /// When `ctr` fails.
+    pub fn import(&self, archive: &Path) -> Result<()> {
+        run(self.ctr(["images", "import", "--no-unpack"]).arg(archive)).map(drop)
+    }
+
     /// Runs a container to its end; without `words`, what the image says.
     ///
     /// # Errors
@@ -115,7 +124,7 @@ impl Containerd {
         finish(self.ctr(["run", "--rm", "--snapshotter", snapshotter, reference, id]).args(words))
     }
 
-    /// Mounts an image that was pulled, read-only, as containers would see it.
+    /// Mounts an image that containerd has, read-only, as containers would see it; unpacks what is not yet.
     ///
     /// # Errors
     ///

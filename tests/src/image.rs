@@ -121,6 +121,31 @@ impl ImageBuilder {
         Ok(layout.reference())
     }
 
+    /// Writes several images into the layout `<scratch>/<name>`, each under its tag, and the layout into
+    /// the archive `<scratch>/<name>.tar`, in which containerd finds the images as `<name>/<tag>:latest`.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be written.
+    pub fn write_all(images: &[(String, Self)], scratch: &Scratch, name: &str) -> Result<PathBuf> {
+        let layout = Layout::create(scratch.join(name))?;
+        let mut manifests = Vec::new();
+        for (tag, image) in images {
+            let mut manifest = image.add_to(&layout)?;
+            manifest["annotations"] = json!({
+                "org.opencontainers.image.ref.name": tag,
+                "io.containerd.image.name": format!("{name}/{tag}:latest"),
+            });
+            manifests.push(manifest);
+        }
+        layout.write("index.json", &json!({ "schemaVersion": 2, "manifests": manifests }))?;
+        let archive = scratch.join(format!("{name}.tar"));
+        let mut tar = tar::Builder::new(fs::File::create(&archive).at("creating", &archive)?);
+        tar.append_dir_all("", &layout.directory).at("writing", &archive)?;
+        tar.into_inner().at("writing", &archive)?;
+        Ok(archive)
+    }
+
     /// Writes the image into a layout, under no tag; returns its descriptor.
     ///
     /// # Errors

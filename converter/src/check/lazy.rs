@@ -124,6 +124,7 @@ fn walk<R: io::BufRead>(stream: &mut FrameStream<'_, '_, R>) -> Result<LayerTree
         tree.apply(entry, content_start).map_err(|error| error.to_string())?;
         stream.skip(len).map_err(|error| error.to_string())?;
     }
+    tree.finish().map_err(|error| error.to_string())?;
     Ok(tree)
 }
 
