@@ -189,7 +189,7 @@ fn apply(
 /// Metadata for a directory that a layer only passes through: that of the uppermost layer below which names
 /// it, unless one between them has something else there or on the way.
 fn inherited(below: &[Node], path: &[&str]) -> Option<(u32, u32)> {
-    for (layer, root) in (0..).zip(below).rev() {
+    for (layer, root) in below.iter().enumerate().rev() {
         let mut node = Some(root);
         for name in path {
             node = match node {
@@ -199,7 +199,9 @@ fn inherited(below: &[Node], path: &[&str]) -> Option<(u32, u32)> {
             };
         }
         match node {
-            Some(Node::Directory { metadata: Some(metadata), .. }) => return Some((*metadata, layer)),
+            Some(Node::Directory { metadata: Some(metadata), .. }) => {
+                return Some((*metadata, u32::try_from(layer).unwrap()));
+            }
             Some(Node::Directory { .. }) | None => {}
             Some(_) => return None,
         }

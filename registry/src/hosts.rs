@@ -344,7 +344,7 @@ mod tests {
         check("dial_timeout = \"soon\"", "dial_timeout: \"soon\" is no time");
         check("dial_timeout = \"5\"", "dial_timeout: \"5\" is no time");
         check("dial_timeout = \"99999999999999h\"", "is no time");
-        check("proxy = \"socks5://a:1\"", "proxy: \"socks5://a:1\" is no http://host:port or socks5://host:port");
+        check("proxy = \"ftp://a:1\"", "proxy: \"ftp://a:1\" is no http://host:port or socks5://host:port");
         check("= 1", "line 1: ");
     }
 }
