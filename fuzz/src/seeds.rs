@@ -58,8 +58,10 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
     words.flatten().take(len).collect()
 }
 
-/// An archive from entries: path, type, target of a link, PAX records, content.
-fn archive(entries: &[(&str, EntryType, &str, &[(&str, &[u8])], &[u8])]) -> Vec<u8> {
+/// Path, type, target of a link, PAX records, content.
+type Entry<'a> = (&'a str, EntryType, &'a str, &'a [(&'a str, &'a [u8])], &'a [u8]);
+
+fn archive(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut builder = Builder::new(Vec::new());
     for (path, kind, target, records, content) in entries {
         if !records.is_empty() {
