@@ -100,7 +100,11 @@ fn layouts_and_registries_hold_the_same_result() -> Result<()> {
     let original = registry.push(&source, "sample:original")?;
     lazuli_ok(["convert", &original, &back])?;
     assert_eq!(layout_manifest(&layout)?, registry.manifest("sample:lazy")?);
-    assert_eq!(layout_manifest(&layout)?["layers"], layout_manifest(&back)?["layers"]);
+    // skopeo compresses bare layers when it pushes: the annotations name other original blobs.
+    let blobs = |layout: &str| -> Result<Vec<Digest>> {
+        layout_manifest(layout)?["layers"].as_array().into_iter().flatten().map(digest_in).collect()
+    };
+    assert_eq!(blobs(&layout)?, blobs(&back)?);
     for layer in layout_manifest(&layout)?["layers"].as_array().expect("a manifest has layers") {
         let blob = std::fs::read(layout_blob(&layout, digest_in(layer)?)).context("reading a blob")?;
         assert_eq!(Digest::of(&blob), digest_in(layer)?);
