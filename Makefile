@@ -4,7 +4,6 @@
 #   make test          everything that every change must pass
 #   make test-images   the three real images, in every field, and a second version of one (minutes)
 #   make test-large    millions of entries, files of gigabytes: bounded memory, the same tree (minutes)
-#   make test-model    random images against a model of what containerd unpacks, and containerd (minutes)
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
 #   make bench         conversion beside what others take; the hot set beside real starts (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
@@ -16,7 +15,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images test-large test-model fuzz bench bench-frames demo lint deps images clean
+.PHONY: build test test-images test-large fuzz bench bench-frames demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -32,9 +31,6 @@ test-images: build images
 
 test-large: build
 	$(CARGO) test --release --workspace --test large -- --nocapture --test-threads 1
-
-test-model: build
-	$(CARGO) test --release --workspace --test model
 
 fuzz: deps
 	fuzz/run $(or $(SECONDS),60) $(TARGET)

@@ -2,7 +2,7 @@
 //!
 //! Thousands go through conversion and merge without a mount: bytes of tar streams in, the merged tree and
 //! the content of its files out, both read as a node reads them. A few are also unpacked by containerd and
-//! mounted. `make test-model` runs them; `LAZULI_MODEL_CASES` and `LAZULI_MODEL_IMAGES` say how many. What they found are cases of
+//! mounted. `LAZULI_MODEL_CASES` and `LAZULI_MODEL_IMAGES` say how many. What they found are cases of
 //! `tar_features` and tests of the walker, the tree and the merge.
 
 mod entries;
