@@ -3,7 +3,7 @@
 //! A connection carries requests one after the other: one JSON object a line, answered by one JSON
 //! object a line. Requests on several connections run at the same time.
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
 use format_spec::{Digest, LayerId, LazyLayer};
 use serde::{Deserialize, Serialize};
@@ -80,16 +80,59 @@ pub enum Response {
     },
     /// The state of the daemon.
     Status {
+        /// How new trees are mounted, and why.
+        mode: ModeStatus,
         /// Every known layer, sorted by digest.
         layers: Vec<LayerStatus>,
         /// Every available tree, sorted.
-        trees: Vec<TreeId>,
+        trees: Vec<TreeStatus>,
     },
     /// The request failed.
     Error {
         /// One line: what, where, what to do.
         message: String,
     },
+}
+
+/// How the kernel reads a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TreeMode {
+    /// Kernel mode: an EROFS mount, in which only content that is in no page cache is asked for.
+    Erofs,
+    /// Portable mode: a directory of the FUSE session.
+    Fuse,
+}
+
+impl fmt::Display for TreeMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Erofs => "erofs",
+            Self::Fuse => "fuse",
+        })
+    }
+}
+
+/// The mode that a daemon chose at its start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModeStatus {
+    /// The mode.
+    pub in_use: TreeMode,
+    /// Why, in a few words: `asked for`, `the kernel mounts EROFS over files`, or what keeps it from that.
+    pub reason: String,
+}
+
+/// One tree in [`Response::Status`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TreeStatus {
+    /// The tree.
+    pub tree: TreeId,
+    /// Its layers, lowest first.
+    pub layers: Vec<LayerId>,
+    /// How the kernel reads it now; a mount that is older than the process keeps its mode.
+    pub mode: TreeMode,
+    /// Those of its layers that the kernel reads from their cache file, without this process; lowest first.
+    pub direct_layers: Vec<LayerId>,
 }
 
 /// One layer in [`Response::Status`].
@@ -103,4 +146,6 @@ pub struct LayerStatus {
     pub frames_total: u64,
     /// Compressed bytes that were fetched by this process.
     pub fetched_bytes: u64,
+    /// Whether everything has arrived: nothing is fetched any longer.
+    pub is_complete: bool,
 }

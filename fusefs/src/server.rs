@@ -18,7 +18,7 @@ use tokio::{
 use tracing::{debug, warn};
 
 use crate::{
-    control::{Request, Response},
+    control::{ModeStatus, Request, Response, TreeMode},
     error::Error,
     namespace::TREES,
     service::Service,
@@ -161,7 +161,8 @@ async fn answer(request: Request, service: &Service, trees: &Path) -> Result<Res
         Request::RemoveLayer { layer } => service.remove_layer(layer).await?,
         Request::LayerUsage { layer } => return Ok(Response::Usage { bytes: service.layer_usage(layer).await? }),
         Request::Status => {
-            return Ok(Response::Status { layers: service.layers().await?, trees: service.available_trees() });
+            let mode = ModeStatus { in_use: TreeMode::Fuse, reason: "the only mode of this version".to_owned() };
+            return Ok(Response::Status { mode, layers: service.layers().await?, trees: service.available_trees() });
         }
     }
     Ok(Response::Done)

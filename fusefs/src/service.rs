@@ -21,7 +21,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::{
-    control::{LayerStatus, RemoteLayer, TreeId, tree_id},
+    control::{LayerStatus, RemoteLayer, TreeId, TreeMode, TreeStatus, tree_id},
     error::Error,
     factory::SourceFactory,
     merge::{MergeError, merge},
@@ -280,12 +280,12 @@ impl Service {
     }
 
     /// Every tree that is available, sorted.
-    pub(crate) fn available_trees(&self) -> Vec<TreeId> {
+    pub(crate) fn available_trees(&self) -> Vec<TreeStatus> {
         let trees = self.trees();
-        let mut ids: Vec<TreeId> =
-            trees.iter().filter(|(_, pending)| pending.tree.get().is_some()).map(|(id, _)| *id).collect();
-        ids.sort_unstable();
-        ids
+        let available = trees.iter().filter(|(_, pending)| pending.tree.get().is_some());
+        let mut available: Vec<TreeStatus> = available.map(|(id, pending)| tree_status(*id, pending)).collect();
+        available.sort_unstable_by_key(|status| status.tree);
+        available
     }
 
     /// Makes everything that arrived durable; blocks.
@@ -319,6 +319,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn tree_status(id: TreeId, pending: &PendingTree) -> TreeStatus {
+    let layers = pending.layers.iter().map(LazyLayer::id).collect();
+    TreeStatus { tree: id, layers, mode: TreeMode::Fuse, direct_layers: Vec::new() }
+}
+
 fn layer_status(known: &KnownLayer, open: Option<&Layer>) -> LayerStatus {
     let image = known.description.get(IMAGE).and_then(|image| image.as_str()).unwrap_or_default();
     let progress = open.map(Layer::progress).unwrap_or_default();
@@ -327,6 +332,7 @@ fn layer_status(known: &KnownLayer, open: Option<&Layer>) -> LayerStatus {
         frames_present: progress.frames_present,
         frames_total: progress.frames_total,
         fetched_bytes: progress.fetched_bytes,
+        is_complete: open.is_some_and(Layer::is_complete),
     }
 }
 

@@ -59,7 +59,7 @@ impl Running {
 
     fn trees(&self) -> Vec<Digest> {
         match self.ask(&Request::Status) {
-            Response::Status { trees, .. } => trees,
+            Response::Status { trees, .. } => trees.into_iter().map(|tree| tree.tree).collect(),
             other => panic!("{other:?}"),
         }
     }

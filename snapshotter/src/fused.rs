@@ -156,7 +156,7 @@ impl Fused {
     /// When the daemon cannot be reached.
     pub async fn status(&self) -> Result<(Vec<LayerStatus>, Vec<TreeId>)> {
         match self.request(&Request::Status, ANSWER_WITHIN).await? {
-            Response::Status { layers, trees } => Ok((layers, trees)),
+            Response::Status { layers, trees, .. } => Ok((layers, trees.into_iter().map(|tree| tree.tree).collect())),
             other => Err(FusedError::Answer(format!("{other:?}"))),
         }
     }

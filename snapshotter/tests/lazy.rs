@@ -16,7 +16,7 @@ use std::{
 use common::{Daemon, Mounted, code, to_labels};
 use containerd_client::services::v1::snapshots::Kind;
 use format_spec::{Digest, IndexLocation, LazyLayer};
-use fusefs::control::{LayerStatus, RemoteLayer, Request, Response, TreeId, tree_id};
+use fusefs::control::{LayerStatus, ModeStatus, RemoteLayer, Request, Response, TreeId, TreeMode, TreeStatus, tree_id};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::{
@@ -86,8 +86,9 @@ async fn serve(stream: UnixStream, trees: PathBuf, log: Arc<Mutex<Vec<Request>>>
             Request::MountTree { layers } => Response::Tree { path: tree(&trees, layers).unwrap() },
             Request::LayerUsage { .. } => Response::Usage { bytes: 12345 },
             Request::Status => Response::Status {
+                mode: ModeStatus { in_use: TreeMode::Fuse, reason: "asked for".to_owned() },
                 layers: holds.iter().cloned().map(status).collect(),
-                trees: holds.iter().map(|held| held.layer.id()).collect(),
+                trees: holds.iter().map(|held| tree_status(held.layer.id())).collect(),
             },
             _ => Response::Done,
         };
@@ -110,7 +111,12 @@ fn tree(trees: &Path, layers: &[RemoteLayer]) -> io::Result<PathBuf> {
 }
 
 fn status(layer: RemoteLayer) -> LayerStatus {
-    LayerStatus { layer, frames_present: 0, frames_total: 1, fetched_bytes: 0 }
+    LayerStatus { layer, frames_present: 0, frames_total: 1, fetched_bytes: 0, is_complete: false }
+}
+
+/// The tree of a single layer has its name.
+fn tree_status(tree: TreeId) -> TreeStatus {
+    TreeStatus { tree, layers: vec![tree], mode: TreeMode::Fuse, direct_layers: Vec::new() }
 }
 
 fn remote(name: &str) -> RemoteLayer {
