@@ -201,7 +201,7 @@ pub enum MetadataError {
     #[error("snapshot {0} is not active")]
     NotActive(SnapshotKey),
     /// A snapshot with children stays.
-    #[error("snapshot {0} has children")]
+    #[error("cannot remove snapshot {0}, it has children")]
     HasChildren(SnapshotKey),
     /// The directory of a new snapshot could not be made.
     #[error("directory of snapshot {0}: {1}")]
