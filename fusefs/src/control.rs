@@ -58,6 +58,9 @@ pub enum Request {
         /// The layer.
         layer: LayerId,
     },
+    /// Hold the session, so that it outlives the daemon; answered with [`Response::Session`]. The asker is taken for a
+    /// holder until the connection ends.
+    HoldSession,
     /// What is mounted and how much has arrived; answered with [`Response::Status`].
     Status,
 }
@@ -78,6 +81,9 @@ pub enum Response {
         /// Bytes really on disk, index and data.
         bytes: u64,
     },
+    /// A duplicate of the session's `/dev/fuse` descriptor is attached to the first byte of this answer
+    /// ([`crate::descriptor::receive`]). The next daemon gets it as standard input, with `--take-over`.
+    Session,
     /// The state of the daemon.
     Status {
         /// How new trees are mounted, and why.

@@ -2,29 +2,44 @@
 //!
 //! ```text
 //! <root>/fused.lock   held while the daemon lives
+//! <root>/fused.init   how the session began, for the next daemon
 //! <root>/mnt          the session
 //! <root>/cache        storage's
 //! <root>/trees        merged trees
 //! ```
+//!
+//! The session goes from one daemon to the next when somebody holds its descriptor meanwhile: a daemon that is killed
+//! or told to end leaves it, and the next one, which gets the descriptor, goes on where it was.
 
 use std::{
     fs::{self, File},
     io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
+    time::{Duration, Instant},
 };
 
 use rustix::fs::FlockOperation;
 use tokio::runtime::Handle;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
+    connection::Connection,
     error::Error,
     factory::SourceFactory,
-    server::ControlServer,
+    server::{ControlServer, HeldDevice},
     service::{Service, blocking},
-    session::{Session, SessionOptions, detach_dead_mount},
+    session::{Session, SessionOptions},
 };
+
+/// How long a predecessor may take to go that has left its session: it may have to write down what arrived.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a process that was killed may hold a lock or a socket: its descriptors are closed one after the other.
+const CLOSING_PATIENCE: Duration = Duration::from_millis(200);
+/// How often it is looked whether they are free.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// What a daemon is told at its start.
 #[derive(Debug, Clone)]
@@ -35,6 +50,8 @@ pub struct DaemonOptions {
     pub address: PathBuf,
     /// How the session behaves.
     pub session: SessionOptions,
+    /// The `/dev/fuse` descriptor of the last daemon, to go on with its session.
+    pub take_over: Option<Arc<OwnedFd>>,
 }
 
 /// A daemon that is mounted and listens.
@@ -42,42 +59,62 @@ pub struct DaemonOptions {
 pub struct Daemon {
     server: ControlServer,
     session: Session,
+    device: Arc<HeldDevice>,
     service: Service,
     _lock: File,
 }
 
 impl Daemon {
-    /// Locks the root, mounts the session, binds the socket and begins to restore the trees of the last process.
+    /// Locks the root, binds the socket, begins to restore the trees of the last process, and mounts a session or goes
+    /// on with the last one.
     ///
-    /// Needs the runtime it is called on until it is stopped.
+    /// Requests of the kernel that concern what is not restored yet wait. Needs the runtime it is called on until it is
+    /// stopped.
     ///
     /// # Errors
     ///
-    /// When another daemon has the root or the socket, or FUSE or the disk refuses; then nothing is mounted.
+    /// When another daemon has the root or the socket, or FUSE or the disk refuses; then nothing is mounted that was
+    /// not before.
     pub async fn start(options: DaemonOptions, sources: Arc<dyn SourceFactory>) -> Result<Self, Error> {
         let runtime = Handle::current();
-        let DaemonOptions { root, address, session } = options;
+        let DaemonOptions { root, address, session, take_over } = options;
         let prepare = move || -> Result<Self, Error> {
             fs::create_dir_all(&root).map_err(Error::disk(&root))?;
             let root = root.canonicalize().map_err(Error::disk(&root))?;
-            let lock = lock(&root)?;
+            let patience = if take_over.is_some() { PREDECESSOR_PATIENCE } else { CLOSING_PATIENCE };
+            let lock = retry(patience, || lock(&root), |error| matches!(error, Error::Locked(_)))?;
             let service = Service::open(&root, runtime, sources)?;
-            let server = ControlServer::bind(&address)?;
+            let bind = || ControlServer::bind(&address);
+            let server = retry(CLOSING_PATIENCE, bind, |error| matches!(error, Error::SocketInUse(_)))?;
             let mount_point = root.join("mnt");
-            detach_dead_mount(&mount_point)?;
-            fs::create_dir_all(&mount_point).map_err(Error::disk(&mount_point))?;
-            let session = Session::mount(service.namespace(), &mount_point, &session)?;
+            let connection = connect(&root, &mount_point, take_over.as_deref())?;
+            let device = connection.device().try_clone().map_err(Error::Device)?;
+            // Before the first request is answered.
+            if let Err(error) = service.restore() {
+                warn!(%error, "trees of the last process are not available until they are asked for");
+            }
+            let session = Session::serve(service.namespace(), &connection, &mount_point, &session)?;
+            info!(mount_point = %mount_point.display(), taken_over = !connection.is_new(), "serving");
             service.set_notifier(session.notifier());
-            Ok(Self { server, session, service, _lock: lock })
+            Ok(Self { server, session, device: Arc::new(HeldDevice::new(device)), service, _lock: lock })
         };
-        let daemon = blocking(prepare).await?;
-        if let Err(error) = daemon.service.restore() {
-            warn!(%error, "trees of the last process are not available until they are asked for");
-        }
-        Ok(daemon)
+        blocking(prepare).await
     }
 
-    /// Answers requests until `shutdown` is there or somebody unmounts the session, then leaves nothing behind.
+    /// The `/dev/fuse` descriptor of the session.
+    pub fn device(&self) -> BorrowedFd<'_> {
+        self.device.device().as_fd()
+    }
+
+    /// Says that somebody holds [`Self::device`] who does not ask over the control socket, until this process ends.
+    pub fn add_holder(&self) {
+        self.device.add_holder();
+    }
+
+    /// Answers requests until `shutdown` is there or somebody unmounts the session.
+    ///
+    /// Told to shut down while somebody holds the session, it leaves the session as it is: the process must end then,
+    /// and the next one goes on. Otherwise it leaves nothing behind.
     ///
     /// # Errors
     ///
@@ -86,14 +123,47 @@ impl Daemon {
         let mount_point = self.session.mount_point().to_owned();
         let ended = tokio::select! {
             () = shutdown => Ok(()),
-            served = self.server.serve(&self.service, &mount_point) => served,
+            served = self.server.serve(&self.service, &mount_point, &self.device) => served,
             ended = self.session.wait() => ended,
         };
+        let is_left = self.device.is_held() && !self.session.has_ended();
         drop(self.server);
-        let unmounted = self.session.unmount().await;
+        let unmounted = if is_left {
+            info!(mount_point = %mount_point.display(), "the session is left to the next process");
+            Ok(())
+        } else {
+            self.session.unmount().await
+        };
         let service = self.service;
         let flushed = blocking(move || service.flush()).await;
         ended.and(unmounted).and(flushed)
+    }
+}
+
+/// Goes on with the session of `take_over` if that can be, else mounts a new one.
+fn connect(root: &Path, mount_point: &Path, take_over: Option<&OwnedFd>) -> Result<Connection, Error> {
+    let connection = match take_over {
+        Some(device) => {
+            let device = device.try_clone().map_err(Error::Device)?;
+            Connection::take_over(root, mount_point, device)?
+        }
+        None => None,
+    };
+    connection.map_or_else(|| Connection::mount(root, mount_point), Ok)
+}
+
+/// Tries until it works, fails in another way, or `patience` is over.
+fn retry<T>(
+    patience: Duration,
+    mut attempt: impl FnMut() -> Result<T, Error>,
+    may_pass: impl Fn(&Error) -> bool,
+) -> Result<T, Error> {
+    let give_up_at = Instant::now() + patience;
+    loop {
+        match attempt() {
+            Err(error) if may_pass(&error) && Instant::now() < give_up_at => thread::sleep(POLL_INTERVAL),
+            result => return result,
+        }
     }
 }
 

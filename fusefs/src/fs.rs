@@ -5,8 +5,8 @@
 //! needs no request at all (`ENOSYS` to the first one tells the kernel so); there are no file handles, and
 //! forgetting is nothing to us.
 //!
-//! No request waits for the network on a session thread: a read whose bytes are missing takes its reply
-//! along to `storage`.
+//! No request waits on a session thread: a read whose bytes are missing takes its reply along to `storage`, and a
+//! request for what an earlier process has shown and this one does not yet waits in a task of its own.
 
 use std::{
     cell::RefCell,
@@ -23,11 +23,12 @@ use fuser::{
     LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
     ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
+use tokio::runtime::Handle;
 use tracing::{debug, warn};
 
 use crate::{
     namespace::{Entry, Found, Namespace},
-    tree::BLOCK_LEN,
+    tree::{BLOCK_LEN, Content},
 };
 
 /// How long the kernel may keep what never changes: a year, well inside what it can count.
@@ -40,13 +41,15 @@ const BACKGROUND_REQUESTS_MAX: u16 = 256;
 /// Node numbers are never used again, so generations do not differ.
 const GENERATION: Generation = Generation(0);
 /// What the kernel is asked for where it can: listings with attributes, parallel lookups in a directory, cached link
-/// targets, and ACLs that count in permission checks as on any other file system.
-const WANTED: [InitFlags; 5] = [
+/// targets, ACLs that count in permission checks as on any other file system, and requests that are sent again to the
+/// next process.
+const WANTED: [InitFlags; 6] = [
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_READDIRPLUS_AUTO,
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_CACHE_SYMLINKS,
     InitFlags::FUSE_POSIX_ACL,
+    InitFlags::FUSE_HAS_RESEND,
 ];
 
 thread_local! {
@@ -58,6 +61,7 @@ thread_local! {
 #[derive(Debug)]
 pub(crate) struct LazuliFs {
     namespace: Arc<Namespace>,
+    runtime: Handle,
     /// The kernel understands `ENOSYS` to `open` as "do not ask again".
     is_open_needless: bool,
     /// The same for `opendir`.
@@ -65,8 +69,31 @@ pub(crate) struct LazuliFs {
 }
 
 impl LazuliFs {
-    pub(crate) fn new(namespace: Arc<Namespace>) -> Self {
-        Self { namespace, is_open_needless: false, is_opendir_needless: false }
+    /// Requests that cannot be answered at once wait on `runtime`.
+    pub(crate) fn new(namespace: Arc<Namespace>, runtime: Handle) -> Self {
+        Self { namespace, runtime, is_open_needless: false, is_opendir_needless: false }
+    }
+
+    /// Answers at once, or in the background when `is_there` says so; in any case when nothing more comes.
+    fn answer(
+        &self,
+        is_there: impl Fn(&Namespace) -> bool + Send + Sync + 'static,
+        answer: impl FnOnce(&Namespace) + Send + 'static,
+    ) {
+        if !self.namespace.is_incomplete() || is_there(&self.namespace) {
+            return answer(&self.namespace);
+        }
+        let namespace = self.namespace.clone();
+        self.runtime.spawn(async move {
+            namespace.wait_for(is_there).await;
+            // Here, although it may read a file: threads that may block could all be waiting for this very answer.
+            answer(&namespace);
+        });
+    }
+
+    /// [`Self::answer`] for a request that concerns one file.
+    fn answer_about(&self, number: INodeNo, answer: impl FnOnce(&Namespace) + Send + 'static) {
+        self.answer(move |namespace| namespace.has(number.0), answer);
     }
 }
 
@@ -87,29 +114,36 @@ impl Filesystem for LazuliFs {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.namespace.lookup(parent.0, name.as_bytes()) {
-            Ok(Found::Entry(entry)) => reply.entry(&FOR_EVER, &file_attr(&entry), GENERATION),
-            Ok(Found::Nothing) => reply.entry(&FOR_EVER, &no_file(), GENERATION),
-            Ok(Found::NotYet) => reply.error(Errno::ENOENT),
-            Err(error) => reply.error(errno(error)),
-        }
+        let name: Arc<[u8]> = name.as_bytes().into();
+        let awaited = name.clone();
+        self.answer(
+            move |namespace| namespace.has_name(parent.0, &awaited),
+            move |namespace| match namespace.lookup(parent.0, &name) {
+                Ok(Found::Entry(entry)) => reply.entry(&FOR_EVER, &file_attr(&entry), GENERATION),
+                Ok(Found::Nothing) => reply.entry(&FOR_EVER, &no_file(), GENERATION),
+                Ok(Found::NotYet) => reply.error(Errno::ENOENT),
+                Err(error) => reply.error(errno(error)),
+            },
+        );
     }
 
     fn forget(&self, _: &Request, _: INodeNo, _: u64) {}
 
     fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.namespace.entry(number.0) {
+        self.answer_about(number, move |namespace| match namespace.entry(number.0) {
             Ok(entry) => reply.attr(&FOR_EVER, &file_attr(&entry)),
             Err(error) => reply.error(errno(error)),
-        }
+        });
     }
 
     fn readlink(&self, _: &Request, number: INodeNo, reply: ReplyData) {
-        let mut reply = Some(reply);
-        let answered = self.namespace.read_link(number.0, |target| reply.take().map(|reply| reply.data(target)));
-        if let (Err(error), Some(reply)) = (answered, reply) {
-            reply.error(errno(error));
-        }
+        self.answer_about(number, move |namespace| {
+            let mut reply = Some(reply);
+            let answered = namespace.read_link(number.0, |target| reply.take().map(|reply| reply.data(target)));
+            if let (Err(error), Some(reply)) = (answered, reply) {
+                reply.error(errno(error));
+            }
+        });
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -130,30 +164,10 @@ impl Filesystem for LazuliFs {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let content = match self.namespace.content(number.0, offset, size as usize) {
-            Ok(Some(content)) => content,
-            Ok(None) => return reply.data(&[]),
-            Err(error) => return reply.error(errno(error)),
-        };
-        READ_BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < content.len {
-                buffer.resize(content.len, 0);
-            }
-            let buffer = &mut buffer[..content.len];
-            match content.layer.read_at_if_present(content.plain_offset, buffer) {
-                Ok(Some(len)) => reply.data(&buffer[..len]),
-                Ok(None) => content.layer.read_then(content.plain_offset, content.len, |bytes| match bytes {
-                    Ok(bytes) => reply.data(&bytes),
-                    Err(error) => {
-                        debug!(%error, "read failed");
-                        reply.error(Errno::EIO);
-                    }
-                }),
-                Err(error) => {
-                    warn!(blob = %content.layer.lazy_layer().blob, %error, "cache file cannot be read");
-                    reply.error(Errno::EIO);
-                }
-            }
+        self.answer_about(number, move |namespace| match namespace.content(number.0, offset, size as usize) {
+            Ok(Some(content)) => read_content(&content, reply),
+            Ok(None) => reply.data(&[]),
+            Err(error) => reply.error(errno(error)),
         });
     }
 
@@ -169,47 +183,61 @@ impl Filesystem for LazuliFs {
     }
 
     fn readdir(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let filled = self.namespace.read_directory(number.0, offset, |next, name, entry| {
-            !reply.add(INodeNo(entry.number), next, file_type(entry.attributes.mode), OsStr::from_bytes(name))
-        });
-        match filled {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(errno(error)),
-        }
+        self.answer(
+            move |namespace| namespace.has_entries(number.0),
+            move |namespace| {
+                let filled = namespace.read_directory(number.0, offset, |next, name, entry| {
+                    !reply.add(INodeNo(entry.number), next, file_type(entry.attributes.mode), OsStr::from_bytes(name))
+                });
+                match filled {
+                    Ok(()) => reply.ok(),
+                    Err(error) => reply.error(errno(error)),
+                }
+            },
+        );
     }
 
     fn readdirplus(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
-        let filled = self.namespace.read_directory(number.0, offset, |next, name, entry| {
-            let name = OsStr::from_bytes(name);
-            !reply.add(INodeNo(entry.number), next, name, &FOR_EVER, &file_attr(entry), GENERATION)
-        });
-        match filled {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(errno(error)),
-        }
+        self.answer(
+            move |namespace| namespace.has_entries(number.0),
+            move |namespace| {
+                let filled = namespace.read_directory(number.0, offset, |next, name, entry| {
+                    let name = OsStr::from_bytes(name);
+                    !reply.add(INodeNo(entry.number), next, name, &FOR_EVER, &file_attr(entry), GENERATION)
+                });
+                match filled {
+                    Ok(()) => reply.ok(),
+                    Err(error) => reply.error(errno(error)),
+                }
+            },
+        );
     }
 
     fn statfs(&self, _: &Request, number: INodeNo, reply: ReplyStatfs) {
-        let statistics = self.namespace.statistics(number.0);
-        let block_len = block_len();
-        reply.statfs(statistics.block_count, 0, 0, statistics.inode_count, 0, block_len, NAME_LEN_MAX, block_len);
+        self.answer_about(number, move |namespace| {
+            let statistics = namespace.statistics(number.0);
+            let block_len = block_len();
+            reply.statfs(statistics.block_count, 0, 0, statistics.inode_count, 0, block_len, NAME_LEN_MAX, block_len);
+        });
     }
 
     fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let mut reply = Some(reply);
-        let answered = self
-            .namespace
-            .xattr(number.0, name.as_bytes(), |value| reply.take().map(|reply| answer_xattr(value, size, reply)));
-        if let (Err(error), Some(reply)) = (answered, reply) {
-            reply.error(errno(error));
-        }
+        let name = name.to_owned();
+        self.answer_about(number, move |namespace| {
+            let mut reply = Some(reply);
+            let answered = namespace
+                .xattr(number.0, name.as_bytes(), |value| reply.take().map(|reply| answer_xattr(value, size, reply)));
+            if let (Err(error), Some(reply)) = (answered, reply) {
+                reply.error(errno(error));
+            }
+        });
     }
 
     fn listxattr(&self, _: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
-        match self.namespace.xattr_names(number.0) {
+        self.answer_about(number, move |namespace| match namespace.xattr_names(number.0) {
             Ok(names) => answer_xattr(&names, size, reply),
             Err(error) => reply.error(errno(error)),
-        }
+        });
     }
 
     fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
@@ -230,6 +258,30 @@ impl Filesystem for LazuliFs {
     ) {
         reply.error(Errno::ENOTTY);
     }
+}
+
+/// Answers at once if the bytes are there, else when they have arrived.
+fn read_content(content: &Content, reply: ReplyData) {
+    READ_BUFFER.with_borrow_mut(|buffer| {
+        if buffer.len() < content.len {
+            buffer.resize(content.len, 0);
+        }
+        let buffer = &mut buffer[..content.len];
+        match content.layer.read_at_if_present(content.plain_offset, buffer) {
+            Ok(Some(len)) => reply.data(&buffer[..len]),
+            Ok(None) => content.layer.read_then(content.plain_offset, content.len, |bytes| match bytes {
+                Ok(bytes) => reply.data(&bytes),
+                Err(error) => {
+                    debug!(%error, "read failed");
+                    reply.error(Errno::EIO);
+                }
+            }),
+            Err(error) => {
+                warn!(blob = %content.layer.lazy_layer().blob, %error, "cache file cannot be read");
+                reply.error(Errno::EIO);
+            }
+        }
+    });
 }
 
 /// The protocol of `getxattr(2)` and `listxattr(2)`: size 0 asks for the length.

@@ -8,8 +8,10 @@
 //! Words: a *tree* is what a container sees of an image; a *session* is one FUSE mount; a *slot* is the
 //! place of a tree among the node numbers of the session.
 
+mod connection;
 pub mod control;
 pub mod daemon;
+pub mod descriptor;
 pub mod erofs;
 pub mod error;
 pub mod factory;

@@ -2,7 +2,15 @@
 //!
 //! Wiring only: command line, logging, signals, and registries as the place that layers come from.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::Parser;
 use fusefs::{Daemon, DaemonOptions, Error, SessionOptions, control::RemoteLayer};
@@ -35,6 +43,9 @@ struct Arguments {
     /// What the kernel reads ahead of a sequential reader, in KiB.
     #[arg(long, value_name = "KIB", default_value_t = SessionOptions::default().read_ahead_kib)]
     read_ahead: u32,
+    /// Go on with the session whose /dev/fuse descriptor is standard input, if it is still there.
+    #[arg(long)]
+    take_over: bool,
     /// What to log: a level, or directives as `fusefs=debug,storage=info`.
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: EnvFilter,
@@ -43,10 +54,18 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     tracing_subscriber::fmt().with_env_filter(arguments.log).with_writer(std::io::stderr).with_ansi(false).init();
+    let take_over = match arguments.take_over.then(take_standard_input).transpose() {
+        Ok(device) => device.map(Arc::new),
+        Err(error) => {
+            error!("standard input: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let options = DaemonOptions {
         root: arguments.root,
         address: arguments.address,
         session: SessionOptions { read_ahead_kib: arguments.read_ahead },
+        take_over,
     };
     let environment = ClientOptions::from_environment();
     // Restarted during an outage it waits as long as it would have without the restart.
@@ -62,7 +81,12 @@ fn main() -> ExitCode {
         .enable_all()
         .build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(run(options, client)).map_err(|error| error.to_string()),
+        Ok(runtime) => {
+            let result = runtime.block_on(run(options, client)).map_err(|error| error.to_string());
+            // The next process may be waiting for this one to end.
+            runtime.shutdown_timeout(Duration::ZERO);
+            result
+        }
         Err(error) => Err(error.to_string()),
     };
     match result {
@@ -72,6 +96,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Takes the descriptor from there, so that it is closed with the session's last one.
+fn take_standard_input() -> io::Result<OwnedFd> {
+    let device = io::stdin().as_fd().try_clone_to_owned()?;
+    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+    Ok(device)
 }
 
 async fn run(options: DaemonOptions, client: Client) -> Result<(), Error> {

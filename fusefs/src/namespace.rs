@@ -1,7 +1,10 @@
 //! All that one FUSE session shows: a single tree, or every layer and tree of the node.
 //!
-//! Plain functions from node numbers to answers; `fs.rs` puts them on the wire. Nothing here waits: for
-//! bytes it says where they lie.
+//! Plain functions from node numbers to answers; `fs.rs` puts them on the wire. Nothing here waits for bytes:
+//! it says where they lie.
+//!
+//! A process that goes on with the session of another one knows at first nothing of what the kernel knows. Until all of
+//! it is shown again, the namespace is *incomplete*: what is missing may still come ([`Namespace::wait_for`]).
 //!
 //! ```text
 //! /layers/<hex digest>     plain address space of a layer, read-only
@@ -16,6 +19,7 @@ use std::{
 use format_spec::{Digest, LayerId};
 use rustix::io::Errno;
 use storage::Layer;
+use tokio::sync::watch;
 
 use crate::{
     control::TreeId,
@@ -36,6 +40,8 @@ pub(crate) struct Namespace {
     /// The tree that is the root itself; `None` for the two directories.
     root: Option<Arc<Tree>>,
     tables: RwLock<Tables>,
+    /// Whether more comes that an earlier process has shown; sent again with all that does.
+    incomplete: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -78,19 +84,22 @@ pub(crate) struct Statistics {
 impl Namespace {
     /// The layers and trees of a node; empty at first.
     pub(crate) fn of_node() -> Self {
-        Self { root: None, tables: RwLock::default() }
+        Self { root: None, tables: RwLock::default(), incomplete: watch::Sender::new(false) }
     }
 
     /// One tree.
     pub(crate) fn of_tree(tree: Arc<Tree>) -> Self {
-        Self { root: Some(tree), tables: RwLock::default() }
+        Self { root: Some(tree), tables: RwLock::default(), incomplete: watch::Sender::new(false) }
     }
 
     /// Shows a tree.
     pub(crate) fn add_tree(&self, tree: &Arc<Tree>) {
-        let mut tables = self.write();
-        tables.trees.insert(tree.id, tree.clone());
-        tables.slots.insert(tree.slot, tree.clone());
+        {
+            let mut tables = self.write();
+            tables.trees.insert(tree.id, tree.clone());
+            tables.slots.insert(tree.slot, tree.clone());
+        }
+        self.tell_waiting();
     }
 
     /// Shows a tree no longer.
@@ -104,12 +113,15 @@ impl Namespace {
     /// Shows a layer; one whose number is taken by another one stays hidden.
     pub(crate) fn add_layer(&self, layer: &Layer) {
         let id = layer.lazy_layer().id();
-        let mut tables = self.write();
-        let holder = tables.layer_numbers.entry(layer_number(&id)).or_insert_with(|| layer.clone());
-        if holder.lazy_layer().id() == id {
-            *holder = layer.clone();
-            tables.layers.insert(id, layer.clone());
+        {
+            let mut tables = self.write();
+            let holder = tables.layer_numbers.entry(layer_number(&id)).or_insert_with(|| layer.clone());
+            if holder.lazy_layer().id() == id {
+                *holder = layer.clone();
+                tables.layers.insert(id, layer.clone());
+            }
         }
+        self.tell_waiting();
     }
 
     /// Shows a layer no longer.
@@ -118,6 +130,51 @@ impl Namespace {
         if tables.layers.remove(&id).is_some() {
             tables.layer_numbers.remove(&layer_number(&id));
         }
+    }
+
+    /// From now on until [`Self::set_complete`], what is missing may still come.
+    pub(crate) fn set_incomplete(&self) {
+        self.incomplete.send_replace(true);
+    }
+
+    /// Everything is shown that an earlier process has shown, or never will be.
+    pub(crate) fn set_complete(&self) {
+        self.incomplete.send_replace(false);
+    }
+
+    /// Whether what is missing may still come.
+    pub(crate) fn is_incomplete(&self) -> bool {
+        *self.incomplete.borrow()
+    }
+
+    /// Returns when `is_there` says so, or when nothing more comes.
+    pub(crate) async fn wait_for(&self, is_there: impl Fn(&Self) -> bool) {
+        let mut incomplete = self.incomplete.subscribe();
+        while *incomplete.borrow_and_update() && !is_there(self) {
+            // The sender lives in this namespace.
+            if incomplete.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn tell_waiting(&self) {
+        self.incomplete.send_if_modified(|incomplete| *incomplete);
+    }
+
+    /// Whether a number names something.
+    pub(crate) fn has(&self, number: u64) -> bool {
+        self.resolve(number).is_ok()
+    }
+
+    /// Whether it is settled what is under a name of a directory.
+    pub(crate) fn has_name(&self, parent: u64, name: &[u8]) -> bool {
+        !matches!(self.lookup(parent, name), Ok(Found::NotYet) | Err(Errno::STALE))
+    }
+
+    /// Whether it is settled what a directory lists.
+    pub(crate) fn has_entries(&self, number: u64) -> bool {
+        !matches!(self.resolve(number), Ok(Resolved::Layers | Resolved::Trees) | Err(_))
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Tables> {

@@ -5,13 +5,19 @@
 
 use std::{
     io,
-    os::unix::fs::{FileTypeExt, PermissionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest},
     net::{UnixListener, UnixStream},
     sync::Semaphore,
 };
@@ -19,6 +25,7 @@ use tracing::{debug, warn};
 
 use crate::{
     control::{ModeStatus, Request, Response, TreeMode},
+    descriptor,
     error::Error,
     namespace::TREES,
     service::Service,
@@ -51,12 +58,18 @@ impl ControlServer {
         Ok(server)
     }
 
-    /// Answers requests until dropped; `mount_point` is where the session shows the trees.
+    /// Answers requests until dropped; `mount_point` is where the session shows the trees, `device` what its holders
+    /// get.
     ///
     /// # Errors
     ///
     /// When the socket fails.
-    pub(crate) async fn serve(&self, service: &Service, mount_point: &Path) -> Result<(), Error> {
+    pub(crate) async fn serve(
+        &self,
+        service: &Service,
+        mount_point: &Path,
+        device: &Arc<HeldDevice>,
+    ) -> Result<(), Error> {
         let trees: Arc<Path> = mount_point.join(TREES).into();
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {
@@ -71,9 +84,9 @@ impl ControlServer {
                 }
                 Err(error) => return Err(Error::Socket { path: self.path.clone(), error }),
             };
-            let (service, trees) = (service.clone(), trees.clone());
+            let (service, trees, device) = (service.clone(), trees.clone(), device.clone());
             tokio::spawn(async move {
-                if let Err(error) = serve_connection(stream, &service, &trees).await {
+                if let Err(error) = serve_connection(stream, &service, &trees, &device).await {
                     debug!(%error, "control connection ended");
                 }
                 drop(permit);
@@ -117,8 +130,57 @@ fn remove_stale(path: &Path) -> Result<(), Error> {
     }
 }
 
-async fn serve_connection(mut stream: UnixStream, service: &Service, trees: &Path) -> io::Result<()> {
+/// The descriptor of the session, and how many others hold a duplicate of it.
+#[derive(Debug)]
+pub(crate) struct HeldDevice {
+    device: OwnedFd,
+    holder_count: AtomicUsize,
+}
+
+/// A holder, as long as it lives.
+struct Holder<'a>(&'a HeldDevice);
+
+impl HeldDevice {
+    /// Held by nobody yet.
+    pub(crate) fn new(device: OwnedFd) -> Self {
+        Self { device, holder_count: AtomicUsize::new(0) }
+    }
+
+    /// For others.
+    pub(crate) fn device(&self) -> &OwnedFd {
+        &self.device
+    }
+
+    /// Whether the session outlives this process.
+    pub(crate) fn is_held(&self) -> bool {
+        self.holder_count.load(Ordering::SeqCst) > 0
+    }
+
+    /// Counts a holder that stays.
+    pub(crate) fn add_holder(&self) {
+        self.holder_count.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn hold(&self) -> Holder<'_> {
+        self.add_holder();
+        Holder(self)
+    }
+}
+
+impl Drop for Holder<'_> {
+    fn drop(&mut self) {
+        self.0.holder_count.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+async fn serve_connection(
+    mut stream: UnixStream,
+    service: &Service,
+    trees: &Path,
+    device: &HeldDevice,
+) -> io::Result<()> {
     let (reader, mut writer) = stream.split();
+    let mut holder = None;
     let mut reader = BufReader::new(reader);
     let mut line = Vec::new();
     loop {
@@ -128,7 +190,9 @@ async fn serve_connection(mut stream: UnixStream, service: &Service, trees: &Pat
             return Ok(());
         }
         let is_whole = line.ends_with(b"\n");
-        let response = match serde_json::from_slice(&line) {
+        let request = serde_json::from_slice(&line);
+        let holds_session = is_whole && matches!(request, Ok(Request::HoldSession));
+        let response = match request {
             _ if !is_whole => refuse(format!("request does not end within {REQUEST_LEN_MAX} bytes")),
             Ok(request) => answer(request, service, trees).await.unwrap_or_else(|error| {
                 warn!(%error, "request failed");
@@ -138,7 +202,13 @@ async fn serve_connection(mut stream: UnixStream, service: &Service, trees: &Pat
         };
         let mut answer = serde_json::to_vec(&response).expect("a response has text keys only");
         answer.push(b'\n');
-        writer.write_all(&answer).await?;
+        let mut sent = 0;
+        if holds_session {
+            holder.get_or_insert_with(|| device.hold());
+            let socket: &UnixStream = writer.as_ref();
+            sent = socket.async_io(Interest::WRITABLE, || descriptor::send(socket, &answer, device.device())).await?;
+        }
+        writer.write_all(&answer[sent..]).await?;
         if !is_whole {
             return Ok(());
         }
@@ -159,6 +229,7 @@ async fn answer(request: Request, service: &Service, trees: &Path) -> Result<Res
         }
         Request::ReleaseTree { tree } => service.release_tree(tree).await?,
         Request::RemoveLayer { layer } => service.remove_layer(layer).await?,
+        Request::HoldSession => return Ok(Response::Session),
         Request::LayerUsage { layer } => return Ok(Response::Usage { bytes: service.layer_usage(layer).await? }),
         Request::Status => {
             let mode = ModeStatus { in_use: TreeMode::Fuse, reason: "the only mode of this version".to_owned() };

@@ -88,20 +88,32 @@ impl Service {
         let _ = self.0.notifier.set(notifier);
     }
 
-    /// Makes every tree available that was when the last process ended; those that cannot be, are skipped.
+    /// Makes every tree available again that was when the last process ended, in the background; until then the
+    /// namespace is incomplete. Those that cannot be had are skipped.
     ///
     /// # Errors
     ///
     /// When the trees cannot be listed.
     pub(crate) fn restore(&self) -> Result<(), Error> {
-        for (id, record) in self.0.store.records()? {
+        let records = self.0.store.records()?;
+        self.0.namespace.set_incomplete();
+        let mut restoring = JoinSet::new();
+        for (id, record) in records {
             let service = self.clone();
-            tokio::spawn(async move {
+            restoring.spawn(async move {
                 if let Err(error) = service.tree(&record.layers).await {
                     warn!(tree = %id, %error, "tree is not available");
                 }
             });
         }
+        let service = self.clone();
+        tokio::spawn(async move {
+            while restoring.join_next().await.is_some() {}
+            service.0.namespace.set_complete();
+            for directory in [Node::Layers, Node::Trees] {
+                service.notify(move |notifier| session::notify_listing(notifier, directory.number()));
+            }
+        });
         Ok(())
     }
 
@@ -301,10 +313,18 @@ impl Service {
         lock(&self.0.trees)
     }
 
-    /// The kernel answers only when it holds no lock that a lookup under way needs, so nobody waits for it here.
+    /// Not while lookups wait for what the last process has shown: the kernel would keep this one waiting for them. All
+    /// changes of that time are told at its end.
     fn notify_change(&self, directory: Node, name: Digest) {
+        if !self.0.namespace.is_incomplete() {
+            self.notify(move |notifier| session::notify_change(notifier, directory.number(), &name.hex()));
+        }
+    }
+
+    /// The kernel answers only when it holds no lock that a lookup under way needs, so nobody waits for it here.
+    fn notify(&self, notify: impl FnOnce(&Notifier) + Send + 'static) {
         let Some(notifier) = self.0.notifier.get().cloned() else { return };
-        tokio::task::spawn_blocking(move || session::notify_change(&notifier, directory.number(), &name.hex()));
+        tokio::task::spawn_blocking(move || notify(&notifier));
     }
 }
 

@@ -1,4 +1,7 @@
-//! A FUSE session: mounted, served by threads of its own, unmounted.
+//! A FUSE session: served by threads of its own, unmounted.
+//!
+//! The session of `lazuli mount` begins and ends with the process; that of `lazuli-fused` goes from one process to the
+//! next ([`crate::connection`]).
 
 use std::{
     fs::{self, File},
@@ -15,13 +18,16 @@ use rustix::{
     io::Errno,
     mount::UnmountFlags,
 };
-use tokio::{sync::watch, time::timeout};
+use tokio::{runtime::Handle, sync::watch, time::timeout};
 use tracing::{debug, info, warn};
 
-use crate::{error::Error, fs::LazuliFs, namespace::Namespace};
+use crate::{
+    connection::{Connection, NAME},
+    error::Error,
+    fs::LazuliFs,
+    namespace::Namespace,
+};
 
-/// Name of the file system in the mount table.
-const NAME: &str = "lazuli";
 /// Session threads: more than the cores only help while cache files are read from a slow disk.
 const THREADS_MAX: usize = 4;
 /// How long an unmounted session may take to end: at once, unless an overlayfs mount keeps it as a layer.
@@ -48,14 +54,25 @@ impl Default for SessionOptions {
 #[derive(Debug)]
 pub(crate) struct Session {
     mount_point: PathBuf,
-    unmounter: Option<SessionUnmounter>,
+    unmounter: Option<Unmounter>,
     notifier: Notifier,
     /// `Some` when the threads have ended.
     ended: watch::Receiver<Option<Result<(), Arc<io::Error>>>>,
 }
 
+/// Who mounted it.
+#[derive(Debug)]
+enum Unmounter {
+    /// `fuser` did, maybe with the help of `fusermount3`.
+    Fuser(SessionUnmounter),
+    /// [`Connection`] did, in this process or an earlier one.
+    Own,
+}
+
 impl Session {
     /// Mounts `namespace` on the directory `mount_point` and serves it; blocks until it can be used.
+    ///
+    /// Needs the runtime it is called on.
     ///
     /// # Errors
     ///
@@ -68,19 +85,48 @@ impl Session {
         let mount_point = Self::check_mount_point(mount_point)?;
         File::options().read(true).write(true).open("/dev/fuse").map_err(Error::Device)?;
         let failed = |error| Error::Mount { path: mount_point.clone(), error };
-        let mut session = fuser::Session::new(LazuliFs::new(namespace), &mount_point, &config()).map_err(failed)?;
+        let filesystem = LazuliFs::new(namespace, Handle::current());
+        let mut session = fuser::Session::new(filesystem, &mount_point, &config()).map_err(failed)?;
+        let unmounter = Unmounter::Fuser(session.unmount_callable());
+        let session = Self::run(session, unmounter, &mount_point)?;
+        raise_read_ahead(&session.mount_point, options.read_ahead_kib);
+        info!(mount_point = %session.mount_point.display(), "mounted");
+        Ok(session)
+    }
+
+    /// Serves `namespace` through a connection that is mounted on `mount_point`.
+    ///
+    /// Needs the runtime it is called on.
+    ///
+    /// # Errors
+    ///
+    /// When FUSE cannot be used.
+    pub(crate) fn serve(
+        namespace: Arc<Namespace>,
+        connection: &Connection,
+        mount_point: &Path,
+        options: &SessionOptions,
+    ) -> Result<Self, Error> {
+        let filesystem = LazuliFs::new(namespace, Handle::current());
+        let failed = |error| Error::Mount { path: mount_point.to_owned(), error };
+        let session = connection.begin(filesystem, &config()).map_err(failed)?;
+        let session = Self::run(session, Unmounter::Own, mount_point)?;
+        if connection.is_new() {
+            raise_read_ahead(mount_point, options.read_ahead_kib);
+        }
+        Ok(session)
+    }
+
+    fn run(session: fuser::Session<LazuliFs>, unmounter: Unmounter, mount_point: &Path) -> Result<Self, Error> {
         let (sender, ended) = watch::channel(None);
-        let unmounter = session.unmount_callable();
         let notifier = session.notifier();
         let run = move || {
             let result = session.run().map_err(Arc::new);
             sender.send_replace(Some(result));
         };
-        thread::Builder::new().name("lazuli-session".to_owned()).spawn(run).map_err(failed)?;
-        let session = Self { unmounter: Some(unmounter), notifier, ended, mount_point };
-        raise_read_ahead(&session.mount_point, options.read_ahead_kib);
-        info!(mount_point = %session.mount_point.display(), "mounted");
-        Ok(session)
+        let started = thread::Builder::new().name("lazuli-session".to_owned()).spawn(run);
+        started.map_err(|error| Error::Mount { path: mount_point.to_owned(), error })?;
+        Ok(Self { unmounter: Some(unmounter), notifier, ended, mount_point: mount_point.to_owned() })
     }
 
     /// The absolute path of a directory that can be mounted on.
@@ -122,6 +168,11 @@ impl Session {
         Err(Error::Session { path: self.mount_point.clone(), error })
     }
 
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.borrow().is_some()
+    }
+
     /// Unmounts; if somebody uses it still, takes it from the directory tree only: it ends with its last user or
     /// with the process.
     ///
@@ -129,9 +180,10 @@ impl Session {
     ///
     /// When the kernel refuses.
     pub(crate) async fn unmount(&mut self) -> Result<(), Error> {
-        let Some(mut unmounter) = self.unmounter.take() else { return Ok(()) };
+        let Some(unmounter) = self.unmounter.take() else { return Ok(()) };
         let failed = |error| Error::Unmount { path: self.mount_point.clone(), error };
-        let unmounted = tokio::task::spawn_blocking(move || unmounter.unmount()).await;
+        let mount_point = self.mount_point.clone();
+        let unmounted = tokio::task::spawn_blocking(move || unmounter.unmount(&mount_point)).await;
         match unmounted.map_err(io::Error::other).and_then(|result| result) {
             Ok(()) => {
                 info!(mount_point = %self.mount_point.display(), "unmounted");
@@ -152,6 +204,19 @@ impl Session {
     }
 }
 
+impl Unmounter {
+    fn unmount(self, mount_point: &Path) -> io::Result<()> {
+        match self {
+            Self::Fuser(mut unmounter) => unmounter.unmount(),
+            Self::Own => match rustix::mount::unmount(mount_point, UnmountFlags::empty()) {
+                // Somebody else did already.
+                Err(Errno::INVAL) => Ok(()),
+                unmounted => Ok(unmounted?),
+            },
+        }
+    }
+}
+
 /// The mount options: everything an image can hold works as on a local file system, but for writing.
 fn config() -> Config {
     let mut config = Config::default();
@@ -168,22 +233,6 @@ fn config() -> Config {
     config
 }
 
-/// Detaches what a process that died left on `mount_point`; anything alive stays.
-///
-/// # Errors
-///
-/// When the kernel refuses.
-pub(crate) fn detach_dead_mount(mount_point: &Path) -> Result<(), Error> {
-    let is_dead =
-        fs::metadata(mount_point).is_err_and(|error| error.raw_os_error() == Some(Errno::NOTCONN.raw_os_error()));
-    if !is_dead {
-        return Ok(());
-    }
-    warn!(mount_point = %mount_point.display(), "detaching the mount of a process that has died");
-    rustix::mount::unmount(mount_point, UnmountFlags::DETACH)
-        .map_err(|error| Error::MountPoint { path: mount_point.to_owned(), error: error.into() })
-}
-
 /// Only makes reading faster, so a machine that does not let us is no error.
 fn raise_read_ahead(mount_point: &Path, read_ahead_kib: u32) {
     let raised = rustix::fs::stat(mount_point).map_err(io::Error::from).and_then(|stat| {
@@ -197,12 +246,16 @@ fn raise_read_ahead(mount_point: &Path, read_ahead_kib: u32) {
 
 /// Has the kernel look again at a directory of which it keeps the listing, and at one name in it.
 pub(crate) fn notify_change(notifier: &Notifier, directory: u64, name: &str) {
-    let directory = INodeNo(directory);
-    // Both fail with ENOENT when the kernel keeps nothing, which is as good.
-    if let Err(error) = notifier.inval_entry(directory, name.as_ref()) {
-        debug!(%directory, name, %error, "name not invalidated");
+    // Fails with ENOENT when the kernel keeps nothing, which is as good; the same below.
+    if let Err(error) = notifier.inval_entry(INodeNo(directory), name.as_ref()) {
+        debug!(directory, name, %error, "name not invalidated");
     }
-    if let Err(error) = notifier.inval_inode(directory, 0, 0) {
-        debug!(%directory, %error, "listing not invalidated");
+    notify_listing(notifier, directory);
+}
+
+/// Has the kernel look again at a directory of which it keeps the listing.
+pub(crate) fn notify_listing(notifier: &Notifier, directory: u64) {
+    if let Err(error) = notifier.inval_inode(INodeNo(directory), 0, 0) {
+        debug!(directory, %error, "listing not invalidated");
     }
 }

@@ -3,8 +3,6 @@
 //! For each tree a file `<hex ID>` with its bytes in open form and a file `<hex ID>.json` beside it, the
 //! *record*: the tree's slot among the node numbers, and its layers. The record is written last, so a tree
 //! without one does not exist. `next-slot` holds the slot for the next tree; it only grows.
-//!
-//! The one file with unsafe code: mapping.
 
 use std::{
     fs::{self, File},
@@ -199,14 +197,9 @@ impl TreeStore {
     }
 }
 
-#[allow(unsafe_code)]
+/// Sound, as files here are never opened for writing again after they were renamed into place.
 fn map(path: &Path) -> io::Result<Mmap> {
-    let file = File::open(path)?;
-    // SAFETY: a map is sound while nobody changes or shortens the file. Files of the store are never opened for
-    // writing again after they were renamed into place; a new version is a new file, and removing one leaves
-    // the map alive. The directory is for root only. There is no safe way to map a file, and reading it
-    // instead would cost resident memory for every tree that nobody looks at.
-    unsafe { Mmap::map(&file) }
+    storage::mapping::map(&File::open(path)?)
 }
 
 #[cfg(test)]

@@ -82,7 +82,8 @@ impl Drop for Running {
 }
 
 fn options(root: &Path) -> DaemonOptions {
-    DaemonOptions { root: root.join("root"), address: root.join("fused.sock"), session: SessionOptions::default() }
+    let (root, address) = (root.join("root"), root.join("fused.sock"));
+    DaemonOptions { root, address, session: SessionOptions::default(), take_over: None }
 }
 
 struct Connection {

@@ -3,20 +3,31 @@
 //! `lazuli-fused` outlives this process: containers read through it. So it is started detached, found
 //! again by its socket, and never ended from here. Every request may be repeated, which is what happens
 //! when a connection breaks.
+//!
+//! This process holds a duplicate of the session's `/dev/fuse` descriptor: when `lazuli-fused` ends, in whatever way,
+//! the kernel keeps the session and its readers wait, until the next one, which gets the descriptor as standard input,
+//! goes on with it.
 
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Seek, SeekFrom},
-    os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::OpenOptionsExt, process::CommandExt},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::{Mutex as StdMutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use format_spec::LayerId;
-use fusefs::control::{LayerStatus, RemoteLayer, Request, Response, TreeId};
+use fusefs::{
+    control::{LayerStatus, RemoteLayer, Request, Response, TreeId},
+    descriptor,
+};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest},
     net::UnixStream,
     sync::Mutex,
     time,
@@ -52,6 +63,8 @@ pub struct Fused {
     address: PathBuf,
     program: FusedProgram,
     last_failure: Mutex<Option<(Instant, String)>>,
+    /// The session of the daemon that ran last: a duplicate of its `/dev/fuse` descriptor.
+    session: StdMutex<Option<OwnedFd>>,
 }
 
 /// `lazuli-fused` did not do what it was asked.
@@ -95,7 +108,8 @@ type Result<T> = std::result::Result<T, FusedError>;
 impl Fused {
     /// A client for the daemon of `root`, to be started from `program` if need be.
     pub fn new(root: &Path, program: FusedProgram) -> Self {
-        Self { root: root.to_owned(), address: root.join("fused.sock"), program, last_failure: Mutex::default() }
+        let address = root.join("fused.sock");
+        Self { root: root.to_owned(), address, program, last_failure: Mutex::default(), session: StdMutex::default() }
     }
 
     /// Has a layer's index fetched in the background.
@@ -161,13 +175,34 @@ impl Fused {
         }
     }
 
-    /// Starts the daemon if it is not there; what is returned tells when it ends.
+    /// Starts the daemon if it is not there, and holds its session; what is returned tells when it ends.
     ///
     /// # Errors
     ///
-    /// When it cannot be started.
+    /// When it cannot be started, or gives no descriptor.
     pub async fn watch(&self) -> Result<Watch> {
-        self.connect().await.map(Watch)
+        let mut connection = self.connect().await?;
+        self.hold_session(&mut connection).await?;
+        Ok(Watch(connection))
+    }
+
+    /// The daemon takes us for a holder until the connection ends.
+    async fn hold_session(&self, connection: &mut UnixStream) -> Result<()> {
+        let received = time::timeout(ANSWER_WITHIN, ask_for_session(connection)).await;
+        let received = received.map_err(|_| FusedError::Timeout(ANSWER_WITHIN))?;
+        let (answer, device) = received.map_err(|error| FusedError::Connection(self.address.clone(), error))?;
+        match (parse_answer(&answer)?, device) {
+            (Response::Session, Some(device)) => {
+                *self.session() = Some(device);
+                Ok(())
+            }
+            (other, _) => Err(FusedError::Answer(format!("{other:?}"))),
+        }
+    }
+
+    fn session(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        // It is replaced as a whole: a panic elsewhere leaves it whole.
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn done(&self, request: Request) -> Result<()> {
@@ -178,8 +213,7 @@ impl Fused {
     }
 
     async fn request(&self, request: &Request, within: Duration) -> Result<Response> {
-        let mut line = serde_json::to_vec(request).expect("a request has text keys only");
-        line.push(b'\n');
+        let line = request_line(request);
         let first = self.exchange(&line, within).await;
         // The daemon ended with the request under way: ask the next one.
         let answer =
@@ -199,9 +233,7 @@ impl Fused {
             if answer.ends_with(b"\n") { Ok(answer) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
         };
         let answer = time::timeout(within, answer).await.map_err(|_| FusedError::Timeout(within))?;
-        let answer = answer.map_err(|error| FusedError::Connection(self.address.clone(), error))?;
-        serde_json::from_slice(&answer)
-            .map_err(|_| FusedError::Answer(String::from_utf8_lossy(&answer).chars().take(200).collect()))
+        parse_answer(&answer.map_err(|error| FusedError::Connection(self.address.clone(), error))?)
     }
 
     async fn connect(&self) -> Result<UnixStream> {
@@ -243,8 +275,9 @@ impl Fused {
         let mut child = self.spawn(&log).map_err(|error| FusedError::Start(self.program.path.clone(), error))?;
         let give_up_at = Instant::now() + START_WITHIN;
         let started = loop {
-            if let Some(connection) = self.try_connect().await? {
-                break Ok(connection);
+            if let Some(mut connection) = self.try_connect().await? {
+                // Before anything depends on the session.
+                break self.hold_session(&mut connection).await.map(|()| connection);
             }
             if let Ok(Some(status)) = child.try_wait() {
                 let last_line = last_line(&log).unwrap_or_default();
@@ -264,14 +297,16 @@ impl Fused {
     /// file, so that it does not depend on whoever reads our messages.
     fn spawn(&self, log: &Path) -> io::Result<Child> {
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(log)?;
+        let session = self.session().as_ref().map(OwnedFd::try_clone).transpose()?;
         Command::new(&self.program.path)
             .arg("--root")
             .arg(&self.root)
             .arg("--address")
             .arg(&self.address)
             .args(self.program.plain_http.then_some("--plain-http"))
+            .args(session.is_some().then_some("--take-over"))
             .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(session.map_or_else(Stdio::null, Stdio::from))
             .stdout(log.try_clone()?)
             .stderr(log)
             .process_group(0)
@@ -289,6 +324,34 @@ impl Watch {
         // It says nothing unasked, so this returns at the end of the connection, in whatever way that comes.
         let _ended = self.0.read(&mut [0]).await;
     }
+}
+
+fn request_line(request: &Request) -> Vec<u8> {
+    let mut line = serde_json::to_vec(request).expect("a request has text keys only");
+    line.push(b'\n');
+    line
+}
+
+fn parse_answer(answer: &[u8]) -> Result<Response> {
+    serde_json::from_slice(answer)
+        .map_err(|_| FusedError::Answer(String::from_utf8_lossy(answer).chars().take(200).collect()))
+}
+
+/// The answer to [`Request::HoldSession`], and the descriptor that comes with it.
+async fn ask_for_session(connection: &mut UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+    connection.write_all(&request_line(&Request::HoldSession)).await?;
+    let (mut answer, mut device) = (Vec::new(), None);
+    while !answer.ends_with(b"\n") {
+        let mut buffer = [0; 256];
+        let (len, attached) =
+            connection.async_io(Interest::READABLE, || descriptor::receive(&*connection, &mut buffer)).await?;
+        if len == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        answer.extend_from_slice(&buffer[..len]);
+        device = attached.or(device);
+    }
+    Ok((answer, device))
 }
 
 /// Keeps an ended daemon from staying a zombie, and says that it ended.

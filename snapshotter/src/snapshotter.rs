@@ -11,7 +11,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use containerd_client::types::Mount;
@@ -32,10 +32,12 @@ use crate::{
     usage::disk_usage,
 };
 
-/// Before the first attempt to bring a lost `lazuli-fused` back; each further pause is twice as long,
-const RECOVERY_PAUSE: Duration = Duration::from_secs(1);
+/// After a failed attempt to bring `lazuli-fused` back; each further pause is twice as long,
+const RECOVERY_PAUSE: Duration = Duration::from_millis(10);
 /// up to this.
 const RECOVERY_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// A `lazuli-fused` that ends earlier after its start than this is brought back after this time, a later one at once.
+const SHORT_LIFE: Duration = Duration::from_millis(100);
 
 /// All snapshots under one root. Cheap to clone; safe from many tasks.
 #[derive(Debug, Clone)]
@@ -246,25 +248,31 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Keeps the lazy layers available: whenever `lazuli-fused` is new, the trees in use are mounted
-    /// again, and when it ends it is brought back as long as a snapshot needs it. Never returns.
+    /// Keeps the lazy layers available as long as a snapshot needs them: holds the session of `lazuli-fused`, brings
+    /// it back at once when it ends, and has the trees in use mounted again. Never returns.
     pub async fn watch_lazy_layers(&self) {
         let mut pause = RECOVERY_PAUSE;
         loop {
             self.wait_for_lazy_layer().await;
             match self.inner.fused.watch().await {
                 Ok(watch) => {
-                    self.recover().await;
-                    watch.ended().await;
-                    warn!("lazuli-fused has ended, it is started again");
                     pause = RECOVERY_PAUSE;
+                    let since = Instant::now();
+                    // Not waited for: the daemon may end meanwhile.
+                    let recovering = tokio::spawn(self.clone().recover());
+                    watch.ended().await;
+                    recovering.abort();
+                    warn!("lazuli-fused has ended, it is started again");
+                    if since.elapsed() < SHORT_LIFE {
+                        tokio::time::sleep(SHORT_LIFE).await;
+                    }
                 }
                 Err(error) => {
                     warn!(%error, "lazuli-fused cannot be started");
+                    tokio::time::sleep(pause).await;
                     pause = RECOVERY_PAUSE_MAX.min(pause * 2);
                 }
             }
-            tokio::time::sleep(pause).await;
         }
     }
 
@@ -279,7 +287,7 @@ impl Snapshotter {
         }
     }
 
-    async fn recover(&self) {
+    async fn recover(self) {
         let snapshots = match self.list().await {
             Ok(snapshots) => snapshots,
             Err(error) => return warn!(%error, "snapshots cannot be read"),

@@ -24,7 +24,7 @@ pub mod error;
 mod frame_store;
 mod hot_pack;
 pub mod layer;
-mod mapping;
+pub mod mapping;
 mod presence;
 mod ranges;
 mod read_ahead;

@@ -1,4 +1,4 @@
-//! Maps index files into memory: the one place of this crate that needs `unsafe`.
+//! Maps indexes and merged trees into memory: the one place of this crate that needs `unsafe`.
 
 use std::{fs::File, io};
 
@@ -8,7 +8,11 @@ use memmap2::Mmap;
 ///
 /// The file must be one that this process, or an earlier one, wrote under a temporary name and then
 /// renamed: such files are never written or shortened again, only unlinked.
-pub(crate) fn map(file: &File) -> io::Result<Mmap> {
+///
+/// # Errors
+///
+/// When the kernel refuses.
+pub fn map(file: &File) -> io::Result<Mmap> {
     // SAFETY: the map is sound as long as nobody changes or shortens the file. Index files are written under
     // another name, synced, renamed and from then on only replaced by rename or unlinked, which leave the mapped
     // inode alone; the cache directory has mode 0700, so only root and its owner could do otherwise. Safe code will

@@ -64,6 +64,11 @@ impl Snapshotter {
         &self.root
     }
 
+    /// Its process ID, while it runs.
+    pub fn id(&self) -> Option<u32> {
+        self.service.as_ref().map(Service::id)
+    }
+
     /// What it has logged so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()

@@ -1,0 +1,294 @@
+//! `kill -9` of `lazuli-fused` and of `lazuli-snapshotter` while containers read: nobody notices but by a pause.
+//!
+//! The registry stands behind a slow link, so that at any moment something is being fetched; what was read leaves the
+//! page cache, so that it is asked for again. `LAZULI_KILLS` says how often each daemon is killed.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io::{self, Read, Write},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use format_spec::Digest;
+use lazuli_tests::{
+    Compression, HarnessError, ImageBuilder, Node, Result, Scratch, TarLayer, TestRegistry,
+    containerd::LAZULI,
+    process::wait_for,
+    programs::lazuli_ok,
+    samples::{noise, readable_layers},
+};
+use rustix::{
+    fs::{Advice, fadvise},
+    process::{Pid, Signal, kill_process},
+};
+
+const KILLS: &str = "LAZULI_KILLS";
+const KILLS_BY_DEFAULT: u64 = 3;
+const READERS: u64 = 3;
+const FILE_LEN: usize = 1 << 20;
+/// What a reader asks for at a time.
+const READ_LEN: usize = 64 << 10;
+/// Between two kills the readers get on by up to so many bytes, sometimes by none.
+const PROGRESS_MAX: u64 = 6 << 20;
+
+/// Content of file `index`, which does not compress.
+fn content(index: u64) -> Vec<u8> {
+    noise(1000 + index, FILE_LEN)
+}
+
+/// An image with `file_count` files under `/files`, converted, as `sample:lazy`.
+fn publish(scratch: &Scratch, file_count: u64) -> Result<TestRegistry> {
+    let registry = TestRegistry::start(scratch)?;
+    let mut files = TarLayer::new().directory("files");
+    for index in 0..file_count {
+        files = files.file(&format!("files/{index}"), content(index));
+    }
+    let mut image = ImageBuilder::new().layer(files.finish()?, Compression::Gzip);
+    for layer in readable_layers()? {
+        image = image.layer(layer, Compression::Gzip);
+    }
+    let original = registry.push(&image.write(scratch, "image")?, "sample:original")?;
+    lazuli_ok(["convert", &original, &registry.reference("sample:lazy")])?;
+    Ok(registry)
+}
+
+/// A way to the registry on which answers take their time.
+struct SlowLink {
+    address: String,
+    is_slow: Arc<AtomicBool>,
+}
+
+impl SlowLink {
+    const CHUNK_LEN: usize = 64 << 10;
+    /// For one chunk, of all connections together: 6 MB/s.
+    const CHUNK_PAUSE: Duration = Duration::from_millis(10);
+
+    fn to(registry: &TestRegistry) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let link = Self { address: listener.local_addr()?.to_string(), is_slow: Arc::new(AtomicBool::new(true)) };
+        let (target, is_slow) = (registry.address().to_owned(), link.is_slow.clone());
+        let line = Arc::new(Mutex::new(()));
+        // Ends with the test's process.
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let Ok(server) = TcpStream::connect(&target) else { continue };
+                let (Ok(mut from_client), Ok(mut to_server)) = (client.try_clone(), server.try_clone()) else {
+                    continue;
+                };
+                thread::spawn(move || {
+                    let _ = io::copy(&mut from_client, &mut to_server);
+                    let _ = to_server.shutdown(std::net::Shutdown::Write);
+                });
+                let (is_slow, line) = (is_slow.clone(), line.clone());
+                thread::spawn(move || relay_slowly(server, client, &is_slow, &line));
+            }
+        });
+        Ok(link)
+    }
+}
+
+fn relay_slowly(mut from: TcpStream, mut to: TcpStream, is_slow: &AtomicBool, line: &Mutex<()>) {
+    let mut buffer = vec![0; SlowLink::CHUNK_LEN];
+    while let Ok(len @ 1..) = from.read(&mut buffer) {
+        if is_slow.load(Ordering::Relaxed) {
+            let _line = line.lock();
+            thread::sleep(SlowLink::CHUNK_PAUSE);
+        }
+        if to.write_all(&buffer[..len]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(std::net::Shutdown::Both);
+}
+
+/// What the readers have done.
+#[derive(Default)]
+struct Progress {
+    bytes: AtomicU64,
+    longest_read: Mutex<Duration>,
+    failures: Mutex<Vec<String>>,
+    stop: AtomicBool,
+}
+
+impl Progress {
+    /// Reads all files again and again, in an order of its own, until it is stopped; every file at least once.
+    fn read_all(&self, directory: &Path, file_count: u64, reader: u64) {
+        let mut seen = HashSet::new();
+        for step in 0.. {
+            if self.stop.load(Ordering::Relaxed) && seen.len() as u64 == file_count {
+                return;
+            }
+            // The stride has no factor in common with any file count that is used here.
+            let index = (reader * file_count / READERS + step * 101) % file_count;
+            match self.read(&directory.join(index.to_string())) {
+                Ok(bytes) if bytes == content(index) => drop(seen.insert(index)),
+                Ok(_) => return self.fail(format!("file {index} has other content")),
+                Err(error) => return self.fail(format!("file {index}: {error}")),
+            }
+        }
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let mut bytes = vec![0; FILE_LEN + 1];
+        let mut len = 0;
+        loop {
+            let end = bytes.len().min(len + READ_LEN);
+            let since = Instant::now();
+            let read = file.read(&mut bytes[len..end])?;
+            let mut longest = self.longest_read.lock().expect("nobody panics with it");
+            *longest = longest.max(since.elapsed());
+            if read == 0 {
+                break;
+            }
+            self.bytes.fetch_add(read as u64, Ordering::Relaxed);
+            len += read;
+        }
+        bytes.truncate(len);
+        fadvise(&file, 0, None, Advice::DontNeed)?;
+        Ok(bytes)
+    }
+
+    fn fail(&self, failure: String) {
+        self.failures.lock().expect("nobody panics with it").push(failure);
+    }
+
+    fn failures(&self) -> Vec<String> {
+        self.failures.lock().expect("nobody panics with it").clone()
+    }
+
+    /// Waits until the readers got on by so many bytes, or failed.
+    fn wait_for(&self, bytes: u64) -> Result<()> {
+        let target = self.bytes.load(Ordering::Relaxed) + bytes;
+        wait_for("the readers do not get on", || {
+            let is_there = self.bytes.load(Ordering::Relaxed) >= target || !self.failures().is_empty();
+            Ok(is_there.then_some(()))
+        })
+    }
+}
+
+/// The `lazuli-fused` of a root directory; `None` when there is none at the moment.
+fn fused_of(root: &Path) -> Option<u32> {
+    let root = format!("--root\0{}\0", root.display());
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let id = entry.file_name().to_str()?.parse().ok()?;
+        let command = fs::read_to_string(entry.path().join("cmdline")).ok()?;
+        let program = command.split('\0').next()?;
+        (program.ends_with("/lazuli-fused") && command.contains(&root)).then_some(id)
+    })
+}
+
+/// Whether a process has a descriptor of `/dev/fuse`.
+fn holds_session(id: u32) -> bool {
+    let descriptors = fs::read_dir(format!("/proc/{id}/fd")).into_iter().flatten().flatten();
+    descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|target| target == Path::new("/dev/fuse"))
+}
+
+/// Waits until the session has two holders; returns the `lazuli-fused` among them, which is not `old`.
+fn wait_for_holders(node: &Node, old: Option<u32>) -> Result<u32> {
+    wait_for("the session does not have two holders", || {
+        let fused = fused_of(node.snapshotter.root()).filter(|id| Some(*id) != old && holds_session(*id));
+        Ok(fused.filter(|_| node.snapshotter.id().is_some_and(holds_session)))
+    })
+}
+
+/// A container that reads all files once and then waits for the end of its input.
+struct ReadingContainer {
+    ctr: std::process::Child,
+    output: PathBuf,
+}
+
+impl ReadingContainer {
+    const ID: &str = "reading";
+
+    fn start(node: &Node, scratch: &Scratch, image: &str) -> Result<Self> {
+        let output = scratch.join("container.out");
+        let failed = |error: io::Error| HarnessError::Unexpected(format!("ctr: {error}"));
+        let script = "cd /files && sha256sum *; cat > /dev/null";
+        let mut ctr = node.containerd.ctr(["run", "--rm", "--snapshotter", LAZULI, image, Self::ID]);
+        ctr.args(["/bin/sh", "-c", script]).stdin(Stdio::piped());
+        ctr.stdout(File::create(&output).map_err(failed)?);
+        Ok(Self { ctr: ctr.spawn().map_err(failed)?, output })
+    }
+
+    /// Its directory of files, as this process sees it.
+    fn files(&self, scratch: &Scratch) -> Result<PathBuf> {
+        let tasks = scratch.join("containerd/state/io.containerd.runtime.v2.task");
+        let files = tasks.join("default").join(Self::ID).join("rootfs/files");
+        wait_for("the container has no files", || Ok(files.exists().then(|| files.clone())))
+    }
+
+    /// Waits until it has read everything; whether it printed the right checksums.
+    fn finish(mut self, file_count: u64) -> Result<bool> {
+        let lines = |text: &str| text.lines().map(str::to_owned).collect::<HashSet<_>>();
+        let printed = wait_for("the container does not get on", || {
+            let text = fs::read_to_string(&self.output).unwrap_or_default();
+            Ok((text.lines().count() as u64 >= file_count).then(|| lines(&text)))
+        })?;
+        drop(self.ctr.stdin.take());
+        let status = self.ctr.wait().map_err(|error| HarnessError::Unexpected(format!("ctr: {error}")))?;
+        let expected = (0..file_count).map(|index| format!("{}  {index}", Digest::of(&content(index)).hex())).collect();
+        Ok(status.success() && printed == expected)
+    }
+}
+
+/// Kills `lazuli-fused` and then `lazuli-snapshotter`, each when the session has both for holders.
+fn kill_both(node: &mut Node, progress: &Progress, kill: u64) -> Result<()> {
+    let fused = wait_for_holders(node, None)?;
+    progress.wait_for(kill.wrapping_mul(0x9e37_79b9_7f4a_7c15) % PROGRESS_MAX)?;
+    let killed = kill_process(Pid::from_raw(fused.cast_signed()).expect("not 0"), Signal::KILL);
+    killed.map_err(|error| HarnessError::Unexpected(format!("killing {fused}: {error}")))?;
+    wait_for_holders(node, Some(fused))?;
+    progress.wait_for(kill.wrapping_mul(0xd1b5_4a32_d192_ed03) % PROGRESS_MAX)?;
+    node.snapshotter.kill_and_restart()
+}
+
+#[test]
+fn readers_do_not_notice_that_daemons_are_killed() -> Result<()> {
+    let kills = std::env::var(KILLS).ok().and_then(|number| number.parse().ok()).unwrap_or(KILLS_BY_DEFAULT);
+    // Enough that something is still to be fetched at the last kill.
+    let file_count = 8 + 4 * kills;
+    let scratch = Scratch::new("kills")?;
+    let registry = publish(&scratch, file_count)?;
+    let link = SlowLink::to(&registry).map_err(|error| HarnessError::Unexpected(format!("relay: {error}")))?;
+    let image = format!("{}/sample:lazy", link.address);
+    let mut node = Node::start(&scratch)?;
+    let pulled = node.lazuli_pull(&image)?;
+    assert_eq!(pulled.code, Some(0), "{}", pulled.stderr);
+    let container = ReadingContainer::start(&node, &scratch, &image)?;
+    let files = container.files(&scratch)?;
+    let progress = Progress::default();
+
+    thread::scope(|scope| {
+        for reader in 0..READERS {
+            let (progress, files) = (&progress, &files);
+            scope.spawn(move || progress.read_all(files, file_count, reader));
+        }
+        let killed = (0..kills).try_for_each(|kill| kill_both(&mut node, &progress, kill));
+        link.is_slow.store(false, Ordering::Relaxed);
+        progress.stop.store(true, Ordering::Relaxed);
+        killed
+    })?;
+    let container_is_right = container.finish(file_count)?;
+
+    let longest = *progress.longest_read.lock().expect("nobody panics with it");
+    println!(
+        "{kills} kills of each daemon while {} MB were read: {} failed readers, longest read {longest:?}",
+        progress.bytes.load(Ordering::Relaxed) / 1_000_000,
+        progress.failures().len(),
+    );
+    assert_eq!(progress.failures(), Vec::<String>::new());
+    assert!(container_is_right, "the container printed something else");
+    let sessions = scratch.mounts().iter().filter(|path| path.ends_with("snapshotter/mnt")).count();
+    assert_eq!(sessions, 1, "it is the first one still");
+    Ok(())
+}
