@@ -42,6 +42,8 @@ const TREE_WITHIN: Duration = Duration::from_secs(180);
 const START_WITHIN: Duration = Duration::from_secs(20);
 /// How often a new daemon's socket is tried.
 const START_POLL: Duration = Duration::from_millis(10);
+/// How long a request is repeated while connections break.
+const REPEAT_WITHIN: Duration = Duration::from_secs(5);
 /// After a failed start: how long requests fail at once instead of starting it again.
 const START_PAUSE: Duration = Duration::from_secs(1);
 /// Longest answer: a status with some ten thousand layers.
@@ -214,10 +216,14 @@ impl Fused {
 
     async fn request(&self, request: &Request, within: Duration) -> Result<Response> {
         let line = request_line(request);
-        let first = self.exchange(&line, within).await;
-        // The daemon ended with the request under way: ask the next one.
-        let answer =
-            if matches!(first, Err(FusedError::Connection(..))) { self.exchange(&line, within).await } else { first };
+        let give_up_at = Instant::now() + REPEAT_WITHIN;
+        let answer = loop {
+            match self.exchange(&line, within).await {
+                // The daemon ended with the request under way, or still takes connections while it ends: ask the next.
+                Err(FusedError::Connection(..)) if Instant::now() < give_up_at => time::sleep(START_POLL).await,
+                answer => break answer,
+            }
+        };
         match answer? {
             Response::Error { message } => Err(FusedError::Refused(message)),
             response => Ok(response),
@@ -275,9 +281,11 @@ impl Fused {
         let mut child = self.spawn(&log).map_err(|error| FusedError::Start(self.program.path.clone(), error))?;
         let give_up_at = Instant::now() + START_WITHIN;
         let started = loop {
-            if let Some(mut connection) = self.try_connect().await? {
-                // Before anything depends on the session.
-                break self.hold_session(&mut connection).await.map(|()| connection);
+            match self.connect_and_hold().await {
+                // It may be the daemon before, which is just ending.
+                Ok(None) | Err(FusedError::Connection(..)) => {}
+                Ok(Some(connection)) => break Ok(connection),
+                Err(error) => break Err(error),
             }
             if let Ok(Some(status)) = child.try_wait() {
                 let last_line = last_line(&log).unwrap_or_default();
@@ -291,6 +299,13 @@ impl Fused {
         info!(pid = child.id(), log = %log.display(), "lazuli-fused started");
         wait_in_background(child);
         started
+    }
+
+    /// Holds the session before anything depends on it; `None` when nobody listens.
+    async fn connect_and_hold(&self) -> Result<Option<UnixStream>> {
+        let Some(mut connection) = self.try_connect().await? else { return Ok(None) };
+        self.hold_session(&mut connection).await?;
+        Ok(Some(connection))
     }
 
     /// In a process group of its own, so that no signal meant for this process reaches it, and with a log

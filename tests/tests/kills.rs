@@ -24,6 +24,7 @@ use lazuli_tests::{
     containerd::LAZULI,
     process::wait_for,
     programs::lazuli_ok,
+    registry_server::digest_in,
     samples::{noise, readable_layers},
 };
 use rustix::{
@@ -65,6 +66,10 @@ fn publish(scratch: &Scratch, file_count: u64) -> Result<TestRegistry> {
 struct SlowLink {
     address: String,
     is_slow: Arc<AtomicBool>,
+    /// Nothing gets through.
+    is_cut: Arc<AtomicBool>,
+    /// Connections that did not get through.
+    refused: Arc<AtomicU64>,
 }
 
 impl SlowLink {
@@ -74,12 +79,22 @@ impl SlowLink {
 
     fn to(registry: &TestRegistry) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        let link = Self { address: listener.local_addr()?.to_string(), is_slow: Arc::new(AtomicBool::new(true)) };
-        let (target, is_slow) = (registry.address().to_owned(), link.is_slow.clone());
+        let link = Self {
+            address: listener.local_addr()?.to_string(),
+            is_slow: Arc::new(AtomicBool::new(true)),
+            is_cut: Arc::default(),
+            refused: Arc::default(),
+        };
+        let target = registry.address().to_owned();
+        let (is_slow, is_cut, refused) = (link.is_slow.clone(), link.is_cut.clone(), link.refused.clone());
         let line = Arc::new(Mutex::new(()));
         // Ends with the test's process.
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
+                if is_cut.load(Ordering::Relaxed) {
+                    refused.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
                 let Ok(server) = TcpStream::connect(&target) else { continue };
                 let (Ok(mut from_client), Ok(mut to_server)) = (client.try_clone(), server.try_clone()) else {
                     continue;
@@ -208,13 +223,17 @@ struct ReadingContainer {
 }
 
 impl ReadingContainer {
-    const ID: &str = "reading";
+    /// One that no other test of this machine uses: runc keeps all containers in one place.
+    fn id(scratch: &Scratch) -> String {
+        let name = scratch.path().file_name().unwrap_or_default();
+        format!("reading-{}", name.to_string_lossy())
+    }
 
     fn start(node: &Node, scratch: &Scratch, image: &str) -> Result<Self> {
         let output = scratch.join("container.out");
         let failed = |error: io::Error| HarnessError::Unexpected(format!("ctr: {error}"));
         let script = "cd /files && sha256sum *; cat > /dev/null";
-        let mut ctr = node.containerd.ctr(["run", "--rm", "--snapshotter", LAZULI, image, Self::ID]);
+        let mut ctr = node.containerd.ctr(["run", "--rm", "--snapshotter", LAZULI, image, &Self::id(scratch)]);
         ctr.args(["/bin/sh", "-c", script]).stdin(Stdio::piped());
         ctr.stdout(File::create(&output).map_err(failed)?);
         Ok(Self { ctr: ctr.spawn().map_err(failed)?, output })
@@ -223,7 +242,7 @@ impl ReadingContainer {
     /// Its directory of files, as this process sees it.
     fn files(&self, scratch: &Scratch) -> Result<PathBuf> {
         let tasks = scratch.join("containerd/state/io.containerd.runtime.v2.task");
-        let files = tasks.join("default").join(Self::ID).join("rootfs/files");
+        let files = tasks.join("default").join(Self::id(scratch)).join("rootfs/files");
         wait_for("the container has no files", || Ok(files.exists().then(|| files.clone())))
     }
 
@@ -245,11 +264,43 @@ impl ReadingContainer {
 fn kill_both(node: &mut Node, progress: &Progress, kill: u64) -> Result<()> {
     let fused = wait_for_holders(node, None)?;
     progress.wait_for(kill.wrapping_mul(0x9e37_79b9_7f4a_7c15) % PROGRESS_MAX)?;
-    let killed = kill_process(Pid::from_raw(fused.cast_signed()).expect("not 0"), Signal::KILL);
-    killed.map_err(|error| HarnessError::Unexpected(format!("killing {fused}: {error}")))?;
+    send(fused, Signal::KILL)?;
     wait_for_holders(node, Some(fused))?;
     progress.wait_for(kill.wrapping_mul(0xd1b5_4a32_d192_ed03) % PROGRESS_MAX)?;
     node.snapshotter.kill_and_restart()
+}
+
+/// A node behind a slow link with a container that reads.
+struct Reading {
+    container: ReadingContainer,
+    files: PathBuf,
+    node: Node,
+    link: SlowLink,
+    registry: TestRegistry,
+}
+
+impl Reading {
+    fn start(scratch: &Scratch, file_count: u64) -> Result<Self> {
+        let registry = publish(scratch, file_count)?;
+        let link = SlowLink::to(&registry).map_err(|error| HarnessError::Unexpected(format!("relay: {error}")))?;
+        let image = format!("{}/sample:lazy", link.address);
+        let node = Node::start(scratch)?;
+        let pulled = node.lazuli_pull(&image)?;
+        assert_eq!(pulled.code, Some(0), "{}", pulled.stderr);
+        let container = ReadingContainer::start(&node, scratch, &image)?;
+        let files = container.files(scratch)?;
+        Ok(Self { container, files, node, link, registry })
+    }
+}
+
+fn send(id: u32, signal: Signal) -> Result<()> {
+    let sent = kill_process(Pid::from_raw(id.cast_signed()).expect("not 0"), signal);
+    sent.map_err(|error| HarnessError::Unexpected(format!("signal to {id}: {error}")))
+}
+
+/// Number of sessions that are mounted.
+fn session_count(scratch: &Scratch) -> usize {
+    scratch.mounts().iter().filter(|path| path.ends_with("snapshotter/mnt")).count()
 }
 
 #[test]
@@ -258,16 +309,8 @@ fn readers_do_not_notice_that_daemons_are_killed() -> Result<()> {
     // Enough that something is still to be fetched at the last kill.
     let file_count = 8 + 4 * kills;
     let scratch = Scratch::new("kills")?;
-    let registry = publish(&scratch, file_count)?;
-    let link = SlowLink::to(&registry).map_err(|error| HarnessError::Unexpected(format!("relay: {error}")))?;
-    let image = format!("{}/sample:lazy", link.address);
-    let mut node = Node::start(&scratch)?;
-    let pulled = node.lazuli_pull(&image)?;
-    assert_eq!(pulled.code, Some(0), "{}", pulled.stderr);
-    let container = ReadingContainer::start(&node, &scratch, &image)?;
-    let files = container.files(&scratch)?;
+    let Reading { container, files, mut node, link, registry: _registry } = Reading::start(&scratch, file_count)?;
     let progress = Progress::default();
-
     thread::scope(|scope| {
         for reader in 0..READERS {
             let (progress, files) = (&progress, &files);
@@ -288,7 +331,98 @@ fn readers_do_not_notice_that_daemons_are_killed() -> Result<()> {
     );
     assert_eq!(progress.failures(), Vec::<String>::new());
     assert!(container_is_right, "the container printed something else");
-    let sessions = scratch.mounts().iter().filter(|path| path.ends_with("snapshotter/mnt")).count();
-    assert_eq!(sessions, 1, "it is the first one still");
+    assert_eq!(session_count(&scratch), 1, "it is the first one still");
+    Ok(())
+}
+
+/// An upgrade: the daemon is told to end while containers read, and the next one, maybe of a new version, goes on.
+#[test]
+fn readers_do_not_notice_that_lazuli_fused_is_replaced() -> Result<()> {
+    const FILE_COUNT: u64 = 8;
+    let scratch = Scratch::new("replaced")?;
+    let Reading { container, files, node, link, registry: _registry } = Reading::start(&scratch, FILE_COUNT)?;
+    let progress = Progress::default();
+    thread::scope(|scope| {
+        scope.spawn(|| progress.read_all(&files, FILE_COUNT, 0));
+        let fused = wait_for_holders(&node, None)?;
+        send(fused, Signal::TERM)?;
+        let replaced = wait_for_holders(&node, Some(fused));
+        link.is_slow.store(false, Ordering::Relaxed);
+        progress.stop.store(true, Ordering::Relaxed);
+        replaced
+    })?;
+    assert_eq!(progress.failures(), Vec::<String>::new());
+    assert!(container.finish(FILE_COUNT)?, "the container printed something else");
+    assert_eq!(session_count(&scratch), 1, "it is the first one still");
+    Ok(())
+}
+
+/// The index of a layer is damaged when the next daemon looks for it, and the registry away: whoever reads waits.
+#[test]
+fn readers_wait_for_a_tree_whose_index_must_be_fetched_again() -> Result<()> {
+    const FILE_COUNT: u64 = 2;
+    let scratch = Scratch::new("index-again")?;
+    let Reading { container, files, node, link, registry } = Reading::start(&scratch, FILE_COUNT)?;
+    let fused = wait_for_holders(&node, None)?;
+    link.is_cut.store(true, Ordering::Relaxed);
+    let blob = digest_in(&registry.manifest("sample:lazy")?["layers"][0])?;
+    let layers = node.snapshotter.root().join("cache/layers");
+    let mut damaged = 0;
+    for layer in fs::read_dir(&layers).expect("the cache is there").flatten() {
+        let record = fs::read_to_string(layer.path().join("layer.json")).unwrap_or_default();
+        if record.contains(&blob.hex()) {
+            fs::write(layer.path().join("index.new"), "damaged").expect("writable");
+            fs::rename(layer.path().join("index.new"), layer.path().join("index")).expect("writable");
+            damaged += 1;
+        }
+    }
+    assert_eq!(damaged, 1);
+    send(fused, Signal::KILL)?;
+    wait_for_holders(&node, Some(fused))?;
+    let progress = Progress::default();
+    thread::scope(|scope| -> Result<()> {
+        scope.spawn(|| progress.read_all(&files, FILE_COUNT, 0));
+        wait_for("the index is not asked for", || Ok((link.refused.load(Ordering::Relaxed) > 0).then_some(())))?;
+        assert_eq!(progress.failures(), Vec::<String>::new());
+        link.is_cut.store(false, Ordering::Relaxed);
+        progress.stop.store(true, Ordering::Relaxed);
+        Ok(())
+    })?;
+    assert_eq!(progress.failures(), Vec::<String>::new());
+    assert!(container.finish(FILE_COUNT)?, "the container printed something else");
+    Ok(())
+}
+
+/// Before Linux 6.9: what was being read when the daemon was killed fails or is read again, nobody waits for ever.
+#[test]
+fn a_kernel_that_cannot_send_again_loses_only_reads_under_way() -> Result<()> {
+    const FILE_COUNT: u64 = 8;
+    let scratch = Scratch::new("no-resend")?;
+    let Reading { container: _container, files, node, link, registry: _registry } =
+        Reading::start(&scratch, FILE_COUNT)?;
+    let fused = wait_for_holders(&node, None)?;
+    // The second word of flags of the kernel's first message, where it says that it can.
+    let path = node.snapshotter.root().join("fused.init");
+    let mut init = fs::read(&path).expect("it lies there");
+    init[56..60].fill(0);
+    fs::write(&path, init).expect("writable");
+    let progress = Progress::default();
+    thread::scope(|scope| {
+        for reader in 0..READERS {
+            let (progress, files) = (&progress, &files);
+            scope.spawn(move || progress.read_all(files, FILE_COUNT, reader));
+        }
+        let killed = progress.wait_for(1).and_then(|()| send(fused, Signal::KILL));
+        let replaced = killed.and_then(|()| wait_for_holders(&node, Some(fused)));
+        link.is_slow.store(false, Ordering::Relaxed);
+        progress.stop.store(true, Ordering::Relaxed);
+        replaced
+    })?;
+    println!("failed readers: {:?}", progress.failures());
+    let after = Progress::default();
+    after.stop.store(true, Ordering::Relaxed);
+    after.read_all(&files, FILE_COUNT, 0);
+    assert_eq!(after.failures(), Vec::<String>::new());
+    assert_eq!(session_count(&scratch), 1, "it is the first one still");
     Ok(())
 }
