@@ -4,7 +4,7 @@
 //! of several filters one must hold. A selector is a field path alone (the field is there) or a field
 //! path, an operator (`==`, `!=`, `~=`) and a value: `labels."a.b"==c,kind~=active|view`.
 //!
-//! Source: containerd, `pkg/filters`.
+//! Source: containerd, `pkg/filters`; `tests/conformance` compares with it.
 
 use std::{iter::Peekable, str::CharIndices};
 
@@ -32,7 +32,11 @@ enum Condition {
     Equal(String),
     NotEqual(String),
     Matches(Regex),
+    Never,
 }
+
+/// What a value can stand in: the first always, the others after `~=`.
+const QUOTES: [char; 3] = ['"', '/', '|'];
 
 /// A text is no filter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -48,7 +52,7 @@ impl Filters {
     ///
     /// # Errors
     ///
-    /// When a filter does not follow the syntax or a regular expression does not compile.
+    /// When a filter does not follow the syntax.
     pub fn parse<T: AsRef<str>>(filters: &[T]) -> Result<Self, FilterError> {
         filters.iter().map(|filter| Parser::new(filter.as_ref()).selectors()).collect::<Result<_, _>>().map(Self)
     }
@@ -68,6 +72,7 @@ impl Selector {
             // As in containerd, a field that is not there counts as an empty one here.
             Condition::NotEqual(unexpected) => value.unwrap_or_default() != unexpected,
             Condition::Matches(pattern) => pattern.is_match(value.unwrap_or_default()),
+            Condition::Never => false,
         }
     }
 }
@@ -77,6 +82,7 @@ struct Parser<'a> {
     rest: Peekable<CharIndices<'a>>,
 }
 
+/// White space may stand before a field, an operator and a value, and nowhere else: so containerd has it.
 impl<'a> Parser<'a> {
     fn new(filter: &'a str) -> Self {
         Self { filter, rest: filter.char_indices().peekable() }
@@ -89,7 +95,7 @@ impl<'a> Parser<'a> {
         }
         loop {
             selectors.push(self.selector()?);
-            match self.next_visible() {
+            match self.peek() {
                 None => return Ok(selectors),
                 Some(',') => _ = self.rest.next(),
                 Some(other) => return self.refuse(format!("unexpected {other:?}")),
@@ -99,19 +105,16 @@ impl<'a> Parser<'a> {
 
     fn selector(&mut self) -> Result<Selector, FilterError> {
         let path = self.path()?;
-        let operator = match self.next_visible() {
-            None | Some(',') => return Ok(Selector { path, condition: Condition::Present }),
-            Some(_) => self.take_while(|next| matches!(next, '=' | '!' | '~')),
-        };
+        if matches!(self.peek(), None | Some(',')) {
+            return Ok(Selector { path, condition: Condition::Present });
+        }
+        self.skip_whitespace();
+        let operator = self.take_while(is_operator);
         let condition = match operator.as_str() {
             "==" => Condition::Equal(self.value(&['"'])?),
             "!=" => Condition::NotEqual(self.value(&['"'])?),
-            "~=" => {
-                let pattern = self.value(&['"', '/', '|'])?;
-                let pattern =
-                    Regex::new(&pattern).or_else(|_| self.refuse(format!("{pattern:?} is no regular expression")));
-                Condition::Matches(pattern?)
-            }
+            // containerd takes what does not compile, and it matches nothing.
+            "~=" => Regex::new(&self.value(&QUOTES)?).map_or(Condition::Never, Condition::Matches),
             _ => return self.refuse(r#"expected an operator: "==", "!=" or "~=""#),
         };
         Ok(Selector { path, condition })
@@ -119,7 +122,7 @@ impl<'a> Parser<'a> {
 
     fn path(&mut self) -> Result<Vec<String>, FilterError> {
         let mut path = vec![self.field()?];
-        while self.next_visible() == Some('.') {
+        while self.peek() == Some('.') {
             self.rest.next();
             path.push(self.field()?);
         }
@@ -127,68 +130,96 @@ impl<'a> Parser<'a> {
     }
 
     fn field(&mut self) -> Result<String, FilterError> {
-        if self.next_visible() == Some('"') {
+        self.skip_whitespace();
+        if self.peek() == Some('"') {
             return self.quoted('"');
         }
-        let field = self.take_while(|next| next.is_ascii_alphanumeric() || matches!(next, '_' | '-'));
+        let field = self.take_while(|next| next.is_ascii_alphanumeric() || next == '_');
         if field.is_empty() { self.refuse("expected a field name") } else { Ok(field) }
     }
 
+    /// A value, in one of the `quotes` or in none.
     fn value(&mut self, quotes: &[char]) -> Result<String, FilterError> {
-        if let Some(quote) = self.next_visible().filter(|next| quotes.contains(next)) {
-            return self.quoted(quote);
+        self.skip_whitespace();
+        match self.peek() {
+            Some(quote) if quotes.contains(&quote) => self.quoted(quote),
+            Some(quote) if QUOTES.contains(&quote) => self.refuse(format!("only ~= takes a value in {quote}")),
+            Some(first) if !matches!(first, ',' | '.') && !is_operator(first) => {
+                Ok(self.take_while(|next| next != ',' && !next.is_whitespace() && !next.is_control()))
+            }
+            _ => self.refuse("expected a value"),
         }
-        let value = self.take_while(|next| next != ',' && !next.is_whitespace());
-        if value.is_empty() { self.refuse("expected a value") } else { Ok(value) }
     }
 
+    /// A Go string literal, whatever its quote.
     fn quoted(&mut self, quote: char) -> Result<String, FilterError> {
         self.rest.next();
-        let mut text = String::new();
+        // An escape may stand for a part of a character.
+        let mut bytes = Vec::new();
         loop {
             match self.rest.next() {
-                None => return self.refuse("the quote has no end"),
-                Some((_, next)) if next == quote => return Ok(text),
-                // A regular expression between slashes or bars keeps its own escapes.
-                Some((_, '\\')) if quote != '"' => match self.rest.next() {
-                    Some((_, next)) if next == quote => text.push(quote),
-                    Some((_, next)) => text.extend(['\\', next]),
-                    None => return self.refuse("the quote has no end"),
-                },
-                Some((_, '\\')) => text.push(self.escaped()?),
-                Some((_, next)) => text.push(next),
+                None | Some((_, '\n')) => return self.refuse("the quote has no end"),
+                Some((_, next)) if next == quote => return Ok(String::from_utf8_lossy(&bytes).into_owned()),
+                Some((_, '\\')) => self.escaped(quote, &mut bytes)?,
+                Some((_, next)) => bytes.extend(next.encode_utf8(&mut [0; 4]).bytes()),
             }
         }
     }
 
-    /// What follows a backslash in a Go string literal.
-    fn escaped(&mut self) -> Result<char, FilterError> {
+    /// What follows a backslash.
+    fn escaped(&mut self, quote: char, bytes: &mut Vec<u8>) -> Result<(), FilterError> {
         let Some((_, kind)) = self.rest.next() else { return self.refuse("the quote has no end") };
-        let digits = match kind {
-            'a' => return Ok('\u{7}'),
-            'b' => return Ok('\u{8}'),
-            'f' => return Ok('\u{c}'),
-            'n' => return Ok('\n'),
-            'r' => return Ok('\r'),
-            't' => return Ok('\t'),
-            'v' => return Ok('\u{b}'),
-            '\\' | '"' => return Ok(kind),
-            'x' => 2,
-            'u' => 4,
-            'U' => 8,
+        let byte = match kind {
+            'a' => 0x07,
+            'b' => 0x08,
+            'f' => 0x0c,
+            'n' => b'\n',
+            'r' => b'\r',
+            't' => b'\t',
+            'v' => 0x0b,
+            '\\' => b'\\',
+            // The quotes are ASCII.
+            _ if kind == quote => u8::try_from(quote).unwrap_or_default(),
+            'x' => self.byte(String::new(), 2, 16)?,
+            '0'..='7' => self.byte(kind.to_string(), 2, 8)?,
+            'u' | 'U' => {
+                let number = self.number(String::new(), if kind == 'u' { 4 } else { 8 }, 16)?;
+                // As Go has it, half of a surrogate pair is no character but can be written.
+                let replaced = (0xd800..0xe000).contains(&number).then_some(char::REPLACEMENT_CHARACTER);
+                let Some(character) = replaced.or(char::from_u32(number)) else {
+                    return self.refuse(format!("\\{kind} of no character"));
+                };
+                bytes.extend(character.encode_utf8(&mut [0; 4]).bytes());
+                return Ok(());
+            }
             _ => return self.refuse(format!("unknown escape \\{kind}")),
         };
-        let digits: String = self.rest.by_ref().take(digits).map(|(_, digit)| digit).collect();
-        match u32::from_str_radix(&digits, 16).ok().and_then(char::from_u32) {
-            Some(character) => Ok(character),
-            None => self.refuse(format!("\\{kind}{digits} is no character")),
-        }
+        bytes.push(byte);
+        Ok(())
     }
 
-    /// The next character that is no white space, not taken.
-    fn next_visible(&mut self) -> Option<char> {
-        while self.rest.next_if(|(_, next)| next.is_whitespace()).is_some() {}
+    fn byte(&mut self, digits: String, further: usize, radix: u32) -> Result<u8, FilterError> {
+        let number = self.number(digits, further, radix)?;
+        u8::try_from(number).or_else(|_| self.refuse("an escape of no byte"))
+    }
+
+    /// A number of these digits and `further` ones.
+    fn number(&mut self, mut digits: String, further: usize, radix: u32) -> Result<u32, FilterError> {
+        for _ in 0..further {
+            match self.rest.next_if(|(_, next)| next.is_digit(radix)) {
+                Some((_, digit)) => digits.push(digit),
+                None => return self.refuse("an escape with too few digits"),
+            }
+        }
+        u32::from_str_radix(&digits, radix).or_else(|_| self.refuse("an escape of no number"))
+    }
+
+    fn peek(&mut self) -> Option<char> {
         self.rest.peek().map(|(_, next)| *next)
+    }
+
+    fn skip_whitespace(&mut self) {
+        while self.rest.next_if(|(_, next)| next.is_whitespace()).is_some() {}
     }
 
     fn take_while(&mut self, wanted: impl Fn(char) -> bool) -> String {
@@ -199,6 +230,10 @@ impl<'a> Parser<'a> {
         let offset = self.rest.peek().map_or(self.filter.len(), |(offset, _)| *offset);
         Err(FilterError { filter: self.filter.to_owned(), offset, problem: problem.into() })
     }
+}
+
+fn is_operator(character: char) -> bool {
+    matches!(character, '=' | '!' | '~')
 }
 
 #[cfg(test)]
@@ -242,7 +277,10 @@ mod tests {
             (&["kind~=^comm"], true),
             (&["kind~=/^(active|view)$/"], false),
             (&["kind~=|itt.d|, name"], true),
-            (&[" kind == committed , name "], true),
+            (&[" kind == committed, name"], true),
+            (&["kind~=("], false),
+            (&[r"name~=/t\/\\d/"], true),
+            (&[r#"labels.plain=="a\040b""#], true),
         ];
         for (filters, expected) in cases {
             assert_eq!(Filters::parse(filters).unwrap().matches(&Snapshot), *expected, "{filters:?}");
@@ -251,9 +289,19 @@ mod tests {
 
     #[test]
     fn refuses_what_is_no_filter() {
-        for filter in
-            [",", "name==", "name=x", "name==a b", r#"name=="a"#, "kind~=(", "name==a,", ".a", "a.", r#""\q"==a"#]
-        {
+        for filter in [
+            ",",
+            "name==",
+            "name=x",
+            "name==a b",
+            r#"name=="a"#,
+            "name==/a/",
+            "name==a,",
+            ".a",
+            "a.",
+            r#""\q"==a"#,
+            "a ,b",
+        ] {
             assert!(Filters::parse(&[filter]).is_err(), "{filter}");
         }
     }

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fs, path::Path, path::PathBuf, sync::OnceLock};
 
 use lazuli_tests::{
-    HarnessError, Result, Scratch, TestRegistry,
+    Finished, HarnessError, Result, Scratch, TestRegistry,
     process::{command, finish, require_program, run},
     programs::{program, target_directory},
 };
@@ -53,8 +53,25 @@ fn lazy_layers_conform() -> Result<()> {
     conforms("TestEveryLayerLazy")
 }
 
+#[test]
+fn filters_select_what_containerds_own_select() -> Result<()> {
+    let finished = run_suite("TestFilters")?;
+    assert_eq!(finished.code, Some(0), "{}", finished.stdout);
+    Ok(())
+}
+
 /// Runs one suite; every case must have passed.
 fn conforms(suite: &str) -> Result<()> {
+    let finished = run_suite(suite)?;
+    let found: BTreeMap<_, _> = finished.stdout.lines().filter_map(|line| outcome(line, suite)).collect();
+    let expected = CASES.map(|case| (case, if case == LEFT_OUT { "SKIP" } else { "PASS" })).into();
+    let printed = &finished.stdout;
+    assert_eq!(found, expected, "{printed}");
+    assert_eq!(finished.code, Some(0), "{printed}");
+    Ok(())
+}
+
+fn run_suite(suite: &str) -> Result<Finished> {
     let scratch = Scratch::new(suite)?;
     let registry = TestRegistry::start(&scratch)?;
     let mut tests = command(suite_program()?, ["-test.v", "-test.run", &format!("^{suite}$")]);
@@ -65,12 +82,7 @@ fn conforms(suite: &str) -> Result<()> {
         .env("LAZULI_SNAPSHOTTER", program("lazuli-snapshotter")?);
     let finished = finish(&mut tests)?;
     fs::write(scratch.log("suite"), &finished.stdout).expect("the log can be written");
-    let found: BTreeMap<_, _> = finished.stdout.lines().filter_map(|line| outcome(line, suite)).collect();
-    let expected = CASES.map(|case| (case, if case == LEFT_OUT { "SKIP" } else { "PASS" })).into();
-    let printed = &finished.stdout;
-    assert_eq!(found, expected, "{printed}");
-    assert_eq!(finished.code, Some(0), "{printed}");
-    Ok(())
+    Ok(finished)
 }
 
 /// Case and outcome in a line such as `--- PASS: TestSuite/Case (0.01s)`.
