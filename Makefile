@@ -3,6 +3,7 @@
 #   make build         the programs
 #   make test          everything that every change must pass
 #   make test-images   the three real images, in every field, and a second version of one (minutes)
+#   make test-matrix   nodes with containerd 1.6, 1.7 and 2.1 (minutes)
 #   make test-large    millions of entries, files of gigabytes: bounded memory, the same tree (minutes)
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
 #   make bench         conversion beside what others take; the hot set beside real starts (minutes)
@@ -15,7 +16,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images test-large fuzz bench bench-frames demo lint deps images clean
+.PHONY: build test test-images test-matrix test-large fuzz bench bench-frames demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -28,6 +29,10 @@ test: build
 test-images: build images
 	$(CARGO) test --release --workspace --test real_images -- --nocapture --test-threads 1
 	$(CARGO) test --release --workspace --test versions -- --nocapture
+
+test-matrix: build
+	tests/containerd-versions target/containerd
+	$(CARGO) test --release --workspace --test matrix -- --nocapture --test-threads 2
 
 test-large: build
 	$(CARGO) test --release --workspace --test large -- --nocapture --test-threads 1

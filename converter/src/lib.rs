@@ -40,6 +40,7 @@ mod referrers;
 pub mod report;
 pub mod resolve;
 pub mod start_up;
+pub mod status;
 pub mod tree;
 pub mod walker;
 

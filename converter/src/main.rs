@@ -9,6 +9,7 @@ mod mount_command;
 mod progress;
 mod pull_command;
 mod registry_arguments;
+mod status_command;
 
 use std::process::ExitCode;
 
@@ -46,6 +47,8 @@ enum Action {
     ///
     /// Afterwards `ctr run --snapshotter lazuli REF NAME` starts it.
     Pull(pull_command::PullArguments),
+    /// Show the lazily pulled images of this node: how they are mounted, what has arrived, what is being read.
+    Status(status_command::StatusArguments),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
             },
             Action::Mount(arguments) => mount_command::run(arguments, interrupted).await,
             Action::Pull(arguments) => pull_command::run(arguments, interrupted).await,
+            Action::Status(arguments) => status_command::run(arguments).await,
         }
     });
     // Threads may still work on what nobody waits for any more.

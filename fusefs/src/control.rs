@@ -97,7 +97,27 @@ pub enum Response {
     Error {
         /// One line: what, where, what to do.
         message: String,
+        /// Whose fault it is, and so whether asking again makes sense.
+        #[serde(default)]
+        kind: ErrorKind,
     },
+}
+
+/// Kinds of failures, as far as a client decides by them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The registry or this machine: the same request may succeed later.
+    #[default]
+    Passing,
+    /// What the registry has, or what lies on disk, is not what its digest or the format says.
+    Damaged,
+    /// The layer was written by a newer version.
+    Newer,
+    /// The request makes no sense.
+    Invalid,
+    /// The disk is full.
+    DiskFull,
 }
 
 /// How the kernel reads a tree.
@@ -154,4 +174,21 @@ pub struct LayerStatus {
     pub fetched_bytes: u64,
     /// Whether everything has arrived: nothing is fetched any longer.
     pub is_complete: bool,
+    /// Bytes that the cache takes on disk, index and data.
+    pub disk_bytes: u64,
+    /// What is being fetched now.
+    pub reading: Reading,
+}
+
+/// What of a layer is being fetched at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Reading {
+    /// Frames that somebody wants: a reader, or fetching ahead.
+    pub frames_wanted: u64,
+    /// Those of them that a request is bringing.
+    pub frames_under_way: u64,
+    /// Those of them that a reader is blocked for.
+    pub frames_awaited: u64,
+    /// Files with content in awaited frames, a few of them; what is no UTF-8 is replaced.
+    pub files: Vec<String>,
 }

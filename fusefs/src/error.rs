@@ -5,7 +5,10 @@ use std::{io, path::PathBuf};
 use format_spec::{Digest, FormatError, LayerId};
 use storage::{CacheError, ReadError, SourceError};
 
-use crate::{control::TreeId, merge::MergeError};
+use crate::{
+    control::{ErrorKind, TreeId},
+    merge::MergeError,
+};
 
 /// A tree cannot be made, kept or mounted. One line each, for the user.
 #[derive(Debug, thiserror::Error)]
@@ -108,9 +111,33 @@ pub enum Error {
 }
 
 impl Error {
+    /// What a client is told about whose fault it is.
+    pub(crate) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Cache(CacheError::Index { error, .. }) | Self::Tree { error, .. } => match error {
+                FormatError::Version { .. } | FormatError::Features { .. } => ErrorKind::Newer,
+                _ => ErrorKind::Damaged,
+            },
+            Self::OtherLayers(_) => ErrorKind::Damaged,
+            Self::Merge(_) | Self::LayerInUse { .. } => ErrorKind::Invalid,
+            Self::Disk { error, .. } => kind_of_disk_error(error),
+            Self::Cache(CacheError::Disk { error, .. }) | Self::Flush(ReadError::Disk { error, .. }) => {
+                kind_of_disk_error(error)
+            }
+            _ => ErrorKind::Passing,
+        }
+    }
+
     /// For `map_err`: what happened to a file of the root directory.
     pub(crate) fn disk(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |error| Self::Disk { path, error }
+    }
+}
+
+fn kind_of_disk_error(error: &io::Error) -> ErrorKind {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::DiskFull,
+        _ => ErrorKind::Passing,
     }
 }

@@ -20,6 +20,7 @@ pub mod merge;
 pub mod mount;
 mod namespace;
 mod number;
+mod reading;
 mod server;
 mod service;
 mod session;

@@ -24,7 +24,7 @@ use tokio::{
 use tracing::{debug, warn};
 
 use crate::{
-    control::{ModeStatus, Request, Response, TreeMode},
+    control::{ErrorKind, ModeStatus, Request, Response, TreeMode},
     descriptor,
     error::Error,
     namespace::TREES,
@@ -193,12 +193,14 @@ async fn serve_connection(
         let request = serde_json::from_slice(&line);
         let holds_session = is_whole && matches!(request, Ok(Request::HoldSession));
         let response = match request {
-            _ if !is_whole => refuse(format!("request does not end within {REQUEST_LEN_MAX} bytes")),
+            _ if !is_whole => {
+                refuse(ErrorKind::Invalid, &format!("request does not end within {REQUEST_LEN_MAX} bytes"))
+            }
             Ok(request) => answer(request, service, trees).await.unwrap_or_else(|error| {
                 warn!(%error, "request failed");
-                refuse(error.to_string())
+                refuse(error.kind(), &error.to_string())
             }),
-            Err(error) => refuse(format!("request is not understood: {error}")),
+            Err(error) => refuse(ErrorKind::Invalid, &format!("request is not understood: {error}")),
         };
         let mut answer = serde_json::to_vec(&response).expect("a response has text keys only");
         answer.push(b'\n');
@@ -216,8 +218,8 @@ async fn serve_connection(
 }
 
 /// An error of one line, whatever is in it.
-fn refuse(message: String) -> Response {
-    Response::Error { message: message.split('\n').map(str::trim).collect::<Vec<_>>().join(" ") }
+fn refuse(kind: ErrorKind, message: &str) -> Response {
+    Response::Error { message: message.split('\n').map(str::trim).collect::<Vec<_>>().join(" "), kind }
 }
 
 async fn answer(request: Request, service: &Service, trees: &Path) -> Result<Response, Error> {

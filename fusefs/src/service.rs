@@ -27,6 +27,7 @@ use crate::{
     merge::{MergeError, merge},
     namespace::Namespace,
     number::Node,
+    reading::reading,
     session,
     store::TreeStore,
     tree::Tree,
@@ -136,7 +137,7 @@ impl Service {
         let service = self.clone();
         tokio::spawn(async move {
             if let Err(error) = service.layer(&remote).await {
-                debug!(blob = %remote.layer.blob, %error, "announced layer cannot be opened yet");
+                debug!(image = remote.image, blob = %remote.layer.blob, %error, "announced layer cannot be opened yet");
             }
         });
     }
@@ -170,7 +171,8 @@ impl Service {
         let tree = blocking(make).await?;
         self.0.namespace.add_tree(&tree);
         self.notify_change(Node::Trees, id);
-        info!(tree = %id, layers = layers.len(), inodes = tree.index.inodes().len(), "tree available");
+        let image = layers.last().map_or("", |top| top.image.as_str());
+        info!(image, tree = %id, layers = layers.len(), inodes = tree.index.inodes().len(), "tree available");
         Ok(tree)
     }
 
@@ -285,10 +287,18 @@ impl Service {
     /// When the cache cannot be listed.
     pub(crate) async fn layers(&self) -> Result<Vec<LayerStatus>, Error> {
         let service = self.clone();
-        let known = blocking(move || service.0.cache.known_layers()).await?;
-        let open: HashMap<Digest, Layer> =
-            self.0.cache.open_layers().into_iter().map(|layer| (layer.lazy_layer().id(), layer)).collect();
-        Ok(known.into_iter().map(|known| layer_status(&known, open.get(&known.layer.id()))).collect())
+        blocking(move || {
+            let cache = &service.0.cache;
+            let open: HashMap<Digest, Layer> =
+                cache.open_layers().into_iter().map(|layer| (layer.lazy_layer().id(), layer)).collect();
+            let status = |known: KnownLayer| {
+                let id = known.layer.id();
+                let disk_bytes = cache.usage(id).map_err(Error::disk(id.hex()))?;
+                Ok(layer_status(&known, open.get(&id), disk_bytes))
+            };
+            cache.known_layers()?.into_iter().map(status).collect()
+        })
+        .await
     }
 
     /// Every tree that is available, sorted.
@@ -344,7 +354,7 @@ fn tree_status(id: TreeId, pending: &PendingTree) -> TreeStatus {
     TreeStatus { tree: id, layers, mode: TreeMode::Fuse, direct_layers: Vec::new() }
 }
 
-fn layer_status(known: &KnownLayer, open: Option<&Layer>) -> LayerStatus {
+fn layer_status(known: &KnownLayer, open: Option<&Layer>, disk_bytes: u64) -> LayerStatus {
     let image = known.description.get(IMAGE).and_then(|image| image.as_str()).unwrap_or_default();
     let progress = open.map(Layer::progress).unwrap_or_default();
     LayerStatus {
@@ -353,6 +363,8 @@ fn layer_status(known: &KnownLayer, open: Option<&Layer>) -> LayerStatus {
         frames_total: progress.frames_total,
         fetched_bytes: progress.fetched_bytes,
         is_complete: open.is_some_and(Layer::is_complete),
+        disk_bytes,
+        reading: open.map(reading).unwrap_or_default(),
     }
 }
 

@@ -109,7 +109,7 @@ impl Connection {
 
 fn message(response: Response) -> String {
     match response {
-        Response::Error { message } => message,
+        Response::Error { message, .. } => message,
         other => panic!("{other:?}"),
     }
 }

@@ -23,7 +23,7 @@ use std::{
 
 use format_spec::LayerId;
 use fusefs::{
-    control::{LayerStatus, RemoteLayer, Request, Response, TreeId},
+    control::{ErrorKind, LayerStatus, RemoteLayer, Request, Response, TreeId},
     descriptor,
 };
 use tokio::{
@@ -101,8 +101,13 @@ pub enum FusedError {
     #[error("lazuli-fused answered {0:?}")]
     Answer(String),
     /// It was understood and could not be done.
-    #[error("{0}")]
-    Refused(String),
+    #[error("{message}")]
+    Refused {
+        /// What, where, what to do.
+        message: String,
+        /// Whose fault it is.
+        kind: ErrorKind,
+    },
 }
 
 type Result<T> = std::result::Result<T, FusedError>;
@@ -225,7 +230,7 @@ impl Fused {
             }
         };
         match answer? {
-            Response::Error { message } => Err(FusedError::Refused(message)),
+            Response::Error { message, kind } => Err(FusedError::Refused { message, kind }),
             response => Ok(response),
         }
     }

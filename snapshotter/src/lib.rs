@@ -10,6 +10,7 @@ pub mod config;
 pub mod filter;
 pub mod fused;
 pub mod host;
+pub mod id_map;
 pub mod metadata;
 pub mod mounts;
 pub mod remote;

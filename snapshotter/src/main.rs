@@ -119,3 +119,23 @@ async fn serve(config: &Config, snapshotter: Snapshotter) -> Result<(), Box<dyn 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn every_flag_has_its_key_and_every_key_stands_in_the_documentation() {
+        let command = Arguments::command();
+        let documentation = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/NODE.md")).unwrap();
+        for flag in command.get_arguments().filter(|flag| flag.get_id() != "config") {
+            let (key, name) = (flag.get_id().as_str(), flag.get_long().unwrap());
+            let values = ["true", "1", "'text'"].map(|value| Settings::parse(&format!("{key} = {value}")));
+            let errors: Vec<_> = values.iter().filter_map(|parsed| parsed.as_ref().err()).collect();
+            assert!(errors.len() < values.len(), "{key} is no key: {errors:?}");
+            assert!(documentation.contains(&format!("| `{key}` | `--{name}` |")), "{key} is not in docs/NODE.md");
+        }
+    }
+}

@@ -9,6 +9,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use fusefs::control::ErrorKind;
 use prost_types::Timestamp;
 use tokio::sync::RwLock;
 use tokio_stream::Iter;
@@ -18,6 +19,7 @@ use tracing::{debug, warn};
 use crate::{
     api::{self, snapshots_server::Snapshots},
     filter::{Fields, Filters},
+    fused::FusedError,
     metadata::{Kind, LabelChange, Labels, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotKey, Time, Usage},
     snapshotter::{Error, Prepared, Snapshotter},
 };
@@ -196,8 +198,15 @@ fn status_of(error: &Error) -> Status {
             MetadataError::Damaged(..) => Status::data_loss(message),
             MetadataError::Version(_) | MetadataError::Database(_) => Status::internal(message),
         },
-        Error::Labels(_) => Status::invalid_argument(message),
+        Error::Labels(_) | Error::IdMap(..) => Status::invalid_argument(message),
         Error::Committed(_) => Status::failed_precondition(message),
+        Error::Fused(_, FusedError::Refused { kind, .. }) => match kind {
+            ErrorKind::Passing => Status::unavailable(message),
+            ErrorKind::Damaged => Status::data_loss(message),
+            ErrorKind::Newer => Status::failed_precondition(message),
+            ErrorKind::Invalid => Status::invalid_argument(message),
+            ErrorKind::DiskFull => Status::resource_exhausted(message),
+        },
         Error::Fused(..) => Status::unavailable(message),
         Error::Io(_, error) => io_status(error, message),
         Error::Root(_) => Status::internal(message),

@@ -23,9 +23,10 @@ use tracing::{debug, info, warn};
 use crate::{
     fused::{Fused, FusedError, FusedProgram},
     host::{self, Root, RootError},
+    id_map::{IdMap, IdMapError},
     metadata::{
-        Chain, Kind, LabelChange, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotId, SnapshotKey,
-        Time, Usage,
+        Chain, Kind, LabelChange, Labels, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotId,
+        SnapshotKey, Time, Usage,
     },
     mounts::{Directories, Lower, mounts},
     remote::{LabelError, REMOTE_MARK, RemoteRequest, remote_request},
@@ -79,6 +80,9 @@ pub enum Error {
     /// The labels of a layer are wrong.
     #[error(transparent)]
     Labels(#[from] LabelError),
+    /// The labels map no users.
+    #[error("snapshot {0}: {1}")]
+    IdMap(SnapshotKey, #[source] IdMapError),
     /// A committed snapshot cannot be mounted.
     #[error("snapshot {0} is committed, it has no mounts")]
     Committed(SnapshotKey),
@@ -152,7 +156,7 @@ impl Snapshotter {
             return Err(Error::Committed(chain.top.key));
         }
         let tree = self.tree(&chain.top.key, &chain.parents).await?;
-        Ok(self.mounts_of(&chain, tree))
+        self.mounts_of(&chain, tree)
     }
 
     /// Commits an active snapshot.
@@ -354,13 +358,17 @@ impl Snapshotter {
             (Some(_), Some(tree)) => tree.clone(),
             _ => self.inner.directories.upper(parent.id),
         });
+        let owner = match (id_map(&new.key, &new.labels)?, owner_of) {
+            (Some(id_map), _) => Some(Owner::Ids(id_map.root.0, id_map.root.1)),
+            (None, owner_of) => owner_of.map(Owner::Of),
+        };
         let kind = new.kind;
         let chain = self
             .blocking(move |inner| {
                 let mut made = None;
                 let created = inner.metadata.create(new, now, |id| {
                     made = Some(id);
-                    inner.make_directory(id, kind, owner_of.as_deref())
+                    inner.make_directory(id, kind, owner.as_ref())
                 });
                 if let (Err(_), Some(id)) = (&created, made) {
                     inner.remove_directory(id);
@@ -369,7 +377,7 @@ impl Snapshotter {
             })
             .await?;
         debug!(key = %chain.top.key, id = %chain.top.id, ?kind, "snapshot made");
-        Ok(self.mounts_of(&chain, tree))
+        self.mounts_of(&chain, tree)
     }
 
     /// The directory that shows the lazy layers among `parents`, `None` without any.
@@ -382,10 +390,14 @@ impl Snapshotter {
         tree.map(Some).map_err(|error| Error::Fused(key.clone(), error))
     }
 
-    fn mounts_of(&self, chain: &Chain, tree: Option<PathBuf>) -> Mount {
+    fn mounts_of(&self, chain: &Chain, tree: Option<PathBuf>) -> Result<Mount> {
         let Inner { directories, overlay_options, .. } = &*self.inner;
         let lower = Lower::new(&chain.parents).paths(directories, tree);
-        mounts(chain.top.kind, chain.top.id, &lower, directories, overlay_options)
+        let mut mount = mounts(chain.top.kind, chain.top.id, &lower, directories, overlay_options);
+        if let Some(id_map) = id_map(&chain.top.key, &chain.top.labels)? {
+            mount.options.extend_from_slice(id_map.options());
+        }
+        Ok(mount)
     }
 
     /// Has `lazuli-fused` delete what it holds for no snapshot.
@@ -432,8 +444,8 @@ impl Snapshotter {
 }
 
 impl Inner {
-    /// As containerd's overlayfs snapshotter makes it; the owner of the root directory is the parent's.
-    fn make_directory(&self, id: SnapshotId, kind: Kind, owner_of: Option<&Path>) -> io::Result<()> {
+    /// As containerd's overlayfs snapshotter makes it.
+    fn make_directory(&self, id: SnapshotId, kind: Kind, owner: Option<&Owner>) -> io::Result<()> {
         let make = |path: &Path, mode| fs::DirBuilder::new().mode(mode).create(path);
         let directory = self.directories.of(id);
         // No record has this id: what lies there is left from a record that failed.
@@ -445,9 +457,13 @@ impl Inner {
         if kind == Kind::Active {
             make(&self.directories.work(id), 0o711)?;
         }
-        if let Some(owner_of) = owner_of {
-            let owner = fs::metadata(owner_of)?;
-            std::os::unix::fs::lchown(&upper, Some(owner.uid()), Some(owner.gid()))?;
+        let owner = match owner {
+            None => None,
+            Some(Owner::Ids(user, group)) => Some((*user, *group)),
+            Some(Owner::Of(path)) => fs::metadata(path).map(|found| Some((found.uid(), found.gid())))?,
+        };
+        if let Some((user, group)) = owner {
+            std::os::unix::fs::lchown(&upper, Some(user), Some(group))?;
         }
         // The record must not be on disk before the directory is.
         fs::File::open(&directory)?.sync_all()?;
@@ -481,6 +497,18 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// Whose a new root directory is; without any, this process's.
+enum Owner {
+    /// Of who owns the root directory of the parent.
+    Of(PathBuf),
+    /// User and group of the host: root of a user namespace.
+    Ids(u32, u32),
+}
+
+fn id_map(key: &SnapshotKey, labels: &Labels) -> Result<Option<IdMap>> {
+    IdMap::from_labels(labels).map_err(|error| Error::IdMap(key.clone(), error))
 }
 
 /// Which trees and blobs some snapshots need.

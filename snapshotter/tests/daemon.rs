@@ -89,6 +89,62 @@ async fn refuses_what_stands_in_its_way_with_one_line() {
 }
 
 #[tokio::test]
+async fn refuses_a_root_on_overlayfs_and_says_why() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    for name in ["lower", "upper", "work", "merged"] {
+        fs::create_dir(at(name)).unwrap();
+    }
+    let path = |name| at(name).display().to_string();
+    let options = [format!("lowerdir={}", path("lower")), format!("upperdir={}", path("upper"))];
+    let options = [&options[..], &[format!("workdir={}", path("work"))]].concat();
+    let mount = containerd_client::types::Mount {
+        r#type: "overlay".to_owned(),
+        source: "overlay".to_owned(),
+        target: String::new(),
+        options,
+    };
+    let merged = Mounted::new(&mount);
+    let output = run(merged.path(), &[]);
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), message.lines().count()), (Some(1), 1), "{message}");
+    let root = merged.path().join("root").display().to_string();
+    assert!(message.starts_with(&format!("lazuli-snapshotter: root {root} is on overlayfs")), "{message}");
+}
+
+/// Somebody else's socket where the other daemon's should be: an image is pulled completely, nothing hangs.
+#[tokio::test]
+async fn a_foreign_socket_in_place_of_the_other_daemon_makes_no_layer_lazy() {
+    let daemon = Daemon::start().await;
+    let foreign = std::os::unix::net::UnixListener::bind(daemon.root().join("fused.sock")).unwrap();
+    let answering = std::thread::spawn(move || {
+        for stream in foreign.incoming() {
+            use std::io::{BufRead, Write};
+            let mut stream = stream.unwrap();
+            let mut line = String::new();
+            std::io::BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+            if line.contains("done") {
+                return;
+            }
+            // Whoever asked may be gone already.
+            let _ = stream.write_all(b"220 mail server ready\n");
+        }
+    });
+    let digest = format_spec::Digest::of(b"layer");
+    let index = format_spec::IndexLocation { offset: 0, compressed_len: 10, plain_len: 20, digest };
+    let layer = format_spec::LazyLayer { blob: digest, blob_len: 100, index, hot_len: 0 };
+    let mut labels: std::collections::HashMap<_, _> = layer.to_annotations().into_iter().collect();
+    labels.insert("containerd.io/snapshot.ref".to_owned(), "target".to_owned());
+    labels.insert("containerd.io/snapshot/cri.image-ref".to_owned(), "host/repository:tag".to_owned());
+    let mount = daemon.prepare_with("extract", "", labels).await.unwrap();
+    assert_eq!(mount.r#type, "bind");
+    daemon.commit("extract", "target").await.unwrap();
+    let done = std::os::unix::net::UnixStream::connect(daemon.root().join("fused.sock"));
+    std::io::Write::write_all(&mut done.unwrap(), b"done\n").unwrap();
+    answering.join().unwrap();
+}
+
+#[tokio::test]
 async fn wrong_usage_exits_with_two() {
     let directory = tempfile::tempdir().unwrap();
     assert_eq!(run(directory.path(), &["--no-such-flag"]).status.code(), Some(2));

@@ -17,7 +17,10 @@ use common::{Daemon, Mounted, code, to_labels};
 use containerd_client::services::v1::snapshots::Kind;
 use format_spec::{Digest, IndexLocation, LazyLayer};
 use fusefs::{
-    control::{LayerStatus, ModeStatus, RemoteLayer, Request, Response, TreeId, TreeMode, TreeStatus, tree_id},
+    control::{
+        ErrorKind, LayerStatus, ModeStatus, Reading, RemoteLayer, Request, Response, TreeId, TreeMode, TreeStatus,
+        tree_id,
+    },
     descriptor,
 };
 use rustix::process::Signal;
@@ -91,7 +94,7 @@ async fn serve(stream: UnixStream, trees: PathBuf, log: Arc<Mutex<Vec<Request>>>
         }
         let response = match &request {
             Request::MountTree { layers } if layers.iter().any(|layer| layer.image == "broken/image") => {
-                Response::Error { message: "index of the layer does not match".to_owned() }
+                Response::Error { message: "index of the layer does not match".to_owned(), kind: ErrorKind::Damaged }
             }
             Request::MountTree { layers } => Response::Tree { path: tree(&trees, layers).unwrap() },
             Request::LayerUsage { .. } => Response::Usage { bytes: 12345 },
@@ -121,7 +124,15 @@ fn tree(trees: &Path, layers: &[RemoteLayer]) -> io::Result<PathBuf> {
 }
 
 fn status(layer: RemoteLayer) -> LayerStatus {
-    LayerStatus { layer, frames_present: 0, frames_total: 1, fetched_bytes: 0, is_complete: false }
+    LayerStatus {
+        layer,
+        frames_present: 0,
+        frames_total: 1,
+        fetched_bytes: 0,
+        is_complete: false,
+        disk_bytes: 0,
+        reading: Reading::default(),
+    }
 }
 
 /// The tree of a single layer has its name.
@@ -258,7 +269,7 @@ async fn an_unusable_index_fails_the_container_and_leaves_nothing() {
     broken.insert("containerd.io/snapshot/lazuli/image".to_owned(), "broken/image".to_owned());
     assert_eq!(code(daemon.prepare_with("extract", "", broken).await), Code::AlreadyExists);
     let failed = daemon.prepare("container", "one").await.unwrap_err();
-    assert_eq!(failed.code(), Code::Unavailable);
+    assert_eq!(failed.code(), Code::DataLoss);
     assert_eq!(failed.message(), "snapshot container: index of the layer does not match");
     assert_eq!((daemon.names(&[]).await, daemon.directories()), (vec!["one".to_owned()], vec![]));
 }

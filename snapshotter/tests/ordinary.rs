@@ -216,6 +216,46 @@ async fn refuses_as_the_overlayfs_snapshotter_does() {
 }
 
 #[tokio::test]
+async fn a_snapshot_is_committed_onto_a_parent_that_it_was_not_prepared_on() {
+    let daemon = Daemon::start().await;
+    daemon.layer("base", "", |root| write(root, "below", "base")).await;
+    let mount = daemon.prepare("extract", "").await.unwrap();
+    write(Mounted::new(&mount).path(), "above", "top");
+    assert_eq!(code(daemon.commit_onto("extract", "top", "missing").await), Code::NotFound);
+    daemon.commit_onto("extract", "top", "base").await.unwrap();
+    assert_eq!(daemon.stat("top").await.unwrap().parent, "base");
+    let view = Mounted::new(&daemon.view("view", "top").await.unwrap());
+    assert_eq!((view.read("below").unwrap(), view.read("above").unwrap()), ("base".to_owned(), "top".to_owned()));
+    daemon.prepare("other", "top").await.unwrap();
+    assert_eq!(code(daemon.commit_onto("other", "x", "base").await), Code::InvalidArgument);
+    daemon.prepare("free", "").await.unwrap();
+    assert_eq!(code(daemon.commit_onto("free", "x", "other").await), Code::FailedPrecondition);
+    assert_eq!(code(daemon.remove("base").await), Code::FailedPrecondition);
+}
+
+#[tokio::test]
+async fn user_namespaces_get_mapped_mounts_and_no_changed_files() {
+    let daemon = Daemon::start().await;
+    daemon.layer("base", "", |root| write(root, "file", "x")).await;
+    let labels = |users: &str| {
+        let (users_label, groups_label) = ("containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping");
+        to_labels(&[(users_label, users), (groups_label, "0:200000:65536")])
+    };
+    let mount = daemon.prepare_with("mapped", "base", labels("0:100000:65536")).await.unwrap();
+    assert!(mount.options.ends_with(&["uidmap=0:100000:65536".to_owned(), "gidmap=0:200000:65536".to_owned()]));
+    assert_eq!(daemon.mounts("mapped").await.unwrap(), mount);
+    let owner = |id: &str| {
+        let found = fs::metadata(daemon.root().join("snapshots").join(id).join("fs")).unwrap();
+        (found.uid(), found.gid())
+    };
+    assert_eq!((owner("2"), owner("1")), ((100_000, 200_000), (0, 0)));
+    for users in ["1:1:1", "0:1", "0:1:1,upperdir=/"] {
+        assert_eq!(code(daemon.prepare_with("x", "base", labels(users)).await), Code::InvalidArgument, "{users}");
+    }
+    assert_eq!(daemon.directories(), ["1", "2"]);
+}
+
+#[tokio::test]
 async fn remove_frees_the_directory_and_the_key() {
     let daemon = Daemon::start().await;
     daemon.layer("base", "", |root| write(root, "file", "x")).await;

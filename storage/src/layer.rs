@@ -20,7 +20,7 @@ use crate::{
     error::ReadError,
     frame_store::{FrameStore, UnkeptFrames, lock},
     hot_pack::HotStream,
-    presence::needed_frames,
+    presence::{frame_runs, needed_frames},
     read_ahead::ReadAhead,
     scheduler::Scheduler,
     source::Source,
@@ -56,6 +56,17 @@ pub struct Progress {
     pub hot_bytes: u64,
     /// Bytes of content that this process copied from other layers.
     pub copied_bytes: u64,
+}
+
+/// What is being fetched of a layer at one moment, frame by frame; not what its hot pack brings.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Activity {
+    /// Frames that somebody wants: a reader, read-ahead, or the fetching of the rest.
+    pub frames_wanted: u64,
+    /// Those of them that a request is bringing.
+    pub frames_under_way: u64,
+    /// The numbers of those that a reader is blocked for, ascending.
+    pub frames_awaited: Vec<u32>,
 }
 
 /// A layer of the cache. Cheap to clone; safe from many threads.
@@ -246,6 +257,16 @@ impl Layer {
     /// How much has arrived.
     pub fn progress(&self) -> Progress {
         self.inner.progress()
+    }
+
+    /// What is being fetched now.
+    pub fn activity(&self) -> Activity {
+        self.inner.scheduler.activity(&self.inner)
+    }
+
+    /// The runs of the plain address space whose content a frame holds, ascending; none for unknown frames.
+    pub fn frame_runs(&self, frame: u32) -> impl Iterator<Item = Range<u64>> {
+        frame_runs(self.index(), frame)
     }
 
     /// Makes what arrived durable; blocks.

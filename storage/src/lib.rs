@@ -35,5 +35,5 @@ mod wait;
 
 pub use cache::{Cache, CacheOptions, KnownLayer};
 pub use error::{CacheError, ReadError};
-pub use layer::{Layer, LayerIndex, Priority, Progress};
+pub use layer::{Activity, Layer, LayerIndex, Priority, Progress};
 pub use source::{ByteStream, FetchFuture, Source, SourceError};

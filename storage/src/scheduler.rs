@@ -24,7 +24,7 @@ use crate::{
     cache::CacheOptions,
     error::ReadError,
     frame_store::lock,
-    layer::{LayerInner, Priority},
+    layer::{Activity, LayerInner, Priority},
     transfer::{self, Request},
     wait::Wait,
 };
@@ -135,6 +135,21 @@ impl Scheduler {
         for wait in forgotten.iter().flat_map(|(_, pending)| &pending.waits) {
             wait.fail(ReadError::Stopped(layer.blob()));
         }
+    }
+
+    /// What is wanted of a layer at this moment.
+    pub(crate) fn activity(&self, layer: &LayerInner) -> Activity {
+        let state = lock(&self.state);
+        let mut activity = Activity::default();
+        for ((_, frame), pending) in state.pending.iter().filter(|((number, _), _)| *number == layer.number) {
+            activity.frames_wanted += 1;
+            activity.frames_under_way += u64::from(pending.request.is_some());
+            if !pending.waits.is_empty() {
+                activity.frames_awaited.push(*frame);
+            }
+        }
+        activity.frames_awaited.sort_unstable();
+        activity
     }
 
     /// Permits to decode frames of a class: bounds the memory for them.

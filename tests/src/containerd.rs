@@ -9,8 +9,10 @@ use std::{
 };
 
 use crate::{
-    error::{Context as _, Result},
+    containerd_config::configuration,
+    error::{Context as _, HarnessError, Result},
     process::{Finished, Service, command, finish, require_program, run},
+    programs::target_directory,
     scratch::Scratch,
 };
 
@@ -19,9 +21,45 @@ pub const OVERLAYFS: &str = "overlayfs";
 /// The name under which a [`crate::Snapshotter`] is known to containerd.
 pub const LAZULI: &str = "lazuli";
 
+/// A version of containerd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Release {
+    /// 1.6 of Debian 12, which is installed.
+    #[default]
+    V1_6,
+    /// 1.7 of Debian 13, as `tests/containerd-versions` unpacks it.
+    V1_7,
+    /// 2.1 of the Debian after that, unpacked likewise.
+    V2_1,
+}
+
+impl Release {
+    /// The directory of its programs; `None` for what is installed.
+    ///
+    /// # Errors
+    ///
+    /// When it has not been unpacked.
+    fn programs(self) -> Result<Option<PathBuf>> {
+        let suite = match self {
+            Self::V1_6 => return Ok(None),
+            Self::V1_7 => "trixie",
+            Self::V2_1 => "forky",
+        };
+        let programs = target_directory()?.join("containerd").join(suite).join("usr/bin");
+        match programs.join("containerd").is_file() {
+            true => Ok(Some(programs)),
+            false => Err(HarnessError::Missing(format!(
+                "containerd of {suite} is not there: run `tests/containerd-versions target/containerd`"
+            ))),
+        }
+    }
+}
+
 /// What distinguishes one private containerd from another.
 #[derive(Debug, Clone, Default)]
 pub struct ContainerdOptions {
+    /// Its version.
+    pub release: Release,
     /// Socket of the Lazuli snapshotter, where there is one.
     pub snapshotter: Option<PathBuf>,
     /// What the container runtime interface needs, where it is used.
@@ -44,6 +82,9 @@ pub struct CriOptions {
 /// A containerd of Debian with its own root, state and sockets.
 #[derive(Debug)]
 pub struct Containerd {
+    release: Release,
+    programs: Option<PathBuf>,
+    directory: PathBuf,
     socket: PathBuf,
     config: PathBuf,
     log: PathBuf,
@@ -63,16 +104,32 @@ impl Containerd {
         let directory = scratch.directory("containerd")?;
         let socket = scratch.join("containerd.sock");
         let config = directory.join("config.toml");
-        fs::write(&config, configuration(&directory, &socket, options)).at("writing", &config)?;
-        if let Some(cri) = &options.cri {
-            let hosts = directory.join("certs.d").join(&cri.registry);
-            fs::create_dir_all(&hosts).at("creating", &hosts)?;
-            let server = format!("server = \"http://{}\"\n", cri.registry);
-            fs::write(hosts.join("hosts.toml"), server).at("writing hosts.toml in", &hosts)?;
-        }
-        let mut containerd = Self { socket, config, log: scratch.log("containerd"), service: None };
+        let (release, programs) = (options.release, options.release.programs()?);
+        let log = scratch.log("containerd");
+        let mut containerd = Self { release, programs, directory, socket, config, log, service: None };
+        containerd.configure(options)?;
         containerd.launch()?;
         Ok(containerd)
+    }
+
+    /// Restarts containerd with another configuration on the same state; containers go on.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub fn reconfigure(&mut self, options: &ContainerdOptions) -> Result<()> {
+        assert_eq!(options.release, self.release, "state goes with its version");
+        self.configure(options)?;
+        self.restart()
+    }
+
+    fn configure(&self, options: &ContainerdOptions) -> Result<()> {
+        fs::write(&self.config, configuration(&self.directory, &self.socket, options)).at("writing", &self.config)?;
+        let Some(cri) = &options.cri else { return Ok(()) };
+        let hosts = self.directory.join("certs.d").join(&cri.registry);
+        fs::create_dir_all(&hosts).at("creating", &hosts)?;
+        let server = format!("server = \"http://{}\"\n", cri.registry);
+        fs::write(hosts.join("hosts.toml"), server).at("writing hosts.toml in", &hosts)
     }
 
     /// Ends containerd and starts it again on the same state; containers go on.
@@ -92,7 +149,7 @@ impl Containerd {
 
     /// A `ctr` command with these arguments.
     pub fn ctr<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
-        let mut ctr = command("ctr", [OsStr::new("--address"), self.socket.as_os_str()]);
+        let mut ctr = command(self.program("ctr"), [OsStr::new("--address"), self.socket.as_os_str()]);
         ctr.args(arguments);
         ctr
     }
@@ -133,9 +190,20 @@ impl Containerd {
         run(self.ctr(["images", "mount", "--snapshotter", snapshotter, reference]).arg(directory)).map(drop)
     }
 
+    fn program(&self, name: &str) -> PathBuf {
+        self.programs.as_ref().map_or_else(|| name.into(), |programs| programs.join(name))
+    }
+
     fn launch(&mut self) -> Result<()> {
-        let mut containerd = command("containerd", ["--config"]);
+        let mut containerd = command(self.program("containerd"), ["--config"]);
         containerd.arg(&self.config);
+        if let Some(programs) = &self.programs {
+            // It looks for its shim in the path first.
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let paths = std::iter::once(programs.clone()).chain(std::env::split_paths(&path));
+            let joined = std::env::join_paths(paths).map_err(|error| HarnessError::Missing(error.to_string()))?;
+            containerd.env("PATH", joined);
+        }
         let answers = || {
             UnixStream::connect(&self.socket).is_ok()
                 && matches!(finish(&mut self.ctr(["version"])), Ok(Finished { code: Some(0), .. }))
@@ -143,61 +211,4 @@ impl Containerd {
         self.service = Some(Service::start("containerd", &mut containerd, &self.log, answers)?);
         Ok(())
     }
-}
-
-fn configuration(directory: &Path, socket: &Path, options: &ContainerdOptions) -> String {
-    let path = directory.display();
-    let socket = socket.display();
-    let mut text = format!(
-        r#"version = 2
-root = "{path}/root"
-state = "{path}/state"
-{disabled}
-[grpc]
-address = "{socket}"
-[ttrpc]
-address = "{socket}.ttrpc"
-[plugins."io.containerd.internal.v1.opt"]
-path = "{path}/opt"
-"#,
-        disabled = match options.cri {
-            Some(_) => "",
-            None => r#"disabled_plugins = ["io.containerd.grpc.v1.cri"]"#,
-        }
-    );
-    if let Some(snapshotter) = &options.snapshotter {
-        text += &format!(
-            r#"[proxy_plugins.{LAZULI}]
-type = "snapshot"
-address = "{}"
-"#,
-            snapshotter.display()
-        );
-    }
-    if let Some(cri) = &options.cri {
-        // Without the right to lower an OOM score and without AppArmor, as inside many build machines.
-        text += &format!(
-            r#"[plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = "{pause}"
-restrict_oom_score_adj = true
-disable_apparmor = true
-stream_server_address = "127.0.0.1"
-stream_server_port = "0"
-[plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "/usr/lib/cni"
-conf_dir = "{network}"
-[plugins."io.containerd.grpc.v1.cri".containerd]
-snapshotter = "{snapshotter}"
-disable_snapshot_annotations = false
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-runtime_type = "io.containerd.runc.v2"
-[plugins."io.containerd.grpc.v1.cri".registry]
-config_path = "{path}/certs.d"
-"#,
-            pause = cri.pause_image,
-            network = cri.network_configuration.display(),
-            snapshotter = cri.snapshotter,
-        );
-    }
-    text
 }

@@ -45,8 +45,18 @@ impl Cri {
             pods: RuntimeServiceClient::new(channel.clone()),
             images: ImageServiceClient::new(channel),
         };
-        wait_for("containerd's network was not ready", || Ok(cri.is_ready()?.then_some(())))?;
+        cri.wait_until_ready()?;
         Ok(cri)
+    }
+
+    /// Waits until pods can be started: at first, and after containerd was restarted.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be in time.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        // Who asks while containerd restarts is refused.
+        wait_for("containerd's network was not ready", || Ok(self.is_ready().is_ok_and(|ready| ready).then_some(())))
     }
 
     fn is_ready(&self) -> Result<bool> {

@@ -9,6 +9,7 @@
 
 pub mod compare;
 pub mod containerd;
+mod containerd_config;
 pub mod cri;
 pub mod error;
 pub mod image;
@@ -24,7 +25,7 @@ pub mod scratch;
 pub mod tar_layer;
 
 pub use compare::{Difference, compare_trees, diff_trees};
-pub use containerd::{Containerd, ContainerdOptions};
+pub use containerd::{Containerd, ContainerdOptions, Release};
 pub use cri::{Cri, Pod};
 pub use error::{HarnessError, Result};
 pub use image::{Compression, ImageBuilder};

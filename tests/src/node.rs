@@ -10,7 +10,7 @@ use std::{
 use serde_json::json;
 
 use crate::{
-    containerd::{Containerd, ContainerdOptions, CriOptions, LAZULI},
+    containerd::{Containerd, ContainerdOptions, CriOptions, LAZULI, Release},
     cri::Cri,
     error::{Context as _, Result},
     image::{Compression, ImageBuilder},
@@ -113,6 +113,7 @@ pub struct Node {
     /// The snapshotter beside it.
     pub snapshotter: Snapshotter,
     network: Option<PodNetwork>,
+    options: ContainerdOptions,
 }
 
 impl Node {
@@ -122,9 +123,19 @@ impl Node {
     ///
     /// When something that it consists of does not start.
     pub fn start(scratch: &Scratch) -> Result<Self> {
+        Self::start_release(scratch, Release::default())
+    }
+
+    /// As [`Self::start`], with another version of containerd.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start_release(scratch: &Scratch, release: Release) -> Result<Self> {
         let snapshotter = Snapshotter::start(scratch)?;
-        let options = ContainerdOptions { snapshotter: Some(snapshotter.socket.clone()), cri: None };
-        Ok(Self { containerd: Containerd::start(scratch, &options)?, snapshotter, network: None })
+        let options = ContainerdOptions { release, snapshotter: Some(snapshotter.socket.clone()), cri: None };
+        let containerd = Containerd::start(scratch, &options)?;
+        Ok(Self { containerd, snapshotter, network: None, options })
     }
 
     /// Starts a node with the container runtime interface, a network and a sandbox image in `registry`.
@@ -133,18 +144,45 @@ impl Node {
     ///
     /// When something that it consists of does not start.
     pub fn start_with_cri(scratch: &Scratch, registry: &TestRegistry) -> Result<(Self, Cri)> {
+        Self::start_release_with_cri(scratch, registry, Release::default(), LAZULI)
+    }
+
+    /// As [`Self::start_with_cri`], with another version of containerd, or pods on another snapshotter.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start_release_with_cri(
+        scratch: &Scratch,
+        registry: &TestRegistry,
+        release: Release,
+        snapshotter_of_pods: &'static str,
+    ) -> Result<(Self, Cri)> {
         let snapshotter = Snapshotter::start(scratch)?;
         let network = PodNetwork::new(scratch)?;
         let cri = CriOptions {
             pause_image: push_pause_image(scratch, registry)?,
             network_configuration: network.configuration.clone(),
-            snapshotter: LAZULI,
+            snapshotter: snapshotter_of_pods,
             registry: registry.address().to_owned(),
         };
-        let options = ContainerdOptions { snapshotter: Some(snapshotter.socket.clone()), cri: Some(cri) };
+        let options = ContainerdOptions { release, snapshotter: Some(snapshotter.socket.clone()), cri: Some(cri) };
         let containerd = Containerd::start(scratch, &options)?;
         let cri = Cri::connect(containerd.socket())?;
-        Ok((Self { containerd, snapshotter, network: Some(network) }, cri))
+        Ok((Self { containerd, snapshotter, network: Some(network), options }, cri))
+    }
+
+    /// Restarts containerd so that new pods use another of its snapshotters.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start, or has no container runtime interface.
+    pub fn switch_pods_to(&mut self, snapshotter: &'static str, cri: &Cri) -> Result<()> {
+        if let Some(options) = &mut self.options.cri {
+            options.snapshotter = snapshotter;
+        }
+        self.containerd.reconfigure(&self.options)?;
+        cri.wait_until_ready()
     }
 
     /// Runs `lazuli pull` against this node's containerd.

@@ -9,6 +9,7 @@ use std::{
 };
 
 use format_spec::Digest;
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::{
@@ -24,7 +25,7 @@ pub struct TestRegistry {
     storage: PathBuf,
     log: PathBuf,
     marks: AtomicU64,
-    _service: Service,
+    service: Service,
 }
 
 /// One answer of the registry, as it logged it.
@@ -80,7 +81,17 @@ impl TestRegistry {
         let mut serve = command("docker-registry", ["serve"]);
         serve.arg(&config);
         let service = Service::start("docker-registry", &mut serve, &log, || TcpStream::connect(&address).is_ok())?;
-        Ok(Self { address, storage, log, marks: AtomicU64::new(0), _service: service })
+        Ok(Self { address, storage, log, marks: AtomicU64::new(0), service })
+    }
+
+    /// Has it answer nobody until [`Self::resume`]: requests wait.
+    pub fn pause(&mut self) {
+        self.service.signal(Signal::STOP);
+    }
+
+    /// Has it answer again.
+    pub fn resume(&mut self) {
+        self.service.signal(Signal::CONT);
     }
 
     /// `host:port`.

@@ -99,6 +99,23 @@ impl Daemon {
         self.client.clone().commit(request).await.map(|_| ())
     }
 
+    /// Commits onto a parent, as containerd 2 can: `containerd-client` has no field for it.
+    pub async fn commit_onto(&self, key: &str, name: &str, parent: &str) -> Answer<()> {
+        let request = snapshotter::api::CommitSnapshotRequest {
+            key: key.to_owned(),
+            name: name.to_owned(),
+            parent: parent.to_owned(),
+            ..Default::default()
+        };
+        let path = "/containerd.services.snapshots.v1.Snapshots/Commit";
+        let path = tonic::codegen::http::uri::PathAndQuery::from_static(path);
+        let channel = containerd_client::connect(self.address()).await.unwrap();
+        let mut client = tonic::client::Grpc::new(channel);
+        client.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<_, ()>::default();
+        client.unary(tonic::Request::new(request), path, codec).await.map(|_| ())
+    }
+
     pub async fn remove(&self, key: &str) -> Answer<()> {
         let request = RemoveSnapshotRequest { key: key.to_owned(), ..RemoveSnapshotRequest::default() };
         self.client.clone().remove(request).await.map(|_| ())

@@ -1,0 +1,247 @@
+//! What a node's `lazuli-fused` holds, image by image.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::{Path, PathBuf},
+};
+
+use format_spec::{Digest, LayerId};
+use fusefs::control::{LayerStatus, ModeStatus, Reading, Request, Response, TreeMode, TreeStatus};
+use serde::Serialize;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::UnixStream,
+};
+
+/// Longest answer that is read: that of some ten thousand layers.
+const ANSWER_LEN_MAX: u64 = 64 << 20;
+
+/// What a node holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NodeStatus {
+    /// How new trees are mounted, and why.
+    pub mode: ModeStatus,
+    /// Every image that has layers here, sorted by name.
+    pub images: Vec<ImageStatus>,
+}
+
+/// One image on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ImageStatus {
+    /// The reference it was pulled by.
+    pub image: String,
+    /// How the kernel reads it; none before the first container.
+    pub mode: Option<TreeMode>,
+    /// Its layers: lowest first when it is mounted, else sorted.
+    pub layers: Vec<ImageLayer>,
+    /// Frames of its layers that are in the cache.
+    pub frames_present: u64,
+    /// Frames of its layers.
+    pub frames_total: u64,
+    /// Compressed bytes of its layers in the registry.
+    pub compressed_bytes: u64,
+    /// Bytes that its layers take on disk.
+    pub disk_bytes: u64,
+    /// Whether everything has arrived.
+    pub is_complete: bool,
+    /// Reads that wait, and fetching ahead: all layers together.
+    pub reading: Reading,
+}
+
+/// One layer of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ImageLayer {
+    /// Its digest in the registry.
+    pub blob: Digest,
+    /// Its length in the registry, in bytes.
+    pub compressed_bytes: u64,
+    /// Frames that are in the cache.
+    pub frames_present: u64,
+    /// Frames of the layer.
+    pub frames_total: u64,
+    /// Compressed bytes that `lazuli-fused` fetched since it started.
+    pub fetched_bytes: u64,
+    /// Bytes that it takes on disk.
+    pub disk_bytes: u64,
+    /// Whether everything has arrived.
+    pub is_complete: bool,
+    /// Whether the kernel reads it from its cache file, without any daemon.
+    pub is_direct: bool,
+    /// What is being fetched of it.
+    pub reading: Reading,
+}
+
+/// The state of a node cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum StatusError {
+    /// Nobody listens.
+    #[error(
+        "no lazuli-fused listens on {}: it runs while there are lazily pulled images; --root names another directory",
+        .0.display()
+    )]
+    NotRunning(PathBuf),
+    /// The connection failed.
+    #[error("{}: {error}", path.display())]
+    Connection {
+        /// The socket.
+        path: PathBuf,
+        /// What happened.
+        error: io::Error,
+    },
+    /// The answer is none.
+    #[error("{}: {problem}", path.display())]
+    Answer {
+        /// The socket.
+        path: PathBuf,
+        /// What came instead.
+        problem: String,
+    },
+}
+
+/// Asks the `lazuli-fused` of `root`, the directory that `lazuli-snapshotter` was given.
+///
+/// # Errors
+///
+/// When it does not run or does not answer.
+pub async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> {
+    let path = root.join("fused.sock");
+    let answer = ask(&path).await.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => StatusError::NotRunning(path.clone()),
+        _ => StatusError::Connection { path: path.clone(), error },
+    })?;
+    let refuse = |problem| StatusError::Answer { path: path.clone(), problem };
+    match serde_json::from_slice(&answer) {
+        Ok(Response::Status { mode, layers, trees }) => Ok(NodeStatus { mode, images: images(layers, &trees) }),
+        Ok(Response::Error { message, .. }) => Err(refuse(message)),
+        Ok(_) => Err(refuse("the answer is none to the question".to_owned())),
+        Err(error) => Err(refuse(format!("the answer is of another version of lazuli-fused: {error}"))),
+    }
+}
+
+async fn ask(path: &Path) -> io::Result<Vec<u8>> {
+    let mut connection = UnixStream::connect(path).await?;
+    let mut question = serde_json::to_vec(&Request::Status).expect("a request has text keys only");
+    question.push(b'\n');
+    connection.write_all(&question).await?;
+    let mut answer = Vec::new();
+    BufReader::new(connection).take(ANSWER_LEN_MAX).read_until(b'\n', &mut answer).await?;
+    Ok(answer)
+}
+
+/// Puts layers and trees together to images.
+///
+/// A layer knows the image that it was last pulled for, a tree only layers. So the image of a tree is that
+/// of its topmost layer, and layers below that others share belong to it too.
+fn images(layers: Vec<LayerStatus>, trees: &[TreeStatus]) -> Vec<ImageStatus> {
+    let by_id: BTreeMap<LayerId, LayerStatus> =
+        layers.into_iter().map(|layer| (layer.layer.layer.id(), layer)).collect();
+    let direct: BTreeSet<LayerId> = trees.iter().flat_map(|tree| &tree.direct_layers).copied().collect();
+    let mut of_image: BTreeMap<&str, (Option<TreeMode>, Vec<LayerId>)> = BTreeMap::new();
+    // The tallest tree of an image last: it says the order.
+    let mut trees: Vec<&TreeStatus> = trees.iter().collect();
+    trees.sort_by_key(|tree| tree.layers.len());
+    for tree in trees {
+        let Some(top) = tree.layers.last().and_then(|top| by_id.get(top)) else { continue };
+        let (mode, ids) = of_image.entry(&top.layer.image).or_default();
+        *mode = Some(tree.mode);
+        let others: Vec<LayerId> = ids.iter().filter(|id| !tree.layers.contains(id)).copied().collect();
+        *ids = tree.layers.iter().copied().chain(others).collect();
+    }
+    for (id, layer) in &by_id {
+        let (_, ids) = of_image.entry(&layer.layer.image).or_default();
+        if !ids.contains(id) {
+            ids.push(*id);
+        }
+    }
+    let layer = |id: &LayerId| by_id.get(id).map(|layer| image_layer(layer, direct.contains(id)));
+    of_image
+        .into_iter()
+        .map(|(image, (mode, ids))| summarize(image, mode, ids.iter().filter_map(layer).collect()))
+        .collect()
+}
+
+fn image_layer(layer: &LayerStatus, is_direct: bool) -> ImageLayer {
+    ImageLayer {
+        blob: layer.layer.layer.blob,
+        compressed_bytes: layer.layer.layer.blob_len,
+        frames_present: layer.frames_present,
+        frames_total: layer.frames_total,
+        fetched_bytes: layer.fetched_bytes,
+        disk_bytes: layer.disk_bytes,
+        is_complete: layer.is_complete,
+        is_direct,
+        reading: layer.reading.clone(),
+    }
+}
+
+fn summarize(image: &str, mode: Option<TreeMode>, layers: Vec<ImageLayer>) -> ImageStatus {
+    let sum = |of: fn(&ImageLayer) -> u64| layers.iter().map(of).sum();
+    ImageStatus {
+        image: image.to_owned(),
+        mode,
+        frames_present: sum(|layer| layer.frames_present),
+        frames_total: sum(|layer| layer.frames_total),
+        compressed_bytes: sum(|layer| layer.compressed_bytes),
+        disk_bytes: sum(|layer| layer.disk_bytes),
+        is_complete: layers.iter().all(|layer| layer.is_complete),
+        reading: Reading {
+            frames_wanted: sum(|layer| layer.reading.frames_wanted),
+            frames_under_way: sum(|layer| layer.reading.frames_under_way),
+            frames_awaited: sum(|layer| layer.reading.frames_awaited),
+            files: layers.iter().flat_map(|layer| layer.reading.files.clone()).collect(),
+        },
+        layers,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use format_spec::{IndexLocation, LazyLayer};
+    use fusefs::control::{RemoteLayer, tree_id};
+
+    use super::*;
+
+    fn layer(name: &str, image: &str) -> LayerStatus {
+        let digest = Digest::of(name.as_bytes());
+        let index = IndexLocation { offset: 0, compressed_len: 1, plain_len: 1, digest };
+        let layer = LazyLayer { blob: digest, blob_len: 100, index, hot_len: 0 };
+        LayerStatus {
+            layer: RemoteLayer { layer, image: image.to_owned() },
+            frames_present: 1,
+            frames_total: 2,
+            fetched_bytes: 50,
+            is_complete: name == "complete",
+            disk_bytes: 4096,
+            reading: Reading { frames_awaited: 1, files: vec![format!("/{name}")], ..Reading::default() },
+        }
+    }
+
+    fn tree(layers: &[&LayerStatus], direct_layers: Vec<LayerId>) -> TreeStatus {
+        let layers: Vec<_> = layers.iter().map(|layer| layer.layer.layer.id()).collect();
+        let tree = tree_id(layers.iter().copied()).unwrap();
+        TreeStatus { tree, layers, mode: TreeMode::Erofs, direct_layers }
+    }
+
+    #[test]
+    fn a_layer_that_two_images_share_belongs_to_both() {
+        let (base, one, two) = (layer("complete", "two:t"), layer("one", "one:t"), layer("two", "two:t"));
+        let trees =
+            [tree(&[&base, &one], vec![base.layer.layer.id()]), tree(&[&base, &two], vec![base.layer.layer.id()])];
+        let images = images(vec![base, one, two], &trees);
+        let names: Vec<_> = images.iter().map(|image| (image.image.as_str(), image.layers.len())).collect();
+        assert_eq!(names, [("one:t", 2), ("two:t", 2)]);
+        let first = &images[0];
+        assert_eq!(first.layers.iter().map(|layer| layer.is_direct).collect::<Vec<_>>(), [true, false]);
+        assert_eq!((first.frames_present, first.frames_total, first.compressed_bytes), (2, 4, 200));
+        assert_eq!((first.mode, first.is_complete, first.disk_bytes), (Some(TreeMode::Erofs), false, 8192));
+        assert_eq!((first.reading.frames_awaited, first.reading.files.len()), (2, 2));
+    }
+
+    #[test]
+    fn an_image_without_a_container_has_layers_and_no_mode() {
+        let images = images(vec![layer("complete", "one:t")], &[]);
+        let [image] = images.as_slice() else { panic!("{images:?}") };
+        assert_eq!((image.image.as_str(), image.mode, image.is_complete), ("one:t", None, true));
+    }
+}

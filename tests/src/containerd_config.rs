@@ -1,0 +1,118 @@
+//! What is written into a private containerd's configuration file, pure.
+
+use std::path::Path;
+
+use crate::containerd::{ContainerdOptions, CriOptions, LAZULI, OVERLAYFS, Release};
+
+/// The configuration of a containerd that keeps everything in `directory` and serves on `socket`.
+pub(crate) fn configuration(directory: &Path, socket: &Path, options: &ContainerdOptions) -> String {
+    let (path, socket) = (directory.display(), socket.display());
+    let is_second = options.release == Release::V2_1;
+    let mut text = format!(
+        r#"version = {version}
+root = "{path}/root"
+state = "{path}/state"
+{disabled}
+[grpc]
+address = "{socket}"
+[ttrpc]
+address = "{socket}.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+path = "{path}/opt"
+"#,
+        version = if is_second { 3 } else { 2 },
+        disabled = match (&options.cri, is_second) {
+            (Some(_), _) => "",
+            (None, false) => r#"disabled_plugins = ["io.containerd.grpc.v1.cri"]"#,
+            (None, true) => r#"disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"]"#,
+        }
+    );
+    if let Some(snapshotter) = &options.snapshotter {
+        text += &format!(
+            r#"[proxy_plugins.{LAZULI}]
+type = "snapshot"
+address = "{}"
+"#,
+            snapshotter.display()
+        );
+        if is_second {
+            text += "capabilities = [\"remap-ids\"]\n";
+            text += &transfer_service();
+        }
+    }
+    match &options.cri {
+        Some(cri) if is_second => text + &cri_of_second(directory, cri),
+        Some(cri) => text + &cri_of_first(directory, cri),
+        None => text,
+    }
+}
+
+/// Annotations reach the snapshotter through containerd 2's transfer service, which needs to be told twice.
+fn transfer_service() -> String {
+    let mut text = format!("[proxy_plugins.{LAZULI}.exports]\nenable_remote_snapshot_annotations = \"true\"\n");
+    for snapshotter in [LAZULI, OVERLAYFS] {
+        text += &format!(
+            r#"[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "linux/{architecture}"
+snapshotter = "{snapshotter}"
+differ = "walking"
+"#,
+            architecture = crate::image::own_architecture(),
+        );
+    }
+    text
+}
+
+/// Without the right to lower an OOM score and without AppArmor, as inside many build machines.
+fn cri_of_first(directory: &Path, cri: &CriOptions) -> String {
+    format!(
+        r#"[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{pause}"
+restrict_oom_score_adj = true
+disable_apparmor = true
+stream_server_address = "127.0.0.1"
+stream_server_port = "0"
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/usr/lib/cni"
+conf_dir = "{network}"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+snapshotter = "{snapshotter}"
+disable_snapshot_annotations = false
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.grpc.v1.cri".registry]
+config_path = "{path}/certs.d"
+"#,
+        pause = cri.pause_image,
+        network = cri.network_configuration.display(),
+        snapshotter = cri.snapshotter,
+        path = directory.display(),
+    )
+}
+
+fn cri_of_second(directory: &Path, cri: &CriOptions) -> String {
+    format!(
+        r#"[plugins."io.containerd.grpc.v1.cri"]
+stream_server_address = "127.0.0.1"
+stream_server_port = "0"
+[plugins."io.containerd.cri.v1.images"]
+snapshotter = "{snapshotter}"
+[plugins."io.containerd.cri.v1.images".pinned_images]
+sandbox = "{pause}"
+[plugins."io.containerd.cri.v1.images".registry]
+config_path = "{path}/certs.d"
+[plugins."io.containerd.cri.v1.runtime"]
+restrict_oom_score_adj = true
+disable_apparmor = true
+[plugins."io.containerd.cri.v1.runtime".cni]
+bin_dir = "/usr/lib/cni"
+conf_dir = "{network}"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+"#,
+        pause = cri.pause_image,
+        network = cri.network_configuration.display(),
+        snapshotter = cri.snapshotter,
+        path = directory.display(),
+    )
+}

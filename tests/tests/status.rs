@@ -1,0 +1,79 @@
+//! `lazuli status` on a real node: what is there, how it is mounted, and what readers wait for.
+
+use std::thread;
+
+use lazuli_tests::{
+    Compression, Finished, ImageBuilder, Node, Result, Scratch, TestRegistry,
+    containerd::LAZULI,
+    process::{finish, wait_for},
+    programs::{lazuli, lazuli_ok},
+    samples::readable_layers,
+};
+use serde_json::Value;
+
+/// What `lazuli status --json` says of an image; null before it is there.
+fn image_status(node: &Node, image: &str) -> Result<Value> {
+    let printed = status(node, &["--json"])?.stdout;
+    let status: Value = serde_json::from_str(&printed).unwrap_or_default();
+    assert!(status["mode"]["reason"].is_string(), "{printed}");
+    let found = status["images"].as_array().into_iter().flatten().find(|found| found["image"] == image);
+    Ok(found.cloned().unwrap_or_default())
+}
+
+fn status(node: &Node, words: &[&str]) -> Result<Finished> {
+    let root = node.snapshotter.root().display().to_string();
+    lazuli([&["status", "--root", &root], words].concat())
+}
+
+#[test]
+fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
+    let scratch = Scratch::new("status")?;
+    let mut registry = TestRegistry::start(&scratch)?;
+    let node = Node::start(&scratch)?;
+    let nobody = status(&node, &[])?;
+    assert_eq!(nobody.code, Some(1));
+    assert!(nobody.stderr.contains("no lazuli-fused listens on"), "{}", nobody.stderr);
+
+    let image =
+        readable_layers()?.into_iter().fold(ImageBuilder::new(), |image, tar| image.layer(tar, Compression::Gzip));
+    let lazy = registry.reference("sample:lazy");
+    lazuli_ok(["convert", &image.write(&scratch, "image")?, &lazy])?;
+    assert_eq!(node.lazuli_pull(&lazy)?.code, Some(0));
+    let pulled = wait_for("the image has no layers", || {
+        let found = image_status(&node, &lazy)?;
+        Ok(found["layers"].as_array().is_some_and(|layers| layers.len() == 3).then_some(found))
+    })?;
+    assert_eq!((&pulled["mode"], &pulled["is_complete"]), (&Value::Null, &Value::Bool(false)));
+
+    let run = |id: &str, script: &str| {
+        finish(&mut node.containerd.ctr(["run", "--rm", "--snapshotter", LAZULI, &lazy, id, "/bin/sh", "-c", script]))
+    };
+    assert_eq!(run("first", "sha256sum /large/0")?.code, Some(0));
+    let mounted = image_status(&node, &lazy)?;
+    assert!(mounted["mode"].is_string(), "{mounted}");
+    assert!(mounted["frames_present"].as_u64() < mounted["frames_total"].as_u64(), "{mounted}");
+    assert!(mounted["disk_bytes"].as_u64() > Some(2 << 20), "{mounted}");
+
+    registry.pause();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| run("blocked", "sha256sum /large/5"));
+        let waiting = wait_for("no read was shown to wait", || {
+            let found = image_status(&node, &lazy)?;
+            Ok((found["reading"]["frames_awaited"].as_u64() > Some(0)).then_some(found))
+        });
+        let shown = status(&node, &[&lazy]);
+        registry.resume();
+        assert_eq!(waiting?["reading"]["files"][0], "/large/5");
+        let shown = shown?.stdout;
+        assert!(shown.contains("read now: /large/5") && shown.contains("readers wait for"), "{shown}");
+        assert_eq!(shown.lines().filter(|line| line.starts_with("  layer ")).count(), 3, "{shown}");
+        assert_eq!(reader.join().expect("the thread does not panic")?.code, Some(0));
+        Ok(())
+    })?;
+
+    assert_eq!(run("all", "sha256sum /bin/* /etc/* /large/*")?.code, Some(0));
+    assert_eq!(image_status(&node, &lazy)?["is_complete"], true);
+    let unknown = status(&node, &["host/unknown:tag"])?;
+    assert_eq!((unknown.code, unknown.stderr.lines().count()), (Some(1), 1), "{unknown:?}");
+    Ok(())
+}
