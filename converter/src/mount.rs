@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc};
 
 use format_spec::{Digest, LazyLayer};
-use fusefs::{Mount, control::RemoteLayer, mount_image};
+use fusefs::{Mode, Mount, control::RemoteLayer, mount_image};
 use storage::{Source, SourceError};
 
 use crate::{
@@ -34,13 +34,14 @@ pub enum MountError {
 ///
 /// # Errors
 ///
-/// When the image is not there or not lazy, or FUSE, the mount point or the cache cannot be used; then
+/// When the image is not there or not lazy, or the mode, the mount point or the cache cannot be used; then
 /// nothing is mounted.
 pub async fn mount(
     source: &ImageSource,
     platform: Option<&Platform>,
     mount_point: &Path,
     cache_root: &Path,
+    mode: Mode,
 ) -> Result<Mount, MountError> {
     let image = resolve_image(source, platform).await?;
     let name = source.name();
@@ -48,7 +49,7 @@ pub async fn mount(
     let layers = layers.map(|layer| RemoteLayer { layer, image: name.clone() }).collect();
     let source = source.clone();
     let factory = move |remote: &RemoteLayer| layer_source(&source, &remote.layer);
-    Ok(mount_image(layers, Arc::new(factory), cache_root, mount_point).await?)
+    Ok(mount_image(layers, Arc::new(factory), cache_root, mount_point, mode).await?)
 }
 
 /// The layers of an image, lowest first, which all have to be lazy.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use converter::{
     image::ImageSource,
     location::Location,
@@ -10,6 +10,7 @@ use converter::{
     mount::{MountError, mount},
     resolve::ResolveError,
 };
+use fusefs::Mode;
 
 use crate::{fail_with, registry_arguments::RegistryArguments};
 
@@ -25,8 +26,8 @@ pub(crate) struct MountArguments {
     /// Where to keep what has arrived [default: lazuli in the user's cache directory]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
-    /// How the kernel reads the image
-    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    /// How the kernel reads the image: erofs (Linux 6.12), fuse, or auto for erofs where it works
+    #[arg(long, value_name = "MODE", default_value_t)]
     mode: Mode,
     /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
     #[arg(long)]
@@ -35,25 +36,15 @@ pub(crate) struct MountArguments {
     registries: RegistryArguments,
 }
 
-/// How the kernel reads the image.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum Mode {
-    /// What works best here
-    Auto,
-    /// Through FUSE
-    Fuse,
-}
-
 /// Mounts, says so, and waits until it is interrupted or the image is unmounted.
 pub(crate) async fn run(arguments: MountArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
     let MountArguments { image, mount_point, cache, mode, platform, registries } = arguments;
-    let (Mode::Auto | Mode::Fuse) = mode;
     let client = registries.into_client();
     let cache_root = cache.unwrap_or_else(default_cache);
     let named = image.to_string();
     let mounting = async {
         let source = ImageSource::open(image, &client, &std::env::temp_dir()).await.map_err(ResolveError::from)?;
-        mount(&source, platform.as_ref(), &mount_point, &cache_root).await
+        mount(&source, platform.as_ref(), &mount_point, &cache_root, mode).await
     };
     tokio::pin!(interrupted);
     let mut mounted = tokio::select! {

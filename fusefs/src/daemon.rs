@@ -6,6 +6,7 @@
 //! <root>/mnt          the session
 //! <root>/cache        storage's
 //! <root>/trees        merged trees
+//! <root>/erofs        where they are mounted in kernel mode
 //! ```
 //!
 //! The session goes from one daemon to the next when somebody holds its descriptor meanwhile: a daemon that is killed
@@ -27,8 +28,10 @@ use tracing::{info, warn};
 
 use crate::{
     connection::Connection,
+    erofs,
     error::Error,
     factory::SourceFactory,
+    mode::{Mode, choose},
     server::{ControlServer, HeldDevice},
     service::{Service, blocking},
     session::{Session, SessionOptions},
@@ -52,6 +55,8 @@ pub struct DaemonOptions {
     pub session: SessionOptions,
     /// The `/dev/fuse` descriptor of the last daemon, to go on with its session.
     pub take_over: Option<Arc<OwnedFd>>,
+    /// How trees are mounted.
+    pub mode: Mode,
 }
 
 /// A daemon that is mounted and listens.
@@ -77,13 +82,15 @@ impl Daemon {
     /// not before.
     pub async fn start(options: DaemonOptions, sources: Arc<dyn SourceFactory>) -> Result<Self, Error> {
         let runtime = Handle::current();
-        let DaemonOptions { root, address, session, take_over } = options;
+        let DaemonOptions { root, address, session: session_options, mode: asked, take_over } = options;
         let prepare = move || -> Result<Self, Error> {
             fs::create_dir_all(&root).map_err(Error::disk(&root))?;
             let root = root.canonicalize().map_err(Error::disk(&root))?;
             let patience = if take_over.is_some() { PREDECESSOR_PATIENCE } else { CLOSING_PATIENCE };
             let lock = retry(patience, || lock(&root), |error| matches!(error, Error::Locked(_)))?;
             let service = Service::open(&root, runtime, sources)?;
+            let mode = choose(asked, || erofs::probe(&root)).map_err(Error::KernelMode)?;
+            info!(mode = %mode.in_use, reason = mode.reason, "how trees are mounted");
             let bind = || ControlServer::bind(&address);
             let server = retry(CLOSING_PATIENCE, bind, |error| matches!(error, Error::SocketInUse(_)))?;
             let mount_point = root.join("mnt");
@@ -93,7 +100,8 @@ impl Daemon {
             if let Err(error) = service.restore() {
                 warn!(%error, "trees of the last process are not available until they are asked for");
             }
-            let session = Session::serve(service.namespace(), &connection, &mount_point, &session)?;
+            let session = Session::serve(service.namespace(), &connection, &mount_point, &session_options)?;
+            service.set_mounts(&root, &mount_point, session_options.read_ahead_kib, asked, mode)?;
             info!(mount_point = %mount_point.display(), taken_over = !connection.is_new(), "serving");
             service.set_notifier(session.notifier());
             Ok(Self { server, session, device: Arc::new(HeldDevice::new(device)), service, _lock: lock })
@@ -120,19 +128,20 @@ impl Daemon {
     ///
     /// When the socket or the session failed, or what arrived cannot be made durable.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-        let mount_point = self.session.mount_point().to_owned();
         let ended = tokio::select! {
             () = shutdown => Ok(()),
-            served = self.server.serve(&self.service, &mount_point, &self.device) => served,
+            served = self.server.serve(&self.service, &self.device) => served,
             ended = self.session.wait() => ended,
         };
         let is_left = self.device.is_held() && !self.session.has_ended();
         drop(self.server);
         let unmounted = if is_left {
-            info!(mount_point = %mount_point.display(), "the session is left to the next process");
+            info!(mount_point = %self.session.mount_point().display(), "the session is left to the next process");
             Ok(())
         } else {
-            self.session.unmount().await
+            let service = self.service.clone();
+            let trees_unmounted = blocking(move || service.unmount_trees()).await;
+            trees_unmounted.and(self.session.unmount().await)
         };
         let service = self.service;
         let flushed = blocking(move || service.flush()).await;

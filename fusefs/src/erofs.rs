@@ -12,6 +12,7 @@
 //!
 //! Not here: content, compression, and who decides which mode a node uses.
 
+mod check;
 mod directory;
 mod inode;
 pub mod layout;
@@ -26,7 +27,8 @@ use format_spec::{
 };
 use zerocopy::IntoBytes;
 
-pub use self::mount::{DetachedMount, MountError, mount_erofs, probe};
+pub use self::check::is_image_of;
+pub use self::mount::{DetachedMount, DeviceAccess, MountError, mount_erofs, probe};
 use self::{
     directory::{Blocks, Entry},
     inode::{StoredInode, Time, content_blocks, fits_compact, majority_time, time_of},

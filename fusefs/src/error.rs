@@ -7,6 +7,7 @@ use storage::{CacheError, ReadError, SourceError};
 
 use crate::{
     control::{ErrorKind, TreeId},
+    erofs::{MountError, WriteError},
     merge::MergeError,
 };
 
@@ -100,6 +101,15 @@ pub enum Error {
         /// What happened.
         error: io::Error,
     },
+    /// Kernel mode was asked for and does not work here.
+    #[error("--mode erofs: {0}")]
+    KernelMode(MountError),
+    /// A tree cannot be mounted in kernel mode.
+    #[error("tree {0}: {1}")]
+    KernelMount(TreeId, MountError),
+    /// A tree cannot be an EROFS image.
+    #[error("tree {0}: {1}")]
+    Image(TreeId, WriteError),
     /// A layer is in use.
     #[error("layer {layer} is used by tree {tree}: release the tree first")]
     LayerInUse {
@@ -119,7 +129,7 @@ impl Error {
                 _ => ErrorKind::Damaged,
             },
             Self::OtherLayers(_) => ErrorKind::Damaged,
-            Self::Merge(_) | Self::LayerInUse { .. } => ErrorKind::Invalid,
+            Self::Merge(_) | Self::Image(..) | Self::LayerInUse { .. } => ErrorKind::Invalid,
             Self::Disk { error, .. } => kind_of_disk_error(error),
             Self::Cache(CacheError::Disk { error, .. }) | Self::Flush(ReadError::Disk { error, .. }) => {
                 kind_of_disk_error(error)

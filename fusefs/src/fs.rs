@@ -41,13 +41,15 @@ const BACKGROUND_REQUESTS_MAX: u16 = 256;
 /// Node numbers are never used again, so generations do not differ.
 const GENERATION: Generation = Generation(0);
 /// What the kernel is asked for where it can: listings with attributes, parallel lookups in a directory, cached link
-/// targets, ACLs that count in permission checks as on any other file system, requests that are sent again to the
-/// next process, and mounts for user namespaces that show other owners.
-const WANTED: [InitFlags; 7] = [
+/// targets, reads past the page cache that nobody waits for (EROFS mounts over the session), ACLs that count in
+/// permission checks as on any other file system, requests that are sent again to the next process, and mounts for user
+/// namespaces that show other owners.
+const WANTED: [InitFlags; 8] = [
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_READDIRPLUS_AUTO,
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_CACHE_SYMLINKS,
+    InitFlags::FUSE_ASYNC_DIO,
     InitFlags::FUSE_POSIX_ACL,
     InitFlags::FUSE_HAS_RESEND,
     InitFlags::FUSE_ALLOW_IDMAP,

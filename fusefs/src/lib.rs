@@ -2,7 +2,8 @@
 //!
 //! [`merge`](mod@merge) makes one tree of an image's layers; `lazuli-fused` ([`Daemon`]) shows the trees of a node
 //! in one session and is asked over the [`control`] socket; [`mount_image`] shows one image without a daemon.
-//! [`erofs`] writes a tree as an EROFS image and mounts it; no session uses that yet.
+//! In kernel mode ([`Mode`]) each tree is an EROFS mount of its own whose content comes from the session, or from
+//! complete cache files: [`erofs`] writes a tree as an image and mounts it.
 //! Bytes come from `storage`, which asks the sources that a [`SourceFactory`] makes.
 //!
 //! Words: a *tree* is what a container sees of an image; a *session* is one FUSE mount; a *slot* is the
@@ -16,7 +17,9 @@ pub mod erofs;
 pub mod error;
 pub mod factory;
 mod fs;
+mod kernel_mounts;
 pub mod merge;
+pub mod mode;
 pub mod mount;
 mod namespace;
 mod number;
@@ -30,5 +33,6 @@ mod tree;
 pub use daemon::{Daemon, DaemonOptions};
 pub use error::Error;
 pub use factory::SourceFactory;
+pub use mode::Mode;
 pub use mount::{Mount, mount_image};
 pub use session::SessionOptions;

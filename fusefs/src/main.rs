@@ -13,7 +13,7 @@ use std::{
 };
 
 use clap::Parser;
-use fusefs::{Daemon, DaemonOptions, Error, SessionOptions, control::RemoteLayer};
+use fusefs::{Daemon, DaemonOptions, Error, Mode, SessionOptions, control::RemoteLayer};
 use registry::{BlobSource, Client, ClientOptions, Reference};
 use storage::{Source, SourceError};
 use tokio::{runtime::Builder, signal::unix::SignalKind};
@@ -46,6 +46,9 @@ struct Arguments {
     /// Go on with the session whose /dev/fuse descriptor is standard input, if it is still there.
     #[arg(long)]
     take_over: bool,
+    /// How the kernel reads trees: erofs (Linux 6.12), fuse, or auto for erofs where it works.
+    #[arg(long, value_name = "MODE", default_value_t)]
+    mode: Mode,
     /// What to log: a level, or directives as `fusefs=debug,storage=info`.
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: EnvFilter,
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         address: arguments.address,
         session: SessionOptions { read_ahead_kib: arguments.read_ahead },
         take_over,
+        mode: arguments.mode,
     };
     let environment = ClientOptions::from_environment();
     // Restarted during an outage it waits as long as it would have without the restart.

@@ -1,29 +1,61 @@
 //! One image mounted by this process itself: what `lazuli mount` does.
+//!
+//! In portable mode the session is the mount. In kernel mode the mount is an EROFS mount, and the session behind it
+//! stands on no directory: the kernel has it open as long as the mount needs it.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
+use rustix::{io::Errno, mount::UnmountFlags};
 use tokio::runtime::Handle;
+use tracing::warn;
 
 use crate::{
-    control::RemoteLayer,
+    control::{RemoteLayer, TreeMode},
+    erofs::{self, DetachedMount, MountError},
     error::Error,
     factory::SourceFactory,
-    namespace::Namespace,
+    kernel_mounts::Devices,
+    mode::{Mode, choose},
+    namespace::{LAYERS, Namespace},
     service::{Service, blocking},
     session::{Session, SessionOptions},
+    tree::Tree,
 };
+
+/// How often is looked whether somebody has unmounted an EROFS mount.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// A mounted image. Dropping it leaves the mount; call [`Self::unmount`].
 #[derive(Debug)]
 pub struct Mount {
     session: Session,
     service: Service,
+    /// In kernel mode the mount itself.
+    kernel: Option<KernelMount>,
+}
+
+/// A mounted tree and what `stat` shows as its device.
+#[derive(Debug)]
+struct KernelMount {
+    mount_point: PathBuf,
+    device: u64,
 }
 
 impl Mount {
     /// Where it is mounted, as an absolute path.
     pub fn mount_point(&self) -> &Path {
-        self.session.mount_point()
+        self.kernel.as_ref().map_or(self.session.mount_point(), |kernel| &kernel.mount_point)
+    }
+
+    /// How the kernel reads it.
+    pub fn mode(&self) -> TreeMode {
+        if self.kernel.is_some() { TreeMode::Erofs } else { TreeMode::Fuse }
     }
 
     /// Waits until somebody unmounts it. May be dropped and called again; call [`Self::unmount`] after it.
@@ -32,7 +64,13 @@ impl Mount {
     ///
     /// When the session ended by itself.
     pub async fn wait(&mut self) -> Result<(), Error> {
-        self.session.wait().await
+        match &self.kernel {
+            None => self.session.wait().await,
+            Some(kernel) => {
+                kernel.wait().await;
+                Ok(())
+            }
+        }
     }
 
     /// Unmounts it if nobody did, waits until the session has ended, and makes what arrived durable.
@@ -43,10 +81,14 @@ impl Mount {
     ///
     /// When the kernel refuses, or what arrived cannot be made durable.
     pub async fn unmount(mut self) -> Result<(), Error> {
+        let kernel_unmounted = match self.kernel {
+            Some(kernel) => blocking(move || kernel.unmount()).await,
+            None => Ok(()),
+        };
         let unmounted = self.session.unmount().await;
         let service = self.service;
         blocking(move || service.flush()).await?;
-        unmounted
+        kernel_unmounted.and(unmounted)
     }
 }
 
@@ -57,21 +99,93 @@ impl Mount {
 ///
 /// # Errors
 ///
-/// When the mount point, FUSE, the cache or an index cannot be used; then nothing is mounted.
+/// When the mount point, the mode that is asked for, the cache or an index cannot be used; then nothing is mounted.
 pub async fn mount_image(
     layers: Vec<RemoteLayer>,
     sources: Arc<dyn SourceFactory>,
     cache_root: &Path,
     mount_point: &Path,
+    mode: Mode,
 ) -> Result<Mount, Error> {
-    Session::check_mount_point(mount_point)?;
+    let mount_point = Session::check_mount_point(mount_point)?;
     let root = cache_root.to_owned();
     let runtime = Handle::current();
     let service = blocking(move || Service::open(&root, runtime, sources)).await?;
+    let root = cache_root.to_owned();
+    let chosen = blocking(move || choose(mode, || erofs::probe(&root))).await.map_err(Error::KernelMode)?;
     let tree = service.tree(&layers).await?;
-    let mount_point = mount_point.to_owned();
+    if chosen.in_use == TreeMode::Erofs {
+        match mount_in_kernel(&service, tree.clone(), cache_root, &mount_point).await {
+            Err(error) if mode == Mode::Auto => warn!(%error, "image is mounted in portable mode"),
+            mounted => return mounted,
+        }
+    }
     let namespace = Arc::new(Namespace::of_tree(tree));
     let mount = move || Session::mount(namespace, &mount_point, &SessionOptions::default());
     let session = blocking(mount).await?;
-    Ok(Mount { session, service })
+    Ok(Mount { session, service, kernel: None })
+}
+
+async fn mount_in_kernel(
+    service: &Service,
+    tree: Arc<Tree>,
+    cache_root: &Path,
+    mount_point: &Path,
+) -> Result<Mount, Error> {
+    let image = {
+        let (service, tree) = (service.clone(), tree.clone());
+        blocking(move || service.image(&tree)).await?
+    };
+    let hidden = tempfile::Builder::new().prefix("mnt-").tempdir_in(cache_root).map_err(Error::disk(cache_root))?;
+    let (namespace, options) = (service.namespace(), SessionOptions::default());
+    let (session_point, read_ahead_kib) = (hidden.path().to_owned(), options.read_ahead_kib);
+    let mut session = blocking(move || Session::mount(namespace, &session_point, &options)).await?;
+    let layers = session.mount_point().join(LAYERS);
+    let (id, mount_point) = (tree.id, mount_point.to_owned());
+    let open = move || Devices::of(&tree.layers, &layers).mount(&image, read_ahead_kib);
+    let opened = blocking(open).await;
+    // Before the mount is there: it may stand on a directory above this one.
+    session.detach()?;
+    drop(hidden);
+    let attach = move || opened.and_then(|mount| KernelMount::attach(mount, mount_point));
+    match blocking(attach).await {
+        Ok(kernel) => Ok(Mount { session, service: service.clone(), kernel: Some(kernel) }),
+        Err(error) => {
+            session.unmount().await?;
+            Err(Error::KernelMount(id, error))
+        }
+    }
+}
+
+impl KernelMount {
+    fn attach(mount: DetachedMount, mount_point: PathBuf) -> Result<Self, MountError> {
+        let device = mount.device().map_err(|error| MountError::File { path: mount_point.clone(), error })?;
+        mount.attach(&mount_point)?;
+        Ok(Self { mount_point, device })
+    }
+
+    /// Looks now and then: no session ends with a mount that needs none.
+    async fn wait(&self) {
+        while self.is_there() {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    fn is_there(&self) -> bool {
+        fs::metadata(&self.mount_point).is_ok_and(|metadata| metadata.dev() == self.device)
+    }
+
+    fn unmount(&self) -> Result<(), Error> {
+        let failed = |error: Errno| Error::Unmount { path: self.mount_point.clone(), error: io::Error::from(error) };
+        if !self.is_there() {
+            return Ok(());
+        }
+        match rustix::mount::unmount(&self.mount_point, UnmountFlags::empty()) {
+            Err(Errno::BUSY) => {
+                warn!(mount_point = %self.mount_point.display(), "still in use, detached");
+                rustix::mount::unmount(&self.mount_point, UnmountFlags::DETACH).map_err(failed)
+            }
+            unmounted => unmounted.map_err(failed),
+        }
+    }
 }

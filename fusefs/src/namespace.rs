@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Name of the directory of layers.
-const LAYERS: &str = "layers";
+pub(crate) const LAYERS: &str = "layers";
 /// Name of the directory of trees.
 pub(crate) const TREES: &str = "trees";
 /// Permissions of the root and its two directories: images of all users meet here.

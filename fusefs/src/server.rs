@@ -24,10 +24,9 @@ use tokio::{
 use tracing::{debug, warn};
 
 use crate::{
-    control::{ErrorKind, ModeStatus, Request, Response, TreeMode},
+    control::{ErrorKind, Request, Response},
     descriptor,
     error::Error,
-    namespace::TREES,
     service::Service,
 };
 
@@ -58,19 +57,12 @@ impl ControlServer {
         Ok(server)
     }
 
-    /// Answers requests until dropped; `mount_point` is where the session shows the trees, `device` what its holders
-    /// get.
+    /// Answers requests until dropped; `device` is what its holders get.
     ///
     /// # Errors
     ///
     /// When the socket fails.
-    pub(crate) async fn serve(
-        &self,
-        service: &Service,
-        mount_point: &Path,
-        device: &Arc<HeldDevice>,
-    ) -> Result<(), Error> {
-        let trees: Arc<Path> = mount_point.join(TREES).into();
+    pub(crate) async fn serve(&self, service: &Service, device: &Arc<HeldDevice>) -> Result<(), Error> {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {
             let permit = connections.clone().acquire_owned().await.expect("never closed");
@@ -84,9 +76,9 @@ impl ControlServer {
                 }
                 Err(error) => return Err(Error::Socket { path: self.path.clone(), error }),
             };
-            let (service, trees, device) = (service.clone(), trees.clone(), device.clone());
+            let (service, device) = (service.clone(), device.clone());
             tokio::spawn(async move {
-                if let Err(error) = serve_connection(stream, &service, &trees, &device).await {
+                if let Err(error) = serve_connection(stream, &service, &device).await {
                     debug!(%error, "control connection ended");
                 }
                 drop(permit);
@@ -173,12 +165,7 @@ impl Drop for Holder<'_> {
     }
 }
 
-async fn serve_connection(
-    mut stream: UnixStream,
-    service: &Service,
-    trees: &Path,
-    device: &HeldDevice,
-) -> io::Result<()> {
+async fn serve_connection(mut stream: UnixStream, service: &Service, device: &HeldDevice) -> io::Result<()> {
     let (reader, mut writer) = stream.split();
     let mut holder = None;
     let mut reader = BufReader::new(reader);
@@ -196,7 +183,7 @@ async fn serve_connection(
             _ if !is_whole => {
                 refuse(ErrorKind::Invalid, &format!("request does not end within {REQUEST_LEN_MAX} bytes"))
             }
-            Ok(request) => answer(request, service, trees).await.unwrap_or_else(|error| {
+            Ok(request) => answer(request, service).await.unwrap_or_else(|error| {
                 warn!(%error, "request failed");
                 refuse(error.kind(), &error.to_string())
             }),
@@ -222,20 +209,19 @@ fn refuse(kind: ErrorKind, message: &str) -> Response {
     Response::Error { message: message.split('\n').map(str::trim).collect::<Vec<_>>().join(" "), kind }
 }
 
-async fn answer(request: Request, service: &Service, trees: &Path) -> Result<Response, Error> {
+async fn answer(request: Request, service: &Service) -> Result<Response, Error> {
     match request {
         Request::AnnounceLayer { layer } => service.announce(layer),
         Request::MountTree { layers } => {
-            let tree = service.tree(&layers).await?;
-            return Ok(Response::Tree { path: trees.join(tree.id.hex()) });
+            return Ok(Response::Tree { path: service.mount_tree(&layers).await? });
         }
         Request::ReleaseTree { tree } => service.release_tree(tree).await?,
         Request::RemoveLayer { layer } => service.remove_layer(layer).await?,
         Request::HoldSession => return Ok(Response::Session),
         Request::LayerUsage { layer } => return Ok(Response::Usage { bytes: service.layer_usage(layer).await? }),
         Request::Status => {
-            let mode = ModeStatus { in_use: TreeMode::Fuse, reason: "the only mode of this version".to_owned() };
-            return Ok(Response::Status { mode, layers: service.layers().await?, trees: service.available_trees() });
+            let (layers, trees) = (service.layers().await?, service.available_trees().await);
+            return Ok(Response::Status { mode: service.mode(), layers, trees });
         }
     }
     Ok(Response::Done)

@@ -5,7 +5,7 @@
 
 use std::{
     collections::HashMap,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
@@ -21,11 +21,13 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::{
-    control::{LayerStatus, RemoteLayer, TreeId, TreeMode, TreeStatus, tree_id},
+    control::{LayerStatus, ModeStatus, RemoteLayer, TreeId, TreeMode, TreeStatus, tree_id},
     error::Error,
     factory::SourceFactory,
+    kernel_mounts::KernelMounts,
     merge::{MergeError, merge},
-    namespace::Namespace,
+    mode::Mode,
+    namespace::{Namespace, TREES},
     number::Node,
     reading::reading,
     session,
@@ -52,6 +54,17 @@ struct Inner {
     /// Held for writing while a layer is removed: no tree may begin to use it meanwhile.
     removing: RwLock<()>,
     notifier: OnceLock<Notifier>,
+    mounts: OnceLock<Mounts>,
+}
+
+/// Where trees are shown, and how new ones are mounted.
+struct Mounts {
+    /// The directory of trees of the session.
+    trees: PathBuf,
+    kernel: KernelMounts,
+    mode: ModeStatus,
+    /// Portable mode is no way out.
+    is_kernel_required: bool,
 }
 
 struct PendingTree {
@@ -75,6 +88,7 @@ impl Service {
             changing: Mutex::default(),
             removing: RwLock::default(),
             notifier: OnceLock::new(),
+            mounts: OnceLock::new(),
         })))
     }
 
@@ -87,6 +101,26 @@ impl Service {
     pub(crate) fn set_notifier(&self, notifier: Notifier) {
         // There is one session; a second call would have nothing new to say.
         let _ = self.0.notifier.set(notifier);
+    }
+
+    /// Mounts trees from now on: over the session on `session`, which must answer, in the mode that was chosen.
+    ///
+    /// # Errors
+    ///
+    /// When the session or the directory of mounts cannot be used.
+    pub(crate) fn set_mounts(
+        &self,
+        root: &Path,
+        session: &Path,
+        read_ahead_kib: u32,
+        asked: Mode,
+        mode: ModeStatus,
+    ) -> Result<(), Error> {
+        let kernel = KernelMounts::open(root, session, read_ahead_kib).map_err(Error::disk(root))?;
+        let is_kernel_required = asked == Mode::Erofs;
+        // There is one session, and one call.
+        let _ = self.0.mounts.set(Mounts { trees: session.join(TREES), kernel, mode, is_kernel_required });
+        Ok(())
     }
 
     /// Makes every tree available again that was when the last process ended, in the background; until then the
@@ -215,6 +249,59 @@ impl Service {
         }
     }
 
+    /// Makes the tree of `layers` available as a directory: a mount of the kernel, or a part of the session.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::tree`]; the kernel's where nothing but kernel mode is wanted.
+    pub(crate) async fn mount_tree(&self, layers: &[RemoteLayer]) -> Result<PathBuf, Error> {
+        let tree = self.tree(layers).await?;
+        let mounts = self.mounts();
+        let in_session = mounts.trees.join(tree.id.hex());
+        if mounts.mode.in_use == TreeMode::Fuse {
+            return Ok(in_session);
+        }
+        let (service, id) = (self.clone(), tree.id);
+        match blocking(move || service.mount_in_kernel(&tree)).await {
+            Err(error) if !mounts.is_kernel_required => {
+                warn!(tree = %id, %error, "tree is mounted in portable mode");
+                Ok(in_session)
+            }
+            mounted => mounted,
+        }
+    }
+
+    /// The EROFS image of a tree; blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the tree cannot be an image, or the disk refuses.
+    pub(crate) fn image(&self, tree: &Tree) -> Result<PathBuf, Error> {
+        let _changing = lock(&self.0.changing);
+        self.0.store.image(tree.id, &tree.index)
+    }
+
+    fn mount_in_kernel(&self, tree: &Tree) -> Result<PathBuf, Error> {
+        let _changing = lock(&self.0.changing);
+        let image = self.0.store.image(tree.id, &tree.index)?;
+        let mounted = self.mounts().kernel.mount(tree, &image);
+        mounted.map_err(|error| Error::KernelMount(tree.id, error))
+    }
+
+    fn mounts(&self) -> &Mounts {
+        self.0.mounts.get().expect("set before anybody can ask")
+    }
+
+    /// Takes all mounts of the kernel away, as before the end of the session; blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub(crate) fn unmount_trees(&self) -> Result<(), Error> {
+        let kernel = &self.mounts().kernel;
+        kernel.unmount_all().map_err(|error| Error::Unmount { path: kernel.directory().to_owned(), error })
+    }
+
     /// Forgets a tree, on disk too; unknown ones are forgotten already.
     ///
     /// # Errors
@@ -241,6 +328,8 @@ impl Service {
                 trees.remove(&id);
             }
             let removed = service.0.namespace.remove_tree(id);
+            let kernel = &service.mounts().kernel;
+            kernel.unmount(id).map_err(|error| Error::Unmount { path: kernel.directory().to_owned(), error })?;
             service.0.store.remove(id)?;
             if removed.is_some() {
                 service.notify_change(Node::Trees, id);
@@ -301,13 +390,27 @@ impl Service {
         .await
     }
 
+    /// How new trees are mounted, and why.
+    pub(crate) fn mode(&self) -> ModeStatus {
+        self.mounts().mode.clone()
+    }
+
     /// Every tree that is available, sorted.
-    pub(crate) fn available_trees(&self) -> Vec<TreeStatus> {
-        let trees = self.trees();
-        let available = trees.iter().filter(|(_, pending)| pending.tree.get().is_some());
-        let mut available: Vec<TreeStatus> = available.map(|(id, pending)| tree_status(*id, pending)).collect();
-        available.sort_unstable_by_key(|status| status.tree);
-        available
+    pub(crate) async fn available_trees(&self) -> Vec<TreeStatus> {
+        let layers_of = |pending: &PendingTree| pending.layers.iter().map(LazyLayer::id).collect();
+        let mut available: Vec<(TreeId, Vec<LayerId>)> = {
+            let trees = self.trees();
+            let available = trees.iter().filter(|(_, pending)| pending.tree.get().is_some());
+            available.map(|(id, pending)| (*id, layers_of(pending))).collect()
+        };
+        available.sort_unstable_by_key(|(id, _)| *id);
+        let service = self.clone();
+        let status = move |(tree, layers)| {
+            let direct_layers = service.mounts().kernel.find(tree);
+            let mode = if direct_layers.is_some() { TreeMode::Erofs } else { TreeMode::Fuse };
+            TreeStatus { tree, layers, mode, direct_layers: direct_layers.unwrap_or_default() }
+        };
+        blocking(move || available.into_iter().map(status).collect()).await
     }
 
     /// Makes everything that arrived durable; blocks.
@@ -347,11 +450,6 @@ impl std::fmt::Debug for Service {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is changed by single inserts and removes: a panic elsewhere leaves it whole.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn tree_status(id: TreeId, pending: &PendingTree) -> TreeStatus {
-    let layers = pending.layers.iter().map(LazyLayer::id).collect();
-    TreeStatus { tree: id, layers, mode: TreeMode::Fuse, direct_layers: Vec::new() }
 }
 
 fn layer_status(known: &KnownLayer, open: Option<&Layer>, disk_bytes: u64) -> LayerStatus {

@@ -67,6 +67,8 @@ enum Unmounter {
     Fuser(SessionUnmounter),
     /// [`Connection`] did, in this process or an earlier one.
     Own,
+    /// It is mounted no longer.
+    Detached,
 }
 
 impl Session {
@@ -173,6 +175,18 @@ impl Session {
         self.ended.borrow().is_some()
     }
 
+    /// Takes it from the directory tree: it ends with its last user. [`Self::unmount`] only waits for that then.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub(crate) fn detach(&mut self) -> Result<(), Error> {
+        rustix::mount::unmount(&self.mount_point, UnmountFlags::DETACH)
+            .map_err(|error| Error::Unmount { path: self.mount_point.clone(), error: error.into() })?;
+        self.unmounter = Some(Unmounter::Detached);
+        Ok(())
+    }
+
     /// Unmounts; if somebody uses it still, takes it from the directory tree only: it ends with its last user or
     /// with the process.
     ///
@@ -208,6 +222,7 @@ impl Unmounter {
     fn unmount(self, mount_point: &Path) -> io::Result<()> {
         match self {
             Self::Fuser(mut unmounter) => unmounter.unmount(),
+            Self::Detached => Ok(()),
             Self::Own => match rustix::mount::unmount(mount_point, UnmountFlags::empty()) {
                 // Somebody else did already.
                 Err(Errno::INVAL) => Ok(()),

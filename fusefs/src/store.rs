@@ -2,7 +2,8 @@
 //!
 //! For each tree a file `<hex ID>` with its bytes in open form and a file `<hex ID>.json` beside it, the
 //! *record*: the tree's slot among the node numbers, and its layers. The record is written last, so a tree
-//! without one does not exist. `next-slot` holds the slot for the next tree; it only grows.
+//! without one does not exist. `next-slot` holds the slot for the next tree; it only grows. In kernel mode there is
+//! a file `<hex ID>.erofs` too: the tree as an EROFS image, made from its bytes when it is first mounted.
 
 use std::{
     fs::{self, File},
@@ -18,12 +19,14 @@ use tracing::warn;
 
 use crate::{
     control::{RemoteLayer, TreeId},
+    erofs,
     error::Error,
     number::Slot,
     tree,
 };
 
 const RECORD_SUFFIX: &str = ".json";
+const IMAGE_SUFFIX: &str = ".erofs";
 const NEXT_SLOT: &str = "next-slot";
 
 /// The directory of trees.
@@ -138,15 +141,45 @@ impl TreeStore {
     /// When the disk refuses.
     pub(crate) fn create(&self, id: TreeId, layers: &[RemoteLayer], bytes: &[u8]) -> Result<StoredTree, Error> {
         let path = self.path(id);
-        self.write(&path, bytes)?;
+        // Of what was there before.
+        remove_if_there(&self.image_path(id))?;
+        self.write(&path, |file| file.write_all(bytes))?;
         let mapped = map(&path).map_err(Error::disk(&path))?;
         let index = Index::open(mapped).map_err(|error| Error::Tree { path, error })?;
         let block_count = tree::block_count(&index);
         let slot = self.take_slot()?;
         let record = TreeRecord { slot: slot.number(), layers: layers.to_vec(), block_count };
         let record = serde_json::to_vec(&record).expect("a record has text keys only");
-        self.write(&self.record_path(id), &record)?;
+        self.write(&self.record_path(id), |file| file.write_all(&record))?;
         Ok(StoredTree { slot, index, block_count })
+    }
+
+    /// The EROFS image of a tree that the store has: made before, or now.
+    ///
+    /// # Errors
+    ///
+    /// When the tree cannot be an image, or the disk refuses.
+    pub(crate) fn image(&self, id: TreeId, index: &Index<Mmap>) -> Result<PathBuf, Error> {
+        let path = self.image_path(id);
+        let layers: Vec<_> = index.layers().collect();
+        match File::open(&path).and_then(|file| erofs::is_image_of(&file, &layers)) {
+            Ok(true) => return Ok(path),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Disk { path, error }),
+            Ok(false) | Err(_) => {}
+        }
+        let mut refused = None;
+        let written = self.write(&path, |file| match erofs::write_image(index, file) {
+            Ok(_) => Ok(()),
+            Err(erofs::WriteError::Io(error)) => Err(error),
+            Err(error) => {
+                refused = Some(error);
+                Err(io::ErrorKind::Unsupported.into())
+            }
+        });
+        match refused {
+            Some(error) => Err(Error::Image(id, error)),
+            None => written.map(|()| path),
+        }
     }
 
     /// Deletes a tree; unknown ones are deleted already.
@@ -155,13 +188,7 @@ impl TreeStore {
     ///
     /// When the disk refuses.
     pub(crate) fn remove(&self, id: TreeId) -> Result<(), Error> {
-        for path in [self.record_path(id), self.path(id)] {
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Disk { path, error }),
-                _ => {}
-            }
-        }
-        Ok(())
+        [self.record_path(id), self.path(id), self.image_path(id)].iter().try_for_each(|path| remove_if_there(path))
     }
 
     /// The slot is taken on disk before anybody can see it.
@@ -171,16 +198,16 @@ impl TreeStore {
         let exhausted = || Error::Disk { path: path.clone(), error: io::Error::other("no slots are left") };
         let slot = Slot::new(*next_slot).ok_or_else(exhausted)?;
         let after = slot.number().checked_add(1).ok_or_else(exhausted)?;
-        self.write(&path, after.to_string().as_bytes())?;
+        self.write(&path, |file| file.write_all(after.to_string().as_bytes()))?;
         *next_slot = after;
         Ok(slot)
     }
 
     /// All of it or nothing, and durable.
-    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    fn write(&self, path: &Path, content: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), Error> {
         let write = || -> io::Result<()> {
             let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
-            file.write_all(bytes)?;
+            content(file.as_file_mut())?;
             file.as_file().sync_all()?;
             file.persist(path)?;
             File::open(&self.directory)?.sync_all()
@@ -194,6 +221,17 @@ impl TreeStore {
 
     fn record_path(&self, id: TreeId) -> PathBuf {
         self.directory.join(id.hex() + RECORD_SUFFIX)
+    }
+
+    fn image_path(&self, id: TreeId) -> PathBuf {
+        self.directory.join(id.hex() + IMAGE_SUFFIX)
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::Disk { path: path.to_owned(), error }),
+        _ => Ok(()),
     }
 }
 

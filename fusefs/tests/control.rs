@@ -6,106 +6,29 @@ mod support;
 
 use std::{
     fs, io,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader},
     os::unix::{
         fs::{FileTypeExt, MetadataExt, PermissionsExt},
-        net::{UnixListener, UnixStream},
+        net::UnixListener,
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
 };
 
 use format_spec::Digest;
 use fusefs::{
-    Daemon, DaemonOptions, Error, SessionOptions,
+    Daemon, DaemonOptions, Error,
     control::{RemoteLayer, Request, Response},
 };
 use rustix::{
     mount::{MountFlags, UnmountFlags},
     process::{Pid, Signal, kill_process},
 };
-use support::*;
-use tokio::{runtime::Runtime, sync::oneshot, task::JoinHandle};
-
-/// A daemon that runs as long as this lives.
-struct Running {
-    runtime: Runtime,
-    address: PathBuf,
-    root: PathBuf,
-    stop: Option<oneshot::Sender<()>>,
-    ended: Option<JoinHandle<Result<(), Error>>>,
-}
-
-impl Running {
-    fn start(root: &Path, registry: &Registry) -> Self {
-        let runtime = Runtime::new().unwrap();
-        let daemon = runtime.block_on(Daemon::start(options(root), registry.sources())).unwrap();
-        let (stop, stopped) = oneshot::channel();
-        let ended = runtime.spawn(daemon.run(async { drop(stopped.await) }));
-        let DaemonOptions { root, address, .. } = options(root);
-        Self { runtime, address, root, stop: Some(stop), ended: Some(ended) }
-    }
-
-    fn ask(&self, request: &Request) -> Response {
-        Connection::open(&self.address).ask(request)
-    }
-
-    fn mount(&self, layers: &[RemoteLayer]) -> PathBuf {
-        match self.ask(&Request::MountTree { layers: layers.to_vec() }) {
-            Response::Tree { path } => path,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn trees(&self) -> Vec<Digest> {
-        match self.ask(&Request::Status) {
-            Response::Status { trees, .. } => trees.into_iter().map(|tree| tree.tree).collect(),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn usage(&self, layer: Digest) -> u64 {
-        match self.ask(&Request::LayerUsage { layer }) {
-            Response::Usage { bytes } => bytes,
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        self.runtime.block_on(self.ended.take().unwrap()).unwrap().unwrap();
-        assert!(!is_mounted(&self.root.join("mnt")));
-        assert!(!self.address.exists());
-    }
-}
-
-fn options(root: &Path) -> DaemonOptions {
-    let (root, address) = (root.join("root"), root.join("fused.sock"));
-    DaemonOptions { root, address, session: SessionOptions::default(), take_over: None }
-}
-
-struct Connection {
-    reader: BufReader<UnixStream>,
-}
-
-impl Connection {
-    fn open(address: &Path) -> Self {
-        Self { reader: BufReader::new(UnixStream::connect(address).unwrap()) }
-    }
-
-    fn ask(&mut self, request: &Request) -> Response {
-        self.ask_raw(&serde_json::to_string(request).unwrap())
-    }
-
-    fn ask_raw(&mut self, line: &str) -> Response {
-        self.reader.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
-        let mut answer = String::new();
-        self.reader.read_line(&mut answer).unwrap();
-        serde_json::from_str(&answer).unwrap()
-    }
-}
+use support::{
+    daemon::{Connection, Running, options},
+    *,
+};
+use tokio::runtime::Runtime;
 
 fn message(response: Response) -> String {
     match response {

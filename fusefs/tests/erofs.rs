@@ -28,7 +28,7 @@ use format_spec::{
     Index, Inode,
     index::mode::{BLOCK, CHARACTER, FIFO, SOCKET, SYMLINK},
 };
-use fusefs::erofs::{DetachedMount, MountError, WriteError, mount_erofs, probe, write_image};
+use fusefs::erofs::{DetachedMount, DeviceAccess, MountError, WriteError, mount_erofs, probe, write_image};
 use proptest::prelude::*;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
@@ -49,7 +49,7 @@ fn check(tree: &Tree) -> Files {
 
 /// Calls `look` with the root directory of the image, mounted where nobody else sees it.
 fn with_mount(files: &Files, look: impl FnOnce(&Path)) {
-    let mount = DetachedMount::open(&files.image, &files.devices).unwrap();
+    let mount = DetachedMount::open(&files.image, &files.devices, DeviceAccess::Cached).unwrap();
     look(Path::new(&format!("/proc/self/fd/{}/.", mount.as_fd().as_raw_fd())));
 }
 
@@ -375,15 +375,18 @@ fn devices_may_be_files_of_fuse() {
     tree.add(0, "large", file(1, 50 << 20));
     let index = tree.build();
     let files = Files::of(&index);
-    let session = fuse::Served::new(files.devices.clone(), files.directory.path());
-    let mount = DetachedMount::open(&files.image, &session.paths()).unwrap();
-    let root = PathBuf::from(format!("/proc/self/fd/{}/.", mount.as_fd().as_raw_fd()));
-    for entry in fs::read_dir(&root).unwrap() {
-        entry.unwrap().metadata().unwrap();
+    for access in [DeviceAccess::Cached, DeviceAccess::Direct] {
+        let directory = scratch();
+        let session = fuse::Served::new(files.devices.clone(), directory.path());
+        let mount = DetachedMount::open(&files.image, &session.paths(), access).unwrap();
+        let root = PathBuf::from(format!("/proc/self/fd/{}/.", mount.as_fd().as_raw_fd()));
+        for entry in fs::read_dir(&root).unwrap() {
+            entry.unwrap().metadata().unwrap();
+        }
+        assert_eq!(session.read_count(), 0);
+        assert_shows(&root, &index);
+        assert!(session.read_count() > 0);
     }
-    assert_eq!(session.read_count(), 0);
-    assert_shows(&root, &index);
-    assert!(session.read_count() > 0);
 }
 
 #[test]
@@ -399,7 +402,7 @@ fn sets_read_ahead_of_its_own_mount() {
     let mut tree = Tree::new(1);
     tree.add(0, "file", file(0, 1));
     let files = Files::of(&tree.build());
-    let mount = DetachedMount::open(&files.image, &files.devices).unwrap();
+    let mount = DetachedMount::open(&files.image, &files.devices, DeviceAccess::Cached).unwrap();
     mount.set_read_ahead(2048).unwrap();
     let values: Vec<String> = fs::read_dir("/sys/class/bdi")
         .unwrap()
@@ -414,7 +417,7 @@ fn sets_read_ahead_of_its_own_mount() {
 fn refuses_mounts_with_one_line() {
     let files = Files::of(&Tree::new(2).build());
     let check = |devices: &[PathBuf], expected: &str| {
-        let error = DetachedMount::open(&files.image, devices).unwrap_err().to_string();
+        let error = DetachedMount::open(&files.image, devices, DeviceAccess::Cached).unwrap_err().to_string();
         assert!(error.contains(expected) && !error.contains('\n'), "{error}");
     };
     check(&files.devices[..1], "Invalid argument");

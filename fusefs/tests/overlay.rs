@@ -1,4 +1,4 @@
-//! The merged tree beside overlayfs itself: random stacks of layers, once mounted by us and once unpacked into a
+//! The merged tree beside overlayfs itself: random stacks of layers, once mounted by us in each mode and once unpacked into a
 //! directory a layer and stacked by the kernel, as containerd's overlayfs snapshotter does it.
 //!
 //! Every name, type, owner, mode, time, size, link target, attribute and content must be equal. Two things are not
@@ -164,14 +164,16 @@ impl Drop for Unmount<'_> {
     }
 }
 
-fn seen_by_us(layers: &[Layer], directory: &Path) -> BTreeMap<PathBuf, Seen> {
+fn seen_by_us(layers: &[Layer], directory: &Path, mode: fusefs::Mode) -> BTreeMap<PathBuf, Seen> {
     let registry = Registry::default();
     let layers = layers.iter().map(|layer| registry.push(layer)).collect();
+    let directory = directory.join(mode.to_string());
     let mount_point = directory.join("lazuli");
-    fs::create_dir(&mount_point).unwrap();
+    fs::create_dir_all(&mount_point).unwrap();
     let runtime = Runtime::new().unwrap();
-    let mount =
-        runtime.block_on(mount_image(layers, registry.sources(), &directory.join("cache"), &mount_point)).unwrap();
+    let mount = runtime
+        .block_on(mount_image(layers, registry.sources(), &directory.join("cache"), &mount_point, mode))
+        .unwrap();
     let _mounted = Unmount(&mount_point);
     let seen = walk(&mount_point);
     for (path, entry) in &seen {
@@ -186,8 +188,10 @@ fn seen_by_us(layers: &[Layer], directory: &Path) -> BTreeMap<PathBuf, Seen> {
 
 fn check(layers: &[Layer]) {
     let directory = tempfile::tempdir().unwrap();
-    let (ours, theirs) = (seen_by_us(layers, directory.path()), seen_by_overlayfs(layers, directory.path()));
-    assert_eq!(ours, theirs);
+    let theirs = seen_by_overlayfs(layers, directory.path());
+    for mode in [fusefs::Mode::Fuse, fusefs::Mode::Erofs] {
+        assert_eq!(seen_by_us(layers, directory.path(), mode), theirs, "{mode}");
+    }
 }
 
 fn entry() -> impl Strategy<Value = Entry> {

@@ -56,6 +56,11 @@ impl LayerDirectory {
         &self.path
     }
 
+    /// Where `data` is.
+    pub(crate) fn data_path(&self) -> PathBuf {
+        self.path.join("data")
+    }
+
     /// Makes the directory if it is not there.
     pub(crate) fn create(&self) -> io::Result<()> {
         create_directory(&self.path)
@@ -104,8 +109,7 @@ impl LayerDirectory {
     /// A `data` that is new or has another length holds nothing, whatever `presence` says.
     pub(crate) fn open_data(&self, space_len: u64, counts: Counts, index: &Digest) -> io::Result<(File, PresenceBits)> {
         let presence_path = self.path.join("presence");
-        let data =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.path.join("data"))?;
+        let data = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.data_path())?;
         let bits = read_if_there(&presence_path)?.and_then(|bytes| PresenceBits::decode(&bytes, counts, index));
         if let Some(bits) = bits.filter(|_| data.metadata().is_ok_and(|metadata| metadata.len() == space_len)) {
             return Ok((data, bits));

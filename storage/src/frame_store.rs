@@ -9,6 +9,7 @@ use std::{
     io,
     ops::Range,
     os::unix::fs::FileExt,
+    path::PathBuf,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -95,6 +96,11 @@ impl FrameStore {
     /// Whether all content is there.
     pub(crate) fn is_complete(&self) -> bool {
         self.presence.is_complete()
+    }
+
+    /// The file that holds the content.
+    pub(crate) fn data_path(&self) -> PathBuf {
+        self.directory.data_path()
     }
 
     /// Whether a frame is there.

@@ -3,6 +3,7 @@
 use std::{
     fmt, io,
     ops::Range,
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -252,6 +253,13 @@ impl Layer {
     /// Whether all file content is in the cache.
     pub fn is_complete(&self) -> bool {
         self.inner.store.is_complete()
+    }
+
+    /// The file that is the plain address space, once everything is in it; `None` before that.
+    ///
+    /// Nothing is written to it any longer. It is gone with the layer, but not for who has it open.
+    pub fn complete_file(&self) -> Option<PathBuf> {
+        self.is_complete().then(|| self.inner.store.data_path())
     }
 
     /// How much has arrived.

@@ -71,6 +71,12 @@ pub fn lazuli_ok<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Res
     crate::process::run(&mut lazuli_command(arguments)?)
 }
 
+/// Every mode that images and trees can be mounted in.
+pub const MODES: [&str; 2] = ["erofs", "fuse"];
+/// Modes to mount one image in that is read as a whole each time: the kernel reads it through the session, then the
+/// session serves it, and at last the kernel reads the cache files themselves.
+pub const FROM_NOTHING_TO_COMPLETE: [&str; 3] = ["erofs", "fuse", "erofs"];
+
 /// An image mounted by `lazuli mount`; dropping it unmounts.
 #[derive(Debug)]
 pub struct LazyMount {
@@ -86,10 +92,19 @@ impl LazyMount {
     ///
     /// When `lazuli mount` ends before the mount is there, with the last line it printed.
     pub fn new(scratch: &Scratch, name: &str, image: &str) -> Result<Self> {
+        Self::in_mode("auto", scratch, name, image)
+    }
+
+    /// The same in a mode.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::new`].
+    pub fn in_mode(mode: &str, scratch: &Scratch, name: &str, image: &str) -> Result<Self> {
         let path = scratch.directory(name)?;
         let cache = scratch.directory(format!("{name}.cache"))?;
         let mut mount = command(program("lazuli")?, ["mount", image]);
-        mount.arg(&path).arg("--cache").arg(&cache);
+        mount.arg(&path).arg("--cache").arg(&cache).args(["--mode", mode]);
         let log = scratch.log(name);
         // A test may mount twice under one name: the line that says so must be of this time.
         std::fs::write(&log, "").at("emptying", &log)?;

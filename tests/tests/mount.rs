@@ -10,7 +10,7 @@ use lazuli_tests::{
     diff_trees,
     error::Context as _,
     process::{command, run, wait_for},
-    programs::lazuli_ok,
+    programs::{FROM_NOTHING_TO_COMPLETE, lazuli_ok},
     real_images::real_image,
     registry_server::digest_in,
     samples::{LARGE_FILE_COUNT, LARGE_FILE_LEN, eventful_layers, large_file, readable_layers},
@@ -35,10 +35,12 @@ fn check_same_tree(scratch: &Scratch, registry: &TestRegistry, layout: &str) -> 
     containerd.pull(&original, OVERLAYFS)?;
     let truth = scratch.directory("truth")?;
     containerd.mount_image(&original, OVERLAYFS, &truth)?;
-    let mount = LazyMount::new(scratch, "lazy", &lazy)?;
-    let differences: Vec<_> = compare_trees(&truth, mount.path())?.iter().map(ToString::to_string).collect();
-    assert_eq!(differences, Vec::<String>::new());
-    assert_eq!(diff_trees(&truth, mount.path())?, Vec::<String>::new());
+    for mode in FROM_NOTHING_TO_COMPLETE {
+        let mount = LazyMount::in_mode(mode, scratch, "lazy", &lazy)?;
+        let differences: Vec<_> = compare_trees(&truth, mount.path())?.iter().map(ToString::to_string).collect();
+        assert_eq!(differences, Vec::<String>::new(), "{mode}");
+        assert_eq!(diff_trees(&truth, mount.path())?, Vec::<String>::new(), "{mode}");
+    }
     Ok(())
 }
 

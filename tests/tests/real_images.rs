@@ -8,7 +8,7 @@ use lazuli_tests::{
     containerd::{LAZULI, OVERLAYFS},
     diff_trees,
     process::{command, run},
-    programs::lazuli_ok,
+    programs::{FROM_NOTHING_TO_COMPLETE, lazuli_ok},
     real_images::real_image,
     registry_server::digest_in,
 };
@@ -58,10 +58,12 @@ fn check(name: &str) -> Result<()> {
     node.containerd.pull(&original, OVERLAYFS)?;
     let truth = scratch.directory("truth")?;
     node.containerd.mount_image(&original, OVERLAYFS, &truth)?;
-    let mount = LazyMount::new(&scratch, "lazy", &lazy)?;
-    let differences: Vec<_> = compare_trees(&truth, mount.path())?.iter().map(ToString::to_string).collect();
-    assert_eq!(differences, Vec::<String>::new());
-    assert_eq!(diff_trees(&truth, mount.path())?, Vec::<String>::new());
+    for mode in FROM_NOTHING_TO_COMPLETE {
+        let mount = LazyMount::in_mode(mode, &scratch, "lazy", &lazy)?;
+        let differences: Vec<_> = compare_trees(&truth, mount.path())?.iter().map(ToString::to_string).collect();
+        assert_eq!(differences, Vec::<String>::new(), "{mode}");
+        assert_eq!(diff_trees(&truth, mount.path())?, Vec::<String>::new(), "{mode}");
+    }
     Ok(())
 }
 

@@ -22,13 +22,15 @@ use format_spec::{
     index::mode::{DIRECTORY, REGULAR},
 };
 use rustix::{
-    fs::{CWD, Mode, OFlags, open, openat},
+    fs::{CWD, Mode, OFlags, fstat, open, openat},
     io::Errno,
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_string, fsmount,
-        fsopen, move_mount,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create, fsconfig_set_flag,
+        fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
     },
 };
+
+use tracing::debug;
 
 use super::{layout::BLOCK, write_image};
 
@@ -96,7 +98,7 @@ pub fn mount_erofs(
     mount_point: &Path,
     read_ahead_kb: Option<u32>,
 ) -> Result<(), MountError> {
-    let mount = DetachedMount::open(image, devices)?;
+    let mount = DetachedMount::open(image, devices, DeviceAccess::Cached)?;
     if let Some(kb) = read_ahead_kb {
         mount.set_read_ahead(kb)?;
     }
@@ -121,7 +123,7 @@ pub fn probe(directory: &Path) -> Result<(), MountError> {
     let output = fs::File::create(&image).map_err(file_error)?;
     write_image(&probe_tree(CONTENT.len() as u64), output).map_err(|error| file_error(io::Error::other(error)))?;
 
-    let mount = DetachedMount::open(&image, &[device])?;
+    let mount = DetachedMount::open(&image, &[device], DeviceAccess::Cached)?;
     let file = openat(&mount, "file", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let mut content = Vec::new();
     file.map_err(io::Error::from)
@@ -141,6 +143,17 @@ fn probe_tree(len: u64) -> Index<Vec<u8>> {
     Index::open(builder.finish_tree(&[Digest::of(b"")]).expect(VALID)).expect(VALID)
 }
 
+/// How the kernel reads content from the devices into the page cache of the mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceAccess {
+    /// Through the page cache of the device's own file system.
+    Cached,
+    /// Past it, and without waiting for more than a reader needs. For devices that a daemon serves: cached, the pages
+    /// would be kept twice, read-ahead would go on behind the end of a file, and a reader would wait for all that is
+    /// read ahead. Linux before 6.14 cannot, and takes the other way.
+    Direct,
+}
+
 /// A mount that is on no directory yet. Dropping it unmounts.
 #[derive(Debug)]
 pub struct DetachedMount {
@@ -155,7 +168,7 @@ impl DetachedMount {
     /// # Errors
     ///
     /// When the kernel cannot do it, or refuses.
-    pub fn open(image: &Path, devices: &[PathBuf]) -> Result<Self, MountError> {
+    pub fn open(image: &Path, devices: &[PathBuf], access: DeviceAccess) -> Result<Self, MountError> {
         let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| match error {
             Errno::NODEV => MountError::Unsupported("this kernel has no EROFS"),
             Errno::PERM => MountError::Unsupported("mounting needs CAP_SYS_ADMIN"),
@@ -175,6 +188,11 @@ impl DetachedMount {
             let device = OptionPath::new(device)?;
             fsconfig_set_string(&context, "device", device.value.as_os_str()).map_err(refuse)?;
             long_paths.extend(device.file);
+        }
+        if access == DeviceAccess::Direct
+            && let Err(error) = fsconfig_set_flag(&context, "directio")
+        {
+            debug!(%error, messages = messages(context.as_fd()), "devices are read through the page cache");
         }
         let guard = MOUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let bdi_names_before = bdi_names();
@@ -204,13 +222,40 @@ impl DetachedMount {
         Ok(())
     }
 
+    /// What `stat` shows as the device of all its files; no other mount that still exists has the same.
+    ///
+    /// # Errors
+    ///
+    /// When the mount cannot be looked at.
+    pub fn device(&self) -> io::Result<u64> {
+        Ok(fstat(&self.mount)?.st_dev)
+    }
+
     /// Puts the mount on a directory, where it stays until somebody unmounts it.
     ///
     /// # Errors
     ///
     /// When the directory cannot be a mount point.
     pub fn attach(self, mount_point: &Path) -> Result<(), MountError> {
-        move_mount(&self.mount, "", CWD, mount_point, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        self.move_to(mount_point, MoveMountFlags::empty())
+    }
+
+    /// Takes the place of the mount on a directory: at no moment is there none.
+    ///
+    /// Who uses the other one keeps it.
+    ///
+    /// # Errors
+    ///
+    /// When nothing is mounted there, or the kernel refuses.
+    pub fn replace(self, mount_point: &Path) -> Result<(), MountError> {
+        // Beneath the other one, which is then taken off.
+        self.move_to(mount_point, MoveMountFlags::MOVE_MOUNT_BENEATH)?;
+        unmount(mount_point, UnmountFlags::DETACH)
+            .map_err(|error| MountError::MountPoint { path: mount_point.to_owned(), error: error.into() })
+    }
+
+    fn move_to(&self, mount_point: &Path, flags: MoveMountFlags) -> Result<(), MountError> {
+        move_mount(&self.mount, "", CWD, mount_point, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | flags)
             .map_err(|error| MountError::MountPoint { path: mount_point.to_owned(), error: error.into() })
     }
 }

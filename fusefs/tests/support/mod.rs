@@ -3,6 +3,8 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 #![allow(clippy::unwrap_used, reason = "only tests use it")]
 
+pub mod daemon;
+
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     fs,

@@ -16,6 +16,7 @@ use lazuli_tests::{
     containerd::OVERLAYFS,
     lazuli,
     process::{command, run},
+    programs::MODES,
 };
 
 /// An image and what is expected of it.
@@ -112,9 +113,11 @@ fn check(scratch: &Scratch, containerd: &Containerd, case: &Case) -> Result<Vec<
         unmount(&truth)?;
         return Ok(vec![format!("the converter refuses it: {line:?}")]);
     }
-    let mount = LazyMount::new(scratch, "lazy", &lazy)?;
-    let mut differences = compare_trees(&truth, mount.path())?;
-    drop(mount);
+    let mut differences = Vec::new();
+    for mode in MODES {
+        let mount = LazyMount::in_mode(mode, scratch, &format!("lazy-{mode}"), &lazy)?;
+        differences.extend(compare_trees(&truth, mount.path())?);
+    }
     unmount(&truth)?;
     match case.expected {
         Expected::Same { without_entry } => differences.retain(|difference| {

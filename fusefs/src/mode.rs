@@ -1,0 +1,95 @@
+//! Which of the two modes trees are mounted in: what is asked for, what works here, and what follows.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    control::{ModeStatus, TreeMode},
+    erofs::MountError,
+};
+
+/// The mode that a program is asked to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Kernel mode where it works, else portable mode.
+    #[default]
+    Auto,
+    /// Kernel mode or nothing.
+    Erofs,
+    /// Portable mode.
+    Fuse,
+}
+
+/// A word that is no [`Mode`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no mode: give auto, erofs or fuse")]
+pub struct UnknownMode(String);
+
+impl FromStr for Mode {
+    type Err = UnknownMode;
+
+    fn from_str(word: &str) -> Result<Self, UnknownMode> {
+        match word {
+            "auto" => Ok(Self::Auto),
+            "erofs" => Ok(Self::Erofs),
+            "fuse" => Ok(Self::Fuse),
+            _ => Err(UnknownMode(word.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Erofs => "erofs",
+            Self::Fuse => "fuse",
+        })
+    }
+}
+
+/// Decides; `probe` tries kernel mode and is only run where that matters.
+///
+/// # Errors
+///
+/// What `probe` found, where nothing but kernel mode is wanted.
+pub(crate) fn choose(asked: Mode, probe: impl FnOnce() -> Result<(), MountError>) -> Result<ModeStatus, MountError> {
+    let in_use = |in_use, reason: String| ModeStatus { in_use, reason };
+    let by_request = || format!("--mode {asked}");
+    match asked {
+        Mode::Fuse => Ok(in_use(TreeMode::Fuse, by_request())),
+        Mode::Erofs => probe().map(|()| in_use(TreeMode::Erofs, by_request())),
+        Mode::Auto => Ok(match probe() {
+            Ok(()) => in_use(TreeMode::Erofs, "the kernel mounts EROFS over files".to_owned()),
+            Err(error) => in_use(TreeMode::Fuse, error.to_string()),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mode_is_known_by_its_word() {
+        for mode in [Mode::Auto, Mode::Erofs, Mode::Fuse] {
+            assert_eq!(mode.to_string().parse(), Ok(mode));
+        }
+        assert_eq!("EROFS".parse::<Mode>(), Err(UnknownMode("EROFS".to_owned())));
+    }
+
+    #[test]
+    fn auto_takes_kernel_mode_where_it_works_and_says_why_it_does_not() {
+        let chosen = |asked, probed: Result<(), MountError>| {
+            choose(asked, || probed).map(|status| (status.in_use, status.reason)).map_err(|error| error.to_string())
+        };
+        let refusal = || MountError::Unsupported("this kernel has no EROFS");
+        let line = refusal().to_string();
+        assert_eq!(chosen(Mode::Auto, Ok(())).unwrap().0, TreeMode::Erofs);
+        assert_eq!(chosen(Mode::Auto, Err(refusal())), Ok((TreeMode::Fuse, line.clone())));
+        assert_eq!(chosen(Mode::Erofs, Err(refusal())), Err(line));
+        assert_eq!(chosen(Mode::Fuse, Err(refusal())), Ok((TreeMode::Fuse, "--mode fuse".to_owned())));
+    }
+}

@@ -1,0 +1,116 @@
+//! A daemon in the process of the test, asked through its socket.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+};
+
+use format_spec::Digest;
+use fusefs::{
+    Daemon, DaemonOptions, Error, Mode, SessionOptions,
+    control::{RemoteLayer, Request, Response},
+};
+use tokio::{runtime::Runtime, sync::oneshot, task::JoinHandle};
+
+use super::{Registry, is_mounted};
+
+/// A daemon that runs as long as this lives.
+pub struct Running {
+    runtime: Runtime,
+    pub address: PathBuf,
+    pub root: PathBuf,
+    stop: Option<oneshot::Sender<()>>,
+    ended: Option<JoinHandle<Result<(), Error>>>,
+}
+
+impl Running {
+    /// In portable mode.
+    pub fn start(root: &Path, registry: &Registry) -> Self {
+        Self::start_in(Mode::Fuse, root, registry)
+    }
+
+    pub fn start_in(mode: Mode, root: &Path, registry: &Registry) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let options_in_mode = DaemonOptions { mode, ..options(root) };
+        let daemon = runtime.block_on(Daemon::start(options_in_mode, registry.sources())).unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let ended = runtime.spawn(daemon.run(async { drop(stopped.await) }));
+        let DaemonOptions { root, address, .. } = options(root);
+        Self { runtime, address, root, stop: Some(stop), ended: Some(ended) }
+    }
+
+    pub fn ask(&self, request: &Request) -> Response {
+        Connection::open(&self.address).ask(request)
+    }
+
+    pub fn mount(&self, layers: &[RemoteLayer]) -> PathBuf {
+        match self.ask(&Request::MountTree { layers: layers.to_vec() }) {
+            Response::Tree { path } => path,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Has every layer arrive completely.
+    pub fn complete(&self, layers: &[RemoteLayer]) {
+        for layer in layers {
+            fs::read(self.root.join("mnt/layers").join(layer.layer.id().hex())).unwrap();
+        }
+    }
+
+    pub fn trees(&self) -> Vec<Digest> {
+        match self.ask(&Request::Status) {
+            Response::Status { trees, .. } => trees.into_iter().map(|tree| tree.tree).collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn usage(&self, layer: Digest) -> u64 {
+        match self.ask(&Request::LayerUsage { layer }) {
+            Response::Usage { bytes } => bytes,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        self.runtime.block_on(self.ended.take().unwrap()).unwrap().unwrap();
+        assert!(!is_mounted(&self.root.join("mnt")));
+        assert!(!self.address.exists());
+    }
+}
+
+/// Below `root`, in portable mode.
+pub fn options(root: &Path) -> DaemonOptions {
+    DaemonOptions {
+        root: root.join("root"),
+        address: root.join("fused.sock"),
+        session: SessionOptions::default(),
+        mode: Mode::Fuse,
+        take_over: None,
+    }
+}
+
+pub struct Connection {
+    reader: BufReader<UnixStream>,
+}
+
+impl Connection {
+    pub fn open(address: &Path) -> Self {
+        Self { reader: BufReader::new(UnixStream::connect(address).unwrap()) }
+    }
+
+    pub fn ask(&mut self, request: &Request) -> Response {
+        self.ask_raw(&serde_json::to_string(request).unwrap())
+    }
+
+    pub fn ask_raw(&mut self, line: &str) -> Response {
+        self.reader.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        self.reader.read_line(&mut answer).unwrap();
+        serde_json::from_str(&answer).unwrap()
+    }
+}
