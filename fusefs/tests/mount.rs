@@ -48,9 +48,11 @@ in_both_modes! {
     a_program_runs_and_honours_set_user_id,
     layers_merge_as_overlayfs_shows_them,
     names_may_hold_any_byte,
+    what_is_of_the_mount_depends_on_the_mode,
     a_directory_of_many_entries_lists_each_once,
     overlayfs_writes_copies_up_and_renames_on_top,
     many_threads_read_many_files,
+    readers_that_wait_for_the_registry_keep_nobody_else_waiting,
     a_wrong_byte_of_the_registry_is_an_error_and_never_read,
     what_was_read_once_needs_no_registry,
     a_second_mount_needs_no_registry_for_what_arrived,
@@ -301,6 +303,20 @@ fn layers_merge_as_overlayfs_shows_them(mode: Mode) {
     assert_eq!(fs::metadata(image.path("one")).unwrap().nlink(), 1);
 }
 
+fn what_is_of_the_mount_depends_on_the_mode(mode: Mode) {
+    let image = Mounted::new(mode, &[layer([("directory/one", file("1")), ("directory/two", file("2"))])]);
+    let directory = fs::metadata(image.path("directory")).unwrap();
+    let statistics = rustix::fs::statvfs(image.path("")).unwrap();
+    let used = statistics.f_files - statistics.f_ffree;
+    // A directory of EROFS has 12 bytes and a name for each entry, "." and ".." among them.
+    let expected = match mode {
+        Mode::Fuse => (4096, 4),
+        _ => (4 * 12 + 1 + 2 + 3 + 3, u64::MAX),
+    };
+    assert_eq!((directory.len(), statistics.f_files), expected);
+    assert_eq!(used, 4);
+}
+
 fn names_may_hold_any_byte(mode: Mode) {
     let directory = tempfile::tempdir().unwrap();
     drop(directory);
@@ -383,6 +399,32 @@ fn many_threads_read_many_files(mode: Mode) {
         })
         .collect();
     threads.into_iter().for_each(|thread| thread.join().unwrap());
+}
+
+/// More readers than the session has threads, all of which wait for bytes that do not come.
+fn readers_that_wait_for_the_registry_keep_nobody_else_waiting(mode: Mode) {
+    const READERS: u64 = 40;
+    let mut entries: Layer =
+        (0..READERS).map(|number| (format!("absent/{number}"), file(noise(number, 40_000)))).collect();
+    entries.insert("present".to_owned(), file(noise(99, 40_000)));
+    let image = Mounted::new(mode, &[entries]);
+    fs::read(image.path("present")).unwrap();
+    let before = image.registry.requests();
+    image.registry.set_held(true);
+    std::thread::scope(|scope| {
+        let read = |number: u64| fs::read(image.path(&format!("absent/{number}"))).unwrap() == noise(number, 40_000);
+        let readers: Vec<_> = (0..READERS).map(|number| scope.spawn(move || read(number))).collect();
+        while image.registry.requests() == before {
+            std::thread::yield_now();
+        }
+        let present = File::open(image.path("present")).unwrap();
+        rustix::fs::fadvise(&present, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        assert!(fs::read(image.path("present")).unwrap() == noise(99, 40_000));
+        assert_eq!(names(&image.path("absent")).len(), 40);
+        assert!(readers.iter().all(|reader| !reader.is_finished()));
+        image.registry.set_held(false);
+        assert!(readers.into_iter().all(|reader| reader.join().unwrap()));
+    });
 }
 
 fn a_wrong_byte_of_the_registry_is_an_error_and_never_read(mode: Mode) {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use fusefs::Mode;
 use serde::Deserialize;
 
 /// Where the configuration lies unless a flag says otherwise; it need not exist.
@@ -22,6 +23,8 @@ pub struct Settings {
     pub fused: Option<PathBuf>,
     /// Whether it speaks plain HTTP to every registry; on loopback it does so anyway.
     pub plain_http: Option<bool>,
+    /// How it mounts trees.
+    pub mode: Option<Mode>,
 }
 
 /// The whole configuration.
@@ -35,6 +38,8 @@ pub struct Config {
     pub fused: PathBuf,
     /// Whether it speaks plain HTTP to every registry; on loopback it does so anyway.
     pub plain_http: bool,
+    /// How it mounts trees.
+    pub mode: Mode,
 }
 
 /// A configuration file is unusable.
@@ -70,6 +75,7 @@ impl Settings {
             root: self.root.or(file.root).unwrap_or_else(|| ROOT.into()),
             fused: self.fused.or(file.fused).or_else(fused_beside).unwrap_or_else(|| FUSED.into()),
             plain_http: self.plain_http.or(file.plain_http).unwrap_or_default(),
+            mode: self.mode.or(file.mode).unwrap_or_default(),
         }
     }
 }
@@ -80,9 +86,15 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let file = Settings::parse("address = '/a.sock'\nroot = '/b'\nplain_http = true\n").unwrap();
+        let file = Settings::parse("address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\n").unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
-        let expected = Config { address: "/a.sock".into(), root: "/c".into(), fused: FUSED.into(), plain_http: true };
+        let expected = Config {
+            address: "/a.sock".into(),
+            root: "/c".into(),
+            fused: FUSED.into(),
+            plain_http: true,
+            mode: Mode::Fuse,
+        };
         assert_eq!(flags.or(file, None), expected);
     }
 

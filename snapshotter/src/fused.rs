@@ -23,6 +23,7 @@ use std::{
 
 use format_spec::LayerId;
 use fusefs::{
+    Mode,
     control::{ErrorKind, LayerStatus, RemoteLayer, Request, Response, TreeId},
     descriptor,
 };
@@ -56,6 +57,8 @@ pub struct FusedProgram {
     pub path: PathBuf,
     /// Whether it speaks plain HTTP to every registry.
     pub plain_http: bool,
+    /// How it mounts trees.
+    pub mode: Mode,
 }
 
 /// A client of `lazuli-fused`.
@@ -324,6 +327,7 @@ impl Fused {
             .arg("--address")
             .arg(&self.address)
             .args(self.program.plain_http.then_some("--plain-http"))
+            .args(["--mode", &self.program.mode.to_string()])
             .args(session.is_some().then_some("--take-over"))
             .current_dir("/")
             .stdin(session.map_or_else(Stdio::null, Stdio::from))
@@ -403,7 +407,7 @@ mod tests {
     const NOT_A_DAEMON: &str = "/bin/ls";
 
     fn client(root: &Path, program: &str) -> Fused {
-        Fused::new(root, FusedProgram { path: program.into(), plain_http: false })
+        Fused::new(root, FusedProgram { path: program.into(), plain_http: false, mode: Mode::Auto })
     }
 
     #[tokio::test]

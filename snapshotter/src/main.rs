@@ -8,6 +8,7 @@ use std::{
 };
 
 use clap::Parser;
+use fusefs::Mode;
 use snapshotter::{
     api::snapshots_server::SnapshotsServer,
     config::{CONFIG_PATH, Config, Settings},
@@ -45,6 +46,9 @@ struct Arguments {
     /// Fetch lazy layers in plain HTTP from every registry; on loopback that is done anyway
     #[arg(long)]
     plain_http: bool,
+    /// How the kernel reads lazy layers: erofs (Linux 6.12), fuse, or auto for erofs where it works [default: auto]
+    #[arg(long, value_name = "MODE")]
+    mode: Option<Mode>,
 }
 
 fn main() -> ExitCode {
@@ -64,7 +68,7 @@ fn main() -> ExitCode {
 fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let config = configuration(arguments)?;
     let runtime = tokio::runtime::Runtime::new()?;
-    let fused = FusedProgram { path: config.fused.clone(), plain_http: config.plain_http };
+    let fused = FusedProgram { path: config.fused.clone(), plain_http: config.plain_http, mode: config.mode };
     let snapshotter = Snapshotter::open(&config.root, fused)?;
     runtime.block_on(serve(&config, snapshotter))?;
     // A request that waits for the registry is not waited for.
@@ -80,8 +84,8 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         Err(error) => return Err(format!("configuration {}: {error}", path.display()).into()),
     };
     let program = std::env::current_exe()?;
-    let Arguments { address, root, fused, plain_http, .. } = arguments;
-    let flags = Settings { address, root, fused, plain_http: plain_http.then_some(true) };
+    let Arguments { address, root, fused, plain_http, mode, .. } = arguments;
+    let flags = Settings { address, root, fused, plain_http: plain_http.then_some(true), mode };
     Ok(flags.or(file, program.parent()))
 }
 

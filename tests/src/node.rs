@@ -28,6 +28,7 @@ pub struct Snapshotter {
     root: PathBuf,
     log: PathBuf,
     daemon_log: PathBuf,
+    mode: String,
     service: Option<Service>,
 }
 
@@ -46,10 +47,19 @@ impl Snapshotter {
     ///
     /// When it has not been built, or does not start.
     pub fn start(scratch: &Scratch) -> Result<Self> {
+        Self::start_in("auto", scratch)
+    }
+
+    /// The same in a mode.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::start`].
+    pub fn start_in(mode: &str, scratch: &Scratch) -> Result<Self> {
         let root = scratch.directory("snapshotter")?;
+        let (log, daemon_log) = (scratch.log("snapshotter"), scratch.log("fused"));
         let socket = scratch.join("snapshotter.sock");
-        let mut snapshotter =
-            Self { socket, root, log: scratch.log("snapshotter"), daemon_log: scratch.log("fused"), service: None };
+        let mut snapshotter = Self { socket, root, log, daemon_log, mode: mode.to_owned(), service: None };
         snapshotter.launch()?;
         Ok(snapshotter)
     }
@@ -98,7 +108,7 @@ impl Snapshotter {
 
     fn launch(&mut self) -> Result<()> {
         let mut snapshotter = command(program("lazuli-snapshotter")?, ["--address"]);
-        snapshotter.arg(&self.socket).arg("--root").arg(&self.root);
+        snapshotter.arg(&self.socket).arg("--root").arg(&self.root).args(["--mode", &self.mode]);
         let answers = || UnixStream::connect(&self.socket).is_ok();
         self.service = Some(Service::start("lazuli-snapshotter", &mut snapshotter, &self.log, answers)?);
         Ok(())
@@ -132,7 +142,19 @@ impl Node {
     ///
     /// When something that it consists of does not start.
     pub fn start_release(scratch: &Scratch, release: Release) -> Result<Self> {
-        let snapshotter = Snapshotter::start(scratch)?;
+        Self::with(Snapshotter::start(scratch)?, scratch, release)
+    }
+
+    /// As [`Self::start`], with a mode for lazy layers.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start_in(mode: &str, scratch: &Scratch) -> Result<Self> {
+        Self::with(Snapshotter::start_in(mode, scratch)?, scratch, Release::default())
+    }
+
+    fn with(snapshotter: Snapshotter, scratch: &Scratch, release: Release) -> Result<Self> {
         let options = ContainerdOptions { release, snapshotter: Some(snapshotter.socket.clone()), cri: None };
         let containerd = Containerd::start(scratch, &options)?;
         Ok(Self { containerd, snapshotter, network: None, options })

@@ -28,6 +28,7 @@ use fusefs::{
     control::{RemoteLayer, TreeId, tree_id},
 };
 use storage::{FetchFuture, Source, SourceError};
+use tokio::sync::watch;
 
 /// Frames are this long, so that files have several.
 const FRAME_LEN: usize = 16 << 10;
@@ -287,6 +288,7 @@ struct RegistryInner {
     blobs: Mutex<HashMap<Digest, Bytes>>,
     requests: AtomicUsize,
     is_down: AtomicBool,
+    is_held: watch::Sender<bool>,
 }
 
 impl Registry {
@@ -310,6 +312,11 @@ impl Registry {
     /// Fails every request from now on, or does not.
     pub fn set_down(&self, is_down: bool) {
         self.0.is_down.store(is_down, Ordering::Relaxed);
+    }
+
+    /// Keeps every answer back from now on, or lets them go.
+    pub fn set_held(&self, is_held: bool) {
+        self.0.is_held.send_replace(is_held);
     }
 
     /// Requests so far.
@@ -338,7 +345,9 @@ impl Source for BlobSource {
         inner.requests.fetch_add(1, Ordering::Relaxed);
         let blob = inner.blobs.lock().unwrap().get(&self.blob).cloned();
         let is_down = inner.is_down.load(Ordering::Relaxed);
+        let mut is_held = inner.is_held.subscribe();
         Box::pin(async move {
+            is_held.wait_for(|is_held| !is_held).await.expect("the registry lives");
             let blob = blob.filter(|_| !is_down).ok_or_else(|| SourceError("registry is down".to_owned()))?;
             let bytes = blob.slice(usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap());
             let stream: storage::ByteStream = Box::pin(futures_util::stream::iter([Ok(bytes)]));
