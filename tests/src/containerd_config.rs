@@ -36,7 +36,6 @@ address = "{}"
             snapshotter.display()
         );
         if is_second {
-            text += "capabilities = [\"remap-ids\"]\n";
             text += &transfer_service();
         }
     }
@@ -105,7 +104,7 @@ config_path = "{path}/certs.d"
 restrict_oom_score_adj = true
 disable_apparmor = true
 [plugins."io.containerd.cri.v1.runtime".cni]
-bin_dir = "/usr/lib/cni"
+bin_dirs = ["/usr/lib/cni"]
 conf_dir = "{network}"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"

@@ -62,7 +62,10 @@ impl Cri {
     fn is_ready(&self) -> Result<bool> {
         let mut pods = self.pods.clone();
         let answer = self.call("Status", pods.status(StatusRequest { verbose: false }))?;
-        Ok(answer.status.is_some_and(|status| status.conditions.iter().all(|condition| condition.status)))
+        // containerd 2 has a condition more, which speaks of its configuration.
+        let conditions = answer.status.map(|status| status.conditions).unwrap_or_default();
+        let is_met = |wanted| conditions.iter().any(|condition| condition.r#type == wanted && condition.status);
+        Ok(is_met("RuntimeReady") && is_met("NetworkReady"))
     }
 
     /// Pulls an image; returns its ID, the digest of its configuration.

@@ -269,24 +269,3 @@ fn node_is_switched_to_lazuli_and_back(release: Release, version: &str) -> Resul
     }
     Ok(())
 }
-
-/// containerd 2 alone makes mounts for user namespaces: the container's root owns the files that root owns in
-/// the image, writes as somebody else, and nothing in the image has changed its owner.
-#[test]
-fn user_namespace_reads_through_mapped_mounts() -> Result<()> {
-    let (scratch, registry) = given("user-namespace", "2.1")?;
-    let node = Node::start_release(&scratch, Release::V2_1)?;
-    let lazy = registry.reference("sample:lazy");
-    pull_lazily(&node, Release::V2_1, "default", &lazy)?;
-    let map = ["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", "--remap-labels"];
-    let script = "cut -c1-30 /proc/self/uid_map; stat -c %u:%g /etc/greeting /large; echo mine > /tmp/note; stat -c %u /tmp/note; sha256sum /large/3";
-    let mut words = vec!["run", "--rm", "--snapshotter", LAZULI];
-    words.extend(map);
-    words.extend([lazy.as_str(), "mapped", "/bin/sh", "-c", script]);
-    let printed = stdout_of(script, finish(&mut node.containerd.ctr(words))?)?;
-    let mut lines = printed.lines();
-    assert!(lines.next().is_some_and(|map| map.split_whitespace().take(2).eq(["0", "100000"])), "{printed}");
-    assert_eq!(lines.collect::<Vec<_>>(), ["0:0", "0:0", "0", checksum_line(3).trim_end()]);
-    assert_eq!(run_script(&node, "default", &lazy, "unmapped", "stat -c %u /etc/greeting")?, "0\n");
-    Ok(())
-}
