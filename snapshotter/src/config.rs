@@ -10,6 +10,7 @@ pub const CONFIG_PATH: &str = "/etc/lazuli/config.toml";
 const ADDRESS: &str = "/run/lazuli/snapshotter.sock";
 const ROOT: &str = "/var/lib/lazuli";
 const FUSED: &str = "lazuli-fused";
+const LOG: &str = "info";
 
 /// What a flag or the file may set.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
@@ -25,6 +26,10 @@ pub struct Settings {
     pub plain_http: Option<bool>,
     /// How it mounts trees.
     pub mode: Option<Mode>,
+    /// What the kernel reads ahead of a sequential reader, in KiB.
+    pub read_ahead: Option<u32>,
+    /// What both programs log.
+    pub log: Option<String>,
 }
 
 /// The whole configuration.
@@ -40,6 +45,22 @@ pub struct Config {
     pub plain_http: bool,
     /// How it mounts trees.
     pub mode: Mode,
+    /// What the kernel reads ahead of a sequential reader, in KiB; `None` for the default of `lazuli-fused`.
+    pub read_ahead: Option<u32>,
+    /// What both programs log.
+    pub log: String,
+}
+
+impl Config {
+    /// What `lazuli-fused` is told besides its places.
+    pub fn fused_arguments(&self) -> Vec<String> {
+        let mut arguments = vec!["--mode".to_owned(), self.mode.to_string(), "--log".to_owned(), self.log.clone()];
+        if let Some(kibibytes) = self.read_ahead {
+            arguments.extend(["--read-ahead".to_owned(), kibibytes.to_string()]);
+        }
+        arguments.extend(self.plain_http.then(|| "--plain-http".to_owned()));
+        arguments
+    }
 }
 
 /// A configuration file is unusable.
@@ -76,6 +97,8 @@ impl Settings {
             fused: self.fused.or(file.fused).or_else(fused_beside).unwrap_or_else(|| FUSED.into()),
             plain_http: self.plain_http.or(file.plain_http).unwrap_or_default(),
             mode: self.mode.or(file.mode).unwrap_or_default(),
+            read_ahead: self.read_ahead.or(file.read_ahead),
+            log: self.log.or(file.log).unwrap_or_else(|| LOG.to_owned()),
         }
     }
 }
@@ -94,8 +117,12 @@ mod tests {
             fused: FUSED.into(),
             plain_http: true,
             mode: Mode::Fuse,
+            read_ahead: None,
+            log: LOG.to_owned(),
         };
-        assert_eq!(flags.or(file, None), expected);
+        let config = flags.or(file, None);
+        assert_eq!(config, expected);
+        assert_eq!(config.fused_arguments(), ["--mode", "fuse", "--log", "info", "--plain-http"]);
     }
 
     #[test]

@@ -23,7 +23,6 @@ use std::{
 
 use format_spec::LayerId;
 use fusefs::{
-    Mode,
     control::{ErrorKind, LayerStatus, RemoteLayer, Request, Response, TreeId},
     descriptor,
 };
@@ -55,10 +54,8 @@ const ANSWER_LEN_MAX: u64 = 64 << 20;
 pub struct FusedProgram {
     /// The program.
     pub path: PathBuf,
-    /// Whether it speaks plain HTTP to every registry.
-    pub plain_http: bool,
-    /// How it mounts trees.
-    pub mode: Mode,
+    /// What it is told besides its places.
+    pub arguments: Vec<String>,
 }
 
 /// A client of `lazuli-fused`.
@@ -326,8 +323,7 @@ impl Fused {
             .arg(&self.root)
             .arg("--address")
             .arg(&self.address)
-            .args(self.program.plain_http.then_some("--plain-http"))
-            .args(["--mode", &self.program.mode.to_string()])
+            .args(&self.program.arguments)
             .args(session.is_some().then_some("--take-over"))
             .current_dir("/")
             .stdin(session.map_or_else(Stdio::null, Stdio::from))
@@ -407,7 +403,7 @@ mod tests {
     const NOT_A_DAEMON: &str = "/bin/ls";
 
     fn client(root: &Path, program: &str) -> Fused {
-        Fused::new(root, FusedProgram { path: program.into(), plain_http: false, mode: Mode::Auto })
+        Fused::new(root, FusedProgram { path: program.into(), arguments: Vec::new() })
     }
 
     #[tokio::test]

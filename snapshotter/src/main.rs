@@ -49,14 +49,16 @@ struct Arguments {
     /// How the kernel reads lazy layers: erofs (Linux 6.12), fuse, or auto for erofs where it works [default: auto]
     #[arg(long, value_name = "MODE")]
     mode: Option<Mode>,
+    /// What the kernel reads ahead of a sequential reader, in KiB [default: that of lazuli-fused]
+    #[arg(long, value_name = "KIB")]
+    read_ahead: Option<u32>,
+    /// What both programs log: a level, or directives as snapshotter=debug,storage=info [default: info]
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let color = io::IsTerminal::is_terminal(&io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(io::stderr).init();
-    match run(arguments) {
+    match run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("lazuli-snapshotter: {error}");
@@ -67,8 +69,11 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let config = configuration(arguments)?;
+    let filter = EnvFilter::try_new(&config.log).map_err(|error| format!("log {:?}: {error}", config.log))?;
+    let color = io::IsTerminal::is_terminal(&io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(io::stderr).init();
     let runtime = tokio::runtime::Runtime::new()?;
-    let fused = FusedProgram { path: config.fused.clone(), plain_http: config.plain_http, mode: config.mode };
+    let fused = FusedProgram { path: config.fused.clone(), arguments: config.fused_arguments() };
     let snapshotter = Snapshotter::open(&config.root, fused)?;
     runtime.block_on(serve(&config, snapshotter))?;
     // A request that waits for the registry is not waited for.
@@ -84,8 +89,8 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         Err(error) => return Err(format!("configuration {}: {error}", path.display()).into()),
     };
     let program = std::env::current_exe()?;
-    let Arguments { address, root, fused, plain_http, mode, .. } = arguments;
-    let flags = Settings { address, root, fused, plain_http: plain_http.then_some(true), mode };
+    let Arguments { address, root, fused, plain_http, mode, read_ahead, log, config: _ } = arguments;
+    let flags = Settings { address, root, fused, plain_http: plain_http.then_some(true), mode, read_ahead, log };
     Ok(flags.or(file, program.parent()))
 }
 
@@ -136,7 +141,7 @@ mod tests {
         let documentation = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/NODE.md")).unwrap();
         for flag in command.get_arguments().filter(|flag| flag.get_id() != "config") {
             let (key, name) = (flag.get_id().as_str(), flag.get_long().unwrap());
-            let values = ["true", "1", "'text'"].map(|value| Settings::parse(&format!("{key} = {value}")));
+            let values = ["true", "1", "'text'", "'auto'"].map(|value| Settings::parse(&format!("{key} = {value}")));
             let errors: Vec<_> = values.iter().filter_map(|parsed| parsed.as_ref().err()).collect();
             assert!(errors.len() < values.len(), "{key} is no key: {errors:?}");
             assert!(documentation.contains(&format!("| `{key}` | `--{name}` |")), "{key} is not in docs/NODE.md");
