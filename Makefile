@@ -5,6 +5,7 @@
 #   make test-images   the three real images, in every field, and a second version of one (minutes)
 #   make test-matrix   nodes with containerd 1.6, 1.7 and 2.1 (minutes)
 #   make test-large    millions of entries, files of gigabytes: bounded memory, the same tree (minutes)
+#   make test-kills    kill -9 of each daemon while containers read, LAZULI_KILLS times each, 20 unless said
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
 #   make bench         conversion beside what others take; the hot set beside real starts (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
@@ -16,7 +17,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images test-matrix test-large fuzz bench bench-frames demo lint deps images clean
+.PHONY: build test test-images test-matrix test-large test-kills fuzz bench bench-frames demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -36,6 +37,9 @@ test-matrix: build
 
 test-large: build
 	$(CARGO) test --release --workspace --test large -- --nocapture --test-threads 1
+
+test-kills: build
+	LAZULI_KILLS=$(or $(LAZULI_KILLS),20) $(CARGO) test --release --workspace --test kills -- --nocapture --test-threads 1
 
 fuzz: deps
 	fuzz/run $(or $(SECONDS),60) $(TARGET)

@@ -6,6 +6,7 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     mem::{ManuallyDrop, MaybeUninit},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use rustix::{
@@ -56,6 +57,24 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Optio
         }
     }
     Ok((received.bytes, descriptor))
+}
+
+/// The descriptor that the service manager kept under `name` for this process, from the service's life before
+/// (`sd_listen_fds(3)`). The first call gets it, others nothing.
+///
+/// # Errors
+///
+/// When what the environment says makes no sense.
+pub fn take_from_service_manager(name: &str) -> io::Result<Option<OwnedFd>> {
+    static IS_TAKEN: AtomicBool = AtomicBool::new(false);
+    if IS_TAKEN.swap(true, Ordering::SeqCst) {
+        return Ok(None);
+    }
+    let number = sd_notify::listen_fds_with_names()?.find(|(_, found)| found == name).map(|(number, _)| number);
+    // SAFETY: the environment says for this very process (LISTEN_PID) that it was started with this descriptor open, and
+    // that it is for the process to use; nobody else here does, and this happens once.
+    #[allow(unsafe_code)]
+    Ok(number.map(|number| unsafe { OwnedFd::from_raw_fd(number) }))
 }
 
 /// Opens a descriptor that no session belongs to yet.

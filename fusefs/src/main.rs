@@ -13,17 +13,20 @@ use std::{
 };
 
 use clap::Parser;
-use fusefs::{Daemon, DaemonOptions, Error, Mode, SessionOptions, control::RemoteLayer};
+use fusefs::{Daemon, DaemonOptions, Error, Mode, SessionOptions, control::RemoteLayer, descriptor};
 use registry::{BlobSource, Client, ClientOptions, Reference};
+use sd_notify::NotifyState;
 use storage::{Source, SourceError};
 use tokio::{runtime::Builder, signal::unix::SignalKind};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 
 /// Threads for transfers and requests; reads are served by threads of the session.
 const WORKER_THREADS: usize = 2;
 /// Threads for what may block: writing files, merging trees, unmounting.
 const BLOCKING_THREADS_MAX: usize = 16;
+/// The session's descriptor, as the service manager calls it.
+const STORED_SESSION: &str = "session";
 
 /// Shows the layers and merged trees of lazily mounted images through one FUSE session.
 ///
@@ -57,10 +60,14 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     tracing_subscriber::fmt().with_env_filter(arguments.log).with_writer(std::io::stderr).with_ansi(false).init();
-    let take_over = match arguments.take_over.then(take_standard_input).transpose() {
+    let inherited = match arguments.take_over {
+        true => take_standard_input().map(Some),
+        false => descriptor::take_from_service_manager(STORED_SESSION),
+    };
+    let take_over = match inherited {
         Ok(device) => device.map(Arc::new),
         Err(error) => {
-            error!("standard input: {error}");
+            error!("descriptor of the session: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -109,10 +116,29 @@ fn take_standard_input() -> io::Result<OwnedFd> {
     Ok(device)
 }
 
+/// Has the service manager keep the session for the next process; false without one that wants to hear from us.
+///
+/// The unit must allow it: `FileDescriptorStoreMax` (systemd.service(5)).
+fn store_session(daemon: &Daemon) -> io::Result<bool> {
+    if std::env::var_os("NOTIFY_SOCKET").is_none() {
+        return Ok(false);
+    }
+    let name = NotifyState::FdName(STORED_SESSION);
+    sd_notify::notify(&[NotifyState::FdStoreRemove, name.clone()])?;
+    sd_notify::notify_with_fds(&[NotifyState::FdStore, name], &[daemon.device()])?;
+    sd_notify::notify(&[NotifyState::Ready])?;
+    Ok(true)
+}
+
 async fn run(options: DaemonOptions, client: Client) -> Result<(), Error> {
     let sources = move |layer: &RemoteLayer| blob_source(&client, layer);
     let shutdown = shutdown_signal();
     let daemon = Daemon::start(options, Arc::new(sources)).await?;
+    match store_session(&daemon) {
+        Ok(true) => daemon.add_holder(),
+        Ok(false) => {}
+        Err(error) => warn!(%error, "the service manager does not keep the session"),
+    }
     info!("ready");
     daemon.run(shutdown).await
 }

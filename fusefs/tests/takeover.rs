@@ -7,7 +7,10 @@ use std::{
     io::{self, BufRead, BufReader, Write},
     os::{
         fd::OwnedFd,
-        unix::{fs::MetadataExt, net::UnixStream},
+        unix::{
+            fs::MetadataExt,
+            net::{UnixDatagram, UnixStream},
+        },
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -60,13 +63,33 @@ impl Drop for Place {
 /// The program; killed when dropped.
 struct Program(Child);
 
+const PROGRAM: &str = env!("CARGO_BIN_EXE_lazuli-fused");
+
 impl Program {
     fn start(place: &Place, session: Option<&OwnedFd>) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli-fused"));
-        command.arg("--root").arg(place.root()).arg("--address").arg(place.address()).stderr(Stdio::piped());
+        let mut command = Command::new(PROGRAM);
         if let Some(session) = session {
             command.arg("--take-over").stdin(session.try_clone().unwrap());
         }
+        Self::spawn(place, command)
+    }
+
+    /// As systemd starts it, with what it has kept for the service.
+    fn start_as_service(place: &Place, manager: &Path, kept: Option<&OwnedFd>) -> Self {
+        let mut command = Command::new("/bin/sh");
+        command.env("NOTIFY_SOCKET", manager);
+        match kept {
+            Some(session) => {
+                command.args(["-c", "LISTEN_PID=$$ exec \"$0\" \"$@\" 3<&0 </dev/null", PROGRAM]);
+                command.envs([("LISTEN_FDS", "1"), ("LISTEN_FDNAMES", "session")]).stdin(session.try_clone().unwrap());
+            }
+            None => drop(command.args(["-c", "exec \"$0\" \"$@\"", PROGRAM])),
+        }
+        Self::spawn(place, command)
+    }
+
+    fn spawn(place: &Place, mut command: Command) -> Self {
+        command.arg("--root").arg(place.root()).arg("--address").arg(place.address()).stderr(Stdio::piped());
         let mut program = Self(command.spawn().unwrap());
         let mut lines = BufReader::new(program.0.stderr.take().unwrap()).lines().map_while(Result::ok);
         assert!(lines.any(|line| line.contains("ready")));
@@ -181,4 +204,31 @@ fn a_session_that_has_ended_is_not_taken_over() {
     let _program = Program::start(&place, Some(&holder.session));
     assert_eq!(place.mount_count(), 1);
     assert!(!look(&place.mount_point()).unwrap());
+}
+
+#[test]
+fn a_service_manager_keeps_the_session() {
+    let place = Place::new();
+    let manager = place.0.path().join("notify");
+    let socket = UnixDatagram::bind(&manager).unwrap();
+    let receive = || {
+        let mut message = [0; 100];
+        let (len, kept) = descriptor::receive(&socket, &mut message).unwrap();
+        (String::from_utf8(message[..len].to_owned()).unwrap(), kept)
+    };
+    let mut kept = None;
+    let mut device = None;
+    for signal in [Signal::TERM, Signal::KILL, Signal::TERM] {
+        let program = Program::start_as_service(&place, &manager, kept.as_ref());
+        assert_eq!(receive().0, "FDSTOREREMOVE=1\nFDNAME=session\n");
+        let (message, session) = receive();
+        assert_eq!(message, "FDSTORE=1\nFDNAME=session\n");
+        assert_eq!(receive().0, "READY=1\n");
+        assert!(!look(&place.mount_point()).unwrap());
+        let now = fs::metadata(place.mount_point()).unwrap().dev();
+        assert_eq!(*device.get_or_insert(now), now, "it is the first session still");
+        kept = session;
+        assert_eq!(program.end(signal), signal == Signal::TERM);
+        assert_eq!(place.mount_count(), 1);
+    }
 }

@@ -22,6 +22,8 @@ pub struct Settings {
     pub root: Option<PathBuf>,
     /// The program `lazuli-fused`.
     pub fused: Option<PathBuf>,
+    /// Whether it is a service of its own, which this daemon does not start.
+    pub fused_is_service: Option<bool>,
     /// Whether it speaks plain HTTP to every registry; on loopback it does so anyway.
     pub plain_http: Option<bool>,
     /// How it mounts trees.
@@ -41,6 +43,8 @@ pub struct Config {
     pub root: PathBuf,
     /// The program `lazuli-fused`.
     pub fused: PathBuf,
+    /// Whether it is a service of its own, which this daemon does not start.
+    pub fused_is_service: bool,
     /// Whether it speaks plain HTTP to every registry; on loopback it does so anyway.
     pub plain_http: bool,
     /// How it mounts trees.
@@ -95,6 +99,7 @@ impl Settings {
             address: self.address.or(file.address).unwrap_or_else(|| ADDRESS.into()),
             root: self.root.or(file.root).unwrap_or_else(|| ROOT.into()),
             fused: self.fused.or(file.fused).or_else(fused_beside).unwrap_or_else(|| FUSED.into()),
+            fused_is_service: self.fused_is_service.or(file.fused_is_service).unwrap_or_default(),
             plain_http: self.plain_http.or(file.plain_http).unwrap_or_default(),
             mode: self.mode.or(file.mode).unwrap_or_default(),
             read_ahead: self.read_ahead.or(file.read_ahead),
@@ -109,12 +114,14 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let file = Settings::parse("address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\n").unwrap();
+        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\n";
+        let file = Settings::parse(text).unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
         let expected = Config {
             address: "/a.sock".into(),
             root: "/c".into(),
             fused: FUSED.into(),
+            fused_is_service: true,
             plain_http: true,
             mode: Mode::Fuse,
             read_ahead: None,

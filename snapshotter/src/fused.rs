@@ -56,6 +56,8 @@ pub struct FusedProgram {
     pub path: PathBuf,
     /// What it is told besides its places.
     pub arguments: Vec<String>,
+    /// Whether it is a service of its own, which somebody else starts.
+    pub is_service: bool,
 }
 
 /// A client of `lazuli-fused`.
@@ -276,7 +278,7 @@ impl Fused {
         {
             return Err(FusedError::StartedInVain(message.clone()));
         }
-        let started = self.spawn_and_connect().await;
+        let started = if self.program.is_service { self.await_service().await } else { self.spawn_and_connect().await };
         *last_failure = started.as_ref().err().map(|error| (Instant::now(), error.to_string()));
         started
     }
@@ -306,6 +308,20 @@ impl Fused {
         started
     }
 
+    async fn await_service(&self) -> Result<UnixStream> {
+        let give_up_at = Instant::now() + START_WITHIN;
+        loop {
+            match self.connect_and_hold().await {
+                Ok(None) | Err(FusedError::Connection(..)) if Instant::now() < give_up_at => {
+                    time::sleep(START_POLL).await;
+                }
+                Ok(None) => return Err(FusedError::NoSocket(self.address.clone())),
+                Ok(Some(connection)) => return Ok(connection),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Holds the session before anything depends on it; `None` when nobody listens.
     async fn connect_and_hold(&self) -> Result<Option<UnixStream>> {
         let Some(mut connection) = self.try_connect().await? else { return Ok(None) };
@@ -325,6 +341,8 @@ impl Fused {
             .arg(&self.address)
             .args(&self.program.arguments)
             .args(session.is_some().then_some("--take-over"))
+            // It is no part of the service that this process may be.
+            .env_remove("NOTIFY_SOCKET")
             .current_dir("/")
             .stdin(session.map_or_else(Stdio::null, Stdio::from))
             .stdout(log.try_clone()?)
@@ -403,7 +421,7 @@ mod tests {
     const NOT_A_DAEMON: &str = "/bin/ls";
 
     fn client(root: &Path, program: &str) -> Fused {
-        Fused::new(root, FusedProgram { path: program.into(), arguments: Vec::new() })
+        Fused::new(root, FusedProgram { path: program.into(), arguments: Vec::new(), is_service: false })
     }
 
     #[tokio::test]

@@ -73,7 +73,8 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let color = io::IsTerminal::is_terminal(&io::stderr());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(io::stderr).init();
     let runtime = tokio::runtime::Runtime::new()?;
-    let fused = FusedProgram { path: config.fused.clone(), arguments: config.fused_arguments() };
+    let (path, arguments) = (config.fused.clone(), config.fused_arguments());
+    let fused = FusedProgram { path, arguments, is_service: config.fused_is_service };
     let snapshotter = Snapshotter::open(&config.root, fused)?;
     runtime.block_on(serve(&config, snapshotter))?;
     // A request that waits for the registry is not waited for.
@@ -90,7 +91,8 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
     };
     let program = std::env::current_exe()?;
     let Arguments { address, root, fused, plain_http, mode, read_ahead, log, config: _ } = arguments;
-    let flags = Settings { address, root, fused, plain_http: plain_http.then_some(true), mode, read_ahead, log };
+    let (plain_http, fused_is_service) = (plain_http.then_some(true), None);
+    let flags = Settings { address, root, fused, fused_is_service, plain_http, mode, read_ahead, log };
     Ok(flags.or(file, program.parent()))
 }
 
