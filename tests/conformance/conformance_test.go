@@ -105,6 +105,9 @@ func startDaemon(ctx context.Context, root string) (snapshots.Snapshotter, func(
 	}
 	defer log.Close()
 	daemon := exec.Command(os.Getenv("LAZULI_SNAPSHOTTER"), "--config", "/dev/null", "--root", root, "--address", address)
+	if mode := os.Getenv("LAZULI_MODE"); mode != "" {
+		daemon.Args = append(daemon.Args, "--mode", mode)
+	}
 	daemon.Stderr = log
 	if err := daemon.Start(); err != nil {
 		return nil, nil, err

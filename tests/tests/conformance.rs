@@ -40,29 +40,34 @@ const LEFT_OUT: &str = "Rename";
 
 #[test]
 fn ordinary_layers_conform() -> Result<()> {
-    conforms("TestOrdinaryLayers")
+    conforms("TestOrdinaryLayers", "auto")
 }
 
 #[test]
 fn layers_on_a_lazy_image_conform() -> Result<()> {
-    conforms("TestOnLazyImage")
+    conforms("TestOnLazyImage", "auto")
+}
+
+#[test]
+fn layers_on_a_lazy_image_conform_in_portable_mode() -> Result<()> {
+    conforms("TestOnLazyImage", "fuse")
 }
 
 #[test]
 fn lazy_layers_conform() -> Result<()> {
-    conforms("TestEveryLayerLazy")
+    conforms("TestEveryLayerLazy", "auto")
 }
 
 #[test]
 fn filters_select_what_containerds_own_select() -> Result<()> {
-    let finished = run_suite("TestFilters")?;
+    let finished = run_suite("TestFilters", "auto")?;
     assert_eq!(finished.code, Some(0), "{}", finished.stdout);
     Ok(())
 }
 
 /// Runs one suite; every case must have passed.
-fn conforms(suite: &str) -> Result<()> {
-    let finished = run_suite(suite)?;
+fn conforms(suite: &str, mode: &str) -> Result<()> {
+    let finished = run_suite(suite, mode)?;
     let found: BTreeMap<_, _> = finished.stdout.lines().filter_map(|line| outcome(line, suite)).collect();
     let expected = CASES.map(|case| (case, if case == LEFT_OUT { "SKIP" } else { "PASS" })).into();
     let printed = &finished.stdout;
@@ -71,12 +76,13 @@ fn conforms(suite: &str) -> Result<()> {
     Ok(())
 }
 
-fn run_suite(suite: &str) -> Result<Finished> {
-    let scratch = Scratch::new(suite)?;
+fn run_suite(suite: &str, mode: &str) -> Result<Finished> {
+    let scratch = Scratch::new(&format!("{suite}-{mode}"))?;
     let registry = TestRegistry::start(&scratch)?;
     let mut tests = command(suite_program()?, ["-test.v", "-test.run", &format!("^{suite}$")]);
     tests
         .env("TMPDIR", scratch.path())
+        .env("LAZULI_MODE", mode)
         .env("REGISTRY", registry.address())
         .env("LAZULI", program("lazuli")?)
         .env("LAZULI_SNAPSHOTTER", program("lazuli-snapshotter")?);
