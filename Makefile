@@ -8,6 +8,7 @@
 #   make test-kills    kill -9 of each daemon while containers read, LAZULI_KILLS times each, 20 unless said
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
 #   make bench         conversion beside what others take; snapshots; the hot set beside real starts (minutes)
+#   make bench-mounts  both modes of a mount beside ext4 and overlayfs; mounting 100,000 files (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
 #   make lint          formatting and clippy
@@ -17,7 +18,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images test-matrix test-large test-kills fuzz bench bench-frames demo lint deps images clean
+.PHONY: build test test-images test-matrix test-large test-kills fuzz bench bench-mounts bench-frames demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -51,6 +52,9 @@ bench: build images
 	benches/prepare
 	$(CARGO) build --release -p converter --example hot_set
 	benches/hot_set
+
+bench-mounts: build images
+	benches/mounts
 
 bench-frames: images
 	mkdir -p target/start-reads
