@@ -148,5 +148,10 @@ mod tests {
             assert!(errors.len() < values.len(), "{key} is no key: {errors:?}");
             assert!(documentation.contains(&format!("| `{key}` | `--{name}` |")), "{key} is not in docs/NODE.md");
         }
+        let refused = Settings::parse("no-such-key = 1").unwrap_err().to_string();
+        let (_, keys) = refused.split_once("expected one of ").unwrap();
+        for key in keys.split(", ") {
+            assert!(documentation.contains(&format!("\n| {key} | ")), "{key} is not in docs/NODE.md");
+        }
     }
 }
