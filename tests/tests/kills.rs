@@ -23,7 +23,7 @@ use lazuli_tests::{
     Compression, HarnessError, ImageBuilder, Node, Result, Scratch, TarLayer, TestRegistry,
     containerd::LAZULI,
     process::wait_for,
-    programs::lazuli_ok,
+    programs::{MODES, lazuli_ok},
     registry_server::digest_in,
     samples::{noise, readable_layers},
 };
@@ -284,11 +284,11 @@ struct Reading {
 }
 
 impl Reading {
-    fn start(scratch: &Scratch, file_count: u64) -> Result<Self> {
+    fn start(mode: &str, scratch: &Scratch, file_count: u64) -> Result<Self> {
         let registry = publish(scratch, file_count)?;
         let link = SlowLink::to(&registry).map_err(|error| HarnessError::Unexpected(format!("relay: {error}")))?;
         let image = format!("{}/sample:lazy", link.address);
-        let node = Node::start(scratch)?;
+        let node = Node::start_in(mode, scratch)?;
         let pulled = node.lazuli_pull(&image)?;
         assert_eq!(pulled.code, Some(0), "{}", pulled.stderr);
         let container = ReadingContainer::start(&node, scratch, &image)?;
@@ -308,12 +308,21 @@ fn session_count(scratch: &Scratch) -> usize {
 }
 
 #[test]
-fn readers_do_not_notice_that_daemons_are_killed() -> Result<()> {
+fn readers_do_not_notice_that_daemons_are_killed_in_kernel_mode() -> Result<()> {
+    check_kills("erofs")
+}
+
+#[test]
+fn readers_do_not_notice_that_daemons_are_killed_in_portable_mode() -> Result<()> {
+    check_kills("fuse")
+}
+
+fn check_kills(mode: &str) -> Result<()> {
     let kills = std::env::var(KILLS).ok().and_then(|number| number.parse().ok()).unwrap_or(KILLS_BY_DEFAULT);
     // Enough that something is still to be fetched at the last kill.
     let file_count = 8 + 4 * kills;
-    let scratch = Scratch::new("kills")?;
-    let Reading { container, files, mut node, link, registry: _registry } = Reading::start(&scratch, file_count)?;
+    let scratch = Scratch::new(&format!("kills-{mode}"))?;
+    let Reading { container, files, mut node, link, registry: _registry } = Reading::start(mode, &scratch, file_count)?;
     let progress = Progress::default();
     thread::scope(|scope| {
         for reader in 0..READERS {
@@ -327,7 +336,7 @@ fn readers_do_not_notice_that_daemons_are_killed() -> Result<()> {
     })?;
     let (bytes, longest) = (progress.bytes.load(Ordering::Relaxed), progress.longest_read());
     println!(
-        "{kills} kills of each daemon while {} MB were read over a slow link: {} failed readers, longest read {longest:?}",
+        "{mode}: {kills} kills of each daemon while {} MB were read over a slow link: {} failed readers, longest read {longest:?}",
         bytes / 1_000_000,
         progress.failures().len(),
     );
@@ -341,7 +350,7 @@ fn readers_do_not_notice_that_daemons_are_killed() -> Result<()> {
         warm.stop.store(true, Ordering::Relaxed);
         killed
     })?;
-    println!("{kills} more while all was there: longest read {:?}", warm.longest_read());
+    println!("{mode}: {kills} more while all was there: longest read {:?}", warm.longest_read());
     assert_eq!(warm.failures(), Vec::<String>::new());
     let container_is_right = container.finish(file_count)?;
     assert!(container_is_right, "the container printed something else");
@@ -352,9 +361,13 @@ fn readers_do_not_notice_that_daemons_are_killed() -> Result<()> {
 /// An upgrade: the daemon is told to end while containers read, and the next one, maybe of a new version, goes on.
 #[test]
 fn readers_do_not_notice_that_lazuli_fused_is_replaced() -> Result<()> {
+    MODES.into_iter().try_for_each(check_replacement)
+}
+
+fn check_replacement(mode: &str) -> Result<()> {
     const FILE_COUNT: u64 = 8;
-    let scratch = Scratch::new("replaced")?;
-    let Reading { container, files, node, link, registry: _registry } = Reading::start(&scratch, FILE_COUNT)?;
+    let scratch = Scratch::new(&format!("replaced-{mode}"))?;
+    let Reading { container, files, node, link, registry: _registry } = Reading::start(mode, &scratch, FILE_COUNT)?;
     let progress = Progress::default();
     thread::scope(|scope| {
         scope.spawn(|| progress.read_all(&files, FILE_COUNT, 0));
@@ -374,9 +387,13 @@ fn readers_do_not_notice_that_lazuli_fused_is_replaced() -> Result<()> {
 /// The index of a layer is damaged when the next daemon looks for it, and the registry away: whoever reads waits.
 #[test]
 fn readers_wait_for_a_tree_whose_index_must_be_fetched_again() -> Result<()> {
+    MODES.into_iter().try_for_each(check_damaged_index)
+}
+
+fn check_damaged_index(mode: &str) -> Result<()> {
     const FILE_COUNT: u64 = 2;
-    let scratch = Scratch::new("index-again")?;
-    let Reading { container, files, node, link, registry } = Reading::start(&scratch, FILE_COUNT)?;
+    let scratch = Scratch::new(&format!("index-again-{mode}"))?;
+    let Reading { container, files, node, link, registry } = Reading::start(mode, &scratch, FILE_COUNT)?;
     let fused = wait_for_holders(&node, None)?;
     link.is_cut.store(true, Ordering::Relaxed);
     let blob = digest_in(&registry.manifest("sample:lazy")?["layers"][0])?;
@@ -413,7 +430,7 @@ fn a_kernel_that_cannot_send_again_loses_only_reads_under_way() -> Result<()> {
     const FILE_COUNT: u64 = 8;
     let scratch = Scratch::new("no-resend")?;
     let Reading { container: _container, files, node, link, registry: _registry } =
-        Reading::start(&scratch, FILE_COUNT)?;
+        Reading::start("fuse", &scratch, FILE_COUNT)?;
     let fused = wait_for_holders(&node, None)?;
     // The second word of flags of the kernel's first message, where it says that it can.
     let path = node.snapshotter.root().join("fused.init");
