@@ -8,7 +8,7 @@
 //! - a whiteout hides it; an opaque directory hides what lies below it in lower layers;
 //! - a directory shows the metadata of the uppermost layer that names it itself. A layer whose tar stream
 //!   names only its content (flag IMPLICIT) leaves the metadata of lower layers, as containerd copies it,
-//!   even from where an opaque directory hides the rest.
+//!   even from where an opaque directory hides the rest. Where no layer names it, the lowest one made it.
 //!
 //! Three things are those of an unpack into one directory instead, because programs rely on them and
 //! overlayfs is no model: the link count of a file is the number of names the tree shows (overlayfs counts
@@ -142,10 +142,10 @@ impl<'a, B: AsRef<[u8]>> Merger<'a, B> {
         Ok(DirectoryLayers { directories, shown_count })
     }
 
-    /// Adds a directory with the metadata of the uppermost layer that names it, and queues its entries.
+    /// Adds a directory with the metadata of the uppermost layer that names it, else of the lowest; queues its entries.
     fn add_directory_inode(&mut self, layers: DirectoryLayers) -> Result<u32, MergeError> {
         let missing = FormatError::Rule { what: "inode", number: 0, rule: "the root is no directory" };
-        let mut metadata = *layers.directories.first().ok_or(missing)?;
+        let mut metadata = *layers.directories.last().ok_or(missing)?;
         for candidate in &layers.directories {
             if self.inode(*candidate)?.1.flags.get() & flag::IMPLICIT == 0 {
                 metadata = *candidate;

@@ -35,7 +35,7 @@ pub(crate) struct ChunkedUpload {
 
 impl ChunkedUpload {
     pub(crate) async fn begin(push: &Push<'_>) -> Result<Self, Error> {
-        let (response, location) = push.begin().await?;
+        let (response, location) = push.place().begin().await?;
         let chunk_len_min = header_text(response.headers(), MIN_LEN).and_then(|text| text.parse().ok()).unwrap_or(0);
         Ok(Self { location, offset: 0, chunk_len_min })
     }
@@ -75,7 +75,7 @@ impl ChunkedUpload {
             }
             retry.progressed();
         }
-        push.finish(self.location.clone(), 0, Payload::Empty).await
+        push.place().finish(self.location.clone(), push.digest, 0, Payload::Empty).await
     }
 
     async fn send_chunk(&mut self, push: &Push<'_>, range: Range<u64>) -> Result<(), Error> {
@@ -116,7 +116,8 @@ impl ChunkedUpload {
         range: Option<Range<u64>>,
     ) -> Result<Response, Error> {
         let mut request =
-            Request::new(&push.what, &push.endpoint, method, url, push.scopes()).trusted_like(&push.uploads_url()?);
+            Request::new(&push.what, &push.endpoint, method, url, push.place().scopes())
+                .trusted_like(&push.place().uploads_url()?);
         let Some(range) = range else { return push.client.send(&request).await };
         request = request
             .header(header::CONTENT_TYPE, "application/octet-stream")

@@ -19,6 +19,7 @@ mod endpoint;
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;
+mod growing;
 mod hosts;
 mod hosts_dir;
 mod http;
@@ -36,6 +37,7 @@ mod upload;
 
 pub use client::Client;
 pub use error::Error;
+pub use growing::{GrowingFile, Growth, UncommittedBlob};
 pub use manifest::{MANIFEST_LEN_MAX, Manifest, media_type};
 pub use options::ClientOptions;
 pub use reference::{ParseReferenceError, Reference};

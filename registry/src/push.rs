@@ -36,6 +36,15 @@ pub(crate) struct Push<'a> {
     pub(crate) what: String,
 }
 
+/// A repository that takes uploads.
+pub(crate) struct UploadPlace<'a> {
+    pub(crate) client: &'a Client,
+    pub(crate) reference: &'a Reference,
+    pub(crate) endpoint: &'a Endpoint,
+    /// The operation, as errors name it.
+    pub(crate) what: &'a str,
+}
+
 impl Client {
     /// Uploads `content`, `len` bytes that hash to `digest`, into the repository of `reference`.
     ///
@@ -122,17 +131,15 @@ impl Client {
         let mut url = endpoint.url(to.repository(), "blobs/uploads/")?;
         url.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from.repository());
         let request =
-            Request::new(&what, endpoint, Method::POST, url, scopes.clone()).header(header::CONTENT_LENGTH, "0");
+            Request::new(&what, endpoint, Method::POST, url, scopes).header(header::CONTENT_LENGTH, "0");
         let response = self.send(&request).await?;
         match response.status() {
             StatusCode::CREATED => Ok(true),
             StatusCode::ACCEPTED => {
-                // It has begun an upload instead. Left alone it would expire, so a failure to end it is no loss.
+                // It has begun an upload instead.
+                tracing::debug!(host = endpoint.name(), %digest, "blob not mounted");
                 if let Ok(location) = upload_location(&what, endpoint, &response) {
-                    let end =
-                        Request::new(&what, endpoint, Method::DELETE, location, scopes).trusted_like(&request.url);
-                    let ended = self.send(&end).await;
-                    tracing::debug!(host = endpoint.name(), %digest, ended = ended.is_ok(), "blob not mounted");
+                    UploadPlace { client: self, reference: to, endpoint, what: &what }.end(location).await;
                 }
                 Ok(false)
             }
@@ -142,53 +149,16 @@ impl Client {
 }
 
 impl Push<'_> {
-    pub(crate) fn scopes(&self) -> Scopes {
-        Scopes::push(self.reference.repository())
-    }
-
-    /// The address to begin uploads at.
-    pub(crate) fn uploads_url(&self) -> Result<Url, Error> {
-        self.endpoint.url(self.reference.repository(), "blobs/uploads/")
-    }
-
-    /// Begins an upload; returns the answer, which says where it goes on.
-    pub(crate) async fn begin(&self) -> Result<(Response, Url), Error> {
-        let request = Request::new(&self.what, &self.endpoint, Method::POST, self.uploads_url()?, self.scopes())
-            .header(header::CONTENT_LENGTH, "0");
-        let response = self.client.send(&request).await?;
-        if response.status() != StatusCode::ACCEPTED {
-            return Err(refusal(self.client, &self.what, &self.endpoint, response).await);
-        }
-        let location = upload_location(&self.what, &self.endpoint, &response)?;
-        Ok((response, location))
+    pub(crate) fn place(&self) -> UploadPlace<'_> {
+        let Self { client, reference, endpoint, what, .. } = self;
+        UploadPlace { client, reference, endpoint, what }
     }
 
     /// One attempt to send everything in one request.
     async fn send_whole(&self) -> Result<(), Error> {
-        let (_, location) = self.begin().await?;
+        let (_, location) = self.place().begin().await?;
         let upload = Upload { content: self.content, len: self.len, range: 0..self.len, progress: self.progress };
-        self.finish(location, self.len, Payload::Upload(&upload)).await
-    }
-
-    /// Ends the upload at `location` with the last `len` bytes.
-    pub(crate) async fn finish(&self, mut location: Url, len: u64, payload: Payload<'_>) -> Result<(), Error> {
-        location.query_pairs_mut().append_pair("digest", &self.digest.to_string());
-        let request = Request::new(&self.what, &self.endpoint, Method::PUT, location, self.scopes())
-            .trusted_like(&self.uploads_url()?)
-            .header(header::CONTENT_TYPE, "application/octet-stream")
-            .header(header::CONTENT_LENGTH, len.to_string())
-            .payload(payload);
-        let response = self.client.send(&request).await?;
-        if !response.status().is_success() {
-            return Err(refusal(self.client, &self.what, &self.endpoint, response).await);
-        }
-        match announced_digest(response.headers()) {
-            Some(found) if found != *self.digest => {
-                let host = self.endpoint.name().to_owned();
-                Err(Error::DigestMismatch { what: self.what.clone(), host, expected: *self.digest, found })
-            }
-            _ => Ok(()),
-        }
+        self.place().finish(location, self.digest, self.len, Payload::Upload(&upload)).await
     }
 
     /// Sends what is missing in chunks, as part of the upload that `chunked` holds, or of a new one.
@@ -205,6 +175,64 @@ impl Push<'_> {
         let result = upload.send(self, chunk_len, retry).await;
         *chunked = Some(upload);
         result
+    }
+}
+
+impl UploadPlace<'_> {
+    pub(crate) fn scopes(&self) -> Scopes {
+        Scopes::push(self.reference.repository())
+    }
+
+    /// The address to begin uploads at.
+    pub(crate) fn uploads_url(&self) -> Result<Url, Error> {
+        self.endpoint.url(self.reference.repository(), "blobs/uploads/")
+    }
+
+    /// Begins an upload; returns the answer, which says where it goes on.
+    pub(crate) async fn begin(&self) -> Result<(Response, Url), Error> {
+        let request = Request::new(self.what, self.endpoint, Method::POST, self.uploads_url()?, self.scopes())
+            .header(header::CONTENT_LENGTH, "0");
+        let response = self.client.send(&request).await?;
+        if response.status() != StatusCode::ACCEPTED {
+            return Err(refusal(self.client, self.what, self.endpoint, response).await);
+        }
+        let location = upload_location(self.what, self.endpoint, &response)?;
+        Ok((response, location))
+    }
+
+    /// Ends the upload at `location` with the last `len` bytes: the blob is complete and has this digest.
+    pub(crate) async fn finish(
+        &self,
+        mut location: Url,
+        digest: &Digest,
+        len: u64,
+        payload: Payload<'_>,
+    ) -> Result<(), Error> {
+        location.query_pairs_mut().append_pair("digest", &digest.to_string());
+        let request = Request::new(self.what, self.endpoint, Method::PUT, location, self.scopes())
+            .trusted_like(&self.uploads_url()?)
+            .header(header::CONTENT_TYPE, "application/octet-stream")
+            .header(header::CONTENT_LENGTH, len.to_string())
+            .payload(payload);
+        let response = self.client.send(&request).await?;
+        if !response.status().is_success() {
+            return Err(refusal(self.client, self.what, self.endpoint, response).await);
+        }
+        match announced_digest(response.headers()) {
+            Some(found) if found != *digest => {
+                let host = self.endpoint.name().to_owned();
+                Err(Error::DigestMismatch { what: self.what.to_owned(), host, expected: *digest, found })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the registry forget an upload. Left alone it would expire, so a failure is no loss.
+    pub(crate) async fn end(&self, location: Url) {
+        let Ok(own) = self.uploads_url() else { return };
+        let request = Request::new(self.what, self.endpoint, Method::DELETE, location, self.scopes());
+        let ended = self.client.send(&request.trusted_like(&own)).await;
+        tracing::debug!(host = self.endpoint.name(), ended = ended.is_ok(), "upload ended");
     }
 }
 

@@ -19,13 +19,13 @@ use storage::Source;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
-use crate::{client::Client, error::Error, transport::stalled};
+use crate::{client::Client, error::Error, growing::GrowingFile, transport::stalled};
 
 /// How long a registry may take from the last byte of an upload to its answer: it may move the blob to its
 /// final place first, which object stores do at some 50 MB/s.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
 /// Size of the pieces a file is read in: large enough to keep the thread pool out of the way.
-const FILE_PIECE_LEN: usize = 256 << 10;
+pub(crate) const FILE_PIECE_LEN: usize = 256 << 10;
 
 /// Told during an upload how many bytes have gone out so far; starts again when an upload is repeated.
 pub type Progress = Arc<dyn Fn(u64) + Send + Sync>;
@@ -37,6 +37,8 @@ pub enum BlobContent {
     Bytes(Bytes),
     /// A file that does not change meanwhile.
     File(PathBuf),
+    /// A file that is being written.
+    Growing(GrowingFile),
     /// Another blob, for instance a [`crate::BlobSource`] in another registry.
     Source(Arc<dyn Source>),
 }
@@ -46,6 +48,7 @@ impl fmt::Debug for BlobContent {
         match self {
             Self::Bytes(bytes) => write!(f, "Bytes({})", bytes.len()),
             Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::Growing(file) => fmt::Debug::fmt(file, f),
             Self::Source(_) => f.write_str("Source"),
         }
     }
@@ -73,6 +76,7 @@ impl BlobContent {
                     let pieces = ReaderStream::with_capacity(file.take(limit), FILE_PIECE_LEN);
                     pieces.map_err(move |error| describe(&path, &error)).boxed()
                 }
+                Self::Growing(file) => file.into_stream().boxed(),
                 Self::Source(source) => {
                     let pieces = source.fetch(range).await.map_err(|error| error.to_string())?;
                     pieces.map_err(|error| error.to_string()).boxed()
@@ -91,7 +95,7 @@ fn describe(path: &std::path::Path, error: &io::Error) -> String {
 /// The body of an upload, to be sent once or more.
 pub(crate) struct Upload<'a> {
     pub(crate) content: &'a BlobContent,
-    /// Length of the whole content.
+    /// Length of the whole content; more than it where that is being written.
     pub(crate) len: u64,
     /// What of it to send.
     pub(crate) range: Range<u64>,
@@ -124,7 +128,8 @@ impl Upload<'_> {
             let limit = if sent_before == self.range.end - self.range.start { COMMIT_TIMEOUT } else { stall };
             let Ok(answer) = tokio::time::timeout(limit, &mut answer).await else {
                 let sent_now = sent.len.load(Ordering::Relaxed);
-                if sent_now == sent_before {
+                let is_waiting = matches!(self.content, BlobContent::Growing(file) if file.is_waited_for(sent_now));
+                if sent_now == sent_before && !is_waiting {
                     return Err(stalled(what, host, limit));
                 }
                 sent_before = sent_now;
@@ -153,9 +158,10 @@ impl Upload<'_> {
             async { fits }
         });
         let counted = Arc::clone(sent);
+        let has_end = !matches!(self.content, BlobContent::Growing(_));
         let check = stream::once(async move {
             match start + counted.len.load(Ordering::Relaxed) {
-                position if position < end => Err(format!("{position} bytes instead of {len}")),
+                position if has_end && position < end => Err(format!("{position} bytes instead of {len}")),
                 _ => Ok(Bytes::new()),
             }
         });

@@ -74,9 +74,11 @@ struct Planned {
 /// Values of [`Planned::state`].
 mod state {
     pub(super) const PLANNED: u8 = 0;
-    pub(super) const COPIED: u8 = 1;
+    /// Written, but its pages may not say so yet.
+    pub(super) const WRITTEN: u8 = 1;
+    pub(super) const COPIED: u8 = 2;
     /// The source has other bytes by now, or a disk refused.
-    pub(super) const FAILED: u8 = 2;
+    pub(super) const FAILED: u8 = 3;
 }
 
 /// The content of the file `dedup`.
@@ -151,7 +153,8 @@ impl CopyPlan {
             let first = first.max(numbers.last().map_or(0, |last| last + 1));
             let overlapping = (first..).zip(&self.pieces[first.min(self.pieces.len())..]);
             let overlapping = overlapping.take_while(|(_, piece)| piece.plain.start < run.end);
-            numbers.extend(overlapping.filter(|(_, piece)| piece.is(state::PLANNED)).map(|(number, _)| number));
+            let coming = overlapping.filter(|(_, piece)| matches!(piece.state(), state::PLANNED | state::WRITTEN));
+            numbers.extend(coming.map(|(number, _)| number));
         }
         let coming: Vec<_> = numbers.iter().map(|number| self.pieces[*number].plain.clone()).collect();
         (numbers, without(runs, &coming))
@@ -175,8 +178,13 @@ impl CopyPlan {
     /// When the layer's disk refuses. A source that has other bytes than it had is no error, but copies nothing.
     pub(crate) fn copy(&self, store: &FrameStore, number: usize) -> io::Result<u64> {
         let piece = &self.pieces[number];
-        if !piece.is(state::PLANNED) {
-            return Ok(0);
+        match piece.state() {
+            state::PLANNED => {}
+            state::WRITTEN => {
+                self.note_copied(store, piece);
+                return Ok(0);
+            }
+            _ => return Ok(0),
         }
         if store.has(&piece.plain) {
             piece.state.store(state::FAILED, Ordering::SeqCst);
@@ -190,26 +198,32 @@ impl CopyPlan {
             return Ok(0);
         }
         let written = store.write_bytes(piece.plain.start, &content);
-        let after = if written.is_ok() { state::COPIED } else { state::FAILED };
+        let after = if written.is_ok() { state::WRITTEN } else { state::FAILED };
         let is_first = piece.state.swap(after, Ordering::SeqCst) == state::PLANNED;
         written?;
-        // After the state: of two threads that copy two pieces of a page, one sees both.
-        store.note_written(&piece.plain, |offset| self.copied_until(offset));
+        self.note_copied(store, piece);
         // A reader and the copier in the background may have met at this piece.
         Ok(if is_first { len as u64 } else { 0 })
     }
 
-    /// Where the copied piece ends that holds an offset.
-    fn copied_until(&self, offset: u64) -> Option<u64> {
+    /// Says of a piece that was written that it is there. Whoever needs it may do so.
+    fn note_copied(&self, store: &FrameStore, piece: &Planned) {
+        // After the state: of two threads that copy two pieces of a page, one sees both.
+        store.note_written(&piece.plain, |offset| self.written_until(offset));
+        piece.state.store(state::COPIED, Ordering::SeqCst);
+    }
+
+    /// Where the piece ends that holds an offset, if it was written.
+    fn written_until(&self, offset: u64) -> Option<u64> {
         let number = self.pieces.partition_point(|piece| piece.plain.end <= offset);
         let piece = self.pieces.get(number).filter(|piece| piece.plain.start <= offset)?;
-        piece.is(state::COPIED).then_some(piece.plain.end)
+        matches!(piece.state(), state::WRITTEN | state::COPIED).then_some(piece.plain.end)
     }
 }
 
 impl Planned {
-    fn is(&self, state: u8) -> bool {
-        self.state.load(Ordering::SeqCst) == state
+    fn state(&self) -> u8 {
+        self.state.load(Ordering::SeqCst)
     }
 }
 

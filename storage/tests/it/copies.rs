@@ -51,6 +51,19 @@ async fn requests_of(cache: &Cache, test: &TestLayer) -> Vec<Range<u64>> {
     source.frame_requests()
 }
 
+/// The same bytes in as few ranges as possible: what a copy in the background gives up first is asked for first.
+fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
 fn data_path(root: &Path, test: &TestLayer) -> std::path::PathBuf {
     root.join("layers").join(test.lazy.id().hex()).join("data")
 }
@@ -156,7 +169,8 @@ async fn a_peer_that_lies_about_its_content_is_not_believed() {
     let maker = LayerMaker { files: &files, frame_lens: &[FRAME_LEN], ..LayerMaker::default() };
     let first = LayerMaker { dedup: Some(&lie), ..maker }.make();
     let (cache, _directory) = with_first(&first).await;
-    assert_eq!(requests_of(&cache, &second).await[1..], [second.request_for(0..second.frames.len())]);
+    let requests = requests_of(&cache, &second).await;
+    assert_eq!(joined(requests[1..].to_vec()), [second.request_for(0..second.frames.len())]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -174,7 +188,8 @@ async fn a_damaged_file_of_digests_is_no_help_and_no_harm() {
         let (first, second) = (version(&files(), 0, &[]), version(&files(), 1, &[]));
         let (cache, directory) = with_first(&first).await;
         fs::write(data_path(directory.path(), &first).with_file_name("dedup"), damage).unwrap();
-        assert_eq!(requests_of(&cache, &second).await[1..], [second.request_for(0..second.frames.len())]);
+        let requests = requests_of(&cache, &second).await;
+    assert_eq!(joined(requests[1..].to_vec()), [second.request_for(0..second.frames.len())]);
     }
 }
 

@@ -93,6 +93,16 @@ fn parents() -> Vec<Case> {
                 .header(&RawHeader { gid: -1, ..RawHeader::file("d/inherits") })
                 .header(&RawHeader { mode: 0o2775, gid: 50, ..RawHeader::directory("d") })],
         ),
+        same_without_entry(
+            "parents-of-a-lower-layer-below-set-group-id",
+            &["d/made"],
+            [
+                RawTar::new().file("d/made/file", b"1"),
+                RawTar::new()
+                    .header(&RawHeader { mode: 0o2775, gid: 50, ..RawHeader::directory("d") })
+                    .file("d/made/other", b"2"),
+            ],
+        ),
         refused("parent-is-a-file", &["\"a/b\"", "no directory"], [RawTar::new().file("a", b"").file("a/b", b"")]),
         refused("parent-is-a-whiteout", &["\"a/b\"", "whiteout"], [RawTar::new().file(".wh.a", b"").file("a/b", b"")]),
     ]
