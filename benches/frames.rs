@@ -23,6 +23,7 @@ use converter::{
     compress::{Compressor, FrameOptions},
     framer::{FrameSizes, Lengths},
     layer::{SpooledLayer, spool_layer},
+    spool::Spool,
 };
 use flate2::bufread::MultiGzDecoder;
 use format_spec::{Digest, Frame, Index};
@@ -205,7 +206,7 @@ fn convert(layers: &[Vec<u8>], compressor: &Compressor) -> Result<Vec<SpooledLay
         let blob = Bytes::copy_from_slice(blob);
         let len = blob.len();
         let pieces = (0..len).step_by(256 * KIB).map(move |start| Ok(blob.slice(start..len.min(start + 256 * KIB))));
-        Ok(spool_layer(BlobReader::new(pieces, digest, len as u64), tempfile::tempfile()?, compressor)?)
+        Ok(spool_layer(BlobReader::new(pieces, digest, len as u64), Spool::new(tempfile::tempfile()?), compressor)?)
     };
     layers.iter().map(convert).collect()
 }

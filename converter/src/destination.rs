@@ -9,7 +9,8 @@ use std::{
 
 use bytes::Bytes;
 use format_spec::Digest;
-use registry::{BlobContent, Client, Reference};
+use registry::{BlobContent, Client, GrowingFile, Reference, UncommittedBlob};
+use tokio::task::JoinHandle;
 
 use crate::{
     image::{ImageError, ImageSource},
@@ -22,6 +23,26 @@ use crate::{
 
 /// Told how many bytes of a blob have arrived at the destination.
 pub type Progress = Arc<dyn Fn(u64) + Send + Sync>;
+
+/// A blob that is sent while it is being written. When its writer gives up, so does this.
+#[derive(Debug)]
+pub struct EarlyUpload(JoinHandle<Result<Option<UncommittedBlob>, registry::Error>>);
+
+impl EarlyUpload {
+    /// Waits until all of it is sent and stores it as the blob `digest`; false where that did not work.
+    pub async fn commit(self, digest: &Digest) -> bool {
+        let sent = match self.0.await {
+            Ok(Ok(Some(blob))) => blob.commit(digest).await.map_err(|error| error.to_string()),
+            Ok(Ok(None)) => return false,
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = &sent {
+            tracing::debug!(%digest, error, "early upload failed: the blob is sent again");
+        }
+        sent.is_ok()
+    }
+}
 
 /// A place for a new image.
 #[derive(Debug)]
@@ -103,18 +124,20 @@ impl ImageDestination {
         }
     }
 
+    /// Begins to send a file that is being written; `None` where it only needs to be moved in the end.
+    pub fn upload_early(&self, file: GrowingFile, progress: Progress) -> Option<EarlyUpload> {
+        let Self::Registry { client, reference, .. } = self else { return None };
+        let (client, reference) = (client.clone(), reference.clone());
+        let send = async move { client.send_growing_blob(&reference, file, progress).await };
+        Some(EarlyUpload(tokio::spawn(send)))
+    }
+
     /// Stores a complete spool file of `len` bytes as a blob.
     ///
     /// # Errors
     ///
     /// When the destination does not take it.
-    pub async fn put_file(
-        &self,
-        digest: &Digest,
-        len: u64,
-        file: &mut File,
-        progress: Progress,
-    ) -> Result<(), ImageError> {
+    pub async fn put_file(&self, digest: &Digest, len: u64, file: &File, progress: Progress) -> Result<(), ImageError> {
         match self {
             Self::Registry { client, reference, .. } => {
                 // The file has no other name; opening this one gives a position of its own.

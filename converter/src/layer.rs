@@ -10,10 +10,12 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, Read, Write},
+    io::{self, Read},
     ops::Range,
-    os::unix::fs::FileExt,
-    sync::mpsc::{Receiver, channel},
+    sync::{
+        Arc,
+        mpsc::{Receiver, channel},
+    },
     thread,
 };
 
@@ -35,6 +37,7 @@ use crate::{
     hot_pack::HotPack,
     layer_index::build_index,
     plain::{PlainFrame, PlainStream},
+    spool::Spool,
     tree::{LayerTree, TreeError},
     walker::{Entry, TarError, TarInput, next_entry},
 };
@@ -61,9 +64,7 @@ pub struct SpooledLayer {
     pub facts: LayerFacts,
     /// The index as it is so far.
     pub index: Index<Vec<u8>>,
-    spool: File,
-    blob_len: u64,
-    blob_hasher: DigestHasher,
+    spool: Spool,
     pieces: Vec<dedup::DedupPiece>,
 }
 
@@ -73,7 +74,7 @@ pub struct ConvertedLayer {
     /// What a descriptor's annotations say of it.
     pub layer: LazyLayer,
     /// The blob.
-    pub spool: File,
+    pub file: Arc<File>,
     /// Length of the dedup section, in bytes; 0 without one.
     pub dedup_len: u64,
 }
@@ -104,14 +105,14 @@ pub enum LayerError {
     Format(#[from] FormatError),
 }
 
-/// Writes the frames of the layer that `blob` delivers to `spool`, an empty file.
+/// Writes the frames of the layer that `blob` delivers to `spool`, which is empty.
 ///
 /// # Errors
 ///
 /// When the blob is not what its descriptor says or no layer, or `spool` cannot be written.
 pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
     mut blob: BlobReader<P>,
-    mut spool: File,
+    mut spool: Spool,
     compressor: &Compressor,
 ) -> Result<SpooledLayer, LayerError> {
     let output = &mut spool;
@@ -139,7 +140,7 @@ pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
         blob.finish()?;
     }
     let (tree, tar_len) = walked?;
-    let Written { frames, pieces, blob_hasher, blob_len, tar_hasher, .. } = written;
+    let Written { frames, pieces, tar_hasher, .. } = written;
     let built = build_index(tree)?;
     let data = LayerData {
         tar_len,
@@ -157,7 +158,7 @@ pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
     };
     let index = Index::open(built.builder.layer_bytes(&data)?)?;
     let pieces = dedup_pieces(index.extents(), &pieces);
-    Ok(SpooledLayer { facts, index, spool, blob_len, blob_hasher, pieces })
+    Ok(SpooledLayer { facts, index, spool, pieces })
 }
 
 /// Walks the whole stream; returns the tree and the length of the stream.
@@ -262,12 +263,10 @@ struct Written {
     pieces: Vec<ContentPiece>,
     tar_len: u64,
     tar_hasher: DigestHasher,
-    blob_len: u64,
-    blob_hasher: DigestHasher,
 }
 
 /// Writes frames in their order as they come back.
-fn write_frames(frames: Receiver<CompressedFrame>, output: &mut File) -> io::Result<Written> {
+fn write_frames(frames: Receiver<CompressedFrame>, output: &mut Spool) -> io::Result<Written> {
     let mut written = Written::default();
     // Bounded by the number of buffers that frames hold.
     let mut early = BTreeMap::new();
@@ -275,23 +274,22 @@ fn write_frames(frames: Receiver<CompressedFrame>, output: &mut File) -> io::Res
         early.insert(frame.sequence, frame);
         while let Some(frame) = early.remove(&(written.frames.len() as u64)) {
             let (compressed, digest) = frame.compressed?;
-            output.write_all(&compressed)?;
+            let blob_offset = output.len();
+            output.write(&compressed)?;
             written.tar_hasher.update(&frame.plain);
-            written.blob_hasher.update(&compressed);
             let tar_position = |position: usize| written.tar_len + position as u64;
             let tar = |content: &Range<usize>| tar_position(content.start)..tar_position(content.end);
             let pieces = frame.plain.contents.iter().zip(&frame.contents);
             written.pieces.extend(pieces.map(|(content, digest)| ContentPiece { tar: tar(content), digest: *digest }));
             let len = |bytes: &[u8]| u32::try_from(bytes.len()).expect("frames are small");
             written.frames.push(Frame {
-                blob_offset: written.blob_len.into(),
+                blob_offset: blob_offset.into(),
                 tar_offset: written.tar_len.into(),
                 compressed_len: len(&compressed).into(),
                 plain_len: len(&frame.plain).into(),
                 digest: *digest.as_bytes(),
             });
             written.tar_len += frame.plain.len() as u64;
-            written.blob_len += compressed.len() as u64;
         }
     }
     Ok(written)
@@ -300,7 +298,7 @@ fn write_frames(frames: Receiver<CompressedFrame>, output: &mut File) -> io::Res
 impl SpooledLayer {
     /// Reads content of the layer's files.
     pub fn reader(&self) -> FrameReader<'_, Vec<u8>> {
-        FrameReader::new(&self.index, Box::new(|blob| read_range(&self.spool, blob)))
+        FrameReader::new(&self.index, Box::new(|blob| self.spool.read(blob)))
     }
 
     /// Completes the blob with a hot pack of these pieces, which [`Index::check`] has to accept.
@@ -319,15 +317,16 @@ impl SpooledLayer {
         });
         let tail = BlobTail { hot_frames: &hot.frames, hot_pieces, dedup: location.as_slice() };
         let index = CompressedIndex::with_tail(self.index.as_bytes(), &tail)?;
-        let location = index.location(self.blob_len + SKIPPABLE_HEADER_LEN);
+        let location = index.location(self.spool.len() + SKIPPABLE_HEADER_LEN);
         let dedup = dedup.map_or(Vec::new(), |section| section.bytes);
         let (hot_len, dedup_len) = (hot.bytes.len() as u64, dedup.len() as u64);
         self.append(SkippableKind::Index, &index.bytes)?;
         self.append(SkippableKind::HotPack, &hot.bytes)?;
         self.append(SkippableKind::Dedup, &dedup)?;
         self.write(&Footer::new(&location, hot_len, dedup_len).to_frame())?;
-        let layer = LazyLayer { blob: self.blob_hasher.finish(), blob_len: self.blob_len, index: location, hot_len };
-        Ok(ConvertedLayer { layer, spool: self.spool, dedup_len })
+        let blob_len = self.spool.len();
+        let (file, blob) = self.spool.finish();
+        Ok(ConvertedLayer { layer: LazyLayer { blob, blob_len, index: location, hot_len }, file, dedup_len })
     }
 
     /// Appends a skippable frame, unless it would be empty.
@@ -341,19 +340,8 @@ impl SpooledLayer {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
-        self.spool.write_all_at(bytes, self.blob_len).map_err(LayerError::Write)?;
-        self.blob_hasher.update(bytes);
-        self.blob_len += bytes.len() as u64;
-        Ok(())
+        self.spool.write(bytes).map_err(LayerError::Write)
     }
-}
-
-/// Exactly these bytes of a file.
-fn read_range(file: &File, range: Range<u64>) -> io::Result<Vec<u8>> {
-    let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
-    let mut bytes = vec![0; len];
-    file.read_exact_at(&mut bytes, range.start)?;
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -26,16 +26,17 @@ fn convert_blob(
     jobs: usize,
 ) -> Result<(Converted, Vec<u8>), LayerError> {
     let compressor = Compressor::new(&FrameOptions::default(), jobs, 1).unwrap();
-    let spooled = spool_layer(blob, tempfile::tempfile().unwrap(), &compressor)?;
+    let spooled = spool_layer(blob, Spool::new(tempfile::tempfile().unwrap()), &compressor)?;
     let facts = spooled.facts;
     let (layer, bytes) = blob_of(spooled.finish(&[], &compressor)?);
     Ok((Converted { facts, layer }, bytes))
 }
 
-fn blob_of(mut converted: ConvertedLayer) -> (LazyLayer, Vec<u8>) {
+fn blob_of(converted: ConvertedLayer) -> (LazyLayer, Vec<u8>) {
     let mut bytes = Vec::new();
-    converted.spool.rewind().unwrap();
-    converted.spool.read_to_end(&mut bytes).unwrap();
+    let mut file = &*converted.file;
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
     (converted.layer, bytes)
 }
 
@@ -146,7 +147,7 @@ fn the_hot_pack_holds_copies_in_its_order() {
     let tar = archive(&[10, 3_000_000, 700_000, 0]);
     let blob = BlobReader::new([Ok(Bytes::from(tar.clone()))].into_iter(), Digest::of(&tar), tar.len() as u64);
     let compressor = Compressor::new(&FrameOptions::default(), 2, 1).unwrap();
-    let spooled = spool_layer(blob, tempfile::tempfile().unwrap(), &compressor).unwrap();
+    let spooled = spool_layer(blob, Spool::new(tempfile::tempfile().unwrap()), &compressor).unwrap();
     let extents: Vec<_> = spooled.index.extents().iter().map(|extent| extent.plain_range()).collect();
     let piece = |range: Range<u64>| HotPiece {
         plain_offset: range.start.into(),
@@ -184,7 +185,7 @@ fn hot_pieces_outside_files_are_refused() {
     let tar = archive(&[5000]);
     let blob = BlobReader::new([Ok(Bytes::from(tar.clone()))].into_iter(), Digest::of(&tar), tar.len() as u64);
     let compressor = Compressor::new(&FrameOptions::default(), 1, 1).unwrap();
-    let spooled = spool_layer(blob, tempfile::tempfile().unwrap(), &compressor).unwrap();
+    let spooled = spool_layer(blob, Spool::new(tempfile::tempfile().unwrap()), &compressor).unwrap();
     let piece = HotPiece { plain_offset: 4096.into(), len: 4096.into(), reason: 1.into() };
     let error = spooled.finish(&[piece], &compressor).unwrap_err();
     assert_eq!(error.to_string(), "hot piece 0: it lies outside its file");
@@ -304,7 +305,7 @@ fn a_full_disk_ends_the_conversion() {
     let pieces = tar.chunks(1 << 16).map(|piece| Ok(Bytes::copy_from_slice(piece)));
     let blob = BlobReader::new(pieces, Digest::of(&tar), tar.len() as u64);
     let compressor = Compressor::new(&FrameOptions::default(), 2, 1).unwrap();
-    let error = spool_layer(blob, spool, &compressor).unwrap_err();
+    let error = spool_layer(blob, Spool::new(spool), &compressor).unwrap_err();
     assert!(matches!(error, LayerError::Write(_)), "{error}");
 }
 

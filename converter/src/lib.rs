@@ -39,6 +39,7 @@ pub mod pull;
 mod referrers;
 pub mod report;
 pub mod resolve;
+pub mod spool;
 pub mod start_up;
 pub mod status;
 pub mod tree;

@@ -106,7 +106,7 @@ impl OciDirectoryWriter {
     }
 
     /// Gives a complete file its name.
-    pub(crate) fn put_file(&self, digest: &Digest, file: &mut File) -> Result<(), ImageError> {
+    pub(crate) fn put_file(&self, digest: &Digest, file: &File) -> Result<(), ImageError> {
         let path = blob_path(&self.directory, digest);
         file.set_permissions(fs::Permissions::from_mode(0o644)).map_err(failed(&path))?;
         let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());

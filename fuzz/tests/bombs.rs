@@ -16,6 +16,7 @@ use converter::{
     compress::{Compressor, FrameOptions},
     layer::{LayerError, SpooledLayer, spool_layer},
     manifest::{ImageConfig, ImageManifest},
+    spool::Spool,
 };
 use flate2::{Compression, write::GzEncoder};
 use format_spec::{
@@ -43,7 +44,7 @@ fn compressor() -> Compressor {
 fn spool(blob: Vec<u8>) -> Result<SpooledLayer, LayerError> {
     let (digest, len) = (Digest::of(&blob), blob.len() as u64);
     let reader = BlobReader::new([Ok::<_, String>(Bytes::from(blob))].into_iter(), digest, len);
-    spool_layer(reader, tempfile::tempfile().unwrap(), &compressor())
+    spool_layer(reader, Spool::new(tempfile::tempfile().unwrap()), &compressor())
 }
 
 fn refusal(blob: Vec<u8>) -> String {
@@ -74,7 +75,7 @@ fn a_gigabyte_of_zeros_in_a_small_gzip_layer_is_converted_as_it_streams() {
     let frames = spooled.index.frames();
     assert!(frames.len() < 2000 && frames.iter().all(|frame| u64::from(frame.plain_len.get()) <= 4 * MIB));
     let converted = spooled.finish(&[], &compressor()).unwrap();
-    assert!(file_len(&converted.spool) < MIB);
+    assert!(file_len(&converted.file) < MIB);
 }
 
 #[test]

@@ -115,9 +115,8 @@ impl ChunkedUpload {
         url: Url,
         range: Option<Range<u64>>,
     ) -> Result<Response, Error> {
-        let mut request =
-            Request::new(&push.what, &push.endpoint, method, url, push.place().scopes())
-                .trusted_like(&push.place().uploads_url()?);
+        let mut request = Request::new(&push.what, &push.endpoint, method, url, push.place().scopes())
+            .trusted_like(&push.place().uploads_url()?);
         let Some(range) = range else { return push.client.send(&request).await };
         request = request
             .header(header::CONTENT_TYPE, "application/octet-stream")

@@ -4,12 +4,7 @@
 //! comes with the request that ends the upload. There are no retries here: whoever wrote the blob still has it, and
 //! pushes it as any other where this does not work.
 
-use std::{
-    fmt,
-    fs::File,
-    os::unix::fs::FileExt as _,
-    sync::Arc,
-};
+use std::{fmt, fs::File, os::unix::fs::FileExt as _, sync::Arc};
 
 use bytes::Bytes;
 use format_spec::Digest;

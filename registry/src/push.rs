@@ -130,8 +130,7 @@ impl Client {
         let scopes = Scopes::push(to.repository()).and(Scopes::pull(from.repository()));
         let mut url = endpoint.url(to.repository(), "blobs/uploads/")?;
         url.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from.repository());
-        let request =
-            Request::new(&what, endpoint, Method::POST, url, scopes).header(header::CONTENT_LENGTH, "0");
+        let request = Request::new(&what, endpoint, Method::POST, url, scopes).header(header::CONTENT_LENGTH, "0");
         let response = self.send(&request).await?;
         match response.status() {
             StatusCode::CREATED => Ok(true),

@@ -10,6 +10,7 @@ use converter::{
     blob_reader::BlobReader,
     compress::{Compressor, FrameOptions},
     layer::{ConvertedLayer, LayerError, spool_layer},
+    spool::Spool,
 };
 use lazuli_tests::{
     Compression, Containerd, ContainerdOptions, ImageBuilder, LazyMount, RawHeader, RawTar, Result, Scratch,
@@ -42,7 +43,8 @@ fn convert(pieces: impl Iterator<Item = Vec<u8>> + Clone) -> (Result<ConvertedLa
     fs::write("/proc/self/clear_refs", "5").expect("the peak can be reset");
     let started = Instant::now();
     let blob = BlobReader::new(pieces.map(|piece| Ok(Bytes::from(piece))), hasher.finish(), len);
-    let converted = spool_layer(blob, spool, &compressor).and_then(|spooled| spooled.finish(&[], &compressor));
+    let converted =
+        spool_layer(blob, Spool::new(spool), &compressor).and_then(|spooled| spooled.finish(&[], &compressor));
     let peak = memory_peak();
     println!("{} MB of tar in {:?}, {} MiB at the peak", len / 1_000_000, started.elapsed(), peak >> 20);
     (converted, peak)

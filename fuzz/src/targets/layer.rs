@@ -15,6 +15,7 @@ use converter::{
     blob_reader::BlobReader,
     compress::{Compressor, FrameOptions},
     layer::{LayerError, LayerFacts, spool_layer},
+    spool::Spool,
 };
 use format_spec::{
     Digest, Footer, HotPiece, Index, Inode, LazyLayer, dedup,
@@ -86,12 +87,13 @@ fn reader(blob: &[u8], piece_len: usize) -> BlobReader<impl Iterator<Item = Resu
 /// Converts a blob that arrives in pieces of this length, with a hot pack of its first files.
 pub(crate) fn convert(blob: &[u8], piece_len: usize) -> Result<(LayerFacts, LazyLayer, Vec<u8>), LayerError> {
     let memory = rustix::fs::memfd_create("layer", rustix::fs::MemfdFlags::CLOEXEC).expect("a file in memory");
-    let spooled = spool_layer(reader(blob, piece_len), File::from(memory), &COMPRESSOR)?;
+    let spooled = spool_layer(reader(blob, piece_len), Spool::new(File::from(memory)), &COMPRESSOR)?;
     let facts = spooled.facts;
     let pieces = hot_pieces(&spooled.index);
-    let mut converted = spooled.finish(&pieces, &COMPRESSOR)?;
+    let converted = spooled.finish(&pieces, &COMPRESSOR)?;
     let mut output = Vec::new();
-    converted.spool.rewind().and_then(|()| converted.spool.read_to_end(&mut output)).expect("it was just written");
+    let mut file = &*converted.file;
+    file.rewind().and_then(|()| file.read_to_end(&mut output)).expect("it was just written");
     Ok((facts, converted.layer, output))
 }
 

@@ -189,7 +189,7 @@ async fn a_damaged_file_of_digests_is_no_help_and_no_harm() {
         let (cache, directory) = with_first(&first).await;
         fs::write(data_path(directory.path(), &first).with_file_name("dedup"), damage).unwrap();
         let requests = requests_of(&cache, &second).await;
-    assert_eq!(joined(requests[1..].to_vec()), [second.request_for(0..second.frames.len())]);
+        assert_eq!(joined(requests[1..].to_vec()), [second.request_for(0..second.frames.len())]);
     }
 }
 

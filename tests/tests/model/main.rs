@@ -14,6 +14,7 @@ use std::{
     io::Read as _,
     os::unix::fs::FileExt as _,
     path::PathBuf,
+    sync::Arc,
 };
 
 use bytes::Bytes;
@@ -21,6 +22,7 @@ use converter::{
     blob_reader::BlobReader,
     compress::{Compressor, FrameOptions},
     layer::{LayerError, spool_layer},
+    spool::Spool,
 };
 use entries::{Entry, layers, to_tar};
 use format_spec::{Digest, Index, Inode, index::mode};
@@ -133,19 +135,19 @@ fn device_number((major, minor): (u32, u32)) -> u32 {
 /// A converted layer as a node has it.
 struct Converted {
     index: Index<Vec<u8>>,
-    blob: File,
+    blob: Arc<File>,
 }
 
 fn convert(tar: Vec<u8>, compressor: &Compressor) -> Result<Converted, LayerError> {
     let (digest, len) = (Digest::of(&tar), tar.len() as u64);
     let blob = BlobReader::new([Ok(Bytes::from(tar))].into_iter(), digest, len);
-    let converted = spool_layer(blob, tempfile(), compressor)?.finish(&[], compressor)?;
+    let converted = spool_layer(blob, Spool::new(tempfile()), compressor)?.finish(&[], compressor)?;
     let location = converted.layer.index;
     let mut index = vec![0; usize::try_from(location.compressed_len).expect("small")];
-    converted.spool.read_exact_at(&mut index, location.offset).expect("readable");
+    converted.file.read_exact_at(&mut index, location.offset).expect("readable");
     let index = Index::from_compressed(&index, &location)?;
     index.check()?;
-    Ok(Converted { index, blob: converted.spool })
+    Ok(Converted { index, blob: converted.file })
 }
 
 fn tempfile() -> File {
