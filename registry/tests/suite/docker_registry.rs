@@ -64,6 +64,15 @@ impl DockerRegistry {
         &self.host
     }
 
+    /// Uploads into a repository that were begun and neither committed nor ended.
+    pub(crate) fn open_uploads(&self, repository: &str) -> usize {
+        let path =
+            self.storage.path().join("storage/docker/registry/v2/repositories").join(repository).join("_uploads");
+        // It leaves states of its hashes behind, but no content.
+        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+        entries.filter(|entry| entry.path().join("data").exists()).count()
+    }
+
     pub(crate) fn reference(&self, name: &str) -> Reference {
         format!("{}/{name}", self.host).parse().unwrap()
     }

@@ -9,6 +9,7 @@ mod chunks;
 mod docker_registry;
 mod fault_server;
 mod faults;
+mod growing;
 mod mirrors;
 mod proxies;
 mod push_faults;
