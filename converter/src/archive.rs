@@ -22,6 +22,8 @@ use crate::{
 
 /// Most members of an archive; real ones have a few for each layer.
 const MEMBER_COUNT_MAX: usize = 100_000;
+/// Longest tar stream in a compressed archive: more than any image, and less than most disks have.
+const PLAIN_LEN_MAX: u64 = 128 << 30;
 /// Links followed from one member to another; `docker save` makes one step.
 const LINK_DEPTH_MAX: usize = 8;
 
@@ -62,7 +64,8 @@ impl Archive {
         let start_len = file.read_at(&mut start, 0).map_err(failed)?;
         let start = &start[..start_len];
         let (tar, file) = if start.starts_with(&GZIP_MAGIC) || start.starts_with(&ZSTD_MAGIC) {
-            let plain = decompress(&file, start.starts_with(&GZIP_MAGIC), spool_directory).map_err(refuse)?;
+            let plain =
+                decompress(&file, start.starts_with(&GZIP_MAGIC), spool_directory, PLAIN_LEN_MAX).map_err(refuse)?;
             let plain = Arc::new(plain);
             (FileSource::unnamed(Arc::clone(&plain)), plain)
         } else {
@@ -146,15 +149,19 @@ impl Read for PartReader {
     }
 }
 
-/// The plain stream of a compressed archive, in a file without a name.
-fn decompress(file: &File, is_gzip: bool, spool_directory: &Path) -> Result<File, String> {
+/// The plain stream of a compressed archive, of at most `len_max` bytes, in a file without a name.
+fn decompress(file: &File, is_gzip: bool, spool_directory: &Path, len_max: u64) -> Result<File, String> {
     let mut plain = tempfile::tempfile_in(spool_directory)
         .map_err(|error| format!("no temporary file in {}: {error}", spool_directory.display()))?;
     let broken = |error: io::Error| format!("decompressing into {}: {error}", spool_directory.display());
-    if is_gzip {
-        io::copy(&mut flate2::read::MultiGzDecoder::new(file), &mut plain).map_err(broken)?;
+    let decoder: Box<dyn Read> = if is_gzip {
+        Box::new(flate2::read::MultiGzDecoder::new(file))
     } else {
-        zstd::stream::copy_decode(file, &plain).map_err(broken)?;
+        Box::new(zstd::Decoder::new(file).map_err(broken)?)
+    };
+    let len = io::copy(&mut decoder.take(len_max + 1), &mut plain).map_err(broken)?;
+    if len > len_max {
+        return Err(format!("it decompresses to more than {len_max} bytes: decompress it yourself"));
     }
     Ok(plain)
 }
@@ -302,6 +309,18 @@ mod tests {
             let error = archive.read("a/layer.tar", 4).unwrap_err().to_string();
             assert!(error.ends_with("a/layer.tar in it has 5 bytes, allowed are 4"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_compressed_archive_takes_bounded_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("archive");
+        std::fs::write(&path, zstd::encode_all(&sample()[..], 0).unwrap()).unwrap();
+        let len = sample().len() as u64;
+        let decompress = |len_max| decompress(&File::open(&path).unwrap(), false, directory.path(), len_max);
+        assert_eq!(decompress(len).unwrap().metadata().unwrap().len(), len);
+        let error = decompress(len - 1).unwrap_err();
+        assert_eq!(error, format!("it decompresses to more than {} bytes: decompress it yourself", len - 1));
     }
 
     #[test]

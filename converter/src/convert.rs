@@ -9,6 +9,7 @@ use format_spec::{Digest, FormatError, annotation::FORMAT_VERSION};
 
 use crate::{
     cache::{CacheOptions, ConversionCache},
+    compress::FRAMES_GENERATION,
     compress::{Compressor, FrameOptions},
     convert_index::Made,
     image::{ImageDestination, ImageError, ImageSource},
@@ -60,7 +61,7 @@ impl ConvertOptions {
             HotPackChoice::Profile { digest, .. } => digest.to_string(),
             HotPackChoice::None => "none".to_owned(),
         };
-        format!("format={FORMAT_VERSION} level={level} hot={hot_pack}")
+        format!("format={FORMAT_VERSION} frames={FRAMES_GENERATION} level={level} hot={hot_pack}")
     }
 }
 

@@ -1,6 +1,6 @@
 //! Whole layers, converted in memory and read back by what a reader uses: zstd and the index.
 
-use std::io::{Read as _, Seek as _};
+use std::io::{Read as _, Seek as _, Write as _};
 
 use flate2::{Compression, write::GzEncoder};
 use format_spec::{Extent, Footer, Inode, footer::FOOTER_FRAME_LEN};

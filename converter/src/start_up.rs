@@ -73,7 +73,13 @@ pub fn choose_hot_pieces(
     let tree = Index::open(merge(&indexes)?).map_err(MergeError::Format)?;
     let hot = match choice {
         HotPackChoice::None => Vec::new(),
-        HotPackChoice::Profile { profile, .. } => profile.hot_set(&tree),
+        HotPackChoice::Profile { profile, .. } => {
+            let unknown_count = profile.unknown_count(&tree);
+            if unknown_count > 0 {
+                tracing::warn!("files of the profile that the image does not have: {unknown_count}; record it again");
+            }
+            profile.hot_set(&tree)
+        }
         HotPackChoice::Derived => {
             let config = StartConfig::from_json(config)?;
             derive(&tree, &mut ImageFiles(layers), &config)

@@ -7,7 +7,7 @@ use lazuli_tests::{
     Compression, ImageBuilder, Result, Scratch, TarLayer,
     error::Context as _,
     image::{extend_image, layout_blob, layout_manifest},
-    programs::lazuli_ok,
+    programs::{lazuli, lazuli_ok},
     registry_server::digest_in,
     samples::readable_layers,
 };
@@ -114,7 +114,9 @@ fn a_profile_takes_the_place_of_what_is_derived() -> Result<()> {
     let profile = scratch.join("profile.json");
     let text = r#"{"version": 1, "files": [{"path": "/large/1", "ranges": [[70000, 70001]]}, {"path": "/bin/none"}, {"path": "/large/0", "ranges": [[0, 1]]}]}"#;
     std::fs::write(&profile, text).context("writing a profile")?;
-    let lazy = convert(&scratch, &image(&scratch)?, "lazy", &["--profile", profile.to_str().expect("UTF-8")])?;
+    let lazy = format!("oci:{}:lazy", scratch.join("lazy").display());
+    let said = lazuli(["convert", &image(&scratch)?, &lazy, "--profile", profile.to_str().expect("UTF-8")])?.stderr;
+    assert!(said.contains("files of the profile that the image does not have: 1"), "{said}");
     let page = |path: &str, offset| (path.to_owned(), offset, hot_reason::PROFILE);
     assert_eq!(hot_files(&lazy)?, [vec![], vec![], vec![page("/large/1", 17 * 4096), page("/large/0", 0)], vec![]]);
     Ok(())
