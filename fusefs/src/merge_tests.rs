@@ -164,7 +164,7 @@ fn apply(
     let (kind, metadata) = match node {
         Node::Whiteout => return,
         Node::Directory { metadata: None, .. } if inherited(below, &path).is_some() => {
-            (mode::DIRECTORY, inherited(below, &path).map(|(metadata, layer)| (Some(metadata), layer)))
+            (mode::DIRECTORY, inherited(below, &path))
         }
         Node::Directory { metadata, .. } => (mode::DIRECTORY, Some((*metadata, layer))),
         Node::File(number) | Node::Link(number) => (mode::REGULAR, Some((Some(*number), layer))),
@@ -187,26 +187,27 @@ fn apply(
 }
 
 /// Metadata for a directory that a layer only passes through: that of the uppermost layer below which names
-/// it, unless one between them has something else there or on the way.
-fn inherited(below: &[Node], path: &[&str]) -> Option<(u32, u32)> {
+/// it, unless one between them has something else there or on the way; where none does, of the lowest.
+fn inherited(below: &[Node], path: &[&str]) -> Option<(Option<u32>, u32)> {
+    let mut lowest = None;
     for (layer, root) in below.iter().enumerate().rev() {
         let mut node = Some(root);
         for name in path {
             node = match node {
                 Some(Node::Directory { children, .. }) => children.get(name),
-                Some(_) => return None,
+                Some(_) => return lowest,
                 None => None,
             };
         }
+        let layer = u32::try_from(layer).unwrap();
         match node {
-            Some(Node::Directory { metadata: Some(metadata), .. }) => {
-                return Some((*metadata, u32::try_from(layer).unwrap()));
-            }
-            Some(Node::Directory { .. }) | None => {}
-            Some(_) => return None,
+            Some(Node::Directory { metadata: Some(metadata), .. }) => return Some((Some(*metadata), layer)),
+            Some(Node::Directory { metadata: None, .. }) => lowest = Some((None, layer)),
+            None => {}
+            Some(_) => return lowest,
         }
     }
-    None
+    lowest
 }
 
 fn merged(layers: &[Node]) -> Index<Vec<u8>> {
