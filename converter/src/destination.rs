@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use format_spec::Digest;
-use registry::{BlobContent, Client, GrowingFile, Reference, UncommittedBlob};
+use registry::{BlobContent, Client, GrowingFile, Growth, Reference, UncommittedBlob};
 use tokio::task::JoinHandle;
 
 use crate::{
@@ -20,6 +20,10 @@ use crate::{
     oci_archive::OciArchiveWriter,
     oci_directory::OciDirectoryWriter,
 };
+
+/// Blobs that turn out shorter are sent when they are complete, if the destination does not have them yet: there is
+/// little to win, and before that nobody can ask.
+const EARLY_LEN_MIN: u64 = 16 << 20;
 
 /// Told how many bytes of a blob have arrived at the destination.
 pub type Progress = Arc<dyn Fn(u64) + Send + Sync>;
@@ -124,11 +128,19 @@ impl ImageDestination {
         }
     }
 
-    /// Begins to send a file that is being written; `None` where it only needs to be moved in the end.
-    pub fn upload_early(&self, file: GrowingFile, progress: Progress) -> Option<EarlyUpload> {
+    /// Begins to send a file that is being written, once it is long; `None` where it only needs to be moved in the end.
+    pub fn upload_early(&self, mut file: GrowingFile, progress: Progress) -> Option<EarlyUpload> {
         let Self::Registry { client, reference, .. } = self else { return None };
         let (client, reference) = (client.clone(), reference.clone());
-        let send = async move { client.send_growing_blob(&reference, file, progress).await };
+        let send = async move {
+            let is_known = |growth: &Growth| growth.is_complete || growth.len >= EARLY_LEN_MIN;
+            match file.growth.wait_for(is_known).await {
+                Ok(growth) if growth.len >= EARLY_LEN_MIN => {}
+                // It is short, or its writer has given up.
+                _ => return Ok(None),
+            }
+            client.send_growing_blob(&reference, file, progress).await
+        };
         Some(EarlyUpload(tokio::spawn(send)))
     }
 
