@@ -114,15 +114,20 @@ pub async fn mount_image(
     let root = cache_root.to_owned();
     let chosen = blocking(move || choose(mode, || erofs::probe(&root))).await.map_err(Error::KernelMode)?;
     let tree = service.tree(&layers).await?;
+    let mut refusal = None;
     if chosen.in_use == TreeMode::Erofs {
         match mount_in_kernel(&service, tree.clone(), cache_root, &mount_point).await {
-            Err(error) if mode == Mode::Auto => warn!(%error, "image is mounted in portable mode"),
+            Err(error) if mode == Mode::Auto => refusal = Some(error),
             mounted => return mounted,
         }
     }
     let namespace = Arc::new(Namespace::of_tree(tree));
     let mount = move || Session::mount(namespace, &mount_point, &SessionOptions::default());
     let session = blocking(mount).await?;
+    // Only now: what keeps both modes from working is told once.
+    if let Some(error) = refusal {
+        warn!(%error, "image is mounted in portable mode");
+    }
     Ok(Mount { session, service, kernel: None })
 }
 
