@@ -226,7 +226,7 @@ fn remove_old_sessions(mount_point: &Path) -> Result<(), Error> {
 
 /// Whether a session of ours is on top at a mount point; asks the mount table, as a dead or unserved mount may say
 /// anything or nothing.
-fn has_session(mount_point: &Path) -> Result<bool, Error> {
+pub(crate) fn has_session(mount_point: &Path) -> Result<bool, Error> {
     const MOUNT_TABLE: &str = "/proc/self/mountinfo";
     let table = fs::read_to_string(MOUNT_TABLE).map_err(Error::disk(MOUNT_TABLE))?;
     let is_here = |line: &&str| line.split(' ').nth(4).is_some_and(|path| unescape(path) == mount_point);

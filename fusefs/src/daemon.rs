@@ -27,7 +27,7 @@ use tokio::runtime::Handle;
 use tracing::{info, warn};
 
 use crate::{
-    connection::Connection,
+    connection::{Connection, has_session},
     erofs,
     error::Error,
     factory::SourceFactory,
@@ -41,6 +41,9 @@ use crate::{
 const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a process that was killed may hold a lock or a socket: its descriptors are closed one after the other.
 const CLOSING_PATIENCE: Duration = Duration::from_millis(200);
+/// How long a session that stands at the mount point is left to a process that was started to go on with it and has
+/// not come to lock the root: who would have held it meanwhile may have ended, and been started again, in between.
+const HEIR_PATIENCE: Duration = Duration::from_secs(1);
 /// How often it is looked whether they are free.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
@@ -57,6 +60,16 @@ pub struct DaemonOptions {
     pub take_over: Option<Arc<OwnedFd>>,
     /// How trees are mounted.
     pub mode: Mode,
+}
+
+/// How a daemon ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Nothing is left behind.
+    Unmounted,
+    /// The session is left to the next process. This one must end at once, without ending what it has under way: a
+    /// reply that is dropped is an error to a reader, one that is never given is asked for again.
+    SessionLeft,
 }
 
 /// A daemon that is mounted and listens.
@@ -87,13 +100,16 @@ impl Daemon {
             fs::create_dir_all(&root).map_err(Error::disk(&root))?;
             let root = root.canonicalize().map_err(Error::disk(&root))?;
             let patience = if take_over.is_some() { PREDECESSOR_PATIENCE } else { CLOSING_PATIENCE };
+            let mount_point = root.join("mnt");
+            if take_over.is_none() && has_session(&mount_point)? {
+                thread::sleep(HEIR_PATIENCE);
+            }
             let lock = retry(patience, || lock(&root), |error| matches!(error, Error::Locked(_)))?;
             let service = Service::open(&root, runtime, sources)?;
             let mode = choose(asked, || erofs::probe(&root)).map_err(Error::KernelMode)?;
             info!(mode = %mode.in_use, reason = mode.reason, "how trees are mounted");
             let bind = || ControlServer::bind(&address);
             let server = retry(CLOSING_PATIENCE, bind, |error| matches!(error, Error::SocketInUse(_)))?;
-            let mount_point = root.join("mnt");
             let connection = connect(&root, &mount_point, take_over.as_deref())?;
             let device = connection.device().try_clone().map_err(Error::Device)?;
             // Before the first request is answered.
@@ -121,13 +137,13 @@ impl Daemon {
 
     /// Answers requests until `shutdown` is there or somebody unmounts the session.
     ///
-    /// Told to shut down while somebody holds the session, it leaves the session as it is: the process must end then,
-    /// and the next one goes on. Otherwise it leaves nothing behind.
+    /// Told to shut down while somebody holds the session, it leaves the session as it is, and the next process goes
+    /// on. Otherwise it leaves nothing behind.
     ///
     /// # Errors
     ///
     /// When the socket or the session failed, or what arrived cannot be made durable.
-    pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<Ended, Error> {
         let ended = tokio::select! {
             () = shutdown => Ok(()),
             served = self.server.serve(&self.service, &self.device) => served,
@@ -135,17 +151,20 @@ impl Daemon {
         };
         let is_left = self.device.is_held() && !self.session.has_ended();
         drop(self.server);
-        let unmounted = if is_left {
+        if is_left {
             info!(mount_point = %self.session.mount_point().display(), "the session is left to the next process");
-            Ok(())
-        } else {
             let service = self.service.clone();
-            let trees_unmounted = blocking(move || service.unmount_trees()).await;
-            trees_unmounted.and(self.session.unmount().await)
-        };
+            let flushed = blocking(move || service.flush()).await;
+            // They hold replies.
+            std::mem::forget((self.session, self.service));
+            return ended.and(flushed).map(|()| Ended::SessionLeft);
+        }
+        let service = self.service.clone();
+        let trees_unmounted = blocking(move || service.unmount_trees()).await;
+        let unmounted = trees_unmounted.and(self.session.unmount().await);
         let service = self.service;
         let flushed = blocking(move || service.flush()).await;
-        ended.and(unmounted).and(flushed)
+        ended.and(unmounted).and(flushed).map(|()| Ended::Unmounted)
     }
 }
 

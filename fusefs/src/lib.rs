@@ -30,7 +30,7 @@ mod session;
 mod store;
 mod tree;
 
-pub use daemon::{Daemon, DaemonOptions};
+pub use daemon::{Daemon, DaemonOptions, Ended};
 pub use error::Error;
 pub use factory::SourceFactory;
 pub use mode::Mode;

@@ -13,7 +13,7 @@ use std::{
 };
 
 use clap::Parser;
-use fusefs::{Daemon, DaemonOptions, Error, Mode, SessionOptions, control::RemoteLayer, descriptor};
+use fusefs::{Daemon, DaemonOptions, Ended, Error, Mode, SessionOptions, control::RemoteLayer, descriptor};
 use registry::{BlobSource, Client, ClientOptions, Reference};
 use sd_notify::NotifyState;
 use storage::{Source, SourceError};
@@ -94,6 +94,9 @@ fn main() -> ExitCode {
     let result = match runtime {
         Ok(runtime) => {
             let result = runtime.block_on(run(options, client)).map_err(|error| error.to_string());
+            if result == Ok(Ended::SessionLeft) {
+                std::process::exit(0);
+            }
             // The next process may be waiting for this one to end.
             runtime.shutdown_timeout(Duration::ZERO);
             result
@@ -101,7 +104,7 @@ fn main() -> ExitCode {
         Err(error) => Err(error.to_string()),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error}");
             ExitCode::FAILURE
@@ -130,7 +133,7 @@ fn store_session(daemon: &Daemon) -> io::Result<bool> {
     Ok(true)
 }
 
-async fn run(options: DaemonOptions, client: Client) -> Result<(), Error> {
+async fn run(options: DaemonOptions, client: Client) -> Result<Ended, Error> {
     let sources = move |layer: &RemoteLayer| blob_source(&client, layer);
     let shutdown = shutdown_signal();
     let daemon = Daemon::start(options, Arc::new(sources)).await?;

@@ -9,7 +9,7 @@ use std::{
 
 use format_spec::Digest;
 use fusefs::{
-    Daemon, DaemonOptions, Error, Mode, SessionOptions,
+    Daemon, DaemonOptions, Ended, Error, Mode, SessionOptions,
     control::{RemoteLayer, Request, Response},
 };
 use tokio::{runtime::Runtime, sync::oneshot, task::JoinHandle};
@@ -22,7 +22,7 @@ pub struct Running {
     pub address: PathBuf,
     pub root: PathBuf,
     stop: Option<oneshot::Sender<()>>,
-    ended: Option<JoinHandle<Result<(), Error>>>,
+    ended: Option<JoinHandle<Result<Ended, Error>>>,
 }
 
 impl Running {
