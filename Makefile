@@ -7,7 +7,7 @@
 #   make test-large    millions of entries, files of gigabytes: bounded memory, the same tree (minutes)
 #   make test-kills    kill -9 of each daemon while containers read, LAZULI_KILLS times each, 20 unless said
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
-#   make bench         conversion beside what others take; snapshots; the hot set beside real starts (minutes)
+#   make bench         conversion beside what others take; snapshots and memory; the hot set beside real starts (minutes)
 #   make bench-mounts  both modes of a mount beside ext4 and overlayfs; mounting 100,000 files (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
@@ -49,7 +49,7 @@ bench: build images
 	tests/deps bench
 	benches/convert
 	benches/convert --large
-	benches/prepare
+	benches/snapshotter
 	$(CARGO) build --release -p converter --example hot_set
 	benches/hot_set
 

@@ -9,8 +9,7 @@ use format_spec::{Digest, FormatError, annotation::FORMAT_VERSION};
 
 use crate::{
     cache::{CacheOptions, ConversionCache},
-    compress::FRAMES_GENERATION,
-    compress::{Compressor, FrameOptions},
+    compress::{Compressor, FRAMES_GENERATION, FrameOptions},
     convert_index::Made,
     image::{ImageDestination, ImageError, ImageSource},
     layer::LayerError,

@@ -144,7 +144,7 @@ impl fmt::Display for TreeMode {
 pub struct ModeStatus {
     /// The mode.
     pub in_use: TreeMode,
-    /// Why, in a few words: `asked for`, `the kernel mounts EROFS over files`, or what keeps it from that.
+    /// Why, in a few words: `--mode erofs`, `the kernel mounts EROFS over files`, or what keeps it from that.
     pub reason: String,
 }
 

@@ -23,6 +23,7 @@ use std::{
 };
 
 use rustix::fs::FlockOperation;
+use storage::CacheOptions;
 use tokio::runtime::Handle;
 use tracing::{info, warn};
 
@@ -60,6 +61,8 @@ pub struct DaemonOptions {
     pub take_over: Option<Arc<OwnedFd>>,
     /// How trees are mounted.
     pub mode: Mode,
+    /// How content comes and is kept.
+    pub cache: CacheOptions,
 }
 
 /// How a daemon ended.
@@ -95,7 +98,7 @@ impl Daemon {
     /// not before.
     pub async fn start(options: DaemonOptions, sources: Arc<dyn SourceFactory>) -> Result<Self, Error> {
         let runtime = Handle::current();
-        let DaemonOptions { root, address, session: session_options, mode: asked, take_over } = options;
+        let DaemonOptions { root, address, session: session_options, mode: asked, take_over, cache } = options;
         let prepare = move || -> Result<Self, Error> {
             fs::create_dir_all(&root).map_err(Error::disk(&root))?;
             let root = root.canonicalize().map_err(Error::disk(&root))?;
@@ -105,7 +108,7 @@ impl Daemon {
                 thread::sleep(HEIR_PATIENCE);
             }
             let lock = retry(patience, || lock(&root), |error| matches!(error, Error::Locked(_)))?;
-            let service = Service::open(&root, runtime, sources)?;
+            let service = Service::open(&root, runtime, sources, cache)?;
             let mode = choose(asked, || erofs::probe(&root)).map_err(Error::KernelMode)?;
             info!(mode = %mode.in_use, reason = mode.reason, "how trees are mounted");
             let bind = || ControlServer::bind(&address);

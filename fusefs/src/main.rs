@@ -5,6 +5,7 @@
 use std::{
     fs::File,
     io,
+    num::NonZeroU64,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     process::ExitCode,
@@ -16,7 +17,7 @@ use clap::Parser;
 use fusefs::{Daemon, DaemonOptions, Ended, Error, Mode, SessionOptions, control::RemoteLayer, descriptor};
 use registry::{BlobSource, Client, ClientOptions, Reference};
 use sd_notify::NotifyState;
-use storage::{Source, SourceError};
+use storage::{CacheOptions, Source, SourceError};
 use tokio::{runtime::Builder, signal::unix::SignalKind};
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
@@ -25,6 +26,8 @@ use tracing_subscriber::EnvFilter;
 const WORKER_THREADS: usize = 2;
 /// Threads for what may block: writing files, merging trees, unmounting.
 const BLOCKING_THREADS_MAX: usize = 16;
+/// Half of a link of 1 Gbit/s: a node of many images is complete within minutes, and what starts next finds room.
+const BACKGROUND_RATE_MIB: u32 = 64;
 /// The session's descriptor, as the service manager calls it.
 const STORED_SESSION: &str = "session";
 
@@ -46,6 +49,9 @@ struct Arguments {
     /// What the kernel reads ahead of a sequential reader, in KiB.
     #[arg(long, value_name = "KIB", default_value_t = SessionOptions::default().read_ahead_kib)]
     read_ahead: u32,
+    /// MiB a second at which the rest of each layer is fetched after start-up; 0 fetches only what is read.
+    #[arg(long, value_name = "MIB", default_value_t = BACKGROUND_RATE_MIB)]
+    background_rate: u32,
     /// Go on with the session whose /dev/fuse descriptor is standard input, if it is still there.
     #[arg(long)]
     take_over: bool,
@@ -77,6 +83,10 @@ fn main() -> ExitCode {
         session: SessionOptions { read_ahead_kib: arguments.read_ahead },
         take_over,
         mode: arguments.mode,
+        cache: CacheOptions {
+            background_rate: NonZeroU64::new(u64::from(arguments.background_rate) << 20),
+            ..CacheOptions::default()
+        },
     };
     let environment = ClientOptions::from_environment();
     // Restarted during an outage it waits as long as it would have without the restart.

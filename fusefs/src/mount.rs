@@ -12,6 +12,7 @@ use std::{
 };
 
 use rustix::{io::Errno, mount::UnmountFlags};
+use storage::CacheOptions;
 use tokio::runtime::Handle;
 use tracing::warn;
 
@@ -110,7 +111,7 @@ pub async fn mount_image(
     let mount_point = Session::check_mount_point(mount_point)?;
     let root = cache_root.to_owned();
     let runtime = Handle::current();
-    let service = blocking(move || Service::open(&root, runtime, sources)).await?;
+    let service = blocking(move || Service::open(&root, runtime, sources, CacheOptions::default())).await?;
     let root = cache_root.to_owned();
     let chosen = blocking(move || choose(mode, || erofs::probe(&root))).await.map_err(Error::KernelMode)?;
     let tree = service.tree(&layers).await?;

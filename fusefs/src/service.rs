@@ -78,9 +78,14 @@ impl Service {
     /// # Errors
     ///
     /// When the cache or the trees cannot be opened.
-    pub(crate) fn open(root: &Path, runtime: Handle, sources: Arc<dyn SourceFactory>) -> Result<Self, Error> {
+    pub(crate) fn open(
+        root: &Path,
+        runtime: Handle,
+        sources: Arc<dyn SourceFactory>,
+        cache: CacheOptions,
+    ) -> Result<Self, Error> {
         Ok(Self(Arc::new(Inner {
-            cache: Cache::open(&root.join("cache"), runtime, CacheOptions::default())?,
+            cache: Cache::open(&root.join("cache"), runtime, cache)?,
             store: TreeStore::open(root.join("trees"))?,
             sources,
             namespace: Arc::new(Namespace::of_node()),

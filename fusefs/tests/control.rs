@@ -242,6 +242,7 @@ impl Program {
         let DaemonOptions { root, address, .. } = options(root);
         let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli-fused"));
         command.arg("--root").arg(root).arg("--address").arg(address).stderr(Stdio::piped());
+        command.args(["--background-rate", "0"]);
         let mut program = Self(command.spawn().unwrap());
         let log = BufReader::new(program.0.stderr.take().unwrap());
         let mut lines = log.lines().map_while(Result::ok);

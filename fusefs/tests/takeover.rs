@@ -90,6 +90,7 @@ impl Program {
 
     fn spawn(place: &Place, mut command: Command) -> Self {
         command.arg("--root").arg(place.root()).arg("--address").arg(place.address()).stderr(Stdio::piped());
+        command.args(["--background-rate", "0"]);
         let mut program = Self(command.spawn().unwrap());
         let mut lines = BufReader::new(program.0.stderr.take().unwrap()).lines().map_while(Result::ok);
         assert!(lines.any(|line| line.contains("ready")));

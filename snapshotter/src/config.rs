@@ -30,6 +30,8 @@ pub struct Settings {
     pub mode: Option<Mode>,
     /// What the kernel reads ahead of a sequential reader, in KiB.
     pub read_ahead: Option<u32>,
+    /// MiB a second at which the rest of each layer is fetched after start-up, 0 for only what is read.
+    pub background_rate: Option<u32>,
     /// What both programs log.
     pub log: Option<String>,
 }
@@ -51,6 +53,9 @@ pub struct Config {
     pub mode: Mode,
     /// What the kernel reads ahead of a sequential reader, in KiB; `None` for the default of `lazuli-fused`.
     pub read_ahead: Option<u32>,
+    /// MiB a second at which the rest of each layer is fetched after start-up; `None` for the default of
+    /// `lazuli-fused`.
+    pub background_rate: Option<u32>,
     /// What both programs log.
     pub log: String,
 }
@@ -59,8 +64,8 @@ impl Config {
     /// What `lazuli-fused` is told besides its places.
     pub fn fused_arguments(&self) -> Vec<String> {
         let mut arguments = vec!["--mode".to_owned(), self.mode.to_string(), "--log".to_owned(), self.log.clone()];
-        if let Some(kibibytes) = self.read_ahead {
-            arguments.extend(["--read-ahead".to_owned(), kibibytes.to_string()]);
+        for (flag, number) in [("--read-ahead", self.read_ahead), ("--background-rate", self.background_rate)] {
+            arguments.extend(number.into_iter().flat_map(|number| [flag.to_owned(), number.to_string()]));
         }
         arguments.extend(self.plain_http.then(|| "--plain-http".to_owned()));
         arguments
@@ -103,6 +108,7 @@ impl Settings {
             plain_http: self.plain_http.or(file.plain_http).unwrap_or_default(),
             mode: self.mode.or(file.mode).unwrap_or_default(),
             read_ahead: self.read_ahead.or(file.read_ahead),
+            background_rate: self.background_rate.or(file.background_rate),
             log: self.log.or(file.log).unwrap_or_else(|| LOG.to_owned()),
         }
     }
@@ -114,7 +120,7 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\n";
+        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\n";
         let file = Settings::parse(text).unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
         let expected = Config {
@@ -125,11 +131,15 @@ mod tests {
             plain_http: true,
             mode: Mode::Fuse,
             read_ahead: None,
+            background_rate: Some(0),
             log: LOG.to_owned(),
         };
         let config = flags.or(file, None);
         assert_eq!(config, expected);
-        assert_eq!(config.fused_arguments(), ["--mode", "fuse", "--log", "info", "--plain-http"]);
+        assert_eq!(
+            config.fused_arguments(),
+            ["--mode", "fuse", "--log", "info", "--background-rate", "0", "--plain-http"]
+        );
     }
 
     #[test]

@@ -52,6 +52,10 @@ struct Arguments {
     /// What the kernel reads ahead of a sequential reader, in KiB [default: that of lazuli-fused]
     #[arg(long, value_name = "KIB")]
     read_ahead: Option<u32>,
+    /// MiB a second at which the rest of each layer is fetched after start-up; 0 fetches only what is read [default:
+    /// that of lazuli-fused]
+    #[arg(long, value_name = "MIB")]
+    background_rate: Option<u32>,
     /// What both programs log: a level, or directives as snapshotter=debug,storage=info [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -90,9 +94,9 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         Err(error) => return Err(format!("configuration {}: {error}", path.display()).into()),
     };
     let program = std::env::current_exe()?;
-    let Arguments { address, root, fused, plain_http, mode, read_ahead, log, config: _ } = arguments;
+    let Arguments { address, root, fused, plain_http, mode, read_ahead, background_rate, log, config: _ } = arguments;
     let (plain_http, fused_is_service) = (plain_http.then_some(true), None);
-    let flags = Settings { address, root, fused, fused_is_service, plain_http, mode, read_ahead, log };
+    let flags = Settings { address, root, fused, fused_is_service, plain_http, mode, read_ahead, background_rate, log };
     Ok(flags.or(file, program.parent()))
 }
 

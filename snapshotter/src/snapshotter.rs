@@ -465,9 +465,8 @@ impl Inner {
         if let Some((user, group)) = owner {
             std::os::unix::fs::lchown(&upper, Some(user), Some(group))?;
         }
-        // The record must not be on disk before the directory is.
-        fs::File::open(&directory)?.sync_all()?;
-        fs::File::open(self.directories.all())?.sync_all()
+        // The record must not be on disk before the directory is. Its name gets there with it on ext4, XFS and btrfs.
+        fs::File::open(&directory)?.sync_all()
     }
 
     fn usage_of(&self, id: SnapshotId) -> Result<Usage> {

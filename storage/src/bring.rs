@@ -110,6 +110,11 @@ impl LayerInner {
         matches!(&*lock(&self.copies), Copies::Sought(_))
     }
 
+    /// Whether what was begun when the layer was opened is still under way.
+    pub(crate) fn is_starting_up(&self) -> bool {
+        lock(&self.hot).is_some() || !matches!(&*lock(&self.copies), Copies::None)
+    }
+
     /// Copies one piece from another layer; whether there is a point in copying more. Blocks.
     pub(crate) fn copy(&self, plan: &CopyPlan, piece: usize) -> bool {
         if self.is_removed() {

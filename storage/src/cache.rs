@@ -8,11 +8,13 @@
 //! A layer is known by the digest of its index: it covers all that is believed of a layer that is read in
 //! parts, while nobody ever sees the whole blob to hash it.
 //!
-//! `opening.rs` opens layers, `start_up.rs` does what is to be done for one right afterwards.
+//! `opening.rs` opens layers, `start_up.rs` does what is to be done for one right afterwards, `rest.rs` fetches what
+//! nobody asks for.
 
 use std::{
     collections::HashMap,
     fs, io,
+    num::NonZeroU64,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, Weak, atomic::AtomicU64},
     time::Duration,
@@ -36,6 +38,7 @@ use crate::{
 };
 
 mod opening;
+mod rest;
 mod start_up;
 
 /// `f_type` of overlayfs (Linux include/uapi/linux/magic.h).
@@ -50,6 +53,8 @@ pub struct CacheOptions {
     pub hot_requests_max: usize,
     /// Requests in flight for everything else.
     pub background_requests_max: usize,
+    /// Bytes a second at which the rest of every layer is fetched when nobody waits for anything; `None` leaves it at the source.
+    pub background_rate: Option<NonZeroU64>,
     /// Time between two writes of what arrived to the disk.
     pub flush_interval: Duration,
 }
@@ -60,6 +65,7 @@ impl Default for CacheOptions {
             read_requests_max: 16,
             hot_requests_max: 4,
             background_requests_max: 2,
+            background_rate: None,
             flush_interval: Duration::from_secs(3),
         }
     }
@@ -126,6 +132,9 @@ impl Cache {
             _ => create_directory(&inner.graveyard()).map_err(disk_error)?,
         }
         inner.runtime.spawn(flush_now_and_then(Arc::downgrade(&inner), options.flush_interval));
+        if let Some(rate) = options.background_rate {
+            inner.runtime.spawn(rest::fetch_rest(Arc::downgrade(&inner), rate));
+        }
         Ok(Self { inner })
     }
 

@@ -335,6 +335,12 @@ impl LayerInner {
         self.layer.blob
     }
 
+    /// The first content that is not in the cache.
+    pub(crate) fn first_missing(&self) -> Option<Range<u64>> {
+        let frame = self.store.missing_frames(&(0..self.store.index().space_len())).next()?;
+        frame_runs(self.store.index(), frame).find(|run| !self.store.has(run))
+    }
+
     /// Where to fetch from now.
     pub(crate) fn source(&self) -> Arc<dyn Source> {
         self.origin.read().unwrap_or_else(PoisonError::into_inner).source.clone()

@@ -14,6 +14,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -56,6 +57,8 @@ struct State {
     running_count: [usize; PRIORITY_COUNT],
     next_request: u64,
     is_dispatching: bool,
+    /// When something was last wanted, or came, that is more urgent than the rest.
+    last_urgent: Option<Instant>,
 }
 
 /// Number of a layer and number of a frame.
@@ -152,6 +155,13 @@ impl Scheduler {
         activity
     }
 
+    /// Whether nothing more urgent than the rest is under way, or was later than `since`.
+    pub(crate) fn is_quiet_since(&self, since: Instant) -> bool {
+        let state = lock(&self.state);
+        let is_under_way = state.pending.values().any(|pending| pending.priority < Priority::Background);
+        !is_under_way && state.last_urgent.is_none_or(|last| last <= since)
+    }
+
     /// Permits to decode frames of a class: bounds the memory for them.
     pub(crate) fn decoders(&self, priority: Priority) -> Arc<Semaphore> {
         self.decoders[priority as usize].clone()
@@ -216,6 +226,7 @@ impl Scheduler {
         let mut state = lock(&self.state);
         if let Some(running) = state.running.remove(&number) {
             state.running_count[running.priority as usize] -= 1;
+            state.note_urgent(running.priority);
         }
         drop(state);
         self.dispatch();
@@ -307,7 +318,14 @@ impl State {
             let waits = wait.cloned().into_iter().collect();
             self.pending.insert(key, Pending { priority, waits, retry_count: 0, request: None });
         }
+        self.note_urgent(priority);
         self.queues[priority as usize].push_back(Queued { layer: layer.clone(), frame });
+    }
+
+    fn note_urgent(&mut self, priority: Priority) {
+        if priority < Priority::Background {
+            self.last_urgent = Some(Instant::now());
+        }
     }
 
     /// What is known of a frame, unless a read has taken it over.

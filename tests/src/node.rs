@@ -21,6 +21,9 @@ use crate::{
     tar_layer::TarLayer,
 };
 
+/// Flags under which nothing is fetched but what readers ask for: tests count it.
+const READERS_ONLY: [&str; 2] = ["--background-rate", "0"];
+
 /// A running `lazuli-snapshotter`.
 #[derive(Debug)]
 pub struct Snapshotter {
@@ -28,7 +31,7 @@ pub struct Snapshotter {
     root: PathBuf,
     log: PathBuf,
     daemon_log: PathBuf,
-    mode: String,
+    flags: Vec<String>,
     service: Option<Service>,
 }
 
@@ -47,19 +50,26 @@ impl Snapshotter {
     ///
     /// When it has not been built, or does not start.
     pub fn start(scratch: &Scratch) -> Result<Self> {
-        Self::start_in("auto", scratch)
+        Self::start_with(&READERS_ONLY, scratch)
     }
 
-    /// The same in a mode.
+    /// The same with these flags.
     ///
     /// # Errors
     ///
     /// Those of [`Self::start`].
-    pub fn start_in(mode: &str, scratch: &Scratch) -> Result<Self> {
+    pub fn start_with(flags: &[&str], scratch: &Scratch) -> Result<Self> {
         let root = scratch.directory("snapshotter")?;
         let (log, daemon_log) = (scratch.log("snapshotter"), scratch.log("fused"));
         let socket = scratch.join("snapshotter.sock");
-        let mut snapshotter = Self { socket, root, log, daemon_log, mode: mode.to_owned(), service: None };
+        let mut snapshotter = Self {
+            socket,
+            root,
+            log,
+            daemon_log,
+            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            service: None,
+        };
         snapshotter.launch()?;
         Ok(snapshotter)
     }
@@ -108,7 +118,7 @@ impl Snapshotter {
 
     fn launch(&mut self) -> Result<()> {
         let mut snapshotter = command(program("lazuli-snapshotter")?, ["--address"]);
-        snapshotter.arg(&self.socket).arg("--root").arg(&self.root).args(["--mode", &self.mode]);
+        snapshotter.arg(&self.socket).arg("--root").arg(&self.root).args(&self.flags);
         let answers = || UnixStream::connect(&self.socket).is_ok();
         self.service = Some(Service::start("lazuli-snapshotter", &mut snapshotter, &self.log, answers)?);
         Ok(())
@@ -151,7 +161,16 @@ impl Node {
     ///
     /// When something that it consists of does not start.
     pub fn start_in(mode: &str, scratch: &Scratch) -> Result<Self> {
-        Self::with(Snapshotter::start_in(mode, scratch)?, scratch, Release::default())
+        Self::start_with(&[&["--mode", mode], &READERS_ONLY[..]].concat(), scratch)
+    }
+
+    /// As [`Self::start`], with these flags of the snapshotter.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start_with(flags: &[&str], scratch: &Scratch) -> Result<Self> {
+        Self::with(Snapshotter::start_with(flags, scratch)?, scratch, Release::default())
     }
 
     fn with(snapshotter: Snapshotter, scratch: &Scratch, release: Release) -> Result<Self> {

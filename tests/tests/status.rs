@@ -25,6 +25,47 @@ fn status(node: &Node, words: &[&str]) -> Result<Finished> {
     lazuli([&["status", "--root", &root], words].concat())
 }
 
+/// An image of three layers that can run a shell, in the registry.
+fn publish(scratch: &Scratch, registry: &TestRegistry) -> Result<String> {
+    let image =
+        readable_layers()?.into_iter().fold(ImageBuilder::new(), |image, tar| image.layer(tar, Compression::Gzip));
+    let lazy = registry.reference("sample:lazy");
+    lazuli_ok(["convert", &image.write(scratch, "image")?, &lazy])?;
+    Ok(lazy)
+}
+
+fn run(node: &Node, image: &str, id: &str, script: &str) -> Result<Finished> {
+    finish(&mut node.containerd.ctr(["run", "--rm", "--snapshotter", LAZULI, image, id, "/bin/sh", "-c", script]))
+}
+
+const READ_ALL: &str = "sha256sum /bin/* /etc/* /large/*";
+
+#[test]
+fn an_image_becomes_complete_by_itself_and_needs_no_registry_then() -> Result<()> {
+    let scratch = Scratch::new("complete")?;
+    let mut registry = TestRegistry::start(&scratch)?;
+    let lazy = publish(&scratch, &registry)?;
+    let node = Node::start_with(&["--background-rate", "1000"], &scratch)?;
+    assert_eq!(node.lazuli_pull(&lazy)?.code, Some(0));
+    assert_eq!(run(&node, &lazy, "first", "true")?.code, Some(0));
+    let complete = wait_for("the image does not become complete", || {
+        let found = image_status(&node, &lazy)?;
+        Ok((found["is_complete"] == true).then_some(found))
+    })?;
+    registry.pause();
+    let read = run(&node, &lazy, "second", READ_ALL);
+    registry.resume();
+    assert_eq!(read?.code, Some(0), "{complete}");
+    let mounted = image_status(&node, &lazy)?;
+    if mounted["mode"] == "erofs" {
+        assert!(
+            mounted["layers"].as_array().is_some_and(|all| all.iter().all(|layer| layer["is_direct"] == true)),
+            "{mounted}"
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
     let scratch = Scratch::new("status")?;
@@ -34,10 +75,7 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
     assert_eq!(nobody.code, Some(1));
     assert!(nobody.stderr.contains("no lazuli-fused listens on"), "{}", nobody.stderr);
 
-    let image =
-        readable_layers()?.into_iter().fold(ImageBuilder::new(), |image, tar| image.layer(tar, Compression::Gzip));
-    let lazy = registry.reference("sample:lazy");
-    lazuli_ok(["convert", &image.write(&scratch, "image")?, &lazy])?;
+    let lazy = publish(&scratch, &registry)?;
     assert_eq!(node.lazuli_pull(&lazy)?.code, Some(0));
     let pulled = wait_for("the image has no layers", || {
         let found = image_status(&node, &lazy)?;
@@ -45,9 +83,7 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
     })?;
     assert_eq!((&pulled["mode"], &pulled["is_complete"]), (&Value::Null, &Value::Bool(false)));
 
-    let run = |id: &str, script: &str| {
-        finish(&mut node.containerd.ctr(["run", "--rm", "--snapshotter", LAZULI, &lazy, id, "/bin/sh", "-c", script]))
-    };
+    let run = |id: &str, script: &str| run(&node, &lazy, id, script);
     assert_eq!(run("first", "sha256sum /large/0")?.code, Some(0));
     let mounted = image_status(&node, &lazy)?;
     assert!(mounted["mode"].is_string(), "{mounted}");
@@ -71,7 +107,7 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
         Ok(())
     })?;
 
-    assert_eq!(run("all", "sha256sum /bin/* /etc/* /large/*")?.code, Some(0));
+    assert_eq!(run("all", READ_ALL)?.code, Some(0));
     assert_eq!(image_status(&node, &lazy)?["is_complete"], true);
     let unknown = status(&node, &["host/unknown:tag"])?;
     assert_eq!((unknown.code, unknown.stderr.lines().count()), (Some(1), 1), "{unknown:?}");

@@ -12,6 +12,7 @@ use fusefs::{
     Daemon, DaemonOptions, Ended, Error, Mode, SessionOptions,
     control::{RemoteLayer, Request, Response},
 };
+use storage::CacheOptions;
 use tokio::{runtime::Runtime, sync::oneshot, task::JoinHandle};
 
 use super::{Registry, is_mounted};
@@ -91,6 +92,7 @@ pub fn options(root: &Path) -> DaemonOptions {
         session: SessionOptions::default(),
         mode: Mode::Fuse,
         take_over: None,
+        cache: CacheOptions::default(),
     }
 }
 

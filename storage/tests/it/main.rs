@@ -9,5 +9,6 @@ mod faults;
 mod hot_pack;
 mod layers;
 mod reads;
+mod rest;
 mod scheduling;
 mod support;
