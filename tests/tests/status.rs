@@ -47,15 +47,16 @@ fn an_image_becomes_complete_by_itself_and_needs_no_registry_then() -> Result<()
     let lazy = publish(&scratch, &registry)?;
     let node = Node::start_with(&["--background-rate", "1000"], &scratch)?;
     assert_eq!(node.lazuli_pull(&lazy)?.code, Some(0));
-    assert_eq!(run(&node, &lazy, "first", "true")?.code, Some(0));
+    assert_eq!(run(&node, &lazy, "complete-first", "true")?.code, Some(0));
     let complete = wait_for("the image does not become complete", || {
         let found = image_status(&node, &lazy)?;
         Ok((found["is_complete"] == true).then_some(found))
     })?;
     registry.pause();
-    let read = run(&node, &lazy, "second", READ_ALL);
+    let read = run(&node, &lazy, "complete-second", READ_ALL);
     registry.resume();
-    assert_eq!(read?.code, Some(0), "{complete}");
+    let read = read?;
+    assert_eq!(read.code, Some(0), "{} {complete}", read.stderr);
     let mounted = image_status(&node, &lazy)?;
     if mounted["mode"] == "erofs" {
         assert!(
