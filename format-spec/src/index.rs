@@ -444,6 +444,11 @@ impl<B: AsRef<[u8]>> Index<B> {
         self.bytes.as_ref()
     }
 
+    /// What holds these bytes.
+    pub fn backing(&self) -> &B {
+        &self.bytes
+    }
+
     /// Length of the layer's tar stream, in bytes; 0 for a merged tree.
     pub fn tar_len(&self) -> u64 {
         self.tar_len

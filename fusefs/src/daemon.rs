@@ -123,6 +123,7 @@ impl Daemon {
             service.set_mounts(&root, &mount_point, session_options.read_ahead_kib, asked, mode)?;
             info!(mount_point = %mount_point.display(), taken_over = !connection.is_new(), "serving");
             service.set_notifier(session.notifier());
+            service.release_memory_now_and_then();
             Ok(Self { server, session, device: Arc::new(HeldDevice::new(device)), service, _lock: lock })
         };
         blocking(prepare).await

@@ -7,6 +7,7 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
 };
 
 use format_spec::{Digest, LayerId, LazyLayer, index::LAYER_COUNT_MAX};
@@ -37,6 +38,8 @@ use crate::{
 
 /// Key of the image reference in storage's description of a layer.
 const IMAGE: &str = "image";
+/// How long what nobody looks at stays in the daemon's memory.
+const RELEASE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The layers and trees of one root directory. Cheap to clone.
 #[derive(Clone)]
@@ -157,6 +160,21 @@ impl Service {
         Ok(())
     }
 
+    /// Lets go of the memory of trees now and then, as long as the service is there: in portable mode a container that
+    /// looks at each of its files once would keep all of it.
+    pub(crate) fn release_memory_now_and_then(&self) {
+        let service = Arc::downgrade(&self.0);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(RELEASE_INTERVAL).await;
+                let Some(inner) = service.upgrade() else { return };
+                let trees: Vec<_> =
+                    lock(&inner.trees).values().filter_map(|pending| pending.tree.get().cloned()).collect();
+                blocking(move || trees.iter().for_each(|tree| tree.release_memory())).await;
+            }
+        });
+    }
+
     /// Opens a layer, fetching its index if need be.
     ///
     /// # Errors
@@ -210,6 +228,7 @@ impl Service {
         let tree = blocking(make).await?;
         self.0.namespace.add_tree(&tree);
         self.notify_change(Node::Trees, id);
+        tree.release_memory();
         let image = layers.last().map_or("", |top| top.image.as_str());
         info!(image, tree = %id, layers = layers.len(), inodes = tree.index.inodes().len(), "tree available");
         Ok(tree)
@@ -289,6 +308,7 @@ impl Service {
     fn mount_in_kernel(&self, tree: &Tree) -> Result<PathBuf, Error> {
         let _changing = lock(&self.0.changing);
         let image = self.0.store.image(tree.id, &tree.index)?;
+        tree.release_memory();
         let mounted = self.mounts().kernel.mount(tree, &image);
         mounted.map_err(|error| Error::KernelMount(tree.id, error))
     }

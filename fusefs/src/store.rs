@@ -13,8 +13,8 @@ use std::{
 };
 
 use format_spec::Index;
-use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
+use storage::mapping::Map;
 use tracing::warn;
 
 use crate::{
@@ -51,7 +51,7 @@ pub(crate) struct TreeRecord {
 #[derive(Debug)]
 pub(crate) struct StoredTree {
     pub(crate) slot: Slot,
-    pub(crate) index: Index<Mmap>,
+    pub(crate) index: Index<Map>,
     pub(crate) block_count: u64,
 }
 
@@ -159,7 +159,7 @@ impl TreeStore {
     /// # Errors
     ///
     /// When the tree cannot be an image, or the disk refuses.
-    pub(crate) fn image(&self, id: TreeId, index: &Index<Mmap>) -> Result<PathBuf, Error> {
+    pub(crate) fn image(&self, id: TreeId, index: &Index<Map>) -> Result<PathBuf, Error> {
         let path = self.image_path(id);
         let layers: Vec<_> = index.layers().collect();
         match File::open(&path).and_then(|file| erofs::is_image_of(&file, &layers)) {
@@ -236,8 +236,8 @@ fn remove_if_there(path: &Path) -> Result<(), Error> {
 }
 
 /// Sound, as files here are never opened for writing again after they were renamed into place.
-fn map(path: &Path) -> io::Result<Mmap> {
-    storage::mapping::map(&File::open(path)?)
+fn map(path: &Path) -> io::Result<Map> {
+    Map::of(&File::open(path)?)
 }
 
 #[cfg(test)]

@@ -4,9 +4,8 @@ use format_spec::{
     Index, Inode,
     index::{WHITEOUT, mode},
 };
-use memmap2::Mmap;
 use rustix::io::Errno;
-use storage::Layer;
+use storage::{Layer, mapping::Map};
 
 use crate::{control::TreeId, number::Slot};
 
@@ -23,7 +22,7 @@ pub(crate) struct Tree {
     pub(crate) id: TreeId,
     pub(crate) slot: Slot,
     /// The merged tree; its inodes name layers by their place in `layers`.
-    pub(crate) index: Index<Mmap>,
+    pub(crate) index: Index<Map>,
     /// Lowest first.
     pub(crate) layers: Vec<Layer>,
     /// Blocks of all regular files.
@@ -87,6 +86,12 @@ pub(crate) struct Content {
 }
 
 impl Tree {
+    /// Lets go of the memory that looking at the tree and its layers' indexes took; it comes again when needed.
+    pub(crate) fn release_memory(&self) {
+        self.index.backing().release();
+        self.layers.iter().for_each(|layer| layer.index().backing().release());
+    }
+
     /// The inode with this number.
     ///
     /// # Errors

@@ -46,6 +46,9 @@ const START_POLL: Duration = Duration::from_millis(10);
 const REPEAT_WITHIN: Duration = Duration::from_secs(5);
 /// After a failed start: how long requests fail at once instead of starting it again.
 const START_PAUSE: Duration = Duration::from_secs(1);
+/// Bytes from which on memory of the daemon goes back to the system at once: glibc's default, which it raises by itself
+/// otherwise.
+const MMAP_THRESHOLD: &str = "131072";
 /// Longest answer: a status with some ten thousand layers.
 const ANSWER_LEN_MAX: u64 = 64 << 20;
 
@@ -343,6 +346,8 @@ impl Fused {
             .args(session.is_some().then_some("--take-over"))
             // It is no part of the service that this process may be.
             .env_remove("NOTIFY_SOCKET")
+            // Else what merging a large tree took for a moment stays in the heaps of its threads (mallopt(3)).
+            .env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD)
             .current_dir("/")
             .stdin(session.map_or_else(Stdio::null, Stdio::from))
             .stdout(log.try_clone()?)

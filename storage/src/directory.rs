@@ -23,7 +23,7 @@ use serde_json::Value;
 use crate::{
     dedup::CopySource,
     layer::LayerIndex,
-    mapping,
+    mapping::Map,
     presence::{Counts, PresenceBits},
 };
 
@@ -87,11 +87,11 @@ impl LayerDirectory {
             return Ok(None);
         }
         // The check reads every page; its map goes away with it, so that they do not count as ours afterwards.
-        let is_whole = Index::open(mapping::map(&file)?).is_ok_and(|index| index.check().is_ok());
+        let is_whole = Index::open(Map::of(&file)?).is_ok_and(|index| index.check().is_ok());
         if !is_whole {
             return Ok(None);
         }
-        Ok(Index::open(mapping::map(&file)?).ok())
+        Ok(Index::open(Map::of(&file)?).ok())
     }
 
     /// Writes `layer.json` and `index`; `open_form` was verified to be the index that the record names.

@@ -21,6 +21,7 @@ use crate::{
     error::ReadError,
     frame_store::{FrameStore, UnkeptFrames, lock},
     hot_pack::HotStream,
+    mapping::Map,
     presence::{frame_runs, needed_frames},
     read_ahead::ReadAhead,
     scheduler::Scheduler,
@@ -31,7 +32,7 @@ use crate::{
 const READ_ATTEMPTS_MAX: u32 = 4;
 
 /// The index of a layer, mapped into memory.
-pub type LayerIndex = Index<memmap2::Mmap>;
+pub type LayerIndex = Index<Map>;
 
 /// How urgent bytes are. Each class has requests of its own, so a read never waits behind a prefetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

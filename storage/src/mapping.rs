@@ -2,24 +2,46 @@
 
 use std::{fs::File, io};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
-/// Maps a whole file for reading.
-///
-/// The file must be one that this process, or an earlier one, wrote under a temporary name and then
-/// renamed: such files are never written or shortened again, only unlinked.
-///
-/// # Errors
-///
-/// When the kernel refuses.
-pub fn map(file: &File) -> io::Result<Mmap> {
-    // SAFETY: the map is sound as long as nobody changes or shortens the file. Index files are written under
-    // another name, synced, renamed and from then on only replaced by rename or unlinked, which leave the mapped
-    // inode alone; the cache directory has mode 0700, so only root and its owner could do otherwise. Safe code will
-    // not do because a copy in memory of every open index would count against the daemon: they are up to
-    // hundreds of megabytes of which a container looks at a few pages.
-    #[allow(unsafe_code)]
-    unsafe {
-        Mmap::map(file)
+/// A file that is read through memory.
+#[derive(Debug)]
+pub struct Map(Mmap);
+
+impl Map {
+    /// Maps a whole file for reading.
+    ///
+    /// The file must be one that this process, or an earlier one, wrote under a temporary name and then
+    /// renamed: such files are never written or shortened again, only unlinked.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn of(file: &File) -> io::Result<Self> {
+        // SAFETY: the map is sound as long as nobody changes or shortens the file. Index files are written under
+        // another name, synced, renamed and from then on only replaced by rename or unlinked, which leave the mapped
+        // inode alone; the cache directory has mode 0700, so only root and its owner could do otherwise. Safe code
+        // will not do because a copy in memory of every open index would count against the daemon: they are up to
+        // hundreds of megabytes of which a container looks at a few pages.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(file) };
+        map.map(Self)
+    }
+
+    /// Lets go of the pages that were read: they stay in the page cache, and the next look at one maps it again.
+    pub fn release(&self) {
+        // SAFETY: the advice drops changes to private pages; these are pages of a file that is mapped for reading, and
+        // come again with the same content.
+        #[allow(unsafe_code)]
+        let released = unsafe { self.0.unchecked_advise(UncheckedAdvice::DontNeed) };
+        if let Err(error) = released {
+            tracing::debug!(%error, "memory of a map is kept");
+        }
+    }
+}
+
+impl AsRef<[u8]> for Map {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
 }
