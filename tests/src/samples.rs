@@ -2,7 +2,11 @@
 
 use crate::{
     error::Result,
+    image::{Compression, ImageBuilder},
+    programs::lazuli_ok,
     real_images::busybox,
+    registry_server::TestRegistry,
+    scratch::Scratch,
     tar_layer::{Attributes, DEFAULT_TIME, TarLayer},
 };
 
@@ -156,4 +160,19 @@ pub fn eventful_layers() -> Result<Vec<Vec<u8>>> {
         .file("links-of-the-top-a", "hard linked")
         .hard_link("links-of-the-top-b", "links-of-the-top-a");
     [lowest, middle, top].into_iter().map(TarLayer::finish).collect()
+}
+
+/// A registry with [`readable_layers`] as `sample:original`, an image with a shell that prints its greeting, and
+/// converted as `sample:lazy`.
+///
+/// # Errors
+///
+/// When a program is missing or fails.
+pub fn publish_sample(scratch: &Scratch) -> Result<TestRegistry> {
+    let registry = TestRegistry::start(scratch)?;
+    let image = ImageBuilder::new().command(&["/bin/cat", "/etc/greeting"]);
+    let image = readable_layers()?.into_iter().fold(image, |image, tar| image.layer(tar, Compression::Gzip));
+    let original = registry.push(&image.write(scratch, "image")?, "sample:original")?;
+    lazuli_ok(["convert", &original, &registry.reference("sample:lazy")])?;
+    Ok(registry)
 }

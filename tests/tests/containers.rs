@@ -4,28 +4,17 @@ use std::{fs, thread, time::Instant};
 
 use format_spec::Digest;
 use lazuli_tests::{
-    Compression, HarnessError, ImageBuilder, Node, Pod, Result, Scratch, TarLayer, TestRegistry,
+    HarnessError, Node, Pod, Result, Scratch, TarLayer,
     containerd::LAZULI,
     image::extend_image,
     process::{command, run, wait_for},
-    programs::lazuli_ok,
     registry_server::digest_in,
-    samples::{LARGE_FILE_COUNT, LARGE_FILE_LEN, large_file, readable_layers},
+    samples::{LARGE_FILE_COUNT, LARGE_FILE_LEN, large_file, publish_sample},
 };
 use serde_json::Value;
 
 /// Bytes of the large files together, which do not compress.
 const WHOLE: u64 = (LARGE_FILE_LEN * LARGE_FILE_COUNT) as u64;
-
-/// A registry with `sample:original` and, converted, `sample:lazy`.
-fn publish(scratch: &Scratch) -> Result<TestRegistry> {
-    let registry = TestRegistry::start(scratch)?;
-    let image = ImageBuilder::new().command(&["/bin/cat", "/etc/greeting"]);
-    let image = readable_layers()?.into_iter().fold(image, |image, tar| image.layer(tar, Compression::Gzip));
-    let original = registry.push(&image.write(scratch, "image")?, "sample:original")?;
-    lazuli_ok(["convert", &original, &registry.reference("sample:lazy")])?;
-    Ok(registry)
-}
 
 /// What `sha256sum` prints for large file `index`.
 fn checksum_line(index: usize) -> String {
@@ -52,7 +41,7 @@ fn pull_lazily(node: &Node, reference: &str) -> Result<()> {
 #[test]
 fn ctr_runs_an_image_after_a_lazy_pull() -> Result<()> {
     let scratch = Scratch::new("ctr-runs")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     let node = Node::start(&scratch)?;
     let lazy = registry.reference("sample:lazy");
     let before = registry.blob_bytes()?;
@@ -75,7 +64,7 @@ fn ctr_runs_an_image_after_a_lazy_pull() -> Result<()> {
 #[test]
 fn ctr_runs_an_ordinary_image() -> Result<()> {
     let scratch = Scratch::new("ctr-runs-ordinary")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     let node = Node::start(&scratch)?;
     let original = registry.reference("sample:original");
     node.containerd.pull(&original, LAZULI)?;
@@ -90,7 +79,7 @@ fn ctr_runs_an_ordinary_image() -> Result<()> {
 #[test]
 fn ctr_runs_an_image_built_on_a_lazy_one() -> Result<()> {
     let scratch = Scratch::new("ctr-runs-built-on")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     let base = format!("oci:{}:latest", scratch.join("base").display());
     let copy = ["copy", "--quiet", "--src-tls-verify=false"];
     run(command("skopeo", copy).arg(format!("docker://{}", registry.reference("sample:lazy"))).arg(&base))?;
@@ -122,7 +111,7 @@ fn ctr_runs_an_image_built_on_a_lazy_one() -> Result<()> {
 #[test]
 fn pod_outlives_restarts_of_the_snapshotter() -> Result<()> {
     let scratch = Scratch::new("pod-outlives-restarts")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     let (mut node, cri) = Node::start_with_cri(&scratch, &registry)?;
     let lazy = registry.reference("sample:lazy");
     let before = registry.blob_bytes()?;
@@ -154,7 +143,7 @@ fn pod_outlives_restarts_of_the_snapshotter() -> Result<()> {
 #[test]
 fn pod_runs_an_ordinary_image_beside_a_lazy_one() -> Result<()> {
     let scratch = Scratch::new("pod-runs-ordinary")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     let (_node, cri) = Node::start_with_cri(&scratch, &registry)?;
     let pod = cri.run_pod("both")?;
     for name in ["sample:original", "sample:lazy"] {
@@ -172,7 +161,7 @@ fn pod_runs_an_ordinary_image_beside_a_lazy_one() -> Result<()> {
 #[test]
 fn removed_image_leaves_nothing_in_the_cache() -> Result<()> {
     let scratch = Scratch::new("removed-image")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     let (node, cri) = Node::start_with_cri(&scratch, &registry)?;
     let lazy = registry.reference("sample:lazy");
     cri.pull_image(&lazy)?;
@@ -197,7 +186,7 @@ fn fifty_containers_of_one_cold_image_fetch_every_byte_once() -> Result<()> {
     let sums: String = (0..LARGE_FILE_COUNT).map(checksum_line).collect();
     for count in [1, 50] {
         let scratch = Scratch::new(&format!("cold-{count}"))?;
-        let registry = publish(&scratch)?;
+        let registry = publish_sample(&scratch)?;
         let node = Node::start(&scratch)?;
         let lazy = registry.reference("sample:lazy");
         let before = registry.blob_bytes()?;
@@ -236,7 +225,7 @@ fn kibibytes(line: &str) -> u64 {
 #[test]
 fn logs_outlive_the_test() -> Result<()> {
     let scratch = Scratch::new("logs-outlive")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     let node = Node::start(&scratch)?;
     pull_lazily(&node, &registry.reference("sample:lazy"))?;
     node.containerd.run(&registry.reference("sample:lazy"), LAZULI, "once", &[])?;

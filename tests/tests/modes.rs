@@ -3,27 +3,17 @@
 use std::{fs, time::Duration};
 
 use lazuli_tests::{
-    Compression, ImageBuilder, LazyMount, Node, Result, Scratch, TestRegistry,
+    LazyMount, Node, Result, Scratch,
     containerd::LAZULI,
     error::Context as _,
     process::{command, finish},
-    programs::{MODES, lazuli_ok, program},
-    samples::{large_file, readable_layers},
+    programs::{MODES, program},
+    samples::{large_file, publish_sample},
 };
 use rustix::process::Signal;
 
 /// How long what needs no daemon may take on a busy machine.
 const WITHIN: Duration = Duration::from_secs(20);
-
-/// `sample:lazy`, an image with a shell and files.
-fn publish(scratch: &Scratch) -> Result<TestRegistry> {
-    let registry = TestRegistry::start(scratch)?;
-    let image = ImageBuilder::new().command(&["/bin/cat", "/etc/greeting"]);
-    let image = readable_layers()?.into_iter().fold(image, |image, tar| image.layer(tar, Compression::Gzip));
-    let original = registry.push(&image.write(scratch, "image")?, "sample:original")?;
-    lazuli_ok(["convert", &original, &registry.reference("sample:lazy")])?;
-    Ok(registry)
-}
 
 /// What a shell prints that has to end within [`WITHIN`].
 fn shell(script: &str) -> Result<String> {
@@ -37,7 +27,7 @@ fn shell(script: &str) -> Result<String> {
 fn containers_run_in_each_mode() -> Result<()> {
     for mode in MODES {
         let scratch = Scratch::new(&format!("containers-{mode}"))?;
-        let registry = publish(&scratch)?;
+        let registry = publish_sample(&scratch)?;
         let node = Node::start_in(mode, &scratch)?;
         let lazy = registry.reference("sample:lazy");
         let pulled = node.lazuli_pull(&lazy)?;
@@ -60,7 +50,7 @@ fn containers_run_in_each_mode() -> Result<()> {
 #[test]
 fn what_was_seen_once_is_seen_again_without_the_daemon() -> Result<()> {
     let scratch = Scratch::new("seen-once")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     for mode in MODES {
         let mut mount = LazyMount::in_mode(mode, &scratch, mode, &registry.reference("sample:lazy"))?;
         let path = mount.path().display().to_string();
@@ -83,7 +73,7 @@ fn what_was_seen_once_is_seen_again_without_the_daemon() -> Result<()> {
 #[test]
 fn in_kernel_mode_metadata_never_asks_the_daemon() -> Result<()> {
     let scratch = Scratch::new("metadata")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     let mut mount = LazyMount::in_mode("erofs", &scratch, "lazy", &registry.reference("sample:lazy"))?;
     mount.service().signal(Signal::STOP);
     let listed = shell(&format!("cd {} && find . -printf '%p %s %l\\n' | sort", mount.path().display()));
@@ -97,7 +87,7 @@ fn in_kernel_mode_metadata_never_asks_the_daemon() -> Result<()> {
 #[test]
 fn kernel_mode_that_cannot_be_had_is_refused_in_one_line() -> Result<()> {
     let scratch = Scratch::new("no-kernel-mode")?;
-    let registry = publish(&scratch)?;
+    let registry = publish_sample(&scratch)?;
     let mount_point = scratch.directory("mount")?;
     let without = ["--inh-caps=-sys_admin", "--bounding-set=-sys_admin"];
     let mut mount = command("setpriv", without);

@@ -3,11 +3,11 @@
 use std::thread;
 
 use lazuli_tests::{
-    Compression, Finished, ImageBuilder, Node, Result, Scratch, TestRegistry,
+    Finished, Node, Result, Scratch,
     containerd::LAZULI,
     process::{finish, wait_for},
-    programs::{lazuli, lazuli_ok},
-    samples::readable_layers,
+    programs::lazuli,
+    samples::publish_sample,
 };
 use serde_json::Value;
 
@@ -25,15 +25,6 @@ fn status(node: &Node, words: &[&str]) -> Result<Finished> {
     lazuli([&["status", "--root", &root], words].concat())
 }
 
-/// An image of three layers that can run a shell, in the registry.
-fn publish(scratch: &Scratch, registry: &TestRegistry) -> Result<String> {
-    let image =
-        readable_layers()?.into_iter().fold(ImageBuilder::new(), |image, tar| image.layer(tar, Compression::Gzip));
-    let lazy = registry.reference("sample:lazy");
-    lazuli_ok(["convert", &image.write(scratch, "image")?, &lazy])?;
-    Ok(lazy)
-}
-
 fn run(node: &Node, image: &str, id: &str, script: &str) -> Result<Finished> {
     finish(&mut node.containerd.ctr(["run", "--rm", "--snapshotter", LAZULI, image, id, "/bin/sh", "-c", script]))
 }
@@ -43,8 +34,8 @@ const READ_ALL: &str = "sha256sum /bin/* /etc/* /large/*";
 #[test]
 fn an_image_becomes_complete_by_itself_and_needs_no_registry_then() -> Result<()> {
     let scratch = Scratch::new("complete")?;
-    let mut registry = TestRegistry::start(&scratch)?;
-    let lazy = publish(&scratch, &registry)?;
+    let mut registry = publish_sample(&scratch)?;
+    let lazy = registry.reference("sample:lazy");
     let node = Node::start_with(&["--background-rate", "1000"], &scratch)?;
     assert_eq!(node.lazuli_pull(&lazy)?.code, Some(0));
     assert_eq!(run(&node, &lazy, "complete-first", "true")?.code, Some(0));
@@ -70,13 +61,13 @@ fn an_image_becomes_complete_by_itself_and_needs_no_registry_then() -> Result<()
 #[test]
 fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
     let scratch = Scratch::new("status")?;
-    let mut registry = TestRegistry::start(&scratch)?;
+    let mut registry = publish_sample(&scratch)?;
     let node = Node::start(&scratch)?;
     let nobody = status(&node, &[])?;
     assert_eq!(nobody.code, Some(1));
     assert!(nobody.stderr.contains("no lazuli-fused listens on"), "{}", nobody.stderr);
 
-    let lazy = publish(&scratch, &registry)?;
+    let lazy = registry.reference("sample:lazy");
     assert_eq!(node.lazuli_pull(&lazy)?.code, Some(0));
     let pulled = wait_for("the image has no layers", || {
         let found = image_status(&node, &lazy)?;
