@@ -124,6 +124,36 @@ impl LazyMount {
         &self.cache
     }
 
+    /// Has `fsck.erofs` look at the EROFS images in the cache, with the cache files of the layers as devices: in kernel
+    /// mode there is one, which must be read completely before.
+    ///
+    /// # Errors
+    ///
+    /// [`HarnessError::Unexpected`] with what it says against one; when there is none.
+    pub fn fsck(&self) -> Result<()> {
+        let trees = self.cache.join("trees");
+        let entries = std::fs::read_dir(&trees).at("listing", &trees)?;
+        let is_image = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "erofs");
+        let images: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(is_image).collect();
+        for image in &images {
+            let record_path = image.with_extension("json");
+            let record = std::fs::read(&record_path).at("reading", &record_path)?;
+            let record: serde_json::Value = serde_json::from_slice(&record).unwrap_or_default();
+            let ids = record["layers"].as_array().into_iter().flatten().map(|layer| &layer["layer"]["index"]["digest"]);
+            let data = |id: &str| self.cache.join("cache/layers").join(id.trim_start_matches("sha256:")).join("data");
+            let devices = ids.filter_map(|id| id.as_str()).map(|id| format!("--device={}", data(id).display()));
+            let finished = finish(command("fsck.erofs", devices).arg("-d3").arg(image))?;
+            let printed = finished.stdout.clone() + &finished.stderr;
+            if finished.code != Some(0) || printed.contains("<E>") || !printed.contains("No errors found") {
+                return Err(HarnessError::Unexpected(format!("fsck.erofs of {}: {finished:?}", image.display())));
+            }
+        }
+        match images.len() {
+            0 => Err(HarnessError::Unexpected(format!("no EROFS image in {}", trees.display()))),
+            _ => Ok(()),
+        }
+    }
+
     /// What `lazuli mount` has printed so far.
     pub fn printed(&self) -> String {
         std::fs::read_to_string(self.service.log()).unwrap_or_default()

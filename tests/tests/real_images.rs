@@ -63,6 +63,7 @@ fn check(name: &str) -> Result<()> {
         let differences: Vec<_> = compare_trees(&truth, mount.path())?.iter().map(ToString::to_string).collect();
         assert_eq!(differences, Vec::<String>::new(), "{mode}");
         assert_eq!(diff_trees(&truth, mount.path())?, Vec::<String>::new(), "{mode}");
+        mount.fsck()?;
     }
     Ok(())
 }

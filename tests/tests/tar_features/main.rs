@@ -117,6 +117,9 @@ fn check(scratch: &Scratch, containerd: &Containerd, case: &Case) -> Result<Vec<
     for mode in MODES {
         let mount = LazyMount::in_mode(mode, scratch, &format!("lazy-{mode}"), &lazy)?;
         differences.extend(compare_trees(&truth, mount.path())?);
+        if mode == "erofs" {
+            mount.fsck()?;
+        }
     }
     unmount(&truth)?;
     match case.expected {
