@@ -7,6 +7,7 @@
 //! <root>/cache        storage's
 //! <root>/trees        merged trees
 //! <root>/erofs        where they are mounted in kernel mode
+//! <root>/id-mapped    where the snapshotter shows them with other owners
 //! ```
 //!
 //! The session goes from one daemon to the next when somebody holds its descriptor meanwhile: a daemon that is killed
@@ -82,6 +83,7 @@ pub struct Daemon {
     session: Session,
     device: Arc<HeldDevice>,
     service: Service,
+    root: PathBuf,
     _lock: File,
 }
 
@@ -124,7 +126,7 @@ impl Daemon {
             info!(mount_point = %mount_point.display(), taken_over = !connection.is_new(), "serving");
             service.set_notifier(session.notifier());
             service.release_memory_now_and_then();
-            Ok(Self { server, session, device: Arc::new(HeldDevice::new(device)), service, _lock: lock })
+            Ok(Self { server, session, device: Arc::new(HeldDevice::new(device)), service, root, _lock: lock })
         };
         blocking(prepare).await
     }
@@ -163,8 +165,8 @@ impl Daemon {
             std::mem::forget((self.session, self.service));
             return ended.and(flushed).map(|()| Ended::SessionLeft);
         }
-        let service = self.service.clone();
-        let trees_unmounted = blocking(move || service.unmount_trees()).await;
+        let (service, root) = (self.service.clone(), self.root);
+        let trees_unmounted = blocking(move || service.unmount_trees(&root)).await;
         let unmounted = trees_unmounted.and(self.session.unmount().await);
         let service = self.service;
         let flushed = blocking(move || service.flush()).await;

@@ -17,7 +17,6 @@ use std::{
 };
 
 use format_spec::LayerId;
-use rustix::{io::Errno, mount::UnmountFlags};
 use serde::{Deserialize, Serialize};
 use storage::Layer;
 use tracing::{debug, info, warn};
@@ -25,6 +24,7 @@ use tracing::{debug, info, warn};
 use crate::{
     control::TreeId,
     erofs::{DetachedMount, DeviceAccess, MountError},
+    id_mapped::detach_all,
     namespace::LAYERS,
     tree::Tree,
 };
@@ -249,18 +249,6 @@ impl KernelMounts {
 
     fn record_path(&self, id: TreeId) -> PathBuf {
         self.directory.join(id.hex() + RECORD_SUFFIX)
-    }
-}
-
-/// Detaches everything that is mounted on a directory, which need not exist.
-fn detach_all(mount_point: &Path) -> io::Result<()> {
-    loop {
-        match rustix::mount::unmount(mount_point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-            Ok(()) => {}
-            // Not a mount point, or not there.
-            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        }
     }
 }
 

@@ -17,6 +17,7 @@ pub mod erofs;
 pub mod error;
 pub mod factory;
 mod fs;
+pub mod id_mapped;
 mod kernel_mounts;
 pub mod merge;
 pub mod mode;

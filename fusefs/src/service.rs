@@ -25,6 +25,7 @@ use crate::{
     control::{LayerStatus, ModeStatus, RemoteLayer, TreeId, TreeMode, TreeStatus, tree_id},
     error::Error,
     factory::SourceFactory,
+    id_mapped,
     kernel_mounts::KernelMounts,
     merge::{MergeError, merge},
     mode::Mode,
@@ -317,14 +318,19 @@ impl Service {
         self.0.mounts.get().expect("set before anybody can ask")
     }
 
-    /// Takes all mounts of the kernel away, as before the end of the session; blocks.
+    /// Takes all mounts of the kernel away, and what others mounted of trees, as before the end of the session; blocks.
     ///
     /// # Errors
     ///
     /// When the kernel refuses.
-    pub(crate) fn unmount_trees(&self) -> Result<(), Error> {
+    pub(crate) fn unmount_trees(&self, root: &Path) -> Result<(), Error> {
         let kernel = &self.mounts().kernel;
-        kernel.unmount_all().map_err(|error| Error::Unmount { path: kernel.directory().to_owned(), error })
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            |error| Error::Unmount { path, error }
+        };
+        let removed = id_mapped::remove_all(root).map_err(failed(&root.join(id_mapped::DIRECTORY)));
+        removed.and(kernel.unmount_all().map_err(failed(kernel.directory())))
     }
 
     /// Forgets a tree, on disk too; unknown ones are forgotten already.
