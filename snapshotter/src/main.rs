@@ -15,7 +15,7 @@ use snapshotter::{
     fused::FusedProgram,
     service::Service,
     snapshotter::Snapshotter,
-    socket,
+    socket, user_namespace,
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -62,7 +62,13 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse()) {
+    // Not for people: how the daemon asks itself for a user namespace. There is one thread here still.
+    let is_for_namespace = std::env::args_os().nth(1).is_some_and(|argument| argument == user_namespace::ARGUMENT);
+    let done = match is_for_namespace {
+        true => user_namespace::wait_in_new_namespace().map_err(Into::into),
+        false => run(Arguments::parse()),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("lazuli-snapshotter: {error}");

@@ -23,6 +23,11 @@ impl Directories {
         Self { snapshots: root.join("snapshots") }
     }
 
+    /// The same directories, shown in another place.
+    pub fn shown_at(snapshots: PathBuf) -> Self {
+        Self { snapshots }
+    }
+
     /// Holds all snapshots.
     pub fn all(&self) -> &Path {
         &self.snapshots

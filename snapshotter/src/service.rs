@@ -20,8 +20,10 @@ use crate::{
     api::{self, snapshots_server::Snapshots},
     filter::{Fields, Filters},
     fused::FusedError,
+    id_mapped::IdMappedError,
     metadata::{Kind, LabelChange, Labels, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotKey, Time, Usage},
     snapshotter::{Error, Prepared, Snapshotter},
+    user_namespace::NamespaceError,
 };
 
 /// Snapshots in one message of a list, as containerd sends them: far below gRPC's limit of 4 MiB.
@@ -198,7 +200,19 @@ fn status_of(error: &Error) -> Status {
             MetadataError::Damaged(..) => Status::data_loss(message),
             MetadataError::Version(_) | MetadataError::Database(_) => Status::internal(message),
         },
-        Error::Labels(_) | Error::IdMap(..) => Status::invalid_argument(message),
+        Error::Labels(_)
+        | Error::IdMap(..)
+        | Error::IdMapped(_, IdMappedError::Namespace(NamespaceError::Mapping(..))) => {
+            Status::invalid_argument(message)
+        }
+        Error::IdMapped(
+            _,
+            IdMappedError::Unsupported { .. } | IdMappedError::Namespace(NamespaceError::Refused(_)),
+        ) => Status::failed_precondition(message),
+        Error::IdMapped(
+            _,
+            IdMappedError::Namespace(NamespaceError::Process(error)) | IdMappedError::Mount(_, error),
+        ) => io_status(error, message),
         Error::Committed(_) => Status::failed_precondition(message),
         Error::Fused(_, FusedError::Refused { kind, .. }) => match kind {
             ErrorKind::Passing => Status::unavailable(message),

@@ -24,6 +24,7 @@ use crate::{
     fused::{Fused, FusedError, FusedProgram},
     host::{self, Root, RootError},
     id_map::{IdMap, IdMapError},
+    id_mapped::{IdMappedError, IdMappedMounts, Part},
     metadata::{
         Chain, Kind, LabelChange, Labels, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotId,
         SnapshotKey, Time, Usage,
@@ -40,6 +41,9 @@ const RECOVERY_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// A `lazuli-fused` that ends earlier after its start than this is brought back after this time, a later one at once.
 const SHORT_LIFE: Duration = Duration::from_millis(100);
 
+/// User and group of the host's root.
+const HOST_ROOT: (u32, u32) = (0, 0);
+
 /// All snapshots under one root. Cheap to clone; safe from many tasks.
 #[derive(Debug, Clone)]
 pub struct Snapshotter {
@@ -50,6 +54,7 @@ pub struct Snapshotter {
 struct Inner {
     metadata: Metadata,
     directories: Directories,
+    id_mapped: IdMappedMounts,
     overlay_options: Vec<String>,
     fused: Fused,
     /// Shared from announcing a layer to its record, exclusive from removing a record to removing its
@@ -83,6 +88,9 @@ pub enum Error {
     /// The labels map no users.
     #[error("snapshot {0}: {1}")]
     IdMap(SnapshotKey, #[source] IdMapError),
+    /// What it is built on cannot be shown with other owners.
+    #[error("snapshot {0}: {1}")]
+    IdMapped(SnapshotKey, #[source] IdMappedError),
     /// A committed snapshot cannot be mounted.
     #[error("snapshot {0} is committed, it has no mounts")]
     Committed(SnapshotKey),
@@ -112,6 +120,7 @@ impl Snapshotter {
         let inner = Inner {
             metadata: Metadata::open(&root.path().join("snapshotter.redb"))?,
             directories: Directories::new(root.path()),
+            id_mapped: IdMappedMounts::new(root.path()),
             overlay_options: host::overlay_options(),
             fused: Fused::new(root.path(), fused),
             lazy_change: RwLock::default(),
@@ -126,7 +135,8 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// As [`Metadata::create`]; [`Error::Labels`]; [`Error::Fused`] when the parents' tree cannot be had.
+    /// As [`Metadata::create`]; [`Error::Labels`] and [`Error::IdMap`]; [`Error::Fused`] when the parents' tree cannot be
+    /// had, [`Error::IdMapped`] when it cannot be shown to a user namespace. Then there is no snapshot.
     pub async fn prepare(&self, new: NewSnapshot, now: Time) -> Result<Prepared> {
         if let Some(request) = remote_request(&new.labels)?
             && self.prepare_remote(&request, &new, now).await?
@@ -149,14 +159,14 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`Error::Committed`], [`MetadataError::NotFound`], [`Error::Fused`].
+    /// [`Error::Committed`], [`MetadataError::NotFound`], [`Error::Fused`], [`Error::IdMapped`].
     pub async fn mounts(&self, key: SnapshotKey) -> Result<Mount> {
         let chain = self.blocking(move |inner| Ok(inner.metadata.chain(&key)?)).await?;
         if chain.top.kind == Kind::Committed {
             return Err(Error::Committed(chain.top.key));
         }
         let tree = self.tree(&chain.top.key, &chain.parents).await?;
-        self.mounts_of(&chain, tree)
+        self.blocking(move |inner| inner.mounts_of(&chain, tree)).await
     }
 
     /// Commits an active snapshot.
@@ -170,7 +180,9 @@ impl Snapshotter {
             if active.kind == Kind::Active {
                 new.usage = inner.usage_of(active.id)?;
             }
-            Ok(inner.metadata.commit(new, now)?)
+            inner.metadata.commit(new, now)?;
+            inner.id_mapped.remove(active.id);
+            Ok(())
         })
         .await
     }
@@ -184,12 +196,7 @@ impl Snapshotter {
         if self.stat(key.clone()).await?.lazy.is_some() {
             return self.remove_lazy(key).await;
         }
-        self.blocking(move |inner| {
-            let removed = inner.metadata.remove(&key)?;
-            inner.remove_directory(removed.id);
-            Ok(())
-        })
-        .await
+        self.blocking(move |inner| inner.remove(&key)).await
     }
 
     /// One snapshot.
@@ -359,25 +366,28 @@ impl Snapshotter {
             _ => self.inner.directories.upper(parent.id),
         });
         let owner = match (id_map(&new.key, &new.labels)?, owner_of) {
-            (Some(id_map), _) => Some(Owner::Ids(id_map.root.0, id_map.root.1)),
+            (Some(id_map), _) => Some(Owner::Ids(id_map.root())),
             (None, owner_of) => owner_of.map(Owner::Of),
         };
         let kind = new.kind;
-        let chain = self
-            .blocking(move |inner| {
-                let mut made = None;
-                let created = inner.metadata.create(new, now, |id| {
-                    made = Some(id);
-                    inner.make_directory(id, kind, owner.as_ref())
-                });
-                if let (Err(_), Some(id)) = (&created, made) {
-                    inner.remove_directory(id);
-                }
-                Ok(created?)
-            })
-            .await?;
-        debug!(key = %chain.top.key, id = %chain.top.id, ?kind, "snapshot made");
-        self.mounts_of(&chain, tree)
+        self.blocking(move |inner| {
+            let mut made = None;
+            let created = inner.metadata.create(new, now, |id| {
+                made = Some(id);
+                inner.make_directory(id, kind, owner.as_ref())
+            });
+            if let (Err(_), Some(id)) = (&created, made) {
+                inner.remove_directory(id);
+            }
+            let chain = created?;
+            debug!(key = %chain.top.key, id = %chain.top.id, ?kind, "snapshot made");
+            let mounts = inner.mounts_of(&chain, tree);
+            if mounts.is_err() {
+                inner.remove(&chain.top.key)?;
+            }
+            mounts
+        })
+        .await
     }
 
     /// The directory that shows the lazy layers among `parents`, `None` without any.
@@ -388,16 +398,6 @@ impl Snapshotter {
         }
         let tree = self.inner.fused.mount_tree(lazy).await;
         tree.map(Some).map_err(|error| Error::Fused(key.clone(), error))
-    }
-
-    fn mounts_of(&self, chain: &Chain, tree: Option<PathBuf>) -> Result<Mount> {
-        let Inner { directories, overlay_options, .. } = &*self.inner;
-        let lower = Lower::new(&chain.parents).paths(directories, tree);
-        let mut mount = mounts(chain.top.kind, chain.top.id, &lower, directories, overlay_options);
-        if let Some(id_map) = id_map(&chain.top.key, &chain.top.labels)? {
-            mount.options.extend_from_slice(id_map.options());
-        }
-        Ok(mount)
     }
 
     /// Has `lazuli-fused` delete what it holds for no snapshot.
@@ -444,6 +444,57 @@ impl Snapshotter {
 }
 
 impl Inner {
+    /// `tree` shows the lazy layers of the chain, if there are any.
+    fn mounts_of(&self, chain: &Chain, tree: Option<PathBuf>) -> Result<Mount> {
+        let Self { directories, overlay_options, .. } = self;
+        let Chain { top, parents } = chain;
+        let lower = Lower::new(parents);
+        let paths = match id_map(&top.key, &top.labels)? {
+            None => lower.paths(directories, tree),
+            Some(id_map) => {
+                let shown = self.show_with_owners(top.id, &id_map, &lower, tree.as_deref());
+                shown.map_err(|error| Error::IdMapped(top.key.clone(), error))?
+            }
+        };
+        Ok(mounts(top.kind, top.id, &paths, directories, overlay_options))
+    }
+
+    /// The lower directories with other owners.
+    ///
+    /// A layer that belongs to the mapped root has mapped owners on disk and stays as it is: a container of such a user
+    /// namespace wrote it, or containerd changed owners in it, as it does where it does not know that we need not, and
+    /// passes the labels all the same. Where that root is the host's, none is taken for one.
+    fn show_with_owners(
+        &self,
+        id: SnapshotId,
+        id_map: &IdMap,
+        lower: &Lower,
+        tree: Option<&Path>,
+    ) -> std::result::Result<Vec<PathBuf>, IdMappedError> {
+        let shown = Directories::shown_at(self.id_mapped.path(id, Part::Layers));
+        let is_mapped_on_disk = |upper: &Path| {
+            let owner = fs::symlink_metadata(upper).map(|found| (found.uid(), found.gid()));
+            id_map.root() != HOST_ROOT && owner.is_ok_and(|owner| owner == id_map.root())
+        };
+        let layer = |layer: &SnapshotId| {
+            let upper = self.directories.upper(*layer);
+            if is_mapped_on_disk(&upper) { upper } else { shown.upper(*layer) }
+        };
+        let layers: Vec<_> = lower.ordinary.iter().map(layer).collect();
+        let needs_layers = layers.iter().any(|layer| layer.starts_with(shown.all()));
+        let parts = needs_layers.then(|| (Part::Layers, self.directories.all()));
+        let parts: Vec<_> = parts.into_iter().chain(tree.map(|tree| (Part::Tree, tree))).collect();
+        self.id_mapped.show(id, id_map, &parts)?;
+        Ok(layers.into_iter().chain(tree.map(|_| self.id_mapped.path(id, Part::Tree))).collect())
+    }
+
+    fn remove(&self, key: &SnapshotKey) -> Result<()> {
+        let removed = self.metadata.remove(key)?;
+        self.id_mapped.remove(removed.id);
+        self.remove_directory(removed.id);
+        Ok(())
+    }
+
     /// As containerd's overlayfs snapshotter makes it.
     fn make_directory(&self, id: SnapshotId, kind: Kind, owner: Option<&Owner>) -> io::Result<()> {
         let make = |path: &Path, mode| fs::DirBuilder::new().mode(mode).create(path);
@@ -459,7 +510,7 @@ impl Inner {
         }
         let owner = match owner {
             None => None,
-            Some(Owner::Ids(user, group)) => Some((*user, *group)),
+            Some(Owner::Ids(ids)) => Some(*ids),
             Some(Owner::Of(path)) => fs::metadata(path).map(|found| Some((found.uid(), found.gid())))?,
         };
         if let Some((user, group)) = owner {
@@ -484,6 +535,7 @@ impl Inner {
     fn remove_orphans(&self) -> Result<()> {
         let orphans = self.metadata.while_unchanged(|snapshots| {
             let known: HashSet<_> = snapshots.iter().map(|snapshot| snapshot.id.to_string()).collect();
+            self.id_mapped.keep_only(&known)?;
             let entries = fs::read_dir(self.directories.all())?.collect::<io::Result<Vec<_>>>()?;
             let is_orphan = |entry: &fs::DirEntry| entry.file_name().to_str().is_none_or(|name| !known.contains(name));
             Ok(entries.into_iter().filter(is_orphan).map(|entry| entry.path()).collect::<Vec<_>>())
@@ -503,7 +555,7 @@ enum Owner {
     /// Of who owns the root directory of the parent.
     Of(PathBuf),
     /// User and group of the host: root of a user namespace.
-    Ids(u32, u32),
+    Ids((u32, u32)),
 }
 
 fn id_map(key: &SnapshotKey, labels: &Labels) -> Result<Option<IdMap>> {

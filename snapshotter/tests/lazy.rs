@@ -31,6 +31,9 @@ use tokio::{
 };
 use tonic::Code;
 
+/// A directory of a file system that has no id-mapped mounts.
+const UNMAPPABLE: &str = "/proc/sys";
+
 /// Stands in for `lazuli-fused`.
 struct Fused {
     asked: Arc<Mutex<Vec<Request>>>,
@@ -95,6 +98,9 @@ async fn serve(stream: UnixStream, trees: PathBuf, log: Arc<Mutex<Vec<Request>>>
         let response = match &request {
             Request::MountTree { layers } if layers.iter().any(|layer| layer.image == "broken/image") => {
                 Response::Error { message: "index of the layer does not match".to_owned(), kind: ErrorKind::Damaged }
+            }
+            Request::MountTree { layers } if layers.iter().any(|layer| layer.image == "unmappable/image") => {
+                Response::Tree { path: UNMAPPABLE.into() }
             }
             Request::MountTree { layers } => Response::Tree { path: tree(&trees, layers).unwrap() },
             Request::LayerUsage { .. } => Response::Usage { bytes: 12345 },
@@ -272,6 +278,34 @@ async fn an_unusable_index_fails_the_container_and_leaves_nothing() {
     assert_eq!(failed.code(), Code::DataLoss);
     assert_eq!(failed.message(), "snapshot container: index of the layer does not match");
     assert_eq!((daemon.names(&[]).await, daemon.directories()), (vec!["one".to_owned()], vec![]));
+}
+
+#[tokio::test]
+async fn a_user_namespace_sees_tree_and_layers_with_its_own_owners() {
+    let (daemon, _fused) = start().await;
+    prepare_lazy(&daemon, "lazy", "").await;
+    daemon.layer("ordinary", "lazy", |root| fs::write(root.join("above"), "x").unwrap()).await;
+    let labels = common::user_namespace("0:100000:65536", "0:200000:65536");
+    for (number, parent) in [("3", "lazy"), ("4", "ordinary")] {
+        let mount = daemon.prepare_with(number, parent, labels.clone()).await.unwrap();
+        let container = Mounted::new(&mount);
+        assert_eq!(common::owner(&container.path().join(file_of("lazy"))), (100_000, 200_000), "{mount:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_tree_that_cannot_have_other_owners_fails_the_container_and_leaves_nothing() {
+    let (daemon, _fused) = start().await;
+    let mut unmappable = labels("one");
+    unmappable.insert("containerd.io/snapshot/lazuli/image".to_owned(), "unmappable/image".to_owned());
+    assert_eq!(code(daemon.prepare_with("extract", "", unmappable).await), Code::AlreadyExists);
+    let labels = common::user_namespace("0:100000:65536", "0:200000:65536");
+    let failed = daemon.prepare_with("container", "one", labels).await.unwrap_err();
+    assert_eq!(failed.code(), Code::FailedPrecondition, "{failed}");
+    let expected = format!("snapshot container: {UNMAPPABLE} cannot be shown with other owners");
+    assert!(failed.message().starts_with(&expected) && !failed.message().contains('\n'), "{failed}");
+    assert_eq!((daemon.names(&[]).await, daemon.directories()), (vec!["one".to_owned()], vec![]));
+    assert_eq!(daemon.mount_points(), [""; 0]);
 }
 
 #[tokio::test]

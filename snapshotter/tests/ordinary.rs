@@ -234,28 +234,6 @@ async fn a_snapshot_is_committed_onto_a_parent_that_it_was_not_prepared_on() {
 }
 
 #[tokio::test]
-async fn user_namespaces_get_mapped_mounts_and_no_changed_files() {
-    let daemon = Daemon::start().await;
-    daemon.layer("base", "", |root| write(root, "file", "x")).await;
-    let labels = |users: &str| {
-        let (users_label, groups_label) = ("containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping");
-        to_labels(&[(users_label, users), (groups_label, "0:200000:65536")])
-    };
-    let mount = daemon.prepare_with("mapped", "base", labels("0:100000:65536")).await.unwrap();
-    assert!(mount.options.ends_with(&["uidmap=0:100000:65536".to_owned(), "gidmap=0:200000:65536".to_owned()]));
-    assert_eq!(daemon.mounts("mapped").await.unwrap(), mount);
-    let owner = |id: &str| {
-        let found = fs::metadata(daemon.root().join("snapshots").join(id).join("fs")).unwrap();
-        (found.uid(), found.gid())
-    };
-    assert_eq!((owner("2"), owner("1")), ((100_000, 200_000), (0, 0)));
-    for users in ["1:1:1", "0:1", "0:1:1,upperdir=/"] {
-        assert_eq!(code(daemon.prepare_with("x", "base", labels(users)).await), Code::InvalidArgument, "{users}");
-    }
-    assert_eq!(daemon.directories(), ["1", "2"]);
-}
-
-#[tokio::test]
 async fn remove_frees_the_directory_and_the_key() {
     let daemon = Daemon::start().await;
     daemon.layer("base", "", |root| write(root, "file", "x")).await;

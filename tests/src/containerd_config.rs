@@ -35,6 +35,10 @@ address = "{}"
 "#,
             snapshotter.display()
         );
+        // 1.6 does not know the key, nor asks.
+        if options.release != Release::V1_6 {
+            text += "capabilities = [\"remap-ids\"]\n";
+        }
         if is_second {
             text += &transfer_service();
         }

@@ -3,10 +3,11 @@
 use std::{path::Path, time::Duration};
 
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec, LinuxPodSandboxConfig,
-    PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemoveImageRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopPodSandboxRequest,
-    image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, IdMapping, ImageSpec,
+    LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemoveImageRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopPodSandboxRequest,
+    UserNamespace, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
 };
 use tokio::runtime::Runtime;
 use tonic::{Response, Status, transport::Channel};
@@ -96,6 +97,22 @@ impl Cri {
     ///
     /// When containerd refuses.
     pub fn run_pod(&self, name: &str) -> Result<Pod<'_>> {
+        self.run_pod_in(name, NamespaceOption::default())
+    }
+
+    /// Starts an empty pod with a user namespace of its own, whose users and groups are `count` of the host from
+    /// `first` on.
+    ///
+    /// # Errors
+    ///
+    /// When containerd refuses.
+    pub fn run_pod_with_users(&self, name: &str, first: u32, count: u32) -> Result<Pod<'_>> {
+        let ids = vec![IdMapping { host_id: first, container_id: 0, length: count }];
+        let users = UserNamespace { mode: NamespaceMode::Pod.into(), uids: ids.clone(), gids: ids };
+        self.run_pod_in(name, NamespaceOption { userns_options: Some(users), ..NamespaceOption::default() })
+    }
+
+    fn run_pod_in(&self, name: &str, namespaces: NamespaceOption) -> Result<Pod<'_>> {
         let mut pods = self.pods.clone();
         let metadata = PodSandboxMetadata {
             name: name.to_owned(),
@@ -106,12 +123,18 @@ impl Cri {
         let config = PodSandboxConfig {
             metadata: Some(metadata),
             hostname: name.to_owned(),
-            linux: Some(LinuxPodSandboxConfig::default()),
+            linux: Some(LinuxPodSandboxConfig {
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces.clone()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
             ..Default::default()
         };
         let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
         let id = self.call("RunPodSandbox", pods.run_pod_sandbox(request))?.pod_sandbox_id;
-        Ok(Pod { cri: self, id, config })
+        Ok(Pod { cri: self, id, config, namespaces })
     }
 
     fn call<T>(
@@ -137,6 +160,7 @@ pub struct Pod<'a> {
     cri: &'a Cri,
     id: String,
     config: PodSandboxConfig,
+    namespaces: NamespaceOption,
 }
 
 impl Pod<'_> {
@@ -151,6 +175,13 @@ impl Pod<'_> {
             metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
             image: Some(image(reference)),
             command: words.iter().map(|&word| word.to_owned()).collect(),
+            linux: Some(LinuxContainerConfig {
+                security_context: Some(LinuxContainerSecurityContext {
+                    namespace_options: Some(self.namespaces.clone()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
             ..Default::default()
         };
         let request = CreateContainerRequest {

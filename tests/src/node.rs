@@ -89,6 +89,11 @@ impl Snapshotter {
         self.service.as_ref().map(Service::id)
     }
 
+    /// Ends it with SIGTERM; `lazuli-fused` goes on.
+    pub fn stop(&mut self) {
+        self.service = None;
+    }
+
     /// What it has logged so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
@@ -161,7 +166,17 @@ impl Node {
     ///
     /// When something that it consists of does not start.
     pub fn start_in(mode: &str, scratch: &Scratch) -> Result<Self> {
-        Self::start_with(&[&["--mode", mode], &READERS_ONLY[..]].concat(), scratch)
+        Self::start_release_in(mode, scratch, Release::default())
+    }
+
+    /// As [`Self::start_release`], with a mode for lazy layers.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start_release_in(mode: &str, scratch: &Scratch, release: Release) -> Result<Self> {
+        let flags = [&["--mode", mode], &READERS_ONLY[..]].concat();
+        Self::with(Snapshotter::start_with(&flags, scratch)?, scratch, release)
     }
 
     /// As [`Self::start`], with these flags of the snapshotter.

@@ -39,7 +39,7 @@ pub fn large_file(index: usize) -> Vec<u8> {
 /// When the shell cannot be had.
 pub fn readable_layers() -> Result<Vec<Vec<u8>>> {
     let mut programs = TarLayer::new().directory("bin").program("bin/busybox", busybox()?);
-    for name in ["sh", "cat", "sleep", "sha256sum", "cut", "echo", "rm", "ls", "stat", "mkdir"] {
+    for name in ["sh", "cat", "sleep", "sha256sum", "cut", "echo", "rm", "ls", "stat", "mkdir", "tail"] {
         programs = programs.symlink(&format!("bin/{name}"), "busybox");
     }
     let small = TarLayer::new()

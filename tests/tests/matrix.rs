@@ -8,8 +8,8 @@ use format_spec::Digest;
 use lazuli_tests::{
     Compression, HarnessError, ImageBuilder, Node, Pod, Release, Result, Scratch, TarLayer, TestRegistry,
     containerd::{LAZULI, OVERLAYFS},
-    process::{Finished, Service, finish, run, wait_for},
-    programs::lazuli_ok,
+    process::{Finished, Service, command, finish, run, wait_for},
+    programs::{MODES, lazuli_ok},
     samples::{LARGE_FILE_COUNT, LARGE_FILE_LEN, large_file, readable_layers},
 };
 
@@ -37,6 +37,7 @@ on_every_release!(
     images_that_share_layers_are_pulled_at_once,
     tall_image_runs,
     node_is_switched_to_lazuli_and_back,
+    user_namespaces_read_lazily_in_each_mode,
 );
 
 /// A scratch directory for one claim on one release, and a registry with `sample:original` and `sample:lazy`.
@@ -267,5 +268,69 @@ fn node_is_switched_to_lazuli_and_back(release: Release, version: &str) -> Resul
             check_is_remote(&node, "k8s.io")?;
         }
     }
+    Ok(())
+}
+
+/// Root of the container is a user of the host without rights, and the image arrives no faster for it: no owner is
+/// changed in a copy.
+fn user_namespaces_read_lazily_in_each_mode(release: Release, version: &str) -> Result<()> {
+    for mode in MODES {
+        let (scratch, registry) = given(&format!("users-{mode}"), version)?;
+        // runc keeps all containers in one place.
+        let name = format!("users-{version}-{mode}-{}", std::process::id());
+        let node = Node::start_release_in(mode, &scratch, release)?;
+        let lazy = registry.reference("sample:lazy");
+        let before = registry.blob_bytes()?;
+        pull_lazily(&node, release, "default", &lazy)?;
+        let mut start = node.containerd.ctr(["run", "--snapshotter", LAZULI, "--remap-labels"]);
+        start.args(["--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536", &lazy, &name]).args(SLEEP);
+        let tasks = || run(&mut node.containerd.ctr(["tasks", "list"]));
+        let is_running = || tasks().is_ok_and(|tasks| tasks.contains("RUNNING"));
+        let container = Service::start("ctr run", &mut start, &scratch.log("users"), is_running)?;
+        let tasks_running = tasks()?;
+        let id = tasks_running.lines().find_map(|line| line.strip_prefix(&name)?.split_whitespace().next());
+        let id = id.ok_or_else(|| HarnessError::Unexpected(tasks_running.clone()))?;
+        let outside = run(&mut command("stat", ["-c", "%u %g", &format!("/proc/{id}")]))?;
+        assert_eq!(outside, "100000 200000\n", "{mode}");
+        let script = "stat -c '%u %g %n' /etc/greeting /large/0; cat /etc/greeting; echo mine >> /etc/greeting; \
+                      echo mine > /tmp/note; stat -c '%u %g' /tmp/note; tail -n 1 /etc/greeting";
+        let exec = |script| {
+            let exec = ["tasks", "exec", "--exec-id", "reader", &name, "/bin/sh", "-c", script];
+            stdout_of(script, finish(&mut node.containerd.ctr(exec))?)
+        };
+        let expected = "0 0 /etc/greeting\n0 0 /large/0\ngood morning\n0 0\nmine\n";
+        assert_eq!(exec(script)?, expected, "{mode}");
+        let moved = registry.blob_bytes()? - before;
+        assert!(moved < WHOLE / 2, "{mode}: {moved} bytes for a container that reads a line");
+        assert_eq!(exec("sha256sum /large/1")?, checksum_line(1), "{mode}");
+        run(&mut node.containerd.ctr(["tasks", "kill", "--signal", "SIGKILL", &name]))?;
+        drop(container);
+        wait_for("the container did not end", || Ok((!tasks()?.contains("RUNNING")).then_some(())))?;
+        run(&mut node.containerd.ctr(["containers", "rm", &name]))?;
+        let mapped = node.snapshotter.root().join("id-mapped");
+        wait_for("id-mapped mounts stay", || {
+            Ok(scratch.mounts().iter().all(|mount| !mount.starts_with(&mapped)).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// As a kubelet has it with `hostUsers: false`. On 1.7 alone: 1.6 has no such pods, and for 2.1 runc must have id-mapped
+/// mounts, 1.2 or later, which is not installed here.
+#[test]
+fn pod_with_users_of_its_own_reads_lazily() -> Result<()> {
+    let (scratch, registry) = given("pod-users", "1.7")?;
+    let (_node, cri) = Node::start_release_with_cri(&scratch, &registry, Release::V1_7, LAZULI)?;
+    let lazy = registry.reference("sample:lazy");
+    let before = registry.blob_bytes()?;
+    cri.pull_image(&lazy)?;
+    let pod = cri.run_pod_with_users("users", 300_000, 65_536)?;
+    let container = pod.start_container("users", &lazy, &SLEEP)?;
+    let script = "read inside outside count </proc/self/uid_map; echo $inside $outside $count; cat /etc/greeting; \
+                  echo mine > /tmp/note; stat -c '%u %g' /tmp/note /large/0";
+    assert_eq!(shell(&pod, &container, script)?, "0 300000 65536\ngood morning\n0 0\n0 0\n");
+    let moved = registry.blob_bytes()? - before;
+    assert!(moved < WHOLE / 2, "{moved} bytes to start a container that reads a line");
+    assert_eq!(shell(&pod, &container, "sha256sum /large/1")?, checksum_line(1));
     Ok(())
 }

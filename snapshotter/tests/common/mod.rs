@@ -83,8 +83,12 @@ impl Daemon {
     }
 
     pub async fn view(&self, key: &str, parent: &str) -> Answer<Mount> {
+        self.view_with(key, parent, HashMap::new()).await
+    }
+
+    pub async fn view_with(&self, key: &str, parent: &str, labels: HashMap<String, String>) -> Answer<Mount> {
         let (key, parent) = (key.to_owned(), parent.to_owned());
-        let request = ViewSnapshotRequest { key, parent, ..ViewSnapshotRequest::default() };
+        let request = ViewSnapshotRequest { key, parent, labels, ..ViewSnapshotRequest::default() };
         Ok(self.client.clone().view(request).await?.into_inner().mounts.remove(0))
     }
 
@@ -169,6 +173,16 @@ impl Daemon {
         self.commit(&key, name).await.unwrap();
     }
 
+    /// The mount points below the root, sorted.
+    pub fn mount_points(&self) -> Vec<String> {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let root = self.root().display().to_string();
+        let points = table.lines().filter_map(|line| line.split(' ').nth(4)?.strip_prefix(&root));
+        let mut points: Vec<_> = points.map(str::to_owned).collect();
+        points.sort();
+        points
+    }
+
     /// The ids of the snapshot directories.
     pub fn directories(&self) -> Vec<String> {
         let entries = fs::read_dir(self.root().join("snapshots")).unwrap();
@@ -183,6 +197,13 @@ impl Drop for Daemon {
         // It may have been ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // They outlive it.
+        for point in self.mount_points().iter().rev() {
+            let path = format!("{}{point}", self.root().display());
+            if let Err(error) = unmount(&path, UnmountFlags::DETACH) {
+                eprintln!("{path}: {error}");
+            }
+        }
     }
 }
 
@@ -223,6 +244,17 @@ pub fn code<T: std::fmt::Debug>(answer: Answer<T>) -> Code {
 
 pub fn to_labels(labels: &[(&str, &str)]) -> HashMap<String, String> {
     labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+/// The labels of a snapshot of a user namespace.
+pub fn user_namespace(users: &str, groups: &str) -> HashMap<String, String> {
+    to_labels(&[("containerd.io/snapshot/uidmapping", users), ("containerd.io/snapshot/gidmapping", groups)])
+}
+
+/// User and group of a file.
+pub fn owner(path: &Path) -> (u32, u32) {
+    let found = fs::symlink_metadata(path).unwrap();
+    (std::os::unix::fs::MetadataExt::uid(&found), std::os::unix::fs::MetadataExt::gid(&found))
 }
 
 /// A snapshot mounted as containerd would, unmounted when dropped.
