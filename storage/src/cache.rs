@@ -133,7 +133,7 @@ impl Cache {
         }
         inner.runtime.spawn(flush_now_and_then(Arc::downgrade(&inner), options.flush_interval));
         if let Some(rate) = options.background_rate {
-            inner.runtime.spawn(rest::fetch_rest(Arc::downgrade(&inner), rate));
+            inner.runtime.spawn(rest::fetch_rest(Arc::downgrade(&inner), inner.runtime.clone(), rate));
         }
         Ok(Self { inner })
     }

@@ -336,10 +336,15 @@ impl LayerInner {
         self.layer.blob
     }
 
-    /// The first content that is not in the cache.
-    pub(crate) fn first_missing(&self) -> Option<Range<u64>> {
-        let frame = self.store.missing_frames(&(0..self.store.index().space_len())).next()?;
-        frame_runs(self.store.index(), frame).find(|run| !self.store.has(run))
+    /// The first content from a plain offset on that is not in the cache.
+    pub(crate) fn first_missing(&self, from: u64) -> Option<Range<u64>> {
+        let frame = self.store.missing_frames(&(from..self.store.index().space_len())).next()?;
+        frame_runs(self.store.index(), frame).find(|run| run.end > from && !self.store.has(run))
+    }
+
+    /// Compressed bytes that this process fetched.
+    pub(crate) fn fetched_bytes(&self) -> u64 {
+        self.fetched_bytes.load(Ordering::Relaxed)
     }
 
     /// Where to fetch from now.
@@ -385,7 +390,7 @@ impl LayerInner {
         Progress {
             frames_present: self.store.present_frame_count(),
             frames_total: self.store.needed_frame_count(),
-            fetched_bytes: self.fetched_bytes.load(Ordering::Relaxed),
+            fetched_bytes: self.fetched_bytes(),
             hot_bytes: self.hot_bytes.load(Ordering::Relaxed),
             copied_bytes: self.copied_bytes.load(Ordering::Relaxed),
         }

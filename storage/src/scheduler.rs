@@ -14,12 +14,11 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
 };
 
 use bytes::Bytes;
 use format_spec::{Frame, index::FRAME_COMPRESSED_LEN_MAX};
-use tokio::{runtime::Handle, sync::Semaphore};
+use tokio::{runtime::Handle, sync::Semaphore, time::Instant};
 
 use crate::{
     cache::CacheOptions,
@@ -160,6 +159,11 @@ impl Scheduler {
         let state = lock(&self.state);
         let is_under_way = state.pending.values().any(|pending| pending.priority < Priority::Background);
         !is_under_way && state.last_urgent.is_none_or(|last| last <= since)
+    }
+
+    /// Something more urgent than the rest has come, or has been begun, in another way than by frames.
+    pub(crate) fn note_urgent(&self) {
+        lock(&self.state).note_urgent(Priority::HotPack);
     }
 
     /// Permits to decode frames of a class: bounds the memory for them.

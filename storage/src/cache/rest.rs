@@ -1,62 +1,96 @@
 //! What nobody has asked for: fetched when nobody asks for anything else, so that no layer stays incomplete.
 //!
-//! One step at a time for the whole cache, layer by layer in the order they were opened, at a bounded rate. It begins
-//! when start-ups are over: when no reader has waited for a while, and no hot pack is on its way. A reader who comes
-//! during a step has requests of its own, and shares the link with what is left of one step.
+//! One step at a time for the whole cache, at a bounded rate: of the layer that was opened first among those that do
+//! not fail. It begins when start-ups are over: when no reader has waited for a while, and no hot pack is on its way.
+//! A reader who comes during a step has requests of its own, and shares the link with what is left of one step.
 
 use std::{
     collections::HashMap,
     num::NonZeroU64,
     ops::Range,
-    sync::Weak,
-    time::{Duration, Instant},
+    sync::{Arc, Weak},
+    time::Duration,
 };
 
+use format_spec::index::FRAME_PLAIN_LEN_MAX;
+use tokio::{runtime::Handle, time::Instant};
+
 use super::CacheInner;
-use crate::{
-    layer::{Layer, Priority},
-    scheduler::Scheduler,
-};
+use crate::layer::{Layer, Priority};
 
 /// Nobody has to have waited for this long: pauses of a start-up are shorter.
 const QUIET: Duration = Duration::from_secs(1);
-/// A container that reads something new again and again is taken to have started after this time.
+/// A container that reads something new again and again is taken to have started after this time; and nobody, who may
+/// be waiting for a registry that does not answer, holds up a step for longer.
 const START_UP_MAX: Duration = Duration::from_secs(30);
 /// How often it is looked whether there is something to do.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// Plain bytes of a step: a request or two.
 const STEP_LEN: u64 = 8 << 20;
-/// A layer of which a step failed is left alone for this long; what a reader wants of it is asked for all the same.
+/// A step that takes longer has failed: other layers may come from a place that answers.
+const STEP_TIME_MAX: Duration = Duration::from_secs(20);
+/// A layer of which a step failed is left alone for this long, then twice as long each time;
+/// what a reader wants of it is asked for all the same.
 const FAILURE_PAUSE: Duration = Duration::from_secs(60);
+const FAILURE_PAUSE_MAX: Duration = Duration::from_secs(3600);
 
-/// What is remembered of a layer that has not arrived completely.
+// A step brings what it begins with.
+const _: () = assert!(STEP_LEN >= FRAME_PLAIN_LEN_MAX as u64);
+
+/// What is remembered of the layers, between two steps.
+struct Plan {
+    /// By the number of the layer.
+    incomplete: HashMap<u64, Incomplete>,
+    /// Since when there was something to do and somebody was in the way.
+    held_since: Option<Instant>,
+}
+
+/// A layer that has not arrived completely.
 struct Incomplete {
     since: Instant,
+    /// Content before this was tried.
+    from: u64,
+    failure_count: u32,
     not_before: Instant,
 }
 
+/// What to fetch next.
+struct Step {
+    layer: Layer,
+    /// What must be there afterwards.
+    missing: Range<u64>,
+}
+
 /// Fetches what is missing of every open layer, until the cache is gone.
-pub(super) async fn fetch_rest(cache: Weak<CacheInner>, bytes_per_second: NonZeroU64) {
-    // By the number of the layer, which grows in the order of opening.
-    let mut incomplete: HashMap<u64, Incomplete> = HashMap::new();
+pub(super) async fn fetch_rest(cache: Weak<CacheInner>, runtime: Handle, bytes_per_second: NonZeroU64) {
+    let mut plan = Plan { incomplete: HashMap::new(), held_since: None };
     loop {
+        // The last handle of the cache or of a layer may be ours: it must go where blocking is allowed.
         let Some(inner) = cache.upgrade() else { return };
-        let step = next_step(inner.open_layers(), &inner.scheduler, &mut incomplete);
-        drop(inner);
-        let Some((layer, missing)) = step else {
+        let chosen = runtime.spawn_blocking(move || {
+            let step = plan.next_step(&inner);
+            (plan, step)
+        });
+        let Ok((chosen_plan, step)) = chosen.await else { return };
+        plan = chosen_plan;
+        let Some(Step { layer, missing }) = step else {
             tokio::time::sleep(LOOK_INTERVAL).await;
             continue;
         };
-        let (started, before) = (Instant::now(), layer.progress().fetched_bytes);
+        let (started, number, before) = (Instant::now(), layer.inner().number, layer.inner().fetched_bytes());
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let range = missing.start..missing.start.saturating_add(STEP_LEN);
         layer.fetch(range, Priority::Background, move |arrived| drop(sender.send(arrived)));
-        let has_arrived = matches!(receiver.await, Ok(Ok(()))) && layer.inner().store.has(&missing);
-        if !has_arrived && let Some(layer) = incomplete.get_mut(&layer.inner().number) {
-            layer.not_before = Instant::now() + FAILURE_PAUSE;
-        }
-        let fetched = layer.progress().fetched_bytes.saturating_sub(before);
-        drop(layer);
+        let is_answered = tokio::time::timeout(STEP_TIME_MAX, receiver).await.is_ok();
+        let ended = runtime.spawn_blocking(move || {
+            // What came is looked at, not what was answered: a full disk is no error there.
+            let has_arrived = is_answered && layer.inner().store.has(&missing);
+            let fetched = layer.inner().fetched_bytes();
+            drop(layer);
+            (has_arrived, fetched.saturating_sub(before), missing)
+        });
+        let Ok((has_arrived, fetched, missing)) = ended.await else { return };
+        plan.note_step(number, has_arrived, missing.end);
         tokio::time::sleep(step_time(fetched, bytes_per_second).saturating_sub(started.elapsed())).await;
     }
 }
@@ -66,34 +100,66 @@ fn step_time(bytes: u64, bytes_per_second: NonZeroU64) -> Duration {
     Duration::from_millis(bytes.saturating_mul(1000) / bytes_per_second)
 }
 
-/// What to fetch now: the first content that is missing of the layer that was opened first.
-fn next_step(
-    mut open: Vec<Layer>,
-    scheduler: &Scheduler,
-    incomplete: &mut HashMap<u64, Incomplete>,
-) -> Option<(Layer, Range<u64>)> {
-    let now = Instant::now();
-    let is_new = |layer: &Layer| !incomplete.contains_key(&layer.inner().number);
-    open.retain(|layer| !(layer.is_complete() && is_new(layer)));
-    let (complete, mut open): (Vec<_>, Vec<_>) = open.into_iter().partition(Layer::is_complete);
-    for layer in complete {
-        tracing::info!(blob = %layer.lazy_layer().blob, description = %layer.description(), "layer is complete");
+impl Plan {
+    /// What to fetch now, if now is the time.
+    fn next_step(&mut self, cache: &Arc<CacheInner>) -> Option<Step> {
+        let now = Instant::now();
+        let mut open = cache.open_layers();
+        self.note_complete(&open);
+        open.retain(|layer| !layer.is_complete());
+        for layer in &open {
+            let new = Incomplete { since: now, from: 0, failure_count: 0, not_before: now };
+            self.incomplete.entry(layer.inner().number).or_insert(new);
+        }
+        self.incomplete.retain(|number, _| open.iter().any(|layer| layer.inner().number == *number));
+        let is_starting_up = open.iter().any(|layer| layer.inner().is_starting_up());
+        let is_held_long = self.held_since.is_some_and(|since| now.duration_since(since) >= START_UP_MAX);
+        // Those that fail last, so that they keep no other waiting.
+        open.sort_by_key(|layer| {
+            let number = layer.inner().number;
+            (self.incomplete.get(&number).map(|known| known.failure_count), number)
+        });
+        open.into_iter().find_map(|layer| {
+            let known = self.incomplete.get_mut(&layer.inner().number)?;
+            let quiet = if now.duration_since(known.since) < START_UP_MAX { QUIET } else { Duration::ZERO };
+            if now < known.not_before {
+                return None;
+            }
+            if is_starting_up || !cache.scheduler.is_quiet_since(now.checked_sub(quiet)?) {
+                self.held_since.get_or_insert(now);
+                if !is_held_long {
+                    return None;
+                }
+            } else {
+                self.held_since = None;
+            }
+            let missing = layer.inner().first_missing(known.from);
+            if missing.is_none() {
+                // What failed is tried again from the beginning.
+                known.from = 0;
+            }
+            missing.map(|missing| Step { layer, missing })
+        })
     }
-    incomplete.retain(|number, _| open.iter().any(|layer| layer.inner().number == *number));
-    for layer in &open {
-        incomplete.entry(layer.inner().number).or_insert(Incomplete { since: now, not_before: now });
+
+    /// Tells of each layer once that it has become complete.
+    fn note_complete(&mut self, open: &[Layer]) {
+        for layer in open.iter().filter(|layer| layer.is_complete()) {
+            if self.incomplete.remove(&layer.inner().number).is_some() {
+                tracing::info!(blob = %layer.lazy_layer().blob, description = %layer.description(), "layer is complete");
+            }
+        }
     }
-    if open.iter().any(|layer| layer.inner().is_starting_up()) {
-        return None;
+
+    fn note_step(&mut self, number: u64, has_arrived: bool, end: u64) {
+        let Some(known) = self.incomplete.get_mut(&number) else { return };
+        if has_arrived {
+            known.failure_count = 0;
+            return;
+        }
+        known.from = end;
+        let pause = FAILURE_PAUSE.saturating_mul(1 << known.failure_count.min(16));
+        known.not_before = Instant::now() + pause.min(FAILURE_PAUSE_MAX);
+        known.failure_count += 1;
     }
-    open.sort_unstable_by_key(|layer| layer.inner().number);
-    open.into_iter().find_map(|layer| {
-        let known = incomplete.get(&layer.inner().number)?;
-        let quiet = if now.duration_since(known.since) < START_UP_MAX { QUIET } else { Duration::ZERO };
-        let may_begin = now >= known.not_before
-            && !layer.inner().store.is_disk_refusing()
-            && scheduler.is_quiet_since(now.checked_sub(quiet)?);
-        let missing = if may_begin { layer.inner().first_missing() } else { None };
-        missing.map(|missing| (layer, missing))
-    })
 }

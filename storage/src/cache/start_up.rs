@@ -38,6 +38,7 @@ impl CacheInner {
     /// Begins what is to be done for a layer that was opened; `with_index` is the hot pack if it comes with the index.
     pub(super) fn start_up(self: &Arc<Self>, layer: &Layer, with_index: Option<Incoming>, has_peers: bool) {
         let inner = layer.inner().clone();
+        inner.scheduler.note_urgent();
         let (store, index) = (&inner.store, layer.index());
         let section = index.dedup().copied().filter(|_| !store.is_dedup_kept());
         let seeks_first = has_peers && section.is_some() && !store.is_complete();
@@ -69,6 +70,7 @@ impl CacheInner {
             if let Some(section) = section {
                 copy_from_peers(cache, &inner, &section, had_hot_pack).await;
             }
+            inner.scheduler.note_urgent();
             drop(seeking);
         });
     }

@@ -1,11 +1,12 @@
 //! What nobody asks for is fetched when nobody waits, at a rate, and of no layer that is gone.
+//!
+//! The clock stands still while anything happens, and jumps to the next timer when nothing does.
 
-use std::{
-    num::NonZeroU64,
-    time::{Duration, Instant},
-};
+use std::{num::NonZeroU64, time::Duration};
 
+use serde_json::json;
 use storage::{CacheOptions, Layer};
+use tokio::time::Instant;
 
 use crate::support::{Fault, Fixture, MemorySource, TestFile, TestLayer, check_read, options};
 
@@ -19,14 +20,14 @@ fn with_rate(bytes_per_second: u64) -> CacheOptions {
 }
 
 async fn wait_until_complete(layer: &Layer) {
-    let give_up_at = Instant::now() + Duration::from_secs(60);
+    let give_up_at = Instant::now() + Duration::from_secs(3 * 3600);
     while !layer.is_complete() {
         assert!(Instant::now() < give_up_at, "{:?}", layer.progress());
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(start_paused = true)]
 async fn all_of_a_layer_comes_once_without_a_reader() {
     let test = TestLayer::of_frames(50, 10_000);
     let fixture = Fixture::with_options(&test, with_rate(FAST)).await;
@@ -37,7 +38,7 @@ async fn all_of_a_layer_comes_once_without_a_reader() {
     check_read(&fixture.layer, &test, 0..test.files[0].end).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(start_paused = true)]
 async fn what_frames_of_a_hole_do_not_bring_is_not_waited_for() {
     const HOLE_LEN: usize = 20 << 20;
     let files = [TestFile(vec![(0, 5000), (HOLE_LEN, 5000)]), TestFile::of_len(9000)];
@@ -47,7 +48,7 @@ async fn what_frames_of_a_hole_do_not_bring_is_not_waited_for() {
     check_read(&fixture.layer, &test, 0..test.space.len() as u64).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(start_paused = true)]
 async fn it_waits_as_long_as_a_reader_does() {
     let test = TestLayer::of_frames(5, 10_000);
     let fixture = Fixture::with_options(&test, with_rate(FAST)).await;
@@ -64,7 +65,7 @@ async fn it_waits_as_long_as_a_reader_does() {
     wait_until_complete(&fixture.layer).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(start_paused = true)]
 async fn a_rate_is_kept() {
     let test = TestLayer::of_frames(12, 2 << 20);
     let fixture = Fixture::with_options(&test, with_rate(8 << 20)).await;
@@ -74,7 +75,7 @@ async fn a_rate_is_kept() {
     assert!(started.elapsed() > Duration::from_secs(2), "{:?}", started.elapsed());
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(start_paused = true)]
 async fn nothing_more_comes_of_a_removed_layer() {
     let test = TestLayer::of_frames(12, 2 << 20);
     let fixture = Fixture::with_options(&test, with_rate(4 << 20)).await;
@@ -86,18 +87,54 @@ async fn nothing_more_comes_of_a_removed_layer() {
     assert_eq!(fixture.source.frame_requests().len(), at_removal);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_source_that_fails_is_left_alone_and_holds_up_no_other_layer() {
+#[tokio::test(start_paused = true)]
+async fn a_source_that_fails_is_asked_less_and_less_and_holds_up_no_other_layer() {
     let test = TestLayer::of_frames(5, 10_000);
     let fixture = Fixture::with_options(&test, with_rate(FAST)).await;
-    fixture.source.fail_next([Fault::Refuse; 100]);
+    fixture.source.fail_next([Fault::Refuse; 3]);
+    let started = Instant::now();
     let other_test = TestLayer::of_frames(6, 10_000);
-    let other_source = MemorySource::new(&other_test);
-    let other = fixture.cache.layer(&other_test.lazy, other_source, serde_json::json!("other")).await.unwrap();
+    let other = fixture.cache.layer(&other_test.lazy, MemorySource::new(&other_test), json!("other")).await.unwrap();
     wait_until_complete(&other).await;
-    let requests = fixture.source.frame_requests().len();
-    assert!(requests > 0);
-    tokio::time::sleep(LONGER_THAN_QUIET).await;
-    assert_eq!(fixture.source.frame_requests().len(), requests);
+    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
     assert!(!fixture.layer.is_complete());
+    wait_until_complete(&fixture.layer).await;
+    // Three steps that fail, and the pauses after them.
+    let pauses = Duration::from_secs(60 + 120 + 240);
+    assert!((pauses..pauses + Duration::from_secs(10)).contains(&started.elapsed()), "{:?}", started.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_frame_that_is_always_wrong_keeps_nothing_else_away() {
+    let test = TestLayer::of_frames(30, 1 << 20);
+    let fixture = Fixture::with_options(&test, with_rate(FAST)).await;
+    let wrong = test.request_for(4..5);
+    for frame in 0..=4 {
+        // Whatever request brings it.
+        for end in 5..=9 {
+            fixture.source.fail_at(&test.request_for(frame..end), Fault::FlipAt(wrong.start + 10));
+        }
+    }
+    let give_up_at = Instant::now() + Duration::from_secs(3600);
+    while fixture.layer.progress().frames_present < 29 {
+        assert!(Instant::now() < give_up_at, "{:?}", fixture.layer.progress());
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert!(!fixture.layer.is_complete());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_who_waits_for_ever_holds_up_the_rest_for_half_a_minute_at_most() {
+    let test = TestLayer::of_frames(5, 10_000);
+    let fixture = Fixture::with_options(&test, with_rate(FAST)).await;
+    fixture.source.hold_at(test.request_for(3..4).start);
+    let (layer, plain) = (fixture.layer.clone(), test.plain_of_frame(3));
+    let reader = tokio::spawn(async move { layer.read_async(plain.start, 100).await });
+    let other_test = TestLayer::of_frames(6, 10_000);
+    let other = fixture.cache.layer(&other_test.lazy, MemorySource::new(&other_test), json!("other")).await.unwrap();
+    let started = Instant::now();
+    wait_until_complete(&other).await;
+    let waited = started.elapsed().as_secs();
+    assert!((25..60).contains(&waited), "{waited} s");
+    reader.abort();
 }
