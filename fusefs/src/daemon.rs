@@ -14,7 +14,7 @@
 //! or told to end leaves it, and the next one, which gets the descriptor, goes on where it was.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -24,7 +24,7 @@ use std::{
 };
 
 use rustix::fs::FlockOperation;
-use storage::CacheOptions;
+use storage::{CacheOptions, create_private_directory};
 use tokio::runtime::Handle;
 use tracing::{info, warn};
 
@@ -102,7 +102,7 @@ impl Daemon {
         let runtime = Handle::current();
         let DaemonOptions { root, address, session: session_options, mode: asked, take_over, cache } = options;
         let prepare = move || -> Result<Self, Error> {
-            fs::create_dir_all(&root).map_err(Error::disk(&root))?;
+            create_private_directory(&root).map_err(Error::disk(&root))?;
             let root = root.canonicalize().map_err(Error::disk(&root))?;
             let patience = if take_over.is_some() { PREDECESSOR_PATIENCE } else { CLOSING_PATIENCE };
             let mount_point = root.join("mnt");

@@ -18,7 +18,7 @@ use std::{
 
 use format_spec::LayerId;
 use serde::{Deserialize, Serialize};
-use storage::Layer;
+use storage::{Layer, create_private_directory};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -134,7 +134,8 @@ impl KernelMounts {
     /// When the session or the directory cannot be used.
     pub(crate) fn open(root: &Path, session: &Path, read_ahead_kib: u32) -> io::Result<Self> {
         let directory = root.join("erofs");
-        fs::create_dir_all(&directory)?;
+        // What is mounted there may have programs that run as root for whoever reaches them.
+        create_private_directory(&directory)?;
         let device = fs::metadata(session)?.dev();
         let mounts = Self { directory, layers: session.join(LAYERS), session: device, read_ahead_kib };
         for id in mounts.known()? {

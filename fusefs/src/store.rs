@@ -14,7 +14,7 @@ use std::{
 
 use format_spec::Index;
 use serde::{Deserialize, Serialize};
-use storage::mapping::Map;
+use storage::{create_private_directory, mapping::Map};
 use tracing::warn;
 
 use crate::{
@@ -62,7 +62,7 @@ impl TreeStore {
     ///
     /// When the disk refuses.
     pub(crate) fn open(directory: PathBuf) -> Result<Self, Error> {
-        fs::create_dir_all(&directory).map_err(Error::disk(&directory))?;
+        create_private_directory(&directory).map_err(Error::disk(&directory))?;
         let store = Self { directory, next_slot: Mutex::new(Slot::FIRST.number()) };
         let mut next_slot = store.read_next_slot();
         for (_, record) in store.records()? {

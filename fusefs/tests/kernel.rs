@@ -71,6 +71,10 @@ fn a_tree_is_an_erofs_mount_whose_image_is_kept_and_sound() {
     };
     assert_eq!(tree_status(&daemon), expected);
     fsck(&image_of(root.path(), &layers), &daemon, &layers);
+    for part in ["", "erofs", "trees", "cache", "mnt"] {
+        let mode = fs::metadata(daemon.root.join(part)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o700, "{part}: programs of an image run for nobody else");
+    }
 
     let image = fs::metadata(image_of(root.path(), &layers)).unwrap().ino();
     drop(daemon);

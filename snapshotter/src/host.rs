@@ -90,7 +90,8 @@ fn in_user_namespace() -> bool {
         .is_ok_and(|map| map.split_whitespace().collect::<Vec<_>>() != ["0", "0", "4294967295"])
 }
 
-fn make_private(path: &Path) -> io::Result<()> {
+/// Makes a directory and its parents, for the daemon's user only.
+pub(crate) fn make_private(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 

@@ -28,6 +28,7 @@ use rustix::{
 use tracing::{debug, warn};
 
 use crate::{
+    host::make_private,
     id_map::IdMap,
     metadata::SnapshotId,
     system_calls,
@@ -130,7 +131,7 @@ impl IdMappedMounts {
                     _ => failed(error),
                 }
             })?;
-            fs::create_dir_all(&place).map_err(failed)?;
+            make_private(&place).map_err(failed)?;
             attach(mount.as_fd(), &place).map_err(failed)?;
             debug!(snapshot = %id, source = %source.display(), "shown with other owners");
         }

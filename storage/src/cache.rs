@@ -29,7 +29,7 @@ use serde_json::Value;
 use tokio::runtime::Handle;
 
 use crate::{
-    directory::{LayerDirectory, LayerRecord, create_directory},
+    directory::{LayerDirectory, LayerRecord, create_private_directory},
     error::{CacheError, ReadError},
     frame_store::lock,
     layer::{Layer, Origin},
@@ -114,7 +114,7 @@ impl Cache {
     /// When `root` lies on overlayfs or cannot be made.
     pub fn open(root: &Path, runtime: Handle, options: CacheOptions) -> Result<Self, CacheError> {
         let disk_error = |error: io::Error| disk_error(root, error);
-        create_directory(root).map_err(disk_error)?;
+        create_private_directory(root).map_err(disk_error)?;
         let magic = rustix::fs::statfs(root).map_err(|error| disk_error(error.into()))?.f_type;
         if u64::try_from(magic) == Ok(OVERLAYFS_SUPER_MAGIC) {
             return Err(CacheError::OnOverlay(root.to_owned()));
@@ -126,10 +126,10 @@ impl Cache {
             layers: Mutex::default(),
             layer_count: AtomicU64::new(0),
         });
-        create_directory(&root.join("layers")).map_err(disk_error)?;
+        create_private_directory(&root.join("layers")).map_err(disk_error)?;
         match fs::remove_dir_all(inner.graveyard()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk_error(error)),
-            _ => create_directory(&inner.graveyard()).map_err(disk_error)?,
+            _ => create_private_directory(&inner.graveyard()).map_err(disk_error)?,
         }
         inner.runtime.spawn(flush_now_and_then(Arc::downgrade(&inner), options.flush_interval));
         if let Some(rate) = options.background_rate {

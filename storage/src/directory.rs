@@ -63,7 +63,7 @@ impl LayerDirectory {
 
     /// Makes the directory if it is not there.
     pub(crate) fn create(&self) -> io::Result<()> {
-        create_directory(&self.path)
+        create_private_directory(&self.path)
     }
 
     /// Reads `layer.json`; `None` if it is missing or damaged.
@@ -186,8 +186,12 @@ impl LayerDirectory {
     }
 }
 
-/// Makes a directory and its parents, for the daemon's user only.
-pub(crate) fn create_directory(path: &Path) -> io::Result<()> {
+/// Makes a directory and its parents, for the daemon's user only. One that is there stays as it is.
+///
+/// # Errors
+///
+/// When the disk refuses.
+pub fn create_private_directory(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path)
 }
 

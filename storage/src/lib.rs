@@ -34,6 +34,7 @@ mod transfer;
 mod wait;
 
 pub use cache::{Cache, CacheOptions, KnownLayer};
+pub use directory::create_private_directory;
 pub use error::{CacheError, ReadError};
 pub use layer::{Activity, Layer, LayerIndex, Priority, Progress};
 pub use source::{ByteStream, FetchFuture, Source, SourceError};

@@ -71,7 +71,8 @@ fn demonstrate() -> Result<()> {
     say("lazy pull, then run with Lazuli");
     let lazily = {
         let scratch = Scratch::at(&directory.join("lazy"), "demo-lazy")?;
-        let node = Node::start(&scratch)?;
+        // As it is without configuration.
+        let node = Node::start_with(&[], &scratch)?;
         let start = Start { registry: &registry, containerd: &node.containerd, reference: &lazy, snapshotter: LAZULI };
         start.measure(&scratch, || run(&mut node.lazuli_pull_command(&lazy)?).map(drop))?
     };
