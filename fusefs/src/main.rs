@@ -17,7 +17,7 @@ use clap::Parser;
 use fusefs::{Daemon, DaemonOptions, Ended, Error, Mode, SessionOptions, control::RemoteLayer, descriptor};
 use registry::{BlobSource, Client, ClientOptions, Reference};
 use sd_notify::NotifyState;
-use storage::{CacheOptions, Source, SourceError};
+use storage::{CacheOptions, RestOptions, Source, SourceError};
 use tokio::{runtime::Builder, signal::unix::SignalKind};
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
@@ -84,7 +84,7 @@ fn main() -> ExitCode {
         take_over,
         mode: arguments.mode,
         cache: CacheOptions {
-            background_rate: NonZeroU64::new(u64::from(arguments.background_rate) << 20),
+            rest: NonZeroU64::new(u64::from(arguments.background_rate) << 20).map(RestOptions::new),
             ..CacheOptions::default()
         },
     };

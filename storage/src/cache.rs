@@ -14,7 +14,6 @@
 use std::{
     collections::HashMap,
     fs, io,
-    num::NonZeroU64,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, Weak, atomic::AtomicU64},
     time::Duration,
@@ -41,6 +40,8 @@ mod opening;
 mod rest;
 mod start_up;
 
+pub use rest::RestOptions;
+
 /// `f_type` of overlayfs (Linux include/uapi/linux/magic.h).
 const OVERLAYFS_SUPER_MAGIC: u64 = 0x794c_7630;
 
@@ -53,8 +54,8 @@ pub struct CacheOptions {
     pub hot_requests_max: usize,
     /// Requests in flight for everything else.
     pub background_requests_max: usize,
-    /// Bytes a second at which the rest of every layer is fetched when nobody waits for anything; `None` leaves it at the source.
-    pub background_rate: Option<NonZeroU64>,
+    /// When and how fast the rest of every layer is fetched; `None` leaves it at the source.
+    pub rest: Option<RestOptions>,
     /// Time between two writes of what arrived to the disk.
     pub flush_interval: Duration,
 }
@@ -65,7 +66,7 @@ impl Default for CacheOptions {
             read_requests_max: 16,
             hot_requests_max: 4,
             background_requests_max: 2,
-            background_rate: None,
+            rest: None,
             flush_interval: Duration::from_secs(3),
         }
     }
@@ -132,8 +133,8 @@ impl Cache {
             _ => create_private_directory(&inner.graveyard()).map_err(disk_error)?,
         }
         inner.runtime.spawn(flush_now_and_then(Arc::downgrade(&inner), options.flush_interval));
-        if let Some(rate) = options.background_rate {
-            inner.runtime.spawn(rest::fetch_rest(Arc::downgrade(&inner), inner.runtime.clone(), rate));
+        if let Some(rest) = options.rest {
+            inner.runtime.spawn(rest::fetch_rest(Arc::downgrade(&inner), inner.runtime.clone(), rest));
         }
         Ok(Self { inner })
     }

@@ -33,7 +33,7 @@ pub mod source;
 mod transfer;
 mod wait;
 
-pub use cache::{Cache, CacheOptions, KnownLayer};
+pub use cache::{Cache, CacheOptions, KnownLayer, RestOptions};
 pub use directory::create_private_directory;
 pub use error::{CacheError, ReadError};
 pub use layer::{Activity, Layer, LayerIndex, Priority, Progress};

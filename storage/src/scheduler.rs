@@ -14,11 +14,12 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use bytes::Bytes;
 use format_spec::{Frame, index::FRAME_COMPRESSED_LEN_MAX};
-use tokio::{runtime::Handle, sync::Semaphore, time::Instant};
+use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::{
     cache::CacheOptions,

@@ -9,36 +9,61 @@ use std::{
     num::NonZeroU64,
     ops::Range,
     sync::{Arc, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use format_spec::index::FRAME_PLAIN_LEN_MAX;
-use tokio::{runtime::Handle, time::Instant};
+use tokio::runtime::Handle;
 
 use super::CacheInner;
 use crate::layer::{Layer, Priority};
 
-/// Nobody has to have waited for this long: pauses of a start-up are shorter.
-const QUIET: Duration = Duration::from_secs(1);
-/// A container that reads something new again and again is taken to have started after this time; and nobody, who may
-/// be waiting for a registry that does not answer, holds up a step for longer.
-const START_UP_MAX: Duration = Duration::from_secs(30);
-/// How often it is looked whether there is something to do.
-const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// Plain bytes of a step: a request or two.
 const STEP_LEN: u64 = 8 << 20;
-/// A step that takes longer has failed: other layers may come from a place that answers.
-const STEP_TIME_MAX: Duration = Duration::from_secs(20);
-/// A layer of which a step failed is left alone for this long, then twice as long each time;
-/// what a reader wants of it is asked for all the same.
-const FAILURE_PAUSE: Duration = Duration::from_secs(60);
-const FAILURE_PAUSE_MAX: Duration = Duration::from_secs(3600);
+/// The pause after a failed step grows to this many times its first length.
+const FAILURE_PAUSE_FACTOR_MAX: u32 = 64;
+
+/// When the rest of layers is fetched, and how fast.
+#[derive(Debug, Clone)]
+pub struct RestOptions {
+    /// Its rate.
+    pub bytes_per_second: NonZeroU64,
+    /// Nobody has to have waited for this long: pauses of a start-up are shorter.
+    pub quiet: Duration,
+    /// A container that reads something new again and again is taken to have started after this time; and nobody, who
+    /// may be waiting for a registry that does not answer, holds up a step for longer.
+    pub start_up_max: Duration,
+    /// A step that takes longer has failed: other layers may come from a place that answers.
+    pub step_max: Duration,
+    /// A layer of which a step failed is left alone for this long, then twice as long each time, up to an hour by
+    /// default; what a reader wants of it is asked for all the same.
+    pub failure_pause: Duration,
+}
+
+impl RestOptions {
+    /// The usual times, at a rate.
+    pub fn new(bytes_per_second: NonZeroU64) -> Self {
+        Self {
+            bytes_per_second,
+            quiet: Duration::from_secs(1),
+            start_up_max: Duration::from_secs(30),
+            step_max: Duration::from_secs(20),
+            failure_pause: Duration::from_secs(60),
+        }
+    }
+
+    /// How often it is looked whether there is something to do.
+    fn look_interval(&self) -> Duration {
+        self.quiet / 4
+    }
+}
 
 // A step brings what it begins with.
 const _: () = assert!(STEP_LEN >= FRAME_PLAIN_LEN_MAX as u64);
 
 /// What is remembered of the layers, between two steps.
 struct Plan {
+    options: RestOptions,
     /// By the number of the layer.
     incomplete: HashMap<u64, Incomplete>,
     /// Since when there was something to do and somebody was in the way.
@@ -62,8 +87,8 @@ struct Step {
 }
 
 /// Fetches what is missing of every open layer, until the cache is gone.
-pub(super) async fn fetch_rest(cache: Weak<CacheInner>, runtime: Handle, bytes_per_second: NonZeroU64) {
-    let mut plan = Plan { incomplete: HashMap::new(), held_since: None };
+pub(super) async fn fetch_rest(cache: Weak<CacheInner>, runtime: Handle, options: RestOptions) {
+    let mut plan = Plan { incomplete: HashMap::new(), held_since: None, options: options.clone() };
     loop {
         // The last handle of the cache or of a layer may be ours: it must go where blocking is allowed.
         let Some(inner) = cache.upgrade() else { return };
@@ -74,14 +99,14 @@ pub(super) async fn fetch_rest(cache: Weak<CacheInner>, runtime: Handle, bytes_p
         let Ok((chosen_plan, step)) = chosen.await else { return };
         plan = chosen_plan;
         let Some(Step { layer, missing }) = step else {
-            tokio::time::sleep(LOOK_INTERVAL).await;
+            tokio::time::sleep(options.look_interval()).await;
             continue;
         };
         let (started, number, before) = (Instant::now(), layer.inner().number, layer.inner().fetched_bytes());
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let range = missing.start..missing.start.saturating_add(STEP_LEN);
         layer.fetch(range, Priority::Background, move |arrived| drop(sender.send(arrived)));
-        let is_answered = tokio::time::timeout(STEP_TIME_MAX, receiver).await.is_ok();
+        let is_answered = tokio::time::timeout(options.step_max, receiver).await.is_ok();
         let ended = runtime.spawn_blocking(move || {
             // What came is looked at, not what was answered: a full disk is no error there.
             let has_arrived = is_answered && layer.inner().store.has(&missing);
@@ -91,7 +116,7 @@ pub(super) async fn fetch_rest(cache: Weak<CacheInner>, runtime: Handle, bytes_p
         });
         let Ok((has_arrived, fetched, missing)) = ended.await else { return };
         plan.note_step(number, has_arrived, missing.end);
-        tokio::time::sleep(step_time(fetched, bytes_per_second).saturating_sub(started.elapsed())).await;
+        tokio::time::sleep(step_time(fetched, options.bytes_per_second).saturating_sub(started.elapsed())).await;
     }
 }
 
@@ -113,7 +138,7 @@ impl Plan {
         }
         self.incomplete.retain(|number, _| open.iter().any(|layer| layer.inner().number == *number));
         let is_starting_up = open.iter().any(|layer| layer.inner().is_starting_up());
-        let is_held_long = self.held_since.is_some_and(|since| now.duration_since(since) >= START_UP_MAX);
+        let is_held_long = self.held_since.is_some_and(|since| now.duration_since(since) >= self.options.start_up_max);
         // Those that fail last, so that they keep no other waiting.
         open.sort_by_key(|layer| {
             let number = layer.inner().number;
@@ -121,7 +146,8 @@ impl Plan {
         });
         open.into_iter().find_map(|layer| {
             let known = self.incomplete.get_mut(&layer.inner().number)?;
-            let quiet = if now.duration_since(known.since) < START_UP_MAX { QUIET } else { Duration::ZERO };
+            let has_started = now.duration_since(known.since) >= self.options.start_up_max;
+            let quiet = if has_started { Duration::ZERO } else { self.options.quiet };
             if now < known.not_before {
                 return None;
             }
@@ -158,8 +184,10 @@ impl Plan {
             return;
         }
         known.from = end;
-        let pause = FAILURE_PAUSE.saturating_mul(1 << known.failure_count.min(16));
-        known.not_before = Instant::now() + pause.min(FAILURE_PAUSE_MAX);
+        let factor = 1u32
+            .checked_shl(known.failure_count)
+            .map_or(FAILURE_PAUSE_FACTOR_MAX, |factor| factor.min(FAILURE_PAUSE_FACTOR_MAX));
+        known.not_before = Instant::now() + self.options.failure_pause * factor;
         known.failure_count += 1;
     }
 }
