@@ -40,9 +40,10 @@ fn check(name: &str) -> Result<()> {
     let moved = registry.blob_bytes()? - start;
     assert!(moved < sizes[1], "{moved} bytes moved of {}", sizes[1]);
     println!(
-        "{name}: {} bytes of layers, {} converted, {moved} fetched until ready ({} %)",
+        "{name}: {} bytes of layers, {} converted, {moved} fetched until ready ({} % of the layers, {} % of the converted)",
         sizes[0],
         sizes[1],
+        moved * 100 / sizes[0],
         moved * 100 / sizes[1]
     );
 
