@@ -13,10 +13,13 @@ use std::{
 };
 
 use fusefs::{
-    Mode,
+    DaemonOptions, Mode, SessionOptions,
     control::{RemoteLayer, Request, Response, TreeMode, TreeStatus},
 };
-use support::{daemon::Running, *};
+use support::{
+    daemon::{Running, options},
+    *,
+};
 
 /// Two layers with a file of several frames in each.
 fn two_layers(registry: &Registry) -> Vec<RemoteLayer> {
@@ -84,13 +87,15 @@ fn a_tree_is_an_erofs_mount_whose_image_is_kept_and_sound() {
     assert_eq!(fs::metadata(image_of(root.path(), &layers)).unwrap().ino(), image, "the image is used again");
 }
 
-/// The oracle checks content too: devices are the files of the session.
+/// The oracle reads all files too: devices are those of the session.
 fn fsck(image: &Path, daemon: &Running, layers: &[RemoteLayer]) {
     let devices = layers.iter().map(|layer| daemon.root.join("mnt/layers").join(layer.layer.id().hex()));
     let mut fsck = Command::new("fsck.erofs");
-    fsck.args(devices.map(|path| format!("--device={}", path.display()))).arg(image);
-    let output = fsck.output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    fsck.args(devices.map(|path| format!("--device={}", path.display())));
+    let output = fsck.args(["-d3", "--extract"]).arg(image).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
+    assert!(!text.contains("<E>") && text.contains("No errors found"), "{text}");
 }
 
 #[test]
@@ -177,15 +182,16 @@ fn many_threads_that_ask_for_one_tree_get_one_mount() {
 fn read_ahead_of_session_and_mount_is_what_is_asked_for() {
     let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
     let layers = two_layers(&registry);
-    let daemon = Running::start_in(Mode::Erofs, root.path(), &registry);
+    // A value that no other mount of this machine has.
+    let session = SessionOptions { read_ahead_kib: 308 };
+    let daemon = Running::start_with(DaemonOptions { mode: Mode::Erofs, session, ..options(root.path()) }, &registry);
     let path = daemon.mount(&layers);
     let kib = |bdi: &str| fs::read_to_string(format!("/sys/class/bdi/{bdi}/read_ahead_kb")).unwrap();
     let device = fs::metadata(daemon.root.join("mnt")).unwrap().dev();
     let session = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
-    let expected = fusefs::SessionOptions::default().read_ahead_kib.to_string();
-    assert_eq!(kib(&session).trim(), expected);
+    assert_eq!(kib(&session).trim(), "308");
     assert_eq!(file_system_of(&path), EROFS);
     let names = fs::read_dir("/sys/class/bdi").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let erofs: Vec<_> = names.filter(|name| name.starts_with("erofs-")).collect();
-    assert!(erofs.iter().any(|name| kib(name).trim() == expected), "{erofs:?}");
+    assert!(erofs.iter().any(|name| kib(name).trim() == "308"), "{erofs:?}");
 }

@@ -124,8 +124,8 @@ impl LazyMount {
         &self.cache
     }
 
-    /// Has `fsck.erofs` look at the EROFS images in the cache, with the cache files of the layers as devices: in kernel
-    /// mode there is one, which must be read completely before.
+    /// Has `fsck.erofs` look at the EROFS images in the cache and read all their files, with the cache files of the
+    /// layers as devices: in kernel mode there is one, which must be read completely before.
     ///
     /// # Errors
     ///
@@ -142,7 +142,7 @@ impl LazyMount {
             let ids = record["layers"].as_array().into_iter().flatten().map(|layer| &layer["layer"]["index"]["digest"]);
             let data = |id: &str| self.cache.join("cache/layers").join(id.trim_start_matches("sha256:")).join("data");
             let devices = ids.filter_map(|id| id.as_str()).map(|id| format!("--device={}", data(id).display()));
-            let finished = finish(command("fsck.erofs", devices).arg("-d3").arg(image))?;
+            let finished = finish(command("fsck.erofs", devices).args(["-d3", "--extract"]).arg(image))?;
             let printed = finished.stdout.clone() + &finished.stderr;
             if finished.code != Some(0) || printed.contains("<E>") || !printed.contains("No errors found") {
                 return Err(HarnessError::Unexpected(format!("fsck.erofs of {}: {finished:?}", image.display())));

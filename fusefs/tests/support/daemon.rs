@@ -33,12 +33,15 @@ impl Running {
     }
 
     pub fn start_in(mode: Mode, root: &Path, registry: &Registry) -> Self {
+        Self::start_with(DaemonOptions { mode, ..options(root) }, registry)
+    }
+
+    pub fn start_with(options: DaemonOptions, registry: &Registry) -> Self {
         let runtime = Runtime::new().unwrap();
-        let options_in_mode = DaemonOptions { mode, ..options(root) };
-        let daemon = runtime.block_on(Daemon::start(options_in_mode, registry.sources())).unwrap();
+        let (root, address) = (options.root.clone(), options.address.clone());
+        let daemon = runtime.block_on(Daemon::start(options, registry.sources())).unwrap();
         let (stop, stopped) = oneshot::channel();
         let ended = runtime.spawn(daemon.run(async { drop(stopped.await) }));
-        let DaemonOptions { root, address, .. } = options(root);
         Self { runtime, address, root, stop: Some(stop), ended: Some(ended) }
     }
 
