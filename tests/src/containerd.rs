@@ -34,12 +34,36 @@ pub enum Release {
 }
 
 impl Release {
+    /// How the number of its version begins.
+    fn number(self) -> &'static str {
+        match self {
+            Self::V1_6 => "1.6.",
+            Self::V1_7 => "1.7.",
+            Self::V2_1 => "2.1.",
+        }
+    }
+
     /// The directory of its programs; `None` for what is installed.
     ///
     /// # Errors
     ///
-    /// When it has not been unpacked.
+    /// When it has not been unpacked, or is another version.
     fn programs(self) -> Result<Option<PathBuf>> {
+        let programs = self.directory()?;
+        let containerd = programs.as_deref().map_or("containerd".into(), |programs| programs.join("containerd"));
+        let printed = run(&mut command(&containerd, ["--version"]))?;
+        match version_in(&printed) {
+            Some(version) if version.starts_with(self.number()) => Ok(programs),
+            _ => Err(HarnessError::Missing(format!(
+                "{} is not {}x but `{}`: the tests want that of Debian 12, and of the suites that `tests/containerd-versions` names",
+                containerd.display(),
+                self.number(),
+                printed.trim()
+            ))),
+        }
+    }
+
+    fn directory(self) -> Result<Option<PathBuf>> {
         let suite = match self {
             Self::V1_6 => return Ok(None),
             Self::V1_7 => "trixie",
@@ -53,6 +77,11 @@ impl Release {
             ))),
         }
     }
+}
+
+/// The version in what `containerd --version` prints: its name, where it is from, the version, and maybe more.
+fn version_in(printed: &str) -> Option<&str> {
+    printed.split_whitespace().nth(2)
 }
 
 /// What distinguishes one private containerd from another.
@@ -96,7 +125,7 @@ impl Containerd {
     ///
     /// # Errors
     ///
-    /// When containerd or runc are not installed, or it does not start.
+    /// When containerd or runc are not installed, it is of another version than asked for, or does not start.
     pub fn start(scratch: &Scratch, options: &ContainerdOptions) -> Result<Self> {
         for program in ["containerd", "ctr", "runc", "containerd-shim-runc-v2"] {
             require_program(program)?;
