@@ -13,7 +13,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
     ("registry", &["format-spec", "storage"]),
     ("fusefs", &["format-spec", "storage", "registry"]),
     ("converter", &["format-spec", "storage", "registry", "fusefs"]),
-    ("snapshotter", &["format-spec", "storage", "registry", "fusefs"]),
+    ("snapshotter", &["format-spec", "fusefs"]),
     ("tests", &["format-spec", "storage", "registry", "fusefs", "converter", "snapshotter"]),
     ("fuzz", &["format-spec", "storage", "registry", "fusefs", "converter", "snapshotter"]),
 ];
