@@ -214,6 +214,15 @@ impl Pod<'_> {
             stderr: String::from_utf8_lossy(&answer.stderr).into_owned(),
         })
     }
+
+    /// Runs a shell script in a container; returns its standard output.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started, or fails.
+    pub fn shell(&self, container: &str, script: &str) -> Result<String> {
+        self.exec(container, &["/bin/sh", "-c", script])?.stdout_of(script)
+    }
 }
 
 impl Drop for Pod<'_> {

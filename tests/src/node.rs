@@ -84,6 +84,21 @@ impl Snapshotter {
         &self.root
     }
 
+    /// Layers that the cache has.
+    ///
+    /// # Errors
+    ///
+    /// When there is no cache.
+    pub fn cached_layers(&self) -> Result<usize> {
+        let layers = self.root.join("cache/layers");
+        Ok(fs::read_dir(&layers).at("listing", &layers)?.count())
+    }
+
+    /// The process ID of its `lazuli-fused`; `None` when there is none at the moment.
+    pub fn fused_id(&self) -> Option<u32> {
+        fused_of(&self.root)
+    }
+
     /// Its process ID, while it runs.
     pub fn id(&self) -> Option<u32> {
         self.service.as_ref().map(Service::id)
@@ -128,6 +143,17 @@ impl Snapshotter {
         self.service = Some(Service::start("lazuli-snapshotter", &mut snapshotter, &self.log, answers)?);
         Ok(())
     }
+}
+
+/// The `lazuli-fused` of a root directory; `None` when there is none at the moment.
+pub fn fused_of(root: &Path) -> Option<u32> {
+    let root = format!("--root\0{}\0", root.display());
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let id = entry.file_name().to_str()?.parse().ok()?;
+        let command = fs::read_to_string(entry.path().join("cmdline")).ok()?;
+        let program = command.split('\0').next()?;
+        (program.ends_with("/lazuli-fused") && command.contains(&root)).then_some(id)
+    })
 }
 
 /// A containerd whose pods and containers use a Lazuli snapshotter.
@@ -203,6 +229,15 @@ impl Node {
         Self::start_release_with_cri(scratch, registry, Release::default(), LAZULI)
     }
 
+    /// As [`Self::start_with_cri`], with these flags of the snapshotter.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start_with_flags_and_cri(flags: &[&str], scratch: &Scratch, registry: &TestRegistry) -> Result<(Self, Cri)> {
+        Self::with_cri(Snapshotter::start_with(flags, scratch)?, scratch, registry, Release::default(), LAZULI)
+    }
+
     /// As [`Self::start_with_cri`], with another version of containerd, or pods on another snapshotter.
     ///
     /// # Errors
@@ -214,7 +249,16 @@ impl Node {
         release: Release,
         snapshotter_of_pods: &'static str,
     ) -> Result<(Self, Cri)> {
-        let snapshotter = Snapshotter::start(scratch)?;
+        Self::with_cri(Snapshotter::start(scratch)?, scratch, registry, release, snapshotter_of_pods)
+    }
+
+    fn with_cri(
+        snapshotter: Snapshotter,
+        scratch: &Scratch,
+        registry: &TestRegistry,
+        release: Release,
+        snapshotter_of_pods: &'static str,
+    ) -> Result<(Self, Cri)> {
         let network = PodNetwork::new(scratch)?;
         let cri = CriOptions {
             pause_image: push_pause_image(scratch, registry)?,

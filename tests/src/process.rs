@@ -130,6 +130,20 @@ pub struct Finished {
     pub stderr: String,
 }
 
+impl Finished {
+    /// Its standard output; `what` says what it did, for the error.
+    ///
+    /// # Errors
+    ///
+    /// [`HarnessError::Unexpected`] when it ended with another exit code than 0.
+    pub fn stdout_of(self, what: &str) -> Result<String> {
+        match self.code {
+            Some(0) => Ok(self.stdout),
+            _ => Err(HarnessError::Unexpected(format!("{what}: {self:?}"))),
+        }
+    }
+}
+
 impl From<Output> for Finished {
     fn from(output: Output) -> Self {
         Self {

@@ -1,5 +1,7 @@
 //! Layers that show a lot in a few bytes, used by several tests.
 
+use format_spec::Digest;
+
 use crate::{
     error::Result,
     image::{Compression, ImageBuilder},
@@ -14,6 +16,8 @@ use crate::{
 pub const LARGE_FILE_LEN: usize = 2 << 20;
 /// How many of them there are.
 pub const LARGE_FILE_COUNT: usize = 6;
+/// Bytes of the large files together, which do not compress.
+pub const LARGE_FILES_LEN: u64 = (LARGE_FILE_LEN * LARGE_FILE_COUNT) as u64;
 
 /// Bytes that do not compress, the same for the same seed.
 pub fn noise(seed: u64, len: usize) -> Vec<u8> {
@@ -30,6 +34,11 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
 /// The content of large file `index` of [`readable_layers`].
 pub fn large_file(index: usize) -> Vec<u8> {
     noise(index as u64 + 1, LARGE_FILE_LEN)
+}
+
+/// What `sha256sum` prints for large file `index`.
+pub fn checksum_line(index: usize) -> String {
+    format!("{}  /large/{index}\n", Digest::of(&large_file(index)).hex())
 }
 
 /// Three layers: a shell, a few small files, and `/large/0`, `/large/1`, ... that fill many frames.

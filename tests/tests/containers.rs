@@ -1,34 +1,15 @@
 //! Containers on lazy images, through `ctr` and through the container runtime interface.
 
-use std::{fs, thread, time::Instant};
+use std::{fs, path::Path, thread, time::Instant};
 
-use format_spec::Digest;
 use lazuli_tests::{
-    HarnessError, Node, Pod, Result, Scratch, TarLayer,
+    HarnessError, Node, Result, Scratch, TarLayer,
     containerd::LAZULI,
     image::extend_image,
     process::{command, run, wait_for},
-    registry_server::digest_in,
-    samples::{LARGE_FILE_COUNT, LARGE_FILE_LEN, large_file, publish_sample},
+    samples::{LARGE_FILE_COUNT, LARGE_FILES_LEN, checksum_line, publish_sample},
 };
 use serde_json::Value;
-
-/// Bytes of the large files together, which do not compress.
-const WHOLE: u64 = (LARGE_FILE_LEN * LARGE_FILE_COUNT) as u64;
-
-/// What `sha256sum` prints for large file `index`.
-fn checksum_line(index: usize) -> String {
-    format!("{}  /large/{index}\n", Digest::of(&large_file(index)).hex())
-}
-
-/// Runs a shell command in a container; returns its standard output.
-fn shell(pod: &Pod<'_>, container: &str, script: &str) -> Result<String> {
-    let finished = pod.exec(container, &["/bin/sh", "-c", script])?;
-    match finished.code {
-        Some(0) => Ok(finished.stdout),
-        _ => Err(HarnessError::Unexpected(format!("{script}: {finished:?}"))),
-    }
-}
 
 fn pull_lazily(node: &Node, reference: &str) -> Result<()> {
     let finished = node.lazuli_pull(reference)?;
@@ -49,7 +30,7 @@ fn ctr_runs_an_image_after_a_lazy_pull() -> Result<()> {
     let finished = node.containerd.run(&lazy, LAZULI, "greeting", &[])?;
     assert_eq!((finished.code, finished.stdout.as_str()), (Some(0), "good morning\n"), "{}", finished.stderr);
     let moved = registry.blob_bytes()? - before;
-    assert!(moved < WHOLE / 4, "{moved} bytes for a container that reads a line");
+    assert!(moved < LARGE_FILES_LEN / 4, "{moved} bytes for a container that reads a line");
 
     let script = "sha256sum /large/1; echo new > /etc/greeting; rm /large/2; cat /etc/greeting; ls /large";
     let finished = node.containerd.run(&lazy, LAZULI, "writing", &["/bin/sh", "-c", script])?;
@@ -101,7 +82,7 @@ fn ctr_runs_an_image_built_on_a_lazy_one() -> Result<()> {
     let expected = format!("good evening\nbuilt on top\n1\n2\n3\n4\n5\n{}", checksum_line(3));
     assert_eq!((finished.code, finished.stdout), (Some(0), expected), "{}", finished.stderr);
     let moved = registry.blob_bytes()? - before;
-    assert!(moved < WHOLE / 2, "{moved} bytes: the layers below were not lazy");
+    assert!(moved < LARGE_FILES_LEN / 2, "{moved} bytes: the layers below were not lazy");
     Ok(())
 }
 
@@ -118,15 +99,15 @@ fn pod_outlives_restarts_of_the_snapshotter() -> Result<()> {
     cri.pull_image(&lazy)?;
     let pod = cri.run_pod("reader")?;
     let container = pod.start_container("reader", &lazy, &["/bin/sleep", "600"])?;
-    assert_eq!(shell(&pod, &container, "cat /etc/greeting; ls /etc | grep obsolete || true")?, "good morning\n");
+    assert_eq!(pod.shell(&container, "cat /etc/greeting; ls /etc | grep obsolete || true")?, "good morning\n");
     let moved = registry.blob_bytes()? - before;
-    assert!(moved < WHOLE / 2, "{moved} bytes to start a container that reads a line");
-    assert_eq!(shell(&pod, &container, "sha256sum /large/0; echo mine > /tmp/note")?, checksum_line(0));
+    assert!(moved < LARGE_FILES_LEN / 2, "{moved} bytes to start a container that reads a line");
+    assert_eq!(pod.shell(&container, "sha256sum /large/0; echo mine > /tmp/note")?, checksum_line(0));
 
     node.snapshotter.restart()?;
-    assert_eq!(shell(&pod, &container, "sha256sum /large/1; cat /tmp/note")?, checksum_line(1) + "mine\n");
+    assert_eq!(pod.shell(&container, "sha256sum /large/1; cat /tmp/note")?, checksum_line(1) + "mine\n");
     node.snapshotter.kill_and_restart()?;
-    assert_eq!(shell(&pod, &container, "sha256sum /large/2; cat /tmp/note")?, checksum_line(2) + "mine\n");
+    assert_eq!(pod.shell(&container, "sha256sum /large/2; cat /tmp/note")?, checksum_line(2) + "mine\n");
 
     // containerd redials the plugin with a back-off of some seconds and fails meanwhile.
     let second = wait_for("no container could be started after the restarts", || {
@@ -135,8 +116,8 @@ fn pod_outlives_restarts_of_the_snapshotter() -> Result<()> {
             result => result.map(Some),
         }
     })?;
-    assert_eq!(shell(&pod, &second, "sha256sum /large/3")?, checksum_line(3));
-    assert_eq!(shell(&pod, &container, "cat /tmp/note")?, "mine\n");
+    assert_eq!(pod.shell(&second, "sha256sum /large/3")?, checksum_line(3));
+    assert_eq!(pod.shell(&container, "cat /tmp/note")?, "mine\n");
     Ok(())
 }
 
@@ -151,32 +132,48 @@ fn pod_runs_an_ordinary_image_beside_a_lazy_one() -> Result<()> {
         cri.pull_image(&reference)?;
         let container = pod.start_container(&name.replace(':', "-"), &reference, &["/bin/sleep", "600"])?;
         assert_eq!(
-            shell(&pod, &container, "cat /etc/greeting; sha256sum /large/5")?,
+            pod.shell(&container, "cat /etc/greeting; sha256sum /large/5")?,
             format!("good morning\n{}", checksum_line(5))
         );
     }
     Ok(())
 }
 
+/// The image goes while the rest of it is fetched that nobody has read: that ends too, and no file stays open.
 #[test]
 fn removed_image_leaves_nothing_in_the_cache() -> Result<()> {
+    // Between the first step, two thirds of the large files, and the second lie some seconds.
+    const SLOWLY: [&str; 2] = ["--background-rate", "1"];
     let scratch = Scratch::new("removed-image")?;
     let registry = publish_sample(&scratch)?;
-    let (node, cri) = Node::start_with_cri(&scratch, &registry)?;
+    let (node, cri) = Node::start_with_flags_and_cri(&SLOWLY, &scratch, &registry)?;
+    let cache = node.snapshotter.root().join("cache");
     let lazy = registry.reference("sample:lazy");
+    let before = registry.blob_bytes()?;
     cri.pull_image(&lazy)?;
     let pod = cri.run_pod("reader")?;
     let container = pod.start_container("reader", &lazy, &["/bin/sleep", "600"])?;
-    shell(&pod, &container, "sha256sum /large/*")?;
-    let used = run(command("du", ["-sk"]).arg(node.snapshotter.root().join("cache")))?;
-    assert!(kibibytes(&used) > WHOLE / 1024 / 2, "{used}");
+    pod.shell(&container, "cat /etc/greeting")?;
+    let fused = node.snapshotter.fused_id().expect("it serves the container");
+    wait_for("nothing was fetched but what was read", || {
+        Ok((registry.blob_bytes()? - before > LARGE_FILES_LEN / 2).then_some(()))
+    })?;
+    assert_eq!((node.snapshotter.cached_layers()?, open_files(fused, &cache) > 0), (3, true));
     drop(pod);
     cri.remove_image(&lazy)?;
     wait_for("the cache was not emptied", || {
-        let blob = digest_in(&registry.manifest("sample:lazy")?["layers"][2])?;
-        let names = run(&mut command("find", [node.snapshotter.root().join("cache")]))?;
-        Ok((!names.contains(&blob.hex())).then_some(()))
-    })
+        Ok((node.snapshotter.cached_layers()? == 0 && open_files(fused, &cache) == 0).then_some(()))
+    })?;
+    let moved = registry.blob_bytes()? - before;
+    assert!(moved < LARGE_FILES_LEN, "{moved} bytes: the layers were complete before they were removed");
+    Ok(())
+}
+
+/// How many files below a directory a process has open.
+fn open_files(id: u32, directory: &Path) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{id}/fd")).into_iter().flatten().flatten();
+    let targets = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
+    targets.filter(|target| target.starts_with(directory)).count()
 }
 
 /// Many containers of one cold image at once read everything, and every byte comes once. Prints how long that
@@ -214,11 +211,6 @@ fn fifty_containers_of_one_cold_image_fetch_every_byte_once() -> Result<()> {
         assert!(moved <= whole, "{moved} bytes moved of an image of {whole}");
     }
     Ok(())
-}
-
-/// The first number of a line of `du -k`.
-fn kibibytes(line: &str) -> u64 {
-    line.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or_default()
 }
 
 /// Logs are kept under the name of the test, also the daemon's: a failure can be understood.

@@ -195,15 +195,19 @@ impl Progress {
     }
 }
 
-/// The `lazuli-fused` of a root directory; `None` when there is none at the moment.
-fn fused_of(root: &Path) -> Option<u32> {
-    let root = format!("--root\0{}\0", root.display());
-    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
-        let id = entry.file_name().to_str()?.parse().ok()?;
-        let command = fs::read_to_string(entry.path().join("cmdline")).ok()?;
-        let program = command.split('\0').next()?;
-        (program.ends_with("/lazuli-fused") && command.contains(&root)).then_some(id)
-    })
+/// Has readers end, over a link without hindrance, when it is dropped: whatever fails while they read must not wait for
+/// them for ever.
+struct EndReaders<'a> {
+    progress: &'a Progress,
+    link: &'a SlowLink,
+}
+
+impl Drop for EndReaders<'_> {
+    fn drop(&mut self) {
+        self.link.is_slow.store(false, Ordering::Relaxed);
+        self.link.is_cut.store(false, Ordering::Relaxed);
+        self.progress.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Whether a process has a descriptor of `/dev/fuse`.
@@ -215,7 +219,7 @@ fn holds_session(id: u32) -> bool {
 /// Waits until the session has two holders; returns the `lazuli-fused` among them, which is not `old`.
 fn wait_for_holders(node: &Node, old: Option<u32>) -> Result<u32> {
     wait_for("the session does not have two holders", || {
-        let fused = fused_of(node.snapshotter.root()).filter(|id| Some(*id) != old && holds_session(*id));
+        let fused = node.snapshotter.fused_id().filter(|id| Some(*id) != old && holds_session(*id));
         Ok(fused.filter(|_| node.snapshotter.id().is_some_and(holds_session)))
     })
 }
@@ -325,14 +329,12 @@ fn check_kills(mode: &str) -> Result<()> {
     let Reading { container, files, mut node, link, registry: _registry } = Reading::start(mode, &scratch, file_count)?;
     let progress = Progress::default();
     thread::scope(|scope| {
+        let _end = EndReaders { progress: &progress, link: &link };
         for reader in 0..READERS {
             let (progress, files) = (&progress, &files);
             scope.spawn(move || progress.read_all(files, file_count, reader));
         }
-        let killed = (0..kills).try_for_each(|kill| kill_both(&mut node, &progress, kill));
-        link.is_slow.store(false, Ordering::Relaxed);
-        progress.stop.store(true, Ordering::Relaxed);
-        killed
+        (0..kills).try_for_each(|kill| kill_both(&mut node, &progress, kill))
     })?;
     let (bytes, longest) = (progress.bytes.load(Ordering::Relaxed), progress.longest_read());
     println!(
@@ -345,10 +347,9 @@ fn check_kills(mode: &str) -> Result<()> {
     // Now everything has arrived: what a read takes longer is the new daemon's start.
     let warm = Progress::default();
     thread::scope(|scope| {
+        let _end = EndReaders { progress: &warm, link: &link };
         scope.spawn(|| warm.read_all(&files, file_count, 0));
-        let killed = (0..kills).try_for_each(|kill| kill_both(&mut node, &warm, kill));
-        warm.stop.store(true, Ordering::Relaxed);
-        killed
+        (0..kills).try_for_each(|kill| kill_both(&mut node, &warm, kill))
     })?;
     println!("{mode}: {kills} more while all was there: longest read {:?}", warm.longest_read());
     assert_eq!(warm.failures(), Vec::<String>::new());
@@ -370,13 +371,11 @@ fn check_replacement(mode: &str) -> Result<()> {
     let Reading { container, files, node, link, registry: _registry } = Reading::start(mode, &scratch, FILE_COUNT)?;
     let progress = Progress::default();
     thread::scope(|scope| {
+        let _end = EndReaders { progress: &progress, link: &link };
         scope.spawn(|| progress.read_all(&files, FILE_COUNT, 0));
         let fused = wait_for_holders(&node, None)?;
         send(fused, Signal::TERM)?;
-        let replaced = wait_for_holders(&node, Some(fused));
-        link.is_slow.store(false, Ordering::Relaxed);
-        progress.stop.store(true, Ordering::Relaxed);
-        replaced
+        wait_for_holders(&node, Some(fused))
     })?;
     assert_eq!(progress.failures(), Vec::<String>::new());
     assert!(container.finish(FILE_COUNT)?, "the container printed something else");
@@ -412,11 +411,10 @@ fn check_damaged_index(mode: &str) -> Result<()> {
     wait_for_holders(&node, Some(fused))?;
     let progress = Progress::default();
     thread::scope(|scope| -> Result<()> {
+        let _end = EndReaders { progress: &progress, link: &link };
         scope.spawn(|| progress.read_all(&files, FILE_COUNT, 0));
         wait_for("the index is not asked for", || Ok((link.refused.load(Ordering::Relaxed) > 0).then_some(())))?;
         assert_eq!(progress.failures(), Vec::<String>::new());
-        link.is_cut.store(false, Ordering::Relaxed);
-        progress.stop.store(true, Ordering::Relaxed);
         Ok(())
     })?;
     assert_eq!(progress.failures(), Vec::<String>::new());
@@ -439,16 +437,17 @@ fn a_kernel_that_cannot_send_again_loses_only_reads_under_way() -> Result<()> {
     fs::write(&path, init).expect("writable");
     let progress = Progress::default();
     thread::scope(|scope| {
+        let _end = EndReaders { progress: &progress, link: &link };
         for reader in 0..READERS {
             let (progress, files) = (&progress, &files);
             scope.spawn(move || progress.read_all(files, FILE_COUNT, reader));
         }
-        let killed = progress.wait_for(1).and_then(|()| send(fused, Signal::KILL));
-        let replaced = killed.and_then(|()| wait_for_holders(&node, Some(fused)));
-        link.is_slow.store(false, Ordering::Relaxed);
-        progress.stop.store(true, Ordering::Relaxed);
-        replaced
+        progress.wait_for(1)?;
+        send(fused, Signal::KILL)?;
+        wait_for_holders(&node, Some(fused))
     })?;
+    let log = fs::read_to_string(node.snapshotter.root().join("fused.log")).expect("it was started twice");
+    assert!(log.contains("reads under way are lost"), "it believed to be on a kernel that can: {log}");
     println!("failed readers: {:?}", progress.failures());
     let after = Progress::default();
     after.stop.store(true, Ordering::Relaxed);

@@ -2,19 +2,16 @@
 //!
 //! `make test-matrix` unpacks the newer ones and runs this; it takes minutes.
 
-use std::{fs, thread};
+use std::thread;
 
-use format_spec::Digest;
 use lazuli_tests::{
     Compression, HarnessError, ImageBuilder, Node, Pod, Release, Result, Scratch, TarLayer, TestRegistry,
     containerd::{LAZULI, OVERLAYFS},
-    process::{Finished, Service, command, finish, run, wait_for},
+    process::{Service, command, finish, run, wait_for},
     programs::{MODES, lazuli_ok},
-    samples::{LARGE_FILE_COUNT, LARGE_FILE_LEN, large_file, readable_layers},
+    samples::{LARGE_FILE_LEN, LARGE_FILES_LEN, checksum_line, publish_sample, readable_layers},
 };
 
-/// Bytes of the large files together, which do not compress.
-const WHOLE: u64 = (LARGE_FILE_LEN * LARGE_FILE_COUNT) as u64;
 /// Layers of a tall image, about as many as builders allow (overlayfs stacks 500).
 const TALL: usize = 100;
 /// A container that waits to be looked at.
@@ -43,28 +40,8 @@ on_every_release!(
 /// A scratch directory for one claim on one release, and a registry with `sample:original` and `sample:lazy`.
 fn given(claim: &str, version: &str) -> Result<(Scratch, TestRegistry)> {
     let scratch = Scratch::new(&format!("matrix-{version}-{claim}"))?;
-    let registry = TestRegistry::start(&scratch)?;
-    let image = ImageBuilder::new().command(&["/bin/cat", "/etc/greeting"]);
-    let image = readable_layers()?.into_iter().fold(image, |image, tar| image.layer(tar, Compression::Gzip));
-    let original = registry.push(&image.write(&scratch, "image")?, "sample:original")?;
-    lazuli_ok(["convert", &original, &registry.reference("sample:lazy")])?;
+    let registry = publish_sample(&scratch)?;
     Ok((scratch, registry))
-}
-
-/// What `sha256sum` prints for large file `index`.
-fn checksum_line(index: usize) -> String {
-    format!("{}  /large/{index}\n", Digest::of(&large_file(index)).hex())
-}
-
-fn shell(pod: &Pod<'_>, container: &str, script: &str) -> Result<String> {
-    stdout_of(script, pod.exec(container, &["/bin/sh", "-c", script])?)
-}
-
-fn stdout_of(what: &str, finished: Finished) -> Result<String> {
-    match finished.code {
-        Some(0) => Ok(finished.stdout),
-        _ => Err(HarnessError::Unexpected(format!("{what}: {finished:?}"))),
-    }
 }
 
 /// Pulls as the release pulls lazily without pods: by containerd 2 itself, for others by `lazuli pull`.
@@ -86,7 +63,7 @@ fn pull_lazily(node: &Node, release: Release, namespace: &str, reference: &str) 
 /// Runs a shell script in a container of its own.
 fn run_script(node: &Node, namespace: &str, reference: &str, id: &str, script: &str) -> Result<String> {
     let words = ["-n", namespace, "run", "--rm", "--snapshotter", LAZULI, reference, id, "/bin/sh", "-c", script];
-    stdout_of(script, finish(&mut node.containerd.ctr(words))?)
+    finish(&mut node.containerd.ctr(words))?.stdout_of(script)
 }
 
 fn check_is_remote(node: &Node, namespace: &str) -> Result<()> {
@@ -105,10 +82,10 @@ fn pod_starts_before_its_image_has_arrived(release: Release, version: &str) -> R
     cri.pull_image(&lazy)?;
     let pod = cri.run_pod("reader")?;
     let container = pod.start_container("reader", &lazy, &SLEEP)?;
-    assert_eq!(shell(&pod, &container, "cat /etc/greeting")?, "good morning\n");
+    assert_eq!(pod.shell(&container, "cat /etc/greeting")?, "good morning\n");
     let moved = registry.blob_bytes()? - before;
-    assert!(moved < WHOLE / 2, "{moved} bytes to start a container that reads a line");
-    assert_eq!(shell(&pod, &container, "sha256sum /large/0; echo mine > /tmp/note")?, checksum_line(0));
+    assert!(moved < LARGE_FILES_LEN / 2, "{moved} bytes to start a container that reads a line");
+    assert_eq!(pod.shell(&container, "sha256sum /large/0; echo mine > /tmp/note")?, checksum_line(0));
     check_is_remote(&node, "k8s.io")
 }
 
@@ -121,7 +98,7 @@ fn image_without_annotations_is_pulled_completely(release: Release, version: &st
     let container = pod.start_container("reader", &original, &SLEEP)?;
     drop(registry);
     assert_eq!(
-        shell(&pod, &container, "cat /etc/greeting; sha256sum /large/5")?,
+        pod.shell(&container, "cat /etc/greeting; sha256sum /large/5")?,
         "good morning\n".to_owned() + &checksum_line(5)
     );
     Ok(())
@@ -135,17 +112,9 @@ fn ctr_runs_an_image_lazily(release: Release, version: &str) -> Result<()> {
     pull_lazily(&node, release, "default", &lazy)?;
     assert_eq!(run_script(&node, "default", &lazy, "reader", "cat /etc/greeting")?, "good morning\n");
     let moved = registry.blob_bytes()? - before;
-    assert!(moved < WHOLE / 2, "{moved} bytes for a container that reads a line");
+    assert!(moved < LARGE_FILES_LEN / 2, "{moved} bytes for a container that reads a line");
     assert_eq!(run_script(&node, "default", &lazy, "second", "sha256sum /large/1")?, checksum_line(1));
     check_is_remote(&node, "default")
-}
-
-/// Directories of layers in the cache.
-fn cached_layers(node: &Node) -> Result<usize> {
-    let layers = node.snapshotter.root().join("cache/layers");
-    let listed =
-        fs::read_dir(&layers).map_err(|error| HarnessError::Unexpected(format!("{}: {error}", layers.display())))?;
-    Ok(listed.count())
 }
 
 fn remove_image(node: &Node, namespace: &str, reference: &str) -> Result<()> {
@@ -167,7 +136,7 @@ fn namespaces_share_layers_and_free_them_with_the_last(release: Release, version
     remove_image(&node, "one", &lazy)?;
     assert_eq!(run_script(&node, "two", &lazy, "again", "sha256sum /large/1")?, checksum_line(1));
     remove_image(&node, "two", &lazy)?;
-    wait_for("the cache was not emptied", || Ok((cached_layers(&node)? == 0).then_some(())))
+    wait_for("the cache was not emptied", || Ok((node.snapshotter.cached_layers()? == 0).then_some(())))
 }
 
 fn image_can_be_removed_under_a_running_container(release: Release, version: &str) -> Result<()> {
@@ -183,15 +152,15 @@ fn image_can_be_removed_under_a_running_container(release: Release, version: &st
     remove_image(&node, "default", &lazy)?;
     let script = "sha256sum /large/2; echo mine > /tmp/note; cat /tmp/note";
     let exec = ["tasks", "exec", "--exec-id", "reader", "running", "/bin/sh", "-c", script];
-    let printed = stdout_of(script, finish(&mut node.containerd.ctr(exec))?)?;
+    let printed = finish(&mut node.containerd.ctr(exec))?.stdout_of(script)?;
     assert_eq!(printed, checksum_line(2) + "mine\n");
-    assert_eq!(cached_layers(&node)?, 3);
+    assert_eq!(node.snapshotter.cached_layers()?, 3);
     run(&mut node.containerd.ctr(["tasks", "kill", "--signal", "SIGKILL", "running"]))?;
     drop(container);
     wait_for("the container did not end", || Ok((!tasks()?.contains("RUNNING")).then_some(())))?;
     // Deleting the last container has containerd collect what it held.
     run(&mut node.containerd.ctr(["containers", "rm", "running"]))?;
-    wait_for("the cache was not emptied", || Ok((cached_layers(&node)? == 0).then_some(())))
+    wait_for("the cache was not emptied", || Ok((node.snapshotter.cached_layers()? == 0).then_some(())))
 }
 
 fn images_that_share_layers_are_pulled_at_once(release: Release, version: &str) -> Result<()> {
@@ -220,7 +189,7 @@ fn images_that_share_layers_are_pulled_at_once(release: Release, version: &str) 
         assert_eq!(printed?, format!("{name}\n{}", checksum_line(4)));
     }
     // Three layers that all have, and one of each.
-    assert_eq!(cached_layers(&node)?, 3 + names.len());
+    assert_eq!(node.snapshotter.cached_layers()?, 3 + names.len());
     Ok(())
 }
 
@@ -258,11 +227,11 @@ fn node_is_switched_to_lazuli_and_back(release: Release, version: &str) -> Resul
         cri.pull_image(&lazy)?;
         let pod = cri.run_pod(name)?;
         let container = pod.start_container(name, &lazy, &SLEEP)?;
-        shell(&pod, &container, &format!("echo {name} > /tmp/note"))?;
+        pod.shell(&container, &format!("echo {name} > /tmp/note"))?;
         running.push((name, pod, container));
         for (name, pod, container) in &running {
             let script = format!("sha256sum /large/{number}; cat /tmp/note");
-            assert_eq!(shell(pod, container, &script)?, format!("{}{name}\n", checksum_line(number)));
+            assert_eq!(pod.shell(container, &script)?, format!("{}{name}\n", checksum_line(number)));
         }
         if snapshotter == LAZULI {
             check_is_remote(&node, "k8s.io")?;
@@ -296,12 +265,12 @@ fn user_namespaces_read_lazily_in_each_mode(release: Release, version: &str) -> 
                       echo mine > /tmp/note; stat -c '%u %g' /tmp/note; tail -n 1 /etc/greeting";
         let exec = |script| {
             let exec = ["tasks", "exec", "--exec-id", "reader", &name, "/bin/sh", "-c", script];
-            stdout_of(script, finish(&mut node.containerd.ctr(exec))?)
+            finish(&mut node.containerd.ctr(exec))?.stdout_of(script)
         };
         let expected = "0 0 /etc/greeting\n0 0 /large/0\ngood morning\n0 0\nmine\n";
         assert_eq!(exec(script)?, expected, "{mode}");
         let moved = registry.blob_bytes()? - before;
-        assert!(moved < WHOLE / 2, "{mode}: {moved} bytes for a container that reads a line");
+        assert!(moved < LARGE_FILES_LEN / 2, "{mode}: {moved} bytes for a container that reads a line");
         assert_eq!(exec("sha256sum /large/1")?, checksum_line(1), "{mode}");
         run(&mut node.containerd.ctr(["tasks", "kill", "--signal", "SIGKILL", &name]))?;
         drop(container);
@@ -328,9 +297,9 @@ fn pod_with_users_of_its_own_reads_lazily() -> Result<()> {
     let container = pod.start_container("users", &lazy, &SLEEP)?;
     let script = "read inside outside count </proc/self/uid_map; echo $inside $outside $count; cat /etc/greeting; \
                   echo mine > /tmp/note; stat -c '%u %g' /tmp/note /large/0";
-    assert_eq!(shell(&pod, &container, script)?, "0 300000 65536\ngood morning\n0 0\n0 0\n");
+    assert_eq!(pod.shell(&container, script)?, "0 300000 65536\ngood morning\n0 0\n0 0\n");
     let moved = registry.blob_bytes()? - before;
-    assert!(moved < WHOLE / 2, "{moved} bytes to start a container that reads a line");
-    assert_eq!(shell(&pod, &container, "sha256sum /large/1")?, checksum_line(1));
+    assert!(moved < LARGE_FILES_LEN / 2, "{moved} bytes to start a container that reads a line");
+    assert_eq!(pod.shell(&container, "sha256sum /large/1")?, checksum_line(1));
     Ok(())
 }

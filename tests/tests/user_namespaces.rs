@@ -14,15 +14,15 @@ use containerd_client::{
     },
     types::Mount,
 };
-use format_spec::Digest;
 use lazuli_tests::{
     Compression, HarnessError, ImageBuilder, Node, Result, Scratch, TarLayer, TestRegistry, compare_trees,
     containerd::LAZULI,
     error::Context as _,
+    node,
     process::{command, finish, run, wait_for},
     programs::{MODES, lazuli_ok},
     real_images::busybox,
-    samples::{LARGE_FILE_COUNT, LARGE_FILE_LEN, eventful_layers, large_file, readable_layers},
+    samples::{LARGE_FILE_COUNT, LARGE_FILES_LEN, checksum_line, eventful_layers, large_file, readable_layers},
     tar_layer::Attributes,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -34,8 +34,6 @@ const USERS: u32 = 100_000;
 const GROUPS: u32 = 200_000;
 /// More than all owners in the image: what belongs to others cannot even root read.
 const COUNT: u32 = 3_000_000;
-/// Bytes of the large files together, which do not compress.
-const WHOLE: u64 = (LARGE_FILE_LEN * LARGE_FILE_COUNT) as u64;
 /// `cap_net_bind_service`, effective and permitted, for whoever is root of the user namespace that it is read in.
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 const LIST: &str = "system.posix_acl_access";
@@ -193,21 +191,16 @@ fn as_root(directory: &Path, script: &str) -> Result<String> {
     Ok(finished.stdout)
 }
 
-fn checksum_line(index: usize) -> String {
-    format!("{}  large/{index}\n", Digest::of(&large_file(index)).hex())
+/// What `sha256sum` prints for large file `index`, called by its path from the root directory on.
+fn relative_checksum_line(index: usize) -> String {
+    checksum_line(index).replace(" /large/", " large/")
 }
 
 /// The `lazuli-fused` of a root directory, once it answers.
 fn fused_of(root: &Path, old: Option<u32>) -> Result<u32> {
-    let argument = format!("--root\0{}\0", root.display());
     wait_for("there is no lazuli-fused", || {
-        let found = fs::read_dir("/proc").context("listing processes")?.flatten().find_map(|entry| {
-            let id = entry.file_name().to_str()?.parse().ok()?;
-            let command = fs::read_to_string(entry.path().join("cmdline")).ok()?;
-            (command.split('\0').next()?.ends_with("/lazuli-fused") && command.contains(&argument)).then_some(id)
-        });
         let is_there = std::os::unix::net::UnixStream::connect(root.join("fused.sock")).is_ok();
-        Ok(found.filter(|id| Some(*id) != old && is_there))
+        Ok(node::fused_of(root).filter(|id| Some(*id) != old && is_there))
     })
 }
 
@@ -251,7 +244,7 @@ fn check(mode: &str) -> Result<()> {
         "good morning\n100000 200000\n6\n"
     );
     let moved = registry.blob_bytes()? - before;
-    assert!(moved < WHOLE / 2, "{mode}: {moved} bytes for a snapshot of which a line was read");
+    assert!(moved < LARGE_FILES_LEN / 2, "{mode}: {moved} bytes for a snapshot of which a line was read");
 
     let script =
         "echo mine > own/new && echo more >> etc/greeting && rm large/5 && cat etc/greeting && echo x > root 2>&1";
@@ -265,11 +258,11 @@ fn check(mode: &str) -> Result<()> {
 
     // What is not there yet comes through whichever daemon there is.
     node.snapshotter.kill_and_restart()?;
-    assert_eq!(as_root(&shown, "sha256sum large/0")?, checksum_line(0));
+    assert_eq!(as_root(&shown, "sha256sum large/0")?, relative_checksum_line(0));
     let fused = fused_of(&root, None)?;
     wait_for("the session has one holder", || Ok(holds_session(node.snapshotter.id()).then_some(())))?;
     send(fused, Signal::KILL)?;
-    assert_eq!(as_root(&shown, "sha256sum large/1")?, checksum_line(1));
+    assert_eq!(as_root(&shown, "sha256sum large/1")?, relative_checksum_line(1));
     let fused = fused_of(&root, Some(fused))?;
     assert_eq!(snapshots.mounts("shown")?, mounts);
     let mapped = root.join("id-mapped");
@@ -295,7 +288,7 @@ fn check(mode: &str) -> Result<()> {
     mount(&mounts, &shown)?;
     assert_eq!(
         as_root(&shown, "cat etc/greeting; sha256sum large/2")?,
-        format!("good morning\nmore\n{}", checksum_line(2))
+        format!("good morning\nmore\n{}", relative_checksum_line(2))
     );
     run(&mut command("umount", [&shown]))?;
     snapshots.remove("shown")?;
@@ -323,7 +316,7 @@ fn a_complete_image_is_shown_without_any_daemon() -> Result<()> {
     let device = || fs::metadata(&view.source).map(|found| found.dev()).at("looking at", Path::new(&view.source));
     let before = device()?;
     mount(&view, &shown)?;
-    let all: String = (0..LARGE_FILE_COUNT).map(checksum_line).collect();
+    let all: String = (0..LARGE_FILE_COUNT).map(relative_checksum_line).collect();
     assert_eq!(as_root(&shown, "sha256sum large/*")?, all);
     wait_for("the image is not complete", || {
         assert_eq!(snapshots.mounts("view")?, view);
