@@ -29,6 +29,7 @@ use lazuli_tests::{
 };
 use rustix::{
     fs::{Advice, fadvise},
+    mount::{UnmountFlags, unmount},
     process::{Pid, Signal, kill_process},
 };
 
@@ -196,10 +197,24 @@ impl Progress {
 }
 
 /// Has readers end, over a link without hindrance, when it is dropped: whatever fails while they read must not wait for
-/// them for ever.
+/// them for ever. Then maybe nobody serves them any longer, so that the session must end for their reads to end.
 struct EndReaders<'a> {
     progress: &'a Progress,
     link: &'a SlowLink,
+    session: PathBuf,
+    is_served: bool,
+}
+
+impl<'a> EndReaders<'a> {
+    fn of(progress: &'a Progress, link: &'a SlowLink, node: &Node) -> Self {
+        Self { progress, link, session: node.snapshotter.root().join("mnt"), is_served: false }
+    }
+
+    /// Lets them read to the end if all went well.
+    fn after<T>(mut self, result: Result<T>) -> Result<T> {
+        self.is_served = result.is_ok();
+        result
+    }
 }
 
 impl Drop for EndReaders<'_> {
@@ -207,6 +222,10 @@ impl Drop for EndReaders<'_> {
         self.link.is_slow.store(false, Ordering::Relaxed);
         self.link.is_cut.store(false, Ordering::Relaxed);
         self.progress.stop.store(true, Ordering::Relaxed);
+        if !self.is_served {
+            // The failure itself is what is told.
+            let _ = unmount(&self.session, UnmountFlags::FORCE | UnmountFlags::DETACH);
+        }
     }
 }
 
@@ -329,12 +348,12 @@ fn check_kills(mode: &str) -> Result<()> {
     let Reading { container, files, mut node, link, registry: _registry } = Reading::start(mode, &scratch, file_count)?;
     let progress = Progress::default();
     thread::scope(|scope| {
-        let _end = EndReaders { progress: &progress, link: &link };
+        let end = EndReaders::of(&progress, &link, &node);
         for reader in 0..READERS {
             let (progress, files) = (&progress, &files);
             scope.spawn(move || progress.read_all(files, file_count, reader));
         }
-        (0..kills).try_for_each(|kill| kill_both(&mut node, &progress, kill))
+        end.after((0..kills).try_for_each(|kill| kill_both(&mut node, &progress, kill)))
     })?;
     let (bytes, longest) = (progress.bytes.load(Ordering::Relaxed), progress.longest_read());
     println!(
@@ -347,9 +366,9 @@ fn check_kills(mode: &str) -> Result<()> {
     // Now everything has arrived: what a read takes longer is the new daemon's start.
     let warm = Progress::default();
     thread::scope(|scope| {
-        let _end = EndReaders { progress: &warm, link: &link };
+        let end = EndReaders::of(&warm, &link, &node);
         scope.spawn(|| warm.read_all(&files, file_count, 0));
-        (0..kills).try_for_each(|kill| kill_both(&mut node, &warm, kill))
+        end.after((0..kills).try_for_each(|kill| kill_both(&mut node, &warm, kill)))
     })?;
     println!("{mode}: {kills} more while all was there: longest read {:?}", warm.longest_read());
     assert_eq!(warm.failures(), Vec::<String>::new());
@@ -371,11 +390,11 @@ fn check_replacement(mode: &str) -> Result<()> {
     let Reading { container, files, node, link, registry: _registry } = Reading::start(mode, &scratch, FILE_COUNT)?;
     let progress = Progress::default();
     thread::scope(|scope| {
-        let _end = EndReaders { progress: &progress, link: &link };
+        let end = EndReaders::of(&progress, &link, &node);
         scope.spawn(|| progress.read_all(&files, FILE_COUNT, 0));
         let fused = wait_for_holders(&node, None)?;
         send(fused, Signal::TERM)?;
-        wait_for_holders(&node, Some(fused))
+        end.after(wait_for_holders(&node, Some(fused)))
     })?;
     assert_eq!(progress.failures(), Vec::<String>::new());
     assert!(container.finish(FILE_COUNT)?, "the container printed something else");
@@ -411,11 +430,11 @@ fn check_damaged_index(mode: &str) -> Result<()> {
     wait_for_holders(&node, Some(fused))?;
     let progress = Progress::default();
     thread::scope(|scope| -> Result<()> {
-        let _end = EndReaders { progress: &progress, link: &link };
+        let end = EndReaders::of(&progress, &link, &node);
         scope.spawn(|| progress.read_all(&files, FILE_COUNT, 0));
         wait_for("the index is not asked for", || Ok((link.refused.load(Ordering::Relaxed) > 0).then_some(())))?;
         assert_eq!(progress.failures(), Vec::<String>::new());
-        Ok(())
+        end.after(Ok(()))
     })?;
     assert_eq!(progress.failures(), Vec::<String>::new());
     assert!(container.finish(FILE_COUNT)?, "the container printed something else");
@@ -437,14 +456,14 @@ fn a_kernel_that_cannot_send_again_loses_only_reads_under_way() -> Result<()> {
     fs::write(&path, init).expect("writable");
     let progress = Progress::default();
     thread::scope(|scope| {
-        let _end = EndReaders { progress: &progress, link: &link };
+        let end = EndReaders::of(&progress, &link, &node);
         for reader in 0..READERS {
             let (progress, files) = (&progress, &files);
             scope.spawn(move || progress.read_all(files, FILE_COUNT, reader));
         }
         progress.wait_for(1)?;
         send(fused, Signal::KILL)?;
-        wait_for_holders(&node, Some(fused))
+        end.after(wait_for_holders(&node, Some(fused)))
     })?;
     let log = fs::read_to_string(node.snapshotter.root().join("fused.log")).expect("it was started twice");
     assert!(log.contains("reads under way are lost"), "it believed to be on a kernel that can: {log}");
