@@ -43,7 +43,7 @@ pub(crate) async fn read_blob<T: Send + 'static>(
     let thread = tokio::task::spawn_blocking(move || work(BlobReader::new(Pieces(receiver), digest, len)));
     while let Some(piece) = stream.next().await {
         // The thread stops listening when it has seen enough; it says why.
-        if sender.send(piece.map_err(|error| error.0)).await.is_err() {
+        if sender.send(piece.map_err(|error| error.message)).await.is_err() {
             break;
         }
     }

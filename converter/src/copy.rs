@@ -68,7 +68,7 @@ pub(crate) async fn copy_blob(
     let failed = |reason: String| ImageError::Stream { digest, reason };
     let mut copied_len = 0;
     while let Some(piece) = stream.next().await {
-        let piece: Bytes = piece.map_err(|error| failed(error.0))?;
+        let piece: Bytes = piece.map_err(|error| failed(error.message))?;
         copied_len += piece.len() as u64;
         if copied_len > len {
             return Err(failed(format!("it is longer than the {len} bytes that its descriptor says")));

@@ -66,7 +66,7 @@ impl FileSource {
     }
 
     fn describe(&self, error: &io::Error) -> SourceError {
-        SourceError(format!("{}: {error}", self.path.display()))
+        SourceError::refused(format!("{}: {error}", self.path.display()))
     }
 
     /// The file at the start of `range` of the blob; `None` for all of it.

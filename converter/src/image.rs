@@ -209,7 +209,7 @@ impl ImageSource {
         let mut stream = self.blob_stream(&digest).await?;
         let mut bytes = Vec::new();
         while let Some(piece) = stream.next().await {
-            bytes.extend_from_slice(&piece.map_err(|error| ImageError::Stream { digest, reason: error.0 })?);
+            bytes.extend_from_slice(&piece.map_err(|error| ImageError::Stream { digest, reason: error.message })?);
             if bytes.len() as u64 > descriptor.size {
                 break;
             }
@@ -255,7 +255,7 @@ impl ImageSource {
     /// When the blob cannot be read, or ends before the range does.
     pub async fn blob_range(&self, blob: &Descriptor, range: Range<u64>) -> Result<Bytes, ImageError> {
         let digest = blob.digest;
-        let failed = |error: SourceError| ImageError::Stream { digest, reason: error.0 };
+        let failed = |error: SourceError| ImageError::Stream { digest, reason: error.message };
         let source = self.blob_source(&digest, blob.size)?;
         let pieces: Vec<Bytes> = source.fetch(range).await.map_err(failed)?.map_err(failed).try_collect().await?;
         Ok(pieces.concat().into())

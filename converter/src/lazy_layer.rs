@@ -134,7 +134,7 @@ async fn verified_footer(source: &ImageSource, descriptor: &Descriptor) -> Resul
     let mut hasher = DigestHasher::default();
     let mut tail = Vec::new();
     while let Some(piece) = stream.next().await {
-        let piece: Bytes = piece.map_err(|error| ImageError::Stream { digest, reason: error.0 })?;
+        let piece: Bytes = piece.map_err(|error| ImageError::Stream { digest, reason: error.message })?;
         hasher.update(&piece);
         tail.extend_from_slice(&piece);
         let surplus = (tail.len() as u64).saturating_sub(FOOTER_FRAME_LEN);

@@ -63,5 +63,5 @@ async fn lazy_layers(source: &ImageSource, image: &ResolvedImage) -> Result<Vec<
 }
 
 fn layer_source(image: &ImageSource, layer: &LazyLayer) -> Result<Arc<dyn Source>, SourceError> {
-    image.blob_source(&layer.blob, layer.blob_len).map_err(|error| SourceError(error.to_string()))
+    image.blob_source(&layer.blob, layer.blob_len).map_err(|error| SourceError::refused(error.to_string()))
 }

@@ -262,7 +262,7 @@ impl Pull<'_> {
         match self.containerd.write(layer, pieces, labels).await {
             Ok(()) => Ok(layer.size),
             Err(WriteError::Containerd(error)) => Err(error.into()),
-            Err(WriteError::Source(error)) => Err(PullError::Layer { digest, reason: error.0 }),
+            Err(WriteError::Source(error)) => Err(PullError::Layer { digest, reason: error.message }),
         }
     }
 

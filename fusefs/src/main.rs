@@ -157,7 +157,7 @@ async fn run(options: DaemonOptions, client: Client) -> Result<Ended, Error> {
 }
 
 fn blob_source(client: &Client, layer: &RemoteLayer) -> Result<Arc<dyn Source>, SourceError> {
-    let reference: Reference = layer.image.parse().map_err(|error| SourceError(format!("{error}")))?;
+    let reference: Reference = layer.image.parse().map_err(|error| SourceError::refused(format!("{error}")))?;
     Ok(Arc::new(BlobSource::new(client.clone(), reference, layer.layer.blob, layer.layer.blob_len)))
 }
 

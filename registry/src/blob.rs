@@ -9,7 +9,7 @@ use bytes::Bytes;
 use format_spec::Digest;
 use futures_util::stream;
 use reqwest::{Method, Response, StatusCode, Url, header};
-use storage::{ByteStream, SourceError};
+use storage::ByteStream;
 use tracing::{debug, info};
 
 use crate::{
@@ -154,7 +154,7 @@ impl Download {
             match download.next_bytes().await {
                 Ok(Some(bytes)) => Some((Ok(bytes), Some(download))),
                 Ok(None) => None,
-                Err(error) => Some((Err(SourceError(error.to_string())), None)),
+                Err(error) => Some((Err(error.to_source_error()), None)),
             }
         })))
     }

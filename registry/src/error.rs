@@ -7,6 +7,7 @@ use std::{error::Error as StdError, io, path::PathBuf, time::Duration};
 
 use format_spec::Digest;
 use reqwest::StatusCode;
+use storage::SourceError;
 
 /// Longest text of a registry's own that an error carries, in characters.
 const DETAIL_CHARS_MAX: usize = 200;
@@ -228,6 +229,20 @@ impl Error {
             Self::Status { status, .. } => matches!(status, 408 | 429 | 500..),
             _ => false,
         }
+    }
+
+    /// The same in `storage`'s words: a kind that says what another try is good for.
+    pub(crate) fn to_source_error(&self) -> SourceError {
+        let message = self.to_string();
+        let error = match self.root() {
+            _ if self.is_transient() => SourceError::passing(message),
+            Self::DigestMismatch { .. } | Self::TooLong { .. } | Self::Redirects { .. } | Self::Malformed { .. } => {
+                SourceError::unusable(message)
+            }
+            Self::Tls { .. } => SourceError::passing(message),
+            _ => SourceError::refused(message),
+        };
+        SourceError { retry_after: self.retry_after(), ..error }
     }
 
     /// Whether the connection ended in the middle.

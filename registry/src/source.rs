@@ -28,10 +28,10 @@ impl Source for BlobSource {
         Box::pin(async move {
             if range.start > range.end || range.end > self.len {
                 let Self { digest, len, .. } = self;
-                return Err(SourceError(format!("bytes {range:?} of {digest}, which has {len}")));
+                return Err(SourceError::refused(format!("bytes {range:?} of {digest}, which has {len}")));
             }
             let download = Download::new(&self.client, &self.reference, self.digest, Some(range), Some(self.len));
-            download.into_stream().await.map_err(|error| SourceError(error.to_string()))
+            download.into_stream().await.map_err(|error| error.to_source_error())
         })
     }
 }

@@ -37,4 +37,4 @@ pub use cache::{Cache, CacheOptions, KnownLayer, RestOptions};
 pub use directory::create_private_directory;
 pub use error::{CacheError, ReadError};
 pub use layer::{Activity, Layer, LayerIndex, Priority, Progress};
-pub use source::{ByteStream, FetchFuture, Source, SourceError};
+pub use source::{ByteStream, FetchFuture, Source, SourceError, SourceErrorKind};

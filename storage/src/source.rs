@@ -2,7 +2,7 @@
 //!
 //! `registry` implements [`Source`] over HTTP ranges; tests implement it over memory.
 
-use std::{fmt, ops::Range, pin::Pin};
+use std::{fmt, ops::Range, pin::Pin, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
@@ -21,10 +21,49 @@ pub trait Source: Send + Sync + 'static {
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_>;
 }
 
-/// The source gave up; a later call may succeed.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("{0}")]
-pub struct SourceError(pub String);
+/// What a failure of a source means for whoever may ask again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceErrorKind {
+    /// No answer, or one that says "later": the same request may succeed in a while.
+    Passing,
+    /// The source answers and says no: no permission, no such blob, a wrong name.
+    Refused,
+    /// The answer is none that can be used: other bytes, another range, a page of a portal.
+    Unusable,
+}
+
+/// The source gave up.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct SourceError {
+    /// What it means for another try.
+    pub kind: SourceErrorKind,
+    /// One line: what, where, and what to do.
+    pub message: String,
+    /// How long the source asks to wait before the next try.
+    pub retry_after: Option<Duration>,
+}
+
+impl SourceError {
+    /// A failure that may have passed when somebody asks again.
+    pub fn passing(message: impl Into<String>) -> Self {
+        Self::new(SourceErrorKind::Passing, message)
+    }
+
+    /// A refusal.
+    pub fn refused(message: impl Into<String>) -> Self {
+        Self::new(SourceErrorKind::Refused, message)
+    }
+
+    /// An answer that cannot be used.
+    pub fn unusable(message: impl Into<String>) -> Self {
+        Self::new(SourceErrorKind::Unusable, message)
+    }
+
+    fn new(kind: SourceErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), retry_after: None }
+    }
+}
 
 /// A range that is being received: bytes are taken from its front in the lengths that they have a meaning in.
 pub(crate) struct Incoming {
@@ -49,11 +88,11 @@ impl Incoming {
     pub(crate) async fn take(&mut self, len: usize, mut on_arrival: impl FnMut(usize)) -> Result<Bytes, SourceError> {
         while self.received.len() < len {
             let Some(piece) = self.stream.next().await.transpose()? else {
-                return Err(SourceError(format!("the source's answer ended {} bytes too early", self.left)));
+                return Err(SourceError::passing(format!("the source's answer ended {} bytes too early", self.left)));
             };
             let left = self.left.checked_sub(piece.len() as u64);
             self.left =
-                left.ok_or_else(|| SourceError("the source's answer is longer than the range asked for".to_owned()))?;
+                left.ok_or_else(|| SourceError::unusable("the source's answer is longer than the range asked for"))?;
             on_arrival(piece.len());
             self.received.extend_from_slice(&piece);
         }

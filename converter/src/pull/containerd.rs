@@ -379,7 +379,8 @@ impl Outgoing {
         self.offset += piece.len() as u64;
         if self.offset > self.blob.2 {
             let len = self.blob.2;
-            return self.fail(SourceError(format!("it is longer than the {len} bytes that the manifest says")));
+            return self
+                .fail(SourceError::unusable(format!("it is longer than the {len} bytes that the manifest says")));
         }
         Some((message, self))
     }
@@ -439,7 +440,7 @@ mod tests {
         };
         let messages = stream::unfold(outgoing, Outgoing::next).collect().await;
         let failure = failure.lock().unwrap().take();
-        (messages, failure.map(|error| error.0))
+        (messages, failure.map(|error| error.message))
     }
 
     #[tokio::test]

@@ -348,7 +348,7 @@ impl Source for BlobSource {
         let mut is_held = inner.is_held.subscribe();
         Box::pin(async move {
             is_held.wait_for(|is_held| !is_held).await.expect("the registry lives");
-            let blob = blob.filter(|_| !is_down).ok_or_else(|| SourceError("registry is down".to_owned()))?;
+            let blob = blob.filter(|_| !is_down).ok_or_else(|| SourceError::passing("registry is down"))?;
             let bytes = blob.slice(usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap());
             let stream: storage::ByteStream = Box::pin(futures_util::stream::iter([Ok(bytes)]));
             Ok(stream)

@@ -85,7 +85,7 @@ async fn a_source_that_gives_up_fails_the_read_and_a_later_one_tries_again() {
     let fixture = Fixture::new(&test).await;
     fixture.source.fail_next([Fault::Refuse]);
     let error = fixture.layer.read_async(0, 20_000).await.unwrap_err();
-    assert!(matches!(&error, ReadError::Source { error, .. } if error.0 == "refused"), "{error}");
+    assert!(matches!(&error, ReadError::Source { error, .. } if error.message == "refused"), "{error}");
     assert_eq!(fixture.source.frame_requests().len(), 1);
 
     fixture.source.fail_next([Fault::EndAt(5), Fault::EndAt(5), Fault::EndAt(5)]);

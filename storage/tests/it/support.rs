@@ -391,7 +391,7 @@ impl Source for MemorySource {
         let mut blob = self.blob.clone();
         let mut end = range.end;
         match fault {
-            Some(Fault::Refuse) => return async { Err(SourceError("refused".to_owned())) }.boxed(),
+            Some(Fault::Refuse) => return async { Err(SourceError::refused("refused")) }.boxed(),
             Some(Fault::FlipAt(offset)) => {
                 let mut changed = blob.to_vec();
                 changed[offset as usize] ^= 1;
@@ -405,7 +405,7 @@ impl Source for MemorySource {
         let answer = stream::unfold((range.start, holds, blob), move |(start, mut holds, blob)| async move {
             if start >= end {
                 let is_broken = matches!(fault, Some(Fault::BreakAt(_))) && start == end;
-                let error = is_broken.then(|| Err(SourceError("broke off".to_owned())));
+                let error = is_broken.then(|| Err(SourceError::passing("broke off")));
                 return error.map(|error| (error, (u64::MAX, holds, blob)));
             }
             holds.wait_for(|holds| !holds.contains(&start)).await.ok()?;
