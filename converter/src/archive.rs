@@ -13,11 +13,12 @@ use std::{
     sync::Arc,
 };
 
+use tar_index::walker::{Entry, EntryKind, TarError, TarInput, next_entry};
+
 use crate::{
     blob_reader::{GZIP_MAGIC, ZSTD_MAGIC},
     file_source::FileSource,
     image::ImageError,
-    walker::{Entry, EntryKind, TarError, TarInput, next_entry},
 };
 
 /// Most members of an archive; real ones have a few for each layer.

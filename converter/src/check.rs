@@ -5,7 +5,6 @@
 //! a frame at a time. What is wrong becomes a finding and the check goes on, so that one run names all damage;
 //! an error is what keeps it from looking.
 
-mod compare;
 mod frames;
 mod lazy;
 mod original;

@@ -28,6 +28,12 @@ use format_spec::{
     index::DedupLocation,
 };
 
+use tar_index::{
+    layer_index::build_index,
+    tree::{LayerTree, TreeError},
+    walker::{Entry, TarError, TarInput, next_entry},
+};
+
 use crate::{
     blob_reader::{BlobError, BlobReader},
     compress::{CompressedFrame, Compressor},
@@ -35,11 +41,8 @@ use crate::{
     frame_reader::FrameReader,
     framer::{EntryOutline, FrameSizes},
     hot_pack::HotPack,
-    layer_index::build_index,
     plain::{PlainFrame, PlainStream},
     spool::Spool,
-    tree::{LayerTree, TreeError},
-    walker::{Entry, TarError, TarInput, next_entry},
 };
 
 /// What conversion found in a layer.

@@ -1,8 +1,6 @@
 //! Image in, lazy image out: the library behind the `lazuli` command.
 
-mod acl;
 pub mod archive;
-mod attributes;
 pub mod blob_reader;
 mod blob_thread;
 pub mod cache;
@@ -18,13 +16,11 @@ pub mod docker_archive;
 pub mod file_source;
 pub mod frame_reader;
 pub mod framer;
-mod header;
 mod hot_pack;
 pub mod hot_set;
 pub mod image;
 pub mod inspect;
 pub mod layer;
-pub mod layer_index;
 pub mod layout;
 pub mod lazy_layer;
 pub mod location;
@@ -32,8 +28,6 @@ pub mod manifest;
 pub mod mount;
 pub mod oci_archive;
 pub mod oci_directory;
-mod paths;
-mod pax;
 mod plain;
 pub mod pull;
 mod referrers;
@@ -42,7 +36,3 @@ pub mod resolve;
 pub mod spool;
 pub mod start_up;
 pub mod status;
-pub mod tree;
-pub mod walker;
-
-pub use pax::Time;

@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Condvar, Mutex, PoisonError},
 };
 
-use crate::walker::TarInput;
+use tar_index::walker::TarInput;
 
 /// Most bytes asked of the decompressor at once: small enough to stay in the processor's cache.
 const READ_LEN: usize = 128 << 10;

@@ -3,13 +3,13 @@
 use std::io::{self, BufRead, Read};
 
 use format_spec::{Digest, DigestHasher, Frame};
+use tar_index::walker::TarInput;
 use zstd::zstd_safe;
 
 use super::{
     report::{Findings, Part},
     space::SpaceHasher,
 };
-use crate::walker::TarInput;
 
 /// Reads a blob and knows where it is.
 #[derive(Debug)]

@@ -4,25 +4,23 @@ use std::{io, sync::Arc};
 
 use bytes::Bytes;
 use format_spec::{
-    Digest, Footer, Index, LayerData, LazyLayer,
+    Digest, Footer, Index, LazyLayer,
     dedup::{self, DedupPiece},
     footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
     index::FRAME_PLAIN_LEN_MAX,
 };
+use tar_index::{
+    compare::{TarSide, UnfitStream, compare, read_tree},
+    paths::Paths,
+    tree::LayerTree,
+};
 
 use super::{
-    compare::{TarSide, compare},
     frames::{BlobCursor, FrameStream, open_frame},
     report::{Counts, Findings, Part},
     space::SpaceHasher,
 };
-use crate::{
-    blob_reader::BlobReader,
-    layer_index::build_index,
-    paths::Paths,
-    tree::LayerTree,
-    walker::{TarError, next_entry},
-};
+use crate::blob_reader::BlobReader;
 
 /// A lazy layer whose index and dedup section were fetched and can be read.
 #[derive(Debug, Clone)]
@@ -91,7 +89,7 @@ fn pass<P: Iterator<Item = Result<Bytes, String>>>(
     let ranges = hot.chain(layer.pieces.iter().map(DedupPiece::plain_range));
     let space = SpaceHasher::new(index.extents(), ranges);
     let mut stream = FrameStream::new(blob, index.frames(), space, findings);
-    let walked = walk(&mut stream);
+    let walked = read_tree(&mut stream, FrameStream::skip);
     stream.finish()?;
     let FrameStream { blob: mut cursor, read_len, tar_hasher, space, broken, .. } = stream;
     counts.frames = index.frames().len() as u64;
@@ -114,43 +112,18 @@ fn pass<P: Iterator<Item = Result<Bytes, String>>>(
     check_tail(&mut cursor, layer, hot_digests, counts, findings)
 }
 
-/// The tree that the tar stream describes.
-fn walk<R: io::BufRead>(stream: &mut FrameStream<'_, '_, R>) -> Result<LayerTree, String> {
-    let mut tree = LayerTree::default();
-    let text = |error: TarError| error.to_string();
-    while let Some(entry) = next_entry(stream).map_err(text)? {
-        let content_start = crate::walker::TarInput::position(stream);
-        let len = entry.stored_len.saturating_add(entry.padding_len);
-        tree.apply(entry, content_start).map_err(|error| error.to_string())?;
-        stream.skip(len).map_err(|error| error.to_string())?;
-    }
-    tree.finish().map_err(|error| error.to_string())?;
-    Ok(tree)
-}
-
 fn compare_tree(
-    walked: Result<LayerTree, String>,
+    walked: Result<LayerTree, UnfitStream>,
     tar_len: u64,
     layer: &OpenLayer,
     counts: &mut Counts,
     findings: &mut Findings,
 ) {
     let index = &*layer.index;
-    let side = walked.and_then(|tree| {
-        let built = build_index(tree).map_err(|error| error.to_string())?;
-        let data = LayerData {
-            tar_len,
-            space_len: built.space_len,
-            extents: &built.extents,
-            frames: index.frames(),
-            ..LayerData::default()
-        };
-        let bytes = built.builder.layer_bytes(&data).map_err(|error| error.to_string())?;
-        let tree = Index::open(bytes).map_err(|error| error.to_string())?;
-        Ok(TarSide { tree, extents: built.extents, space_len: built.space_len })
-    });
-    match side {
-        Ok(side) => counts.files = compare(index, &side, findings),
+    match walked.and_then(|tree| TarSide::new(tree, tar_len, index.frames())) {
+        Ok(side) => {
+            counts.files = compare(index, &side, &mut |path, problem| findings.add(Part::File, path, problem));
+        }
         Err(error) => findings.add(Part::Tar, "tar stream", error),
     }
 }

@@ -4,8 +4,7 @@ use std::collections::BTreeSet;
 
 use format_spec::{HotPiece, Index, index::hot_reason};
 use serde::Serialize;
-
-use crate::paths::Paths;
+use tar_index::paths::Paths;
 
 /// A hot pack.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -2,12 +2,12 @@
 
 use std::io;
 
-use converter::{
+use format_spec::{Digest, Frame, Index, LayerData};
+use tar_index::{
     layer_index::build_index,
     tree::LayerTree,
     walker::{Entry, TarError, TarInput, next_entry},
 };
-use format_spec::{Digest, Frame, Index, LayerData};
 
 use super::choose;
 use crate::{seal, tree_rules::assert_tree};

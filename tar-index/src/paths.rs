@@ -6,7 +6,7 @@ use format_spec::{Index, index::WHITEOUT};
 
 /// The first name of every inode of an index.
 #[derive(Debug)]
-pub(crate) struct Paths<'a, B> {
+pub struct Paths<'a, B> {
     index: &'a Index<B>,
     /// For every inode the number of a dirent and the directory that it stands in.
     names: Vec<Option<(usize, u32)>>,
@@ -16,7 +16,7 @@ pub(crate) struct Paths<'a, B> {
 
 impl<'a, B: AsRef<[u8]>> Paths<'a, B> {
     /// Reads all directories of an index that passed [`Index::check`].
-    pub(crate) fn new(index: &'a Index<B>) -> Self {
+    pub fn new(index: &'a Index<B>) -> Self {
         let mut names = vec![None; index.inodes().len()];
         let mut pending = VecDeque::from([0]);
         while let Some(directory) = pending.pop_front() {
@@ -37,7 +37,7 @@ impl<'a, B: AsRef<[u8]>> Paths<'a, B> {
     }
 
     /// The path of an inode, `/` for the root, as it can be shown.
-    pub(crate) fn path(&self, inode: u32) -> String {
+    pub fn path(&self, inode: u32) -> String {
         let mut parts = Vec::new();
         let mut at = inode;
         while let Some((dirent, directory)) = self.names.get(at as usize).copied().flatten() {
@@ -49,7 +49,7 @@ impl<'a, B: AsRef<[u8]>> Paths<'a, B> {
     }
 
     /// The file that has its content at `plain_offset` of the plain address space, and the offset in it.
-    pub(crate) fn file_at(&self, plain_offset: u64) -> Option<(u32, u64)> {
+    pub fn file_at(&self, plain_offset: u64) -> Option<(u32, u64)> {
         let number = self.files.partition_point(|(start, _)| *start <= plain_offset).checked_sub(1)?;
         let (start, inode) = self.files[number];
         let range = self.index.inode(inode)?.plain_range();
@@ -58,7 +58,7 @@ impl<'a, B: AsRef<[u8]>> Paths<'a, B> {
 }
 
 /// A path as it can be shown on one line.
-pub(crate) fn shown(path: &[u8]) -> String {
+pub fn shown(path: &[u8]) -> String {
     match std::str::from_utf8(path) {
         Ok(text) if !text.chars().any(char::is_control) => text.to_owned(),
         _ => path.escape_ascii().to_string(),

@@ -4,23 +4,104 @@
 //! is made by the walker and the tree of a conversion, so their errors are not found here; what a tar
 //! entry means is held by the tests that compare with a real unpack.
 
+use std::{fmt, io};
+
 use format_spec::{
-    Extent, Index, Inode,
+    Extent, Frame, Index, Inode, LayerData,
     index::{NO_XATTRS, WHITEOUT, flag, mode},
 };
 
-use super::report::{Findings, Part};
-use crate::paths::{Paths, shown};
+use crate::{
+    layer_index::build_index,
+    paths::{Paths, shown},
+    tree::LayerTree,
+    walker::{TarError, TarInput, next_entry},
+};
 
-/// What the tar stream says: a tree in the form of an index, and where its files lie.
-pub(crate) struct TarSide {
-    pub(crate) tree: Index<Vec<u8>>,
-    pub(crate) extents: Vec<Extent>,
-    pub(crate) space_len: u64,
+/// Why a tar stream says no tree: one line.
+#[derive(Debug)]
+pub enum UnfitStream {
+    /// It could not be read to its end, which says nothing of it.
+    Unreadable(io::Error),
+    /// It is none that containerd unpacks, or exceeds a limit of the format.
+    Refused(String),
 }
 
-/// Adds a finding for every name and field in which `index` differs; returns how many inodes were compared.
-pub(crate) fn compare<B: AsRef<[u8]>>(index: &Index<B>, tar: &TarSide, findings: &mut Findings) -> u64 {
+impl fmt::Display for UnfitStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreadable(error) => error.fmt(f),
+            Self::Refused(reason) => f.write_str(reason),
+        }
+    }
+}
+
+impl std::error::Error for UnfitStream {}
+
+impl UnfitStream {
+    fn refused(reason: impl fmt::Display) -> Self {
+        Self::Refused(reason.to_string())
+    }
+}
+
+impl From<TarError> for UnfitStream {
+    fn from(error: TarError) -> Self {
+        match error {
+            TarError::Io(error) => Self::Unreadable(error),
+            error => Self::refused(error),
+        }
+    }
+}
+
+/// The tree that a tar stream describes; `skip` consumes bytes, or as many as there are.
+///
+/// # Errors
+///
+/// When the stream cannot be read, or is none that containerd unpacks.
+pub fn read_tree<I: TarInput>(
+    input: &mut I,
+    mut skip: impl FnMut(&mut I, u64) -> io::Result<()>,
+) -> Result<LayerTree, UnfitStream> {
+    let mut tree = LayerTree::default();
+    while let Some(entry) = next_entry(input)? {
+        let content_start = input.position();
+        let len = entry.stored_len.saturating_add(entry.padding_len);
+        tree.apply(entry, content_start).map_err(UnfitStream::refused)?;
+        skip(input, len).map_err(UnfitStream::Unreadable)?;
+    }
+    tree.finish().map_err(UnfitStream::refused)?;
+    Ok(tree)
+}
+
+/// What the tar stream says: a tree in the form of an index, and where its files lie.
+#[derive(Debug)]
+pub struct TarSide {
+    tree: Index<Vec<u8>>,
+    extents: Vec<Extent>,
+    space_len: u64,
+}
+
+impl TarSide {
+    /// What a stream of `tar_len` bytes says that has this tree; `frames` are where its layer is cut.
+    ///
+    /// # Errors
+    ///
+    /// When a limit of the format is exceeded, or content lies behind the end of the stream.
+    pub fn new(tree: LayerTree, tar_len: u64, frames: &[Frame]) -> Result<Self, UnfitStream> {
+        let built = build_index(tree).map_err(UnfitStream::refused)?;
+        let data =
+            LayerData { tar_len, space_len: built.space_len, extents: &built.extents, frames, ..LayerData::default() };
+        let bytes = built.builder.layer_bytes(&data).map_err(UnfitStream::refused)?;
+        let tree = Index::open(bytes).map_err(UnfitStream::refused)?;
+        Ok(Self { tree, extents: built.extents, space_len: built.space_len })
+    }
+}
+
+/// Gets a path of the tar stream and what is wrong with it by the index.
+pub type OnDifference<'a> = &'a mut dyn FnMut(String, String);
+
+/// Tells of every name and field in which `index` differs; returns how many inodes were compared.
+pub fn compare<B: AsRef<[u8]>>(index: &Index<B>, tar: &TarSide, findings: OnDifference<'_>) -> u64 {
     let mut comparison = Comparison {
         index,
         tar,
@@ -51,7 +132,7 @@ struct Comparison<'a, B> {
     paths: Paths<'a, Vec<u8>>,
     /// For every inode of the tar stream the one of the index that it was compared with.
     partners: Vec<Option<u32>>,
-    findings: &'a mut Findings,
+    findings: OnDifference<'a>,
     has_differences: bool,
 }
 
@@ -63,7 +144,7 @@ impl<'a, B: AsRef<[u8]>> Comparison<'a, B> {
             Some(name) => format!("{}/{}", directory.trim_end_matches('/'), shown(name)),
         };
         self.has_differences = true;
-        self.findings.add(Part::File, path, problem);
+        (self.findings)(path, problem);
     }
 
     fn compare_trees(&mut self) {

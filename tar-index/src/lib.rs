@@ -1,0 +1,19 @@
+//! What the index of a layer must say, read off its tar stream.
+//!
+//! A converter makes indexes with it, `lazuli check` and a node compare indexes with it. It reads what containerd's
+//! unpack reads, refuses what that refuses, and takes bounded memory whatever the stream is.
+//!
+//! `walker.rs` finds the entries of a stream (`header.rs`, `pax.rs`), `tree.rs` says what they mean together
+//! (`attributes.rs`, `acl.rs`), `layer_index.rs` makes an index of that, `compare.rs` holds another index against it.
+
+mod acl;
+mod attributes;
+pub mod compare;
+mod header;
+pub mod layer_index;
+pub mod paths;
+mod pax;
+pub mod tree;
+pub mod walker;
+
+pub use pax::Time;
