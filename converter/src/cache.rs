@@ -131,7 +131,7 @@ impl ConversionCache {
         }
         let index: ImageIndex = serde_json::from_slice(&stored.bytes)
             .map_err(|error| ImageError::Malformed { what: source.name(), reason: error.to_string() })?;
-        for entry in &index.manifests {
+        for entry in index.known() {
             self.learn_manifest(source, &source.manifest_of(entry).await?);
         }
         Ok(())

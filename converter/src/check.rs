@@ -31,8 +31,9 @@ use crate::{
     blob_thread::{Aborted, read_blob},
     image::{ImageError, ImageSource},
     lazy_layer::dedup_range,
-    manifest::{Descriptor, ImageConfig, Platform, media_type},
-    resolve::{ResolveError, ResolvedImage, resolve_image},
+    manifest::{Descriptor, media_type},
+    platform::Platform,
+    resolve::{ResolveError, resolve_image},
 };
 
 /// Layers checked side by side: hashing keeps a processor busy with each, and each may hold a large index.
@@ -72,7 +73,7 @@ pub async fn check_image(
 ) -> Result<CheckReport, CheckError> {
     let image = resolve_image(source, platform).await?;
     let original = match original {
-        Some(original) => Some(original::find(original, &image).await?),
+        Some(original) => Some(original::find(original, &image, platform).await?),
         None => None,
     };
     let mut findings = Findings::default();
@@ -89,21 +90,12 @@ pub async fn check_image(
     Ok(CheckReport {
         digest: image.digest,
         config_digest: image.manifest.config.digest,
-        platform: platform_of(&image),
+        platform: image.platform.to_string(),
         is_sound,
         layers,
         findings: findings.list,
         further_findings: findings.further,
     })
-}
-
-/// The platform that the config names.
-pub(crate) fn platform_of(image: &ResolvedImage) -> String {
-    // The config was read once already to find the diff IDs.
-    let config: Option<ImageConfig> = serde_json::from_slice(&image.config).ok();
-    let parts = config.map(|config| [Some(config.os), Some(config.architecture), config.variant]);
-    let parts = parts.into_iter().flatten().flatten().filter(|part| !part.is_empty());
-    parts.collect::<Vec<_>>().join("/")
 }
 
 /// Checks one layer of any kind.

@@ -5,7 +5,7 @@ use converter::{
     check::{CheckError, CheckReport, LayerCheck, check_image},
     image::ImageSource,
     location::Location,
-    manifest::Platform,
+    platform::Platform,
 };
 use indicatif::HumanBytes;
 

@@ -14,7 +14,7 @@ use crate::{
     image::{ImageDestination, ImageError, ImageSource},
     layer::LayerError,
     lazy_layer::LazyLayerError,
-    manifest::Platform,
+    platform::Platform,
     referrers::carry_referrers,
     report::{Observer, Report},
     resolve::{ResolveError, find_manifest},
@@ -125,9 +125,13 @@ pub async fn convert(
     observer: Arc<dyn Observer>,
 ) -> Result<Report, ConvertError> {
     let started = Instant::now();
-    let stored = match &options.platforms {
-        Platforms::One(platform) => find_manifest(source, platform.as_ref()).await?,
-        Platforms::All => source.manifest().await?,
+    let (stored, platform) = match &options.platforms {
+        Platforms::One(platform) => {
+            let found = find_manifest(source, platform.as_ref()).await?;
+            // What was chosen by its entry in an index need not say it again.
+            (found.stored, platform.as_ref().filter(|_| found.platform.is_none()))
+        }
+        Platforms::All => (source.manifest().await?, None),
     };
     let source_digest = stored.digest;
     let jobs = options.jobs.get();
@@ -143,10 +147,7 @@ pub async fn convert(
         hot_pack: &options.hot_pack,
         cache: ConversionCache::open(options.cache.as_ref(), destination).await,
         shape: options.shape(),
-        platform: match &options.platforms {
-            Platforms::One(platform) => platform.as_ref(),
-            Platforms::All => None,
-        },
+        platform,
     };
     let mut made = Made::default();
     let root = conversion.convert_manifest(stored, 0, &mut made).await?;

@@ -14,7 +14,7 @@ use converter::{
     hot_set::Profile,
     image::{ImageDestination, ImageError, ImageSource},
     location::Location,
-    manifest::Platform,
+    platform::Platform,
     report::Report,
     start_up::HotPackChoice,
 };

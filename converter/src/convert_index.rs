@@ -12,7 +12,7 @@ use crate::{
     convert::{Conversion, ConvertError},
     copy::copy_blobs,
     image::StoredManifest,
-    manifest::{Descriptor, ImageIndex},
+    manifest::{Descriptor, ImageIndex, IndexEntry},
     report::{ArtifactReport, ImageReport},
     resolve::{INDEX_DEPTH_MAX, ResolveError, parse, read_image},
 };
@@ -89,7 +89,10 @@ impl Conversion<'_> {
             return Err(ResolveError::NoImage { digest: stored.digest, reason }.into());
         }
         let mut index: ImageIndex = parse(stored)?;
-        for entry in &index.manifests {
+        let about =
+            |number: usize| move |reason| ResolveError::Entry { index: stored.digest, number: number + 1, reason };
+        for (number, entry) in index.manifests.iter().enumerate() {
+            let entry = entry.descriptor().map_err(about(number))?;
             if made.descriptors.contains_key(&entry.digest) {
                 continue;
             }
@@ -110,6 +113,7 @@ impl Conversion<'_> {
 fn rewrite(index: &mut ImageIndex, made: &HashMap<Digest, Descriptor>) {
     index.media_type = Some(registry::media_type::OCI_INDEX.to_owned());
     for entry in &mut index.manifests {
+        let IndexEntry::Known(entry) = entry else { continue };
         if let Some(new) = made.get(&entry.digest).filter(|new| new.digest != entry.digest) {
             entry.media_type.clone_from(&new.media_type);
             (entry.digest, entry.size) = (new.digest, new.size);

@@ -14,10 +14,10 @@ use serde::Serialize;
 
 pub use self::hot_pack::{HotEntry, HotPackFacts, ReasonFacts};
 use crate::{
-    check::platform_of,
     image::{ImageError, ImageSource},
     lazy_layer::{LayerKind, LazyLayerError, dedup_range, layer_kind},
-    manifest::{Descriptor, Platform},
+    manifest::Descriptor,
+    platform::Platform,
     resolve::{ResolveError, resolve_image},
 };
 
@@ -240,7 +240,7 @@ pub async fn inspect_image(
         });
     }
     let (digest, config_digest) = (image.digest, image.manifest.config.digest);
-    Ok(ImageFacts { digest, config_digest, platform: platform_of(&image), total: total(&layers), layers })
+    Ok(ImageFacts { digest, config_digest, platform: image.platform.to_string(), total: total(&layers), layers })
 }
 
 /// Reads index and dedup section of a layer; `None` if it is ordinary.

@@ -5,7 +5,7 @@ use converter::{
     image::ImageSource,
     inspect::{HotEntry, ImageFacts, InspectError, LayerFacts, LazyBy, Spread, inspect_image},
     location::Location,
-    manifest::Platform,
+    platform::Platform,
 };
 use indicatif::{HumanBytes, HumanCount};
 

@@ -93,8 +93,9 @@ impl Layout {
     /// When there is none by that tag.
     pub fn image(&self) -> Result<Descriptor, ImageError> {
         let index = self.index()?;
-        let found = match (self.tag.as_deref(), index.manifests.as_slice()) {
-            (None, [only]) => Some(only),
+        let known: Vec<&Descriptor> = index.known().collect();
+        let found = match (self.tag.as_deref(), known.as_slice()) {
+            (None, [only]) => Some(*only),
             (tag, _) => find_tag(&index, tag.unwrap_or(TAG_DEFAULT)),
         };
         found.cloned().ok_or_else(|| ImageError::NoTag {
@@ -126,7 +127,7 @@ impl Layout {
 
 /// The entry of `index` that is tagged `tag`.
 pub(crate) fn find_tag<'a>(index: &'a ImageIndex, tag: &str) -> Option<&'a Descriptor> {
-    index.manifests.iter().find(|descriptor| descriptor.annotation(REF_NAME) == Some(tag))
+    index.known().find(|descriptor| descriptor.annotation(REF_NAME) == Some(tag))
 }
 
 /// The tags of a layout, for a message.

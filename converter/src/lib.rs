@@ -29,6 +29,7 @@ pub mod mount;
 pub mod oci_archive;
 pub mod oci_directory;
 mod plain;
+pub mod platform;
 pub mod pull;
 mod referrers;
 pub mod report;

@@ -3,11 +3,13 @@
 //! Fields that are not named here are kept as they are. Maps are sorted, so equal values give equal bytes.
 //! Source: OCI image specification, manifest.md, image-index.md, config.md, descriptor.md.
 
-use std::{collections::BTreeMap, fmt, str::FromStr};
+use std::collections::BTreeMap;
 
 use format_spec::Digest;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+
+use crate::platform::DescriptorPlatform;
 
 /// Media types of layers and configs; those of manifests are in `registry::media_type`.
 pub mod media_type {
@@ -95,28 +97,6 @@ impl Descriptor {
     }
 }
 
-/// The platform in a descriptor.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct DescriptorPlatform {
-    /// Processor architecture, in Go's words.
-    pub architecture: String,
-    /// Operating system, in Go's words.
-    pub os: String,
-    /// Variant of the architecture.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub variant: Option<String>,
-    /// Everything else.
-    #[serde(flatten)]
-    pub rest: BTreeMap<String, Value>,
-}
-
-impl fmt::Display for DescriptorPlatform {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{variant}"))
-    }
-}
-
 /// The manifest of one image.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -129,6 +109,7 @@ pub struct ImageManifest {
     /// The config: its digest is the image ID.
     pub config: Descriptor,
     /// The layers, lowest first.
+    #[serde(default, deserialize_with = "null_is_empty")]
     pub layers: Vec<Descriptor>,
     /// Arbitrary notes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -148,7 +129,8 @@ pub struct ImageIndex {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media_type: Option<String>,
     /// The manifests.
-    pub manifests: Vec<Descriptor>,
+    #[serde(default, deserialize_with = "null_is_empty")]
+    pub manifests: Vec<IndexEntry>,
     /// Arbitrary notes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub annotations: Option<BTreeMap<String, String>>,
@@ -157,13 +139,70 @@ pub struct ImageIndex {
     pub rest: BTreeMap<String, Value>,
 }
 
-impl ImageIndex {
-    /// The platforms in it, for a message; attestations are none.
-    pub fn platforms(&self) -> String {
-        let platforms = self.manifests.iter().filter_map(|manifest| manifest.platform.as_ref());
-        let known = platforms.filter(|platform| platform.os != "unknown").map(ToString::to_string);
-        known.collect::<Vec<_>>().join(", ")
+/// An entry of an index.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum IndexEntry {
+    /// It points to something.
+    Known(Descriptor),
+    /// It cannot be understood, for instance for its kind of digest. It is kept as it is.
+    Odd(Value),
+}
+
+impl<'de> Deserialize<'de> for IndexEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        Ok(Descriptor::deserialize(&value).map_or(Self::Odd(value), Self::Known))
     }
+}
+
+impl IndexEntry {
+    /// What it points to.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be understood: why not.
+    pub fn descriptor(&self) -> Result<&Descriptor, String> {
+        match self {
+            Self::Known(descriptor) => Ok(descriptor),
+            Self::Odd(value) => Err(match Descriptor::deserialize(value) {
+                Err(error) => error.to_string(),
+                Ok(_) => "it cannot be understood".to_owned(),
+            }),
+        }
+    }
+
+    /// The platform that it says, as far as that can be understood.
+    pub fn platform(&self) -> Option<DescriptorPlatform> {
+        let platform = match self {
+            Self::Known(descriptor) => descriptor.platform.clone(),
+            Self::Odd(value) => DescriptorPlatform::deserialize(value.get("platform")?).ok(),
+        };
+        platform.filter(DescriptorPlatform::is_stated)
+    }
+
+    /// The annotation `key`.
+    pub fn annotation(&self, key: &str) -> Option<&str> {
+        match self {
+            Self::Known(descriptor) => descriptor.annotation(key),
+            Self::Odd(value) => value.get("annotations")?.get(key)?.as_str(),
+        }
+    }
+}
+
+impl ImageIndex {
+    /// The entries that point to something.
+    pub fn known(&self) -> impl Iterator<Item = &Descriptor> {
+        self.manifests.iter().filter_map(|entry| match entry {
+            IndexEntry::Known(descriptor) => Some(descriptor),
+            IndexEntry::Odd(_) => None,
+        })
+    }
+}
+
+/// Go writes `null` for a list that has nothing in it, and reads it so.
+fn null_is_empty<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 /// What a conversion reads of a config.
@@ -171,99 +210,30 @@ impl ImageIndex {
 pub struct ImageConfig {
     /// Processor architecture.
     #[serde(default)]
-    pub architecture: String,
+    pub architecture: Option<String>,
     /// Operating system.
     #[serde(default)]
-    pub os: String,
+    pub os: Option<String>,
     /// Variant of the architecture.
     #[serde(default)]
     pub variant: Option<String>,
     /// What the layers unpack to.
+    #[serde(default, deserialize_with = "null_is_empty")]
     pub rootfs: RootFs,
 }
 
 /// The layers' content.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 pub struct RootFs {
     /// Digests of the tar streams, lowest first.
+    #[serde(default, deserialize_with = "null_is_empty")]
     pub diff_ids: Vec<Digest>,
-}
-
-/// A platform as users name it: `os/architecture[/variant]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Platform {
-    os: String,
-    architecture: String,
-    variant: Option<String>,
-}
-
-impl Platform {
-    /// Linux on the architecture that this program runs on.
-    pub fn host() -> Self {
-        let architecture = go_architecture(std::env::consts::ARCH).to_owned();
-        Self { os: "linux".to_owned(), architecture, variant: None }
-    }
-
-    /// Whether an image for `os`, `architecture` and `variant` will do.
-    pub fn accepts(&self, os: &str, architecture: &str, variant: Option<&str>) -> bool {
-        let default_variant = match self.architecture.as_str() {
-            "arm64" => "v8",
-            "arm" => "v7",
-            "amd64" => "v1",
-            _ => "",
-        };
-        let found = variant.filter(|variant| !variant.is_empty()).unwrap_or(default_variant);
-        let fits = self.variant.as_deref().is_none_or(|wanted| wanted == found);
-        self.os == os && self.architecture == go_architecture(architecture) && fits
-    }
-}
-
-/// Architectures have a name of their own in images: Go's.
-fn go_architecture(name: &str) -> &str {
-    match name {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        "x86" => "386",
-        "powerpc64" => "ppc64le",
-        other => other,
-    }
-}
-
-impl fmt::Display for Platform {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{variant}"))
-    }
-}
-
-/// A text is no platform.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no platform: expected os/architecture or os/architecture/variant, for instance linux/arm64")]
-pub struct ParsePlatformError(String);
-
-impl FromStr for Platform {
-    type Err = ParsePlatformError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let parts: Vec<_> = text.split('/').collect();
-        let (os, architecture, variant) = match parts.as_slice() {
-            [os, architecture] => (*os, *architecture, None),
-            [os, architecture, variant] => (*os, *architecture, Some(*variant)),
-            _ => return Err(ParsePlatformError(text.to_owned())),
-        };
-        if parts.iter().any(|part| part.is_empty()) {
-            return Err(ParsePlatformError(text.to_owned()));
-        }
-        Ok(Self {
-            os: os.to_owned(),
-            architecture: go_architecture(architecture).to_owned(),
-            variant: variant.map(str::to_owned),
-        })
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -278,18 +248,51 @@ mod tests {
     }
 
     #[test]
-    fn a_platform_accepts_its_default_variant() {
-        let check = |platform: &str, os: &str, architecture: &str, variant: Option<&str>, expected: bool| {
-            let platform: Platform = platform.parse().unwrap();
-            assert_eq!(platform.accepts(os, architecture, variant), expected, "{platform} {architecture} {variant:?}");
-        };
-        check("linux/amd64", "linux", "amd64", None, true);
-        check("linux/x86_64", "linux", "amd64", Some("v3"), true);
-        check("linux/amd64", "windows", "amd64", None, false);
-        check("linux/arm64/v8", "linux", "arm64", None, true);
-        check("linux/arm64/v9", "linux", "arm64", Some("v8"), false);
-        for text in ["", "linux", "linux/", "linux/arm/v7/x"] {
-            assert!(text.parse::<Platform>().is_err(), "{text}");
+    fn null_is_an_empty_list() {
+        let config = r#""config":{"mediaType":"c","digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","size":0}"#;
+        for layers in ["", r#","layers":null"#, r#","layers":[]"#] {
+            let manifest = format!(r#"{{"schemaVersion":2,{config}{layers}}}"#);
+            assert_eq!(serde_json::from_str::<ImageManifest>(&manifest).unwrap().layers, [], "{layers}");
         }
+        for index in [r#"{"schemaVersion":2}"#, r#"{"schemaVersion":2,"manifests":null}"#] {
+            assert_eq!(serde_json::from_str::<ImageIndex>(index).unwrap().manifests, [], "{index}");
+        }
+        for config in ["{}", r#"{"rootfs":null,"os":null}"#, r#"{"rootfs":{"type":"layers","diff_ids":null}}"#] {
+            assert_eq!(serde_json::from_str::<ImageConfig>(config).unwrap().rootfs.diff_ids, [], "{config}");
+        }
+    }
+
+    /// One entry that nobody can use is no reason not to use the others.
+    #[test]
+    fn an_odd_entry_does_not_spoil_an_index_and_is_kept() {
+        let good = json!({"mediaType": "m", "digest": Digest::of(b""), "size": 1, "platform": {"architecture": "arm64", "os": "linux"}});
+        let with = |change: fn(&mut Value)| {
+            let mut entry = good.clone();
+            change(&mut entry);
+            entry
+        };
+        let odd = [
+            with(|entry| entry["digest"] = format!("sha512:{}", "ab".repeat(64)).into()),
+            with(|entry| entry["size"] = (-1).into()),
+            with(|entry| entry["size"] = 1.5.into()),
+            with(|entry| entry["annotations"] = json!({"number": 5})),
+            with(|entry| entry["platform"]["variant"] = 7.into()),
+            with(|entry| drop(entry.as_object_mut().unwrap().remove("mediaType"))),
+            json!("text"),
+            json!(null),
+        ];
+        let known = [
+            good.clone(),
+            with(|entry| entry["platform"] = json!({})),
+            with(|entry| entry["platform"] = json!({"os": "linux"})),
+        ];
+        let entries: Vec<_> = odd.iter().chain(&known).cloned().collect();
+        let document = json!({"schemaVersion": 2, "manifests": entries});
+        let index: ImageIndex = serde_json::from_value(document.clone()).unwrap();
+        assert_eq!(index.known().count(), known.len());
+        assert_eq!(serde_json::to_value(&index).unwrap(), document);
+        let platforms: Vec<_> =
+            index.manifests.iter().filter_map(IndexEntry::platform).map(|platform| platform.to_string()).collect();
+        assert_eq!(platforms, ["linux/arm64"; 6]);
     }
 }

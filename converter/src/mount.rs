@@ -9,7 +9,7 @@ use storage::{Source, SourceError};
 use crate::{
     image::ImageSource,
     lazy_layer::{LazyLayerError, find_lazy_layer},
-    manifest::Platform,
+    platform::Platform,
     resolve::{ResolveError, ResolvedImage, resolve_image},
 };
 

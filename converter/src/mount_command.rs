@@ -6,8 +6,8 @@ use clap::Args;
 use converter::{
     image::ImageSource,
     location::Location,
-    manifest::Platform,
     mount::{MountError, mount},
+    platform::Platform,
     resolve::ResolveError,
 };
 use fusefs::Mode;

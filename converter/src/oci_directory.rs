@@ -18,7 +18,7 @@ use rustix::fs::{AtFlags, CWD, FlockOperation, flock, linkat};
 use crate::{
     image::ImageError,
     layout::{REF_NAME, TAG_DEFAULT, blob_path, index_path, read_index},
-    manifest::{Descriptor, ImageIndex},
+    manifest::{Descriptor, ImageIndex, IndexEntry},
 };
 
 /// Content of the file `oci-layout`.
@@ -187,10 +187,10 @@ impl OciDirectoryWriter {
 fn enter(index: &mut ImageIndex, entry: Descriptor) {
     match entry.annotation(REF_NAME) {
         Some(tag) => index.manifests.retain(|other| other.annotation(REF_NAME) != Some(tag)),
-        None if index.manifests.iter().any(|other| other.digest == entry.digest) => return,
+        None if index.known().any(|other| other.digest == entry.digest) => return,
         None => {}
     }
-    index.manifests.push(entry);
+    index.manifests.push(IndexEntry::Known(entry));
 }
 
 impl Drop for OciDirectoryWriter {

@@ -19,11 +19,13 @@ use registry::{Client, Reference};
 
 use crate::{
     image::{ImageError, ImageSource},
-    manifest::{Descriptor, Platform},
+    manifest::Descriptor,
+    platform::Platform,
     pull::{
         containerd::{Containerd, ContainerdError, Prepared, WriteError},
         source::{ImageLayer, PulledImage, PulledManifest},
     },
+    resolve::ResolveError,
 };
 
 /// Annotations and labels under this prefix are passed between clients and snapshotters.
@@ -100,14 +102,9 @@ pub enum PullError {
         /// What there is.
         available: String,
     },
-    /// The manifest describes no container image.
-    #[error("manifest {digest}: {reason}")]
-    NoImage {
-        /// The manifest.
-        digest: Digest,
-        /// What it is instead.
-        reason: String,
-    },
+    /// What the name points to is no image that can be used.
+    #[error(transparent)]
+    Resolve(ResolveError),
     /// containerd refused or is not there.
     #[error(transparent)]
     Containerd(#[from] ContainerdError),
@@ -132,6 +129,16 @@ pub enum PullError {
     /// Somebody asked to stop.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl From<ResolveError> for PullError {
+    fn from(error: ResolveError) -> Self {
+        match error {
+            ResolveError::Image(error) => Self::Image(error),
+            ResolveError::Platform { wanted, available } => Self::Platform { host: wanted, available },
+            other => Self::Resolve(other),
+        }
+    }
 }
 
 type Result<T> = std::result::Result<T, PullError>;

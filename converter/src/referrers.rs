@@ -140,11 +140,11 @@ async fn find_referrers(source: &ImageSource, subject: &Digest) -> Result<Vec<De
         ImageSource::Layout(layout) => {
             let index = layout.index()?;
             let listed = match find_tag(&index, &format!("sha256-{}", subject.hex())) {
-                Some(list) => parse::<ImageIndex>(&source.manifest_of(list).await?)?.manifests,
+                Some(list) => parse::<ImageIndex>(&source.manifest_of(list).await?)?.known().cloned().collect(),
                 None => Vec::new(),
             };
             let mut found: Vec<Descriptor> = Vec::new();
-            for entry in listed.into_iter().chain(index.manifests) {
+            for entry in listed.into_iter().chain(index.known().cloned()) {
                 let is_known = found.iter().any(|known| known.digest == entry.digest);
                 if !is_known && let Some(entry) = referring(source, entry, subject).await? {
                     found.push(entry);

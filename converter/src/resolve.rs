@@ -1,15 +1,23 @@
 //! From a name to one image: through indexes to the manifest for a platform, its config and diff IDs.
+//!
+//! An index says for which platform each image is, and is believed: configs often leave their variant out. Where an
+//! entry says nothing, the config decides. An entry that cannot be understood matters to who wants that one.
+
+use std::pin::Pin;
 
 use bytes::Bytes;
 use format_spec::{Digest, index::LAYER_COUNT_MAX};
 
 use crate::{
     image::{ImageError, ImageSource, StoredManifest},
-    manifest::{Descriptor, DescriptorPlatform, ImageConfig, ImageIndex, ImageManifest, Platform, media_type},
+    manifest::{Descriptor, ImageConfig, ImageIndex, ImageManifest, media_type},
+    platform::{DescriptorPlatform, Platform},
 };
 
 /// Indexes within indexes followed at most; real ones have one level.
 pub(crate) const INDEX_DEPTH_MAX: usize = 4;
+/// Most entries without a platform whose configs are read to find one: each costs two requests.
+const UNSTATED_COUNT_MAX: usize = 64;
 
 /// One image.
 #[derive(Debug, Clone)]
@@ -22,8 +30,19 @@ pub struct ResolvedImage {
     pub config: Bytes,
     /// Digests of the layers' tar streams, as many as there are layers.
     pub diff_ids: Vec<Digest>,
-    /// The platform that the config says.
+    /// The platform that the entry of its index says, or else the config.
     pub platform: DescriptorPlatform,
+}
+
+/// A manifest of one image, and how it was found.
+#[derive(Debug, Clone)]
+pub(crate) struct FoundManifest {
+    /// The indexes on the way to it, outermost first.
+    pub(crate) indexes: Vec<StoredManifest>,
+    /// The manifest.
+    pub(crate) stored: StoredManifest,
+    /// The platform for which it was chosen; `None` where there was nothing to choose from.
+    pub(crate) platform: Option<DescriptorPlatform>,
 }
 
 /// An image cannot be found.
@@ -39,6 +58,16 @@ pub enum ResolveError {
         wanted: Platform,
         /// What there is.
         available: String,
+    },
+    /// An entry of an index that is needed cannot be used.
+    #[error("index {index}: entry {number}: {reason}")]
+    Entry {
+        /// The index.
+        index: Digest,
+        /// The entry's place, from 1.
+        number: usize,
+        /// What is wrong with it.
+        reason: String,
     },
     /// The manifest describes no container image.
     #[error("manifest {digest}: {reason}")]
@@ -56,16 +85,34 @@ pub enum ResolveError {
 ///
 /// When it is not there, is for other platforms, or is no container image.
 pub async fn resolve_image(source: &ImageSource, platform: Option<&Platform>) -> Result<ResolvedImage, ResolveError> {
-    let stored = find_manifest(source, platform).await?;
-    let Some(image) = read_image(source, &stored).await? else {
-        let reason = match parse::<ImageManifest>(&stored) {
-            Ok(manifest) => format!("no container image: its config is of type {:?}", manifest.config.media_type),
-            Err(_) => "no container image".to_owned(),
+    let found = find_manifest(source, platform).await?;
+    found.read(source, platform).await
+}
+
+impl FoundManifest {
+    /// The image that the manifest describes.
+    ///
+    /// # Errors
+    ///
+    /// When it describes none, cannot be understood, or nothing but its config says for which platform it is and
+    /// that is another one than `wanted`.
+    pub(crate) async fn read(
+        &self,
+        source: &ImageSource,
+        wanted: Option<&Platform>,
+    ) -> Result<ResolvedImage, ResolveError> {
+        let Some(image) = read_image(source, &self.stored).await? else {
+            let reason = match parse::<ImageManifest>(&self.stored) {
+                Ok(manifest) => format!("no container image: its config is of type {:?}", manifest.config.media_type),
+                Err(_) => "no container image".to_owned(),
+            };
+            return Err(ResolveError::NoImage { digest: self.stored.digest, reason });
         };
-        return Err(ResolveError::NoImage { digest: stored.digest, reason });
-    };
-    image.check_platform(platform)?;
-    Ok(image)
+        match &self.platform {
+            Some(platform) => Ok(ResolvedImage { platform: platform.clone(), ..image }),
+            None => image.check_platform(wanted).map(|()| image),
+        }
+    }
 }
 
 /// The image that a manifest describes; `None` for a manifest of something else: an artifact.
@@ -102,50 +149,172 @@ pub(crate) async fn read_image(
         return Err(no_image(format!("it has {layer_count} layers, its config says {diff_id_count}")));
     }
     let ImageConfig { os, architecture, variant, rootfs } = config;
-    let platform = DescriptorPlatform { os, architecture, variant, rest: Default::default() };
+    let platform = DescriptorPlatform { architecture, os, variant, rest: Default::default() };
     Ok(Some(ResolvedImage { digest, manifest, config: config_bytes, diff_ids: rootfs.diff_ids, platform }))
 }
 
 impl ResolvedImage {
+    /// Holds system and architecture against what is `wanted`. Variants are left out of most configs.
+    ///
     /// # Errors
     ///
-    /// When the config says another platform than `wanted`.
+    /// When the image is for others.
     pub(crate) fn check_platform(&self, wanted: Option<&Platform>) -> Result<(), ResolveError> {
-        let DescriptorPlatform { os, architecture, variant, .. } = &self.platform;
-        match wanted.filter(|wanted| !wanted.accepts(os, architecture, variant.as_deref())) {
+        match wanted.filter(|wanted| !wanted.runs(&self.platform)) {
             None => Ok(()),
             Some(wanted) => {
-                let available = format!("{os}/{architecture}");
+                let available = self.platform.to_string();
                 Err(ResolveError::Platform { wanted: wanted.clone(), available })
             }
         }
     }
 }
 
-/// Follows indexes to the manifest for the platform.
+/// Follows indexes to the manifest for the platform, by default that of this host.
 pub(crate) async fn find_manifest(
     source: &ImageSource,
     platform: Option<&Platform>,
-) -> Result<StoredManifest, ResolveError> {
-    let mut stored = source.manifest().await?;
-    for _ in 0..INDEX_DEPTH_MAX {
-        if !stored.is_index() {
-            return Ok(stored);
-        }
-        let index: ImageIndex = parse(&stored)?;
-        let wanted = platform.cloned().unwrap_or_else(Platform::host);
-        let found = index.manifests.iter().find(|manifest| match &manifest.platform {
-            Some(found) => wanted.accepts(&found.os, &found.architecture, found.variant.as_deref()),
-            // An index of one image need not say for which platform it is; the config does.
-            None => index.manifests.len() == 1,
-        });
-        let Some(found) = found else {
-            return Err(ResolveError::Platform { wanted, available: index.platforms() });
-        };
-        stored = source.manifest_of(found).await?;
+) -> Result<FoundManifest, ResolveError> {
+    let stored = source.manifest().await?;
+    if !stored.is_index() {
+        return Ok(FoundManifest { indexes: Vec::new(), stored, platform: None });
     }
-    let reason = format!("more than {INDEX_DEPTH_MAX} indexes within one another");
-    Err(ResolveError::NoImage { digest: stored.digest, reason })
+    let wanted = platform.cloned().unwrap_or_else(Platform::host);
+    let mut search = Search { source, wanted: &wanted, available: Vec::new(), unstated_count: 0 };
+    match search.within(stored, 1).await? {
+        Some(found) => Ok(found),
+        None => Err(ResolveError::Platform { available: search.available(), wanted }),
+    }
+}
+
+/// A search through an index, and those in it.
+struct Search<'a> {
+    source: &'a ImageSource,
+    wanted: &'a Platform,
+    /// The platforms that it came by, for a message.
+    available: Vec<String>,
+    /// Entries without a platform that it has looked at.
+    unstated_count: usize,
+}
+
+impl Search<'_> {
+    /// The manifest for the platform in an index that is itself the `depth`th.
+    fn within(
+        &mut self,
+        stored: StoredManifest,
+        depth: usize,
+    ) -> Pin<Box<dyn Future<Output = Result<Option<FoundManifest>, ResolveError>> + Send + '_>> {
+        Box::pin(async move {
+            if depth > INDEX_DEPTH_MAX {
+                let reason = format!("more than {INDEX_DEPTH_MAX} indexes within one another");
+                return Err(ResolveError::NoImage { digest: stored.digest, reason });
+            }
+            let index: ImageIndex = parse(&stored)?;
+            let found = match self.choose_stated(&stored, &index)? {
+                Some(entry) => self.stated(entry, depth).await?,
+                None => self.unstated(&index, depth).await?,
+            };
+            Ok(found.map(|mut found| {
+                found.indexes.insert(0, stored);
+                found
+            }))
+        })
+    }
+
+    /// The entry that says the platform that comes nearest.
+    fn choose_stated<'i>(
+        &mut self,
+        stored: &StoredManifest,
+        index: &'i ImageIndex,
+    ) -> Result<Option<&'i Descriptor>, ResolveError> {
+        let stated: Vec<(usize, DescriptorPlatform)> =
+            index.manifests.iter().enumerate().filter_map(|(place, entry)| Some((place, entry.platform()?))).collect();
+        let known = stated.iter().filter(|(_, platform)| !platform.is_unknown());
+        self.available.extend(known.map(|(_, platform)| platform.to_string()));
+        let Some((place, count)) = self.wanted.choose(stated.iter().map(|(place, platform)| (*place, platform))) else {
+            return Ok(None);
+        };
+        if count > 1 {
+            tracing::warn!(index = %stored.digest, platform = %self.wanted, count, "several images serve equally well: the first is taken");
+        }
+        let refuse = |reason| ResolveError::Entry { index: stored.digest, number: place + 1, reason };
+        index.manifests[place].descriptor().map(Some).map_err(refuse)
+    }
+
+    /// What an entry that says its platform points to.
+    async fn stated(&mut self, entry: &Descriptor, depth: usize) -> Result<Option<FoundManifest>, ResolveError> {
+        let stored = self.source.manifest_of(entry).await?;
+        if stored.is_index() {
+            return self.within(stored, depth + 1).await;
+        }
+        Ok(Some(FoundManifest { indexes: Vec::new(), stored, platform: entry.platform.clone() }))
+    }
+
+    /// The best of the entries that say no platform, by their configs.
+    async fn unstated(&mut self, index: &ImageIndex, depth: usize) -> Result<Option<FoundManifest>, ResolveError> {
+        let entries: Vec<&Descriptor> = index
+            .known()
+            .filter(|entry| entry.platform.as_ref().is_none_or(|platform| !platform.is_stated()))
+            .collect();
+        if let ([only], 1) = (entries.as_slice(), index.manifests.len()) {
+            // An index of one image need not say for which platform it is, and there is nothing to choose from.
+            let stored = self.source.manifest_of(only).await?;
+            return match stored.is_index() {
+                true => self.within(stored, depth + 1).await,
+                false => Ok(Some(FoundManifest { indexes: Vec::new(), stored, platform: None })),
+            };
+        }
+        let mut images = Vec::new();
+        for entry in entries {
+            self.unstated_count += 1;
+            if self.unstated_count > UNSTATED_COUNT_MAX {
+                tracing::warn!("more than {UNSTATED_COUNT_MAX} entries say no platform: the others are not looked at");
+                break;
+            }
+            match self.look_at(entry, depth).await {
+                Ok(found) => images.extend(found),
+                Err(error) if is_of_the_entry(&error) => {
+                    tracing::debug!(entry = %entry.digest, %error, "an entry without a platform is no image");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let platforms: Vec<DescriptorPlatform> =
+            images.iter().map(|found| found.platform.clone().unwrap_or_default()).collect();
+        let chosen = self.wanted.choose(platforms.iter().enumerate());
+        Ok(chosen.map(|(place, _)| images.swap_remove(place)))
+    }
+
+    /// The image that an entry points to that does not say for which platform that is; `None` for an artifact.
+    async fn look_at(&mut self, entry: &Descriptor, depth: usize) -> Result<Option<FoundManifest>, ResolveError> {
+        let stored = self.source.manifest_of(entry).await?;
+        if stored.is_index() {
+            return self.within(stored, depth + 1).await;
+        }
+        let Some(image) = read_image(self.source, &stored).await? else { return Ok(None) };
+        self.available.push(image.platform.to_string());
+        Ok(Some(FoundManifest { indexes: Vec::new(), stored, platform: Some(image.platform) }))
+    }
+
+    fn available(&self) -> String {
+        let mut names: Vec<&str> = Vec::new();
+        for name in &self.available {
+            if !names.contains(&name.as_str()) {
+                names.push(name);
+            }
+        }
+        if names.is_empty() { "no image that says for which platform it is".to_owned() } else { names.join(", ") }
+    }
+}
+
+/// Whether an error says something about one entry alone, and not about the way to all of them.
+fn is_of_the_entry(error: &ResolveError) -> bool {
+    match error {
+        ResolveError::Image(ImageError::Registry(error)) => error.is_not_found(),
+        ResolveError::Image(ImageError::File { error, .. }) => error.kind() == std::io::ErrorKind::NotFound,
+        ResolveError::Image(ImageError::Malformed { .. }) | ResolveError::NoImage { .. } => true,
+        _ => false,
+    }
 }
 
 pub(crate) fn parse<T: serde::de::DeserializeOwned>(stored: &StoredManifest) -> Result<T, ImageError> {

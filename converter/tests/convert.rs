@@ -1,151 +1,25 @@
 //! The `lazuli convert` command on OCI layouts made here: what it keeps, what it refuses, what it leaves behind.
 //!
-//! Registries are the business of the end-to-end tests; everything else a user meets is here.
+//! Registries are the business of the end-to-end tests; images of all kinds are in `images.rs`.
 
 #![allow(clippy::unwrap_used, reason = "only tests use it")]
+
+mod scene;
 
 use std::{
     collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Command, Stdio},
 };
 
-use converter::manifest::{Descriptor, ImageIndex, ImageManifest, media_type};
-use flate2::{Compression, write::GzEncoder};
+use converter::manifest::{Descriptor, ImageIndex, ImageManifest, IndexEntry, media_type};
 use format_spec::{Digest, LazyLayer};
 use rustix::{
     fs::{CWD, FileType, Mode, mknodat},
     process::{Pid, Signal, kill_process},
 };
+use scene::{Scene, gzip, layer_type, list, tar};
 use serde_json::{Value, json};
-use tempfile::TempDir;
-
-/// A temporary directory with an image `src` of three layers: gzip, bare and zstd.
-struct Scene {
-    directory: TempDir,
-}
-
-fn tar(files: &[(&str, usize)]) -> Vec<u8> {
-    let mut builder = tar::Builder::new(Vec::new());
-    for (path, len) in files {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(*len as u64);
-        header.set_mode(0o644);
-        let content = path.bytes().cycle().take(*len).collect::<Vec<_>>();
-        builder.append_data(&mut header, path, content.as_slice()).unwrap();
-    }
-    builder.into_inner().unwrap()
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
-    std::io::Write::write_all(&mut encoder, bytes).unwrap();
-    encoder.finish().unwrap()
-}
-
-fn layer_type(suffix: &str) -> String {
-    format!("application/vnd.oci.image.layer.v1.tar{suffix}")
-}
-
-fn list(directory: &Path) -> Vec<String> {
-    let entries = fs::read_dir(directory).into_iter().flatten();
-    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
-impl Scene {
-    fn new() -> Self {
-        let scene = Self { directory: tempfile::tempdir().unwrap() };
-        let layers = scene.tars();
-        let blobs = [gzip(&layers[0]), layers[1].clone(), zstd::encode_all(layers[2].as_slice(), 1).unwrap()];
-        let types = ["+gzip", "", "+zstd"].map(layer_type);
-        let descriptors = blobs.iter().zip(types).map(|(blob, kind)| scene.put(&kind, blob)).collect();
-        scene.put_image(descriptors, &layers.map(|tar| Digest::of(&tar)));
-        scene
-    }
-
-    fn tars(&self) -> [Vec<u8>; 3] {
-        [tar(&[("etc/a", 10), ("large", 3_000_000)]), tar(&[("usr/b", 20)]), tar(&[("etc/.wh.a", 0)])]
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn put(&self, kind: &str, bytes: &[u8]) -> Descriptor {
-        let descriptor = Descriptor::of(kind, bytes);
-        fs::create_dir_all(self.path("src/blobs/sha256")).unwrap();
-        fs::write(self.blob("src", &descriptor.digest), bytes).unwrap();
-        descriptor
-    }
-
-    fn put_image(&self, layers: Vec<Descriptor>, diff_ids: &[Digest]) -> Descriptor {
-        let config = json!({
-            "architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}, "odd": [1, 2],
-        });
-        let config = self.put(media_type::OCI_CONFIG, config.to_string().as_bytes());
-        let annotations = Some([("note".to_owned(), "kept".to_owned())].into());
-        let manifest = ImageManifest {
-            schema_version: 2,
-            media_type: Some(registry::media_type::OCI_MANIFEST.to_owned()),
-            config,
-            layers,
-            annotations,
-            rest: BTreeMap::new(),
-        };
-        let bytes = serde_json::to_vec(&manifest).unwrap();
-        let descriptor = self.put(registry::media_type::OCI_MANIFEST, &bytes);
-        self.put_index(vec![descriptor.clone()]);
-        descriptor
-    }
-
-    fn put_index(&self, manifests: Vec<Descriptor>) {
-        let index =
-            ImageIndex { schema_version: 2, media_type: None, manifests, annotations: None, rest: BTreeMap::new() };
-        fs::write(self.path("src/index.json"), serde_json::to_vec(&index).unwrap()).unwrap();
-        fs::write(self.path("src/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
-    }
-
-    fn blob(&self, layout: &str, digest: &Digest) -> PathBuf {
-        self.path(layout).join("blobs/sha256").join(digest.hex())
-    }
-
-    /// Runs the command in the scene's directory.
-    fn lazuli(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli"));
-        command.args(arguments).current_dir(self.directory.path()).env("TMPDIR", self.directory.path());
-        // The cache of whoever runs the tests is left alone.
-        command.env("XDG_CACHE_HOME", "/dev/null");
-        command.output().unwrap()
-    }
-
-    /// Converts `src` to `dst`; returns the report.
-    fn convert(&self, arguments: &[&str]) -> Value {
-        let output = self.lazuli(&[&["convert", "oci:src", "oci:dst:v1", "--json"], arguments].concat());
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    fn manifest(&self, layout: &str, digest: &Digest) -> ImageManifest {
-        serde_json::from_slice(&fs::read(self.blob(layout, digest)).unwrap()).unwrap()
-    }
-
-    fn converted(&self) -> ImageManifest {
-        let index: ImageIndex = serde_json::from_slice(&fs::read(self.path("dst/index.json")).unwrap()).unwrap();
-        self.manifest("dst", &index.manifests[0].digest)
-    }
-
-    /// The command fails with exactly this line and leaves nothing in `dst`.
-    fn check_refusal(&self, arguments: &[&str], expected: &str) {
-        let output = self.lazuli(&[&["convert", "--json"], arguments].concat());
-        assert_eq!(String::from_utf8_lossy(&output.stderr), format!("lazuli: {expected}\n"));
-        assert_eq!(output.status.code(), Some(1));
-        assert!(!self.path("dst").exists());
-        assert_eq!(list(self.directory.path()), ["src"]);
-    }
-}
 
 #[test]
 fn the_image_stays_the_same_image() {
@@ -290,14 +164,17 @@ fn the_platform_is_chosen_from_an_index() {
     let index = ImageIndex {
         schema_version: 2,
         media_type: Some(registry::media_type::OCI_INDEX.to_owned()),
-        manifests: images.into(),
+        manifests: images.map(IndexEntry::Known).into(),
         annotations: None,
         rest: BTreeMap::new(),
     };
     scene.put_index(vec![scene.put(registry::media_type::OCI_INDEX, &serde_json::to_vec(&index).unwrap())]);
     let refused = "oci:src: no image for linux/arm64; there is: linux/s390x, linux/riscv64; choose one with --platform";
     scene.check_refusal(&["oci:src", "oci:dst", "--platform", "linux/arm64"], refused);
-    // The config in it says amd64, which is not what was asked for.
+    // The config in it says amd64, but an index is believed.
+    assert_eq!(scene.convert(&["--platform", "linux/s390x"])["images"].as_array().map(Vec::len), Some(1));
+    // Where there is no index, the config is all there is.
+    let scene = Scene::new();
     let refused = "oci:src: no image for linux/s390x; there is: linux/amd64; choose one with --platform";
     scene.check_refusal(&["oci:src", "oci:dst", "--platform", "linux/s390x"], refused);
 }

@@ -6,13 +6,14 @@ use format_spec::Digest;
 use serde_json::Value;
 
 use super::{
-    CheckError, LayerCheck, check_ordinary, platform_of,
+    CheckError, LayerCheck, check_ordinary,
     report::{Findings, Part},
 };
 use crate::{
     blob_thread::read_blob,
     image::ImageSource,
-    manifest::{Descriptor, Platform, media_type},
+    manifest::{Descriptor, media_type},
+    platform::Platform,
     resolve::{ResolvedImage, resolve_image},
 };
 
@@ -23,10 +24,14 @@ pub(crate) struct Original<'a> {
     image: ResolvedImage,
 }
 
-/// Finds the image at `original` that is for the platform of `image`.
-pub(crate) async fn find<'a>(original: &'a ImageSource, image: &ResolvedImage) -> Result<Original<'a>, CheckError> {
-    let platform: Option<Platform> = platform_of(image).parse().ok();
-    let found = resolve_image(original, platform.as_ref()).await.map_err(CheckError::Original)?;
+/// Finds the image at `original` that is for the `wanted` platform, by default that of `image`.
+pub(crate) async fn find<'a>(
+    original: &'a ImageSource,
+    image: &ResolvedImage,
+    wanted: Option<&Platform>,
+) -> Result<Original<'a>, CheckError> {
+    let own = image.platform.is_stated().then(|| Platform::of(&image.platform));
+    let found = resolve_image(original, wanted.or(own.as_ref())).await.map_err(CheckError::Original)?;
     Ok(Original { at: original, image: found })
 }
 

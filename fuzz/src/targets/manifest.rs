@@ -1,6 +1,9 @@
 //! Manifests, indexes of images and configs: JSON of strangers.
 
-use converter::manifest::{ImageConfig, ImageIndex, ImageManifest, Platform};
+use converter::{
+    manifest::{ImageConfig, ImageIndex, ImageManifest, IndexEntry},
+    platform::Platform,
+};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::choose;
@@ -11,10 +14,15 @@ pub(crate) fn run(data: &[u8]) {
         Some((0, rest)) => _ = round_trip::<ImageManifest>(rest),
         Some((1, rest)) => {
             let Some(index) = round_trip::<ImageIndex>(rest) else { return };
-            let _ = index.platforms();
-            let platform = Platform::host();
-            for found in index.manifests.iter().filter_map(|manifest| manifest.platform.as_ref()) {
-                platform.accepts(&found.os, &found.architecture, found.variant.as_deref());
+            let platforms: Vec<_> = index.manifests.iter().filter_map(IndexEntry::platform).collect();
+            let host = Platform::host();
+            if let Some((chosen, count)) = host.choose(platforms.iter().map(|found| (found, found))) {
+                assert_eq!(host.rank(chosen), platforms.iter().filter_map(|found| host.rank(found)).min(), "the best");
+                assert!(1 <= count && count <= platforms.len());
+            }
+            for found in &platforms {
+                // Whoever wants exactly what an image says gets it.
+                assert_eq!(Platform::of(found).rank(found), Some(0));
             }
         }
         Some((_, rest)) => _ = serde_json::from_slice::<ImageConfig>(rest),

@@ -2,7 +2,10 @@
 
 use std::{fmt::Display, str::FromStr};
 
-use converter::{location::Location, manifest::Platform};
+use converter::{
+    location::Location,
+    platform::{DescriptorPlatform, Platform},
+};
 use format_spec::Digest;
 use registry::Reference;
 
@@ -23,7 +26,11 @@ pub(crate) fn run(data: &[u8]) {
         1 => _ = round_trip::<Location>(&text),
         2 => {
             if let Some(platform) = round_trip::<Platform>(&text) {
-                platform.accepts("linux", "amd64", Some("v2"));
+                let shown = platform.to_string();
+                let mut words = shown.split('/').map(str::to_owned);
+                let (os, architecture, variant) = (words.next(), words.next(), words.next());
+                let said = DescriptorPlatform { os, architecture, variant, ..Default::default() };
+                assert_eq!(platform.rank(&said), Some(0), "a platform runs its own images");
             }
         }
         _ => {
