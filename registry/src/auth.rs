@@ -1,7 +1,8 @@
 //! Answers to a registry's challenge: Basic, or Bearer with a token of its token service.
 //!
 //! One answer is kept for each host and set of scopes. Requests that are refused at the same time wait
-//! for one new answer instead of fetching one each.
+//! for one new answer instead of fetching one each. A kept answer that is refused, with 401 or with 403 as registries
+//! say whose passwords expire, is forgotten, and credentials are looked up anew: they may have changed.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -9,7 +10,6 @@ use std::{
     time::Duration,
 };
 
-use docker_credential::DockerCredential;
 use http_auth::{ChallengeParser, ChallengeRef};
 use reqwest::{Method, RequestBuilder, Url, header};
 use serde::Deserialize;
@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::{
     client::Client,
-    credentials::find_credential,
+    docker_config::Credential,
     endpoint::Endpoint,
     error::Error,
     transport::{host_shown, read_bounded, refusal},
@@ -29,6 +29,9 @@ const TOKEN_ANSWER_LEN_MAX: u64 = 1 << 20;
 const TOKEN_LIFE_DEFAULT: Duration = Duration::from_secs(60);
 /// Tokens are given up this long before their end: the request has a way to go.
 const TOKEN_MARGIN: Duration = Duration::from_secs(10);
+/// How long a refusal stands after an answer was renewed: somebody who may not read something must not have a token
+/// service or a credential helper asked with every request.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(5);
 /// Answers kept at most: more means a great many repositories, and a new token is cheap.
 const SLOTS_MAX: usize = 4096;
 
@@ -73,7 +76,17 @@ pub(crate) struct Kept {
     expires: Option<Instant>,
 }
 
-type Slot = Arc<tokio::sync::Mutex<Option<Kept>>>;
+/// What is known for a host and a set of scopes.
+#[derive(Default)]
+struct SlotState {
+    kept: Option<Kept>,
+    /// What the host wanted last: a refusal does not always say it again.
+    challenge: Option<Challenge>,
+    /// When a kept answer was refused and credentials were looked up anew.
+    renewed: Option<Instant>,
+}
+
+type Slot = Arc<tokio::sync::Mutex<SlotState>>;
 
 /// The answers a client has given so far.
 #[derive(Default)]
@@ -92,8 +105,30 @@ impl AuthCache {
     /// The answer to use without being asked, if there is one.
     pub(crate) async fn current(&self, endpoint: &Endpoint, scopes: &Scopes) -> Option<Authorization> {
         let slot = self.slot(endpoint, scopes);
-        let kept = slot.lock().await;
-        kept.as_ref().filter(|kept| kept.is_alive()).map(|kept| kept.authorization.clone())
+        let state = slot.lock().await;
+        state.alive().cloned()
+    }
+}
+
+impl SlotState {
+    fn alive(&self) -> Option<&Authorization> {
+        self.kept.as_ref().filter(|kept| kept.is_alive()).map(|kept| &kept.authorization)
+    }
+
+    /// Forgets the kept answer after `refused` (if any) was not good enough; returns the challenge to answer.
+    ///
+    /// `None` where the refusal stands: nobody knows what is wanted, or it was renewed just now.
+    fn take_challenge(&mut self, found: Option<Challenge>, refused: Option<&Authorization>) -> Option<Challenge> {
+        // A registry that challenges a token anew may end tokens as early as it likes.
+        if refused.is_some() && !matches!(found, Some(Challenge::Bearer { .. })) {
+            if self.renewed.is_some_and(|renewed| renewed.elapsed() < RENEWAL_PAUSE) {
+                return None;
+            }
+            self.renewed = Some(Instant::now());
+        }
+        self.kept = None;
+        self.challenge = found.or(self.challenge.take());
+        self.challenge.clone()
     }
 }
 
@@ -137,26 +172,40 @@ impl Challenge {
 }
 
 impl Client {
-    /// A new answer to `challenge`, after `refused` (if any) was not good enough.
+    /// A new answer to `challenge` (or to the one before, where there is none now), after `refused` (if any) was not
+    /// good enough.
     ///
-    /// `None` where the host wants credentials and none are configured.
+    /// `None` where the refusal stands: the host wants credentials and none are configured, or the same as before.
     pub(crate) async fn authorize(
         &self,
         what: &str,
         endpoint: &Endpoint,
         scopes: &Scopes,
-        challenge: &Challenge,
+        challenge: Option<Challenge>,
         refused: Option<&Authorization>,
     ) -> Result<Option<Authorization>, Error> {
-        let host = endpoint.name();
         let slot = self.auth_cache().slot(endpoint, scopes);
-        let mut kept = slot.lock().await;
-        if let Some(kept) = kept.as_ref().filter(|kept| kept.is_alive() && Some(&kept.authorization) != refused) {
-            return Ok(Some(kept.authorization.clone()));
+        let mut state = slot.lock().await;
+        if let Some(other) = state.alive().filter(|kept| Some(*kept) != refused) {
+            return Ok(Some(other.clone()));
         }
-        *kept = None;
-        let credential = find_credential(self.options().docker_config.as_deref(), host).await?;
-        let new = match (challenge, credential) {
+        let Some(challenge) = state.take_challenge(challenge, refused) else { return Ok(None) };
+        let new = self.answer_challenge(what, endpoint, scopes, &challenge).await?;
+        let authorization = new.as_ref().map(|new| new.authorization.clone());
+        state.kept = new;
+        Ok(authorization.filter(|new| Some(new) != refused))
+    }
+
+    async fn answer_challenge(
+        &self,
+        what: &str,
+        endpoint: &Endpoint,
+        scopes: &Scopes,
+        challenge: &Challenge,
+    ) -> Result<Option<Kept>, Error> {
+        let host = endpoint.name();
+        let credential = self.credentials().find(host, self.files()).await?;
+        Ok(match (challenge, credential) {
             (Challenge::Bearer { realm, service, scope }, credential) => {
                 let scopes = match scope {
                     Some(scope) => scopes.clone().and(Scopes(scope.split(' ').map(str::to_owned).collect())),
@@ -164,18 +213,15 @@ impl Client {
                 };
                 Some(self.fetch_token(what, endpoint, realm, service.as_deref(), &scopes, credential).await?)
             }
-            (Challenge::Basic, Some(DockerCredential::UsernamePassword(user, password))) => {
+            (Challenge::Basic, Some(Credential::Password { user, password })) => {
                 Some(Kept { authorization: Authorization::Basic { user, password }, expires: None })
             }
-            (Challenge::Basic, Some(DockerCredential::IdentityToken(_))) => {
+            (Challenge::Basic, Some(Credential::IdentityToken(_))) => {
                 let reason = "an identity token is configured, but the registry wants a user and a password";
                 return Err(Error::Credentials { host: host.to_owned(), reason: reason.to_owned() });
             }
             (Challenge::Basic, None) => None,
-        };
-        let authorization = new.as_ref().map(|new| new.authorization.clone());
-        *kept = new;
-        Ok(authorization)
+        })
     }
 
     /// Gets a token from the token service at `realm`.
@@ -188,7 +234,7 @@ impl Client {
         realm: &str,
         service: Option<&str>,
         scopes: &Scopes,
-        credential: Option<DockerCredential>,
+        credential: Option<Credential>,
     ) -> Result<Kept, Error> {
         let (what, host) = (format!("token for {what}"), endpoint.name());
         let mut url = Url::parse(realm)
@@ -199,7 +245,7 @@ impl Client {
             return Err(Error::malformed(&what, host, "its token service would send the credentials unencrypted"));
         }
         let (method, body, basic) = match credential {
-            Some(DockerCredential::IdentityToken(token)) => {
+            Some(Credential::IdentityToken(token)) => {
                 let scope = scopes.0.iter().map(String::as_str).collect::<Vec<_>>().join(" ");
                 let mut form = vec![("grant_type", "refresh_token"), ("client_id", "lazuli"), ("scope", &scope)];
                 form.extend(service.map(|service| ("service", service)));
@@ -212,9 +258,7 @@ impl Client {
                 query.extend_pairs(scopes.0.iter().map(|scope| ("scope", scope)));
                 drop(query);
                 let basic = match other {
-                    Some(DockerCredential::UsernamePassword(user, password)) => {
-                        Some(Authorization::Basic { user, password })
-                    }
+                    Some(Credential::Password { user, password }) => Some(Authorization::Basic { user, password }),
                     _ => None,
                 };
                 (Method::GET, None, basic)

@@ -146,6 +146,7 @@ impl Download {
         while self.answer.is_none() && self.end != Some(self.next) {
             match self.open().await {
                 Ok(answer) => self.answer = Some(answer),
+                Err(error) if self.client.has_better_hosts(self.reference.host(), &error).await => {}
                 Err(error) => self.retry.wait_after(error).await?,
             }
         }

@@ -11,8 +11,10 @@ use tokio::time::Instant;
 
 use crate::{
     auth::AuthCache,
+    credentials::Credentials,
     endpoint::Endpoint,
     error::Error,
+    files::FileThread,
     hosts_dir::{HostSettings, read_hosts},
     options::ClientOptions,
     redirects::Redirects,
@@ -20,6 +22,8 @@ use crate::{
 
 /// How long the files of [`ClientOptions::hosts_dir`] are taken as read.
 const HOSTS_LIFE: Duration = Duration::from_secs(30);
+/// The same after a refusal that other certificates or headers may end.
+const HOSTS_LIFE_MIN: Duration = Duration::from_secs(1);
 
 /// A client for any number of registries. Cheap to clone; clones share connections and tokens.
 #[derive(Clone)]
@@ -27,6 +31,8 @@ pub struct Client(Arc<Inner>);
 
 struct Inner {
     options: ClientOptions,
+    files: FileThread,
+    credentials: Credentials,
     auth: AuthCache,
     redirects: Redirects,
     /// The hosts that answer for a registry, in the order to try them, and when that was read.
@@ -48,6 +54,8 @@ impl Client {
     /// A client that behaves as `options` say. Opens no connection and no file yet.
     pub fn new(options: ClientOptions) -> Self {
         Self(Arc::new(Inner {
+            files: FileThread::default(),
+            credentials: Credentials::new(options.docker_config.clone()),
             options,
             auth: AuthCache::default(),
             redirects: Redirects::default(),
@@ -61,6 +69,14 @@ impl Client {
 
     pub(crate) fn options(&self) -> &ClientOptions {
         &self.0.options
+    }
+
+    pub(crate) fn files(&self) -> &FileThread {
+        &self.0.files
+    }
+
+    pub(crate) fn credentials(&self) -> &Credentials {
+        &self.0.credentials
     }
 
     pub(crate) fn auth_cache(&self) -> &AuthCache {
@@ -83,12 +99,25 @@ impl Client {
     pub(crate) async fn endpoints(&self, registry: &str) -> Result<Endpoints, Error> {
         let kept = lock(&self.0.endpoints).get(registry).cloned();
         let has_files = self.0.options.hosts_dir.is_some();
-        if let Some((read_at, endpoints)) = &kept
-            && (!has_files || read_at.elapsed() < HOSTS_LIFE)
-        {
-            return Ok(Arc::clone(endpoints));
+        match kept {
+            Some((read_at, endpoints)) if !has_files || read_at.elapsed() < HOSTS_LIFE => Ok(endpoints),
+            kept => self.read_endpoints(registry, kept.map(|(_, endpoints)| endpoints)).await,
         }
-        let old = kept.map(|(_, endpoints)| endpoints);
+    }
+
+    /// Reads the files for `registry` again, after its hosts have refused what they say; whether anything in them has
+    /// changed: other certificates, other headers.
+    pub(crate) async fn have_endpoints_changed(&self, registry: &str) -> bool {
+        let kept = lock(&self.0.endpoints).get(registry).cloned();
+        let is_due = self.0.options.hosts_dir.is_some();
+        let Some((_, old)) = kept.filter(|(read_at, _)| is_due && read_at.elapsed() >= HOSTS_LIFE_MIN) else {
+            return false;
+        };
+        let new = self.read_endpoints(registry, Some(Arc::clone(&old))).await;
+        new.is_ok_and(|new| new.len() != old.len() || new.iter().zip(&*old).any(|(new, old)| !Arc::ptr_eq(new, old)))
+    }
+
+    async fn read_endpoints(&self, registry: &str, old: Option<Endpoints>) -> Result<Endpoints, Error> {
         let endpoints = match (self.read_settings(registry).await, old) {
             (Ok(settings), old) => self.make_endpoints(registry, settings, old.as_deref().unwrap_or_default()),
             (Err(error), Some(old)) => {
@@ -105,9 +134,10 @@ impl Client {
         let own = || vec![HostSettings::default()];
         let Some(directory) = self.0.options.hosts_dir.clone() else { return Ok(own()) };
         let name = registry.to_owned();
-        match tokio::task::spawn_blocking(move || read_hosts(&directory, &name)).await {
+        let path = directory.clone();
+        match self.files().run(move || read_hosts(&path, &name)).await {
             Ok(found) => Ok(found?.unwrap_or_else(own)),
-            Err(error) => Err(Error::Setup(error.to_string())),
+            Err(reason) => Err(Error::HostsFile { path: directory, reason }),
         }
     }
 

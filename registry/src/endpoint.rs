@@ -101,6 +101,11 @@ impl Endpoint {
         self.connections.to(url, client.options(), &self.settings)
     }
 
+    /// Notes that TLS with it has failed.
+    pub(crate) fn forget_certificates(&self) {
+        self.connections.forget_certificates();
+    }
+
     /// The number of the client certificate in use.
     pub(crate) fn identity(&self) -> usize {
         self.connections.identity()

@@ -79,14 +79,14 @@ pub enum Error {
         reason: String,
     },
     /// 401 or 403.
-    #[error("{what}: no permission: {host} answered {status}{detail}; check the name and `docker login {login}`")]
+    #[error("{what}: no permission: {host} answered {status}{detail}; {hint}")]
     Denied {
         /// What was attempted.
         what: String,
         /// Who refused: the registry, its token service or its storage.
         host: String,
-        /// The host that credentials are for.
-        login: String,
+        /// What may help: it depends on where the credentials come from.
+        hint: String,
         /// 401 or 403.
         status: u16,
         /// The registry's own words, with a separator in front; may be empty.
@@ -231,6 +231,11 @@ impl Error {
         }
     }
 
+    /// Whether it may end when somebody changes what is configured for the host: certificates, headers.
+    pub(crate) fn is_about_settings(&self) -> bool {
+        matches!(self.root(), Self::Denied { .. } | Self::Tls { .. } | Self::ClientCertificate { .. })
+    }
+
     /// The same in `storage`'s words: a kind that says what another try is good for.
     pub(crate) fn to_source_error(&self) -> SourceError {
         let message = self.to_string();
@@ -239,7 +244,8 @@ impl Error {
             Self::DigestMismatch { .. } | Self::TooLong { .. } | Self::Redirects { .. } | Self::Malformed { .. } => {
                 SourceError::unusable(message)
             }
-            Self::Tls { .. } => SourceError::passing(message),
+            // Certificates and logins are replaced, helpers come back.
+            Self::Tls { .. } | Self::Credentials { .. } => SourceError::passing(message),
             _ => SourceError::refused(message),
         };
         SourceError { retry_after: self.retry_after(), ..error }
@@ -278,7 +284,7 @@ impl Error {
     pub(crate) fn from_status(
         what: &str,
         host: &str,
-        login: &str,
+        hint: &str,
         status: StatusCode,
         retry_after: Option<Duration>,
         detail: &str,
@@ -289,7 +295,7 @@ impl Error {
             detail.push_str(&format!(" (to be repeated after {} s)", wait.as_secs()));
         }
         match status.as_u16() {
-            status @ (401 | 403) => Self::Denied { what, host, login: login.to_owned(), status, detail },
+            status @ (401 | 403) => Self::Denied { what, host, hint: hint.to_owned(), status, detail },
             404 => Self::NotFound { what, host, detail },
             status => Self::Status { what, host, status, detail, retry_after },
         }

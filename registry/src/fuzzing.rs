@@ -6,7 +6,7 @@ use std::{ops::Range, path::Path, time::SystemTime};
 
 use reqwest::header::{HeaderMap, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 
-use crate::{auth, blob, chunks, hosts, manifest, referrers, transport};
+use crate::{auth, blob, chunks, docker_config, hosts, manifest, referrers, transport};
 
 /// Values of `WWW-Authenticate`: whether there is a challenge that we can answer.
 pub fn challenge(values: &[&[u8]]) -> bool {
@@ -37,9 +37,18 @@ pub fn hosts_toml(text: &str, directory: &Path) -> Result<usize, String> {
     hosts::parse_hosts(text, directory).map(|hosts| hosts.len())
 }
 
-/// docker's `config.json`: whether it has credentials for `key`. Runs the helper that it names.
-pub fn docker_config(bytes: &[u8], key: &str) -> bool {
-    docker_credential::get_credential_from_reader(bytes, key).is_ok()
+/// docker's `config.json`: whether it can be read for `host`. Runs nothing.
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn docker_config(bytes: &[u8], host: &str) -> Result<(), String> {
+    docker_config::find_configured(bytes, host).map(|_| ())
+}
+
+/// The answer of a credential helper: whether there is a credential in it.
+pub fn helper_answer(bytes: &[u8]) -> bool {
+    docker_config::parse_helper_answer(bytes).is_some()
 }
 
 /// A list of referrers: their number.

@@ -7,18 +7,24 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use reqwest::{Certificate, Identity, Proxy, Url, redirect};
 
+use tokio::time::Instant;
+
 use crate::{error::Error, hosts_dir::HostSettings, options::ClientOptions};
+
+/// How long the system's CA certificates count as read after TLS has failed: they may have been replaced.
+const CERTIFICATES_LIFE: Duration = Duration::from_secs(10);
 
 /// The connections to one host, and to where it redirects.
 #[derive(Default)]
 pub(crate) struct Connections {
     /// By whether they go past any proxy of the environment, to loopback hosts, and by the number of the client
     /// certificate.
-    clients: Mutex<HashMap<(bool, usize), reqwest::Client>>,
+    clients: Mutex<HashMap<(bool, usize), (Instant, reqwest::Client)>>,
     /// The client certificate in use.
     identity: AtomicUsize,
 }
@@ -34,12 +40,18 @@ impl Connections {
         let is_direct = url.host_str().is_some_and(is_loopback) && settings.config.proxy.is_none();
         let identity = self.identity();
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(client) = clients.get(&(is_direct, identity)) {
+        if let Some((_, client)) = clients.get(&(is_direct, identity)) {
             return Ok(client.clone());
         }
         let built = build(options, settings, identity, is_direct)?;
-        clients.insert((is_direct, identity), built.clone());
+        clients.insert((is_direct, identity), (Instant::now(), built.clone()));
         Ok(built)
+    }
+
+    /// After a failure of TLS: the next connection reads the system's CA certificates anew, unless they were just now.
+    pub(crate) fn forget_certificates(&self) {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.retain(|_, (built, _)| built.elapsed() < CERTIFICATES_LIFE);
     }
 
     /// The number of the client certificate in use.

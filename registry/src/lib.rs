@@ -15,11 +15,14 @@ mod blob;
 mod chunks;
 mod client;
 mod credentials;
+mod docker_config;
 mod endpoint;
 mod error;
+mod files;
 #[doc(hidden)]
 pub mod fuzzing;
 mod growing;
+mod helper;
 mod hosts;
 mod hosts_dir;
 mod http;

@@ -26,8 +26,15 @@ impl Client {
                     Err(error) => round.failed(&endpoint, error),
                 }
             };
-            retry.wait_after(error).await?;
+            if !self.has_better_hosts(registry, &error).await {
+                retry.wait_after(error).await?;
+            }
         }
+    }
+
+    /// Whether `error` is one that other certificates, headers or hosts may end, and there are such by now.
+    pub(crate) async fn has_better_hosts(&self, registry: &str, error: &Error) -> bool {
+        error.is_about_settings() && self.have_endpoints_changed(registry).await
     }
 
     /// The hosts to ask once each.

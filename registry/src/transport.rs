@@ -1,6 +1,6 @@
 //! One HTTP request and its answer: authentication, redirects, time limits, and what a refusal means.
 //!
-//! No retries here, except the one after a 401.
+//! No retries here, except the one after a refusal of permission.
 
 use std::time::{Duration, SystemTime};
 
@@ -73,12 +73,16 @@ impl Client {
             let identity = request.endpoint.identity();
             match self.send_authorized(request).await {
                 Err(Error::ClientCertificate { .. }) if request.endpoint.next_identity(identity) => {}
+                Err(error @ Error::Tls { .. }) => {
+                    request.endpoint.forget_certificates();
+                    return Err(error);
+                }
                 result => return result,
             }
         }
     }
 
-    /// Sends `request`, and once more with a new authorization after a 401.
+    /// Sends `request`, and once more with a new authorization after a 401, or after a 403 to one that was kept.
     async fn send_authorized(&self, request: &Request<'_>) -> Result<Response, Error> {
         let (what, endpoint) = (request.what, request.endpoint);
         let authorization = match request.is_trusted {
@@ -88,13 +92,13 @@ impl Client {
         let response = self.send_with(request, authorization.as_ref()).await?;
         // Another server behind a redirect must not learn the credentials of this one.
         let is_ours = request.is_trusted && response.url().origin() == request.url.origin();
-        if response.status() != StatusCode::UNAUTHORIZED || !is_ours {
+        let is_refused = matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+        let challenge = Challenge::find(response.headers());
+        if !is_ours || !is_refused || (challenge.is_none() && authorization.is_none()) {
             return Ok(response);
         }
-        let Some(challenge) = Challenge::find(response.headers()) else { return Ok(response) };
         let refused = refusal(self, what, endpoint, response).await;
-        let renewed = self.authorize(what, endpoint, &request.scopes, &challenge, authorization.as_ref()).await?;
-        match renewed {
+        match self.authorize(what, endpoint, &request.scopes, challenge, authorization.as_ref()).await? {
             Some(renewed) => self.send_with(request, Some(&renewed)).await,
             None => Err(refused),
         }
@@ -239,7 +243,8 @@ pub(crate) async fn refusal(client: &Client, what: &str, endpoint: &Endpoint, mu
     };
     let is_whole = tokio::time::timeout(client.options().stall_timeout, read).await.is_ok();
     tracing::trace!(host, is_whole, "refusal read");
-    Error::from_status(what, host, endpoint.name(), status, retry_after, &describe_refusal(&body))
+    let hint = client.credentials().hint(endpoint.name());
+    Error::from_status(what, host, &hint, status, retry_after, &describe_refusal(&body))
 }
 
 /// A header as text, where it is there and is text.

@@ -1,11 +1,6 @@
 //! Bearer tokens: fetched once, kept, renewed, and never shown to the wrong server.
 
-use std::{
-    os::unix::fs::PermissionsExt,
-    path::Path,
-    process::Command,
-    sync::atomic::{AtomicUsize, Ordering},
-};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use registry::{Client, ClientOptions};
 
@@ -153,43 +148,37 @@ async fn another_server_learns_neither_token_nor_credentials() {
     assert_eq!(thief.requests(), ["GET /blob"]);
 }
 
-/// The helper is found through `PATH`, which belongs to the whole process: so the test runs itself in another one.
 #[tokio::test]
-async fn a_credential_helper_is_asked() {
-    const HOST_VARIABLE: &str = "CREDENTIAL_HELPER_TEST_HOST";
-    const CONFIG_VARIABLE: &str = "CREDENTIAL_HELPER_TEST_CONFIG";
-    if let (Ok(host), Some(config)) = (std::env::var(HOST_VARIABLE), std::env::var_os(CONFIG_VARIABLE)) {
-        let client = Client::new(ClientOptions { docker_config: Some(config.into()), ..options() });
-        client.manifest(&format!("{host}/a").parse().unwrap()).await.unwrap();
-        return;
-    }
-    let server = FaultServer::start(|_, request| match request.header("authorization") {
-        "Basic YWxhZGRpbjpvcGVuIHNlc2FtZQ==" => Reply::full(200, &[], MANIFEST),
-        _ => Reply::full(401, &["WWW-Authenticate: Basic realm=\"cave\""], b""),
+async fn a_token_that_is_revoked_with_403_is_renewed_once() {
+    let server = FaultServer::start(|count, request| match (count, request.header("authorization")) {
+        _ if request.target.starts_with("/token") => {
+            Reply::full(200, &[], format!(r#"{{"token": "token-{count}", "expires_in": 300}}"#).as_bytes())
+        }
+        (_, "") => challenge(request),
+        // The first token is good for one request.
+        (2, _) | (_, "Bearer token-4") => Reply::full(200, &[], MANIFEST),
+        _ => Reply::status(403),
     })
     .await;
-    let directory = tempfile::tempdir().unwrap();
-    let config = write_helper(directory.path());
-    let path = format!("{}:{}", directory.path().display(), std::env::var("PATH").unwrap());
-    let (executable, host) = (std::env::current_exe().unwrap(), server.host().to_owned());
-    let run = move || {
-        Command::new(executable)
-            .args(["--exact", "auth::a_credential_helper_is_asked"])
-            .envs([("PATH", &*path), (HOST_VARIABLE, &*host), (CONFIG_VARIABLE, config.to_str().unwrap())])
-            .output()
-            .unwrap()
-    };
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-    assert_eq!(server.headers("authorization"), ["", "Basic YWxhZGRpbjpvcGVuIHNlc2FtZQ=="]);
+    let client = client();
+    for _ in 0..3 {
+        client.manifest(&server.reference("a")).await.unwrap();
+    }
+    let expected = ["", "", "Bearer token-1", "Bearer token-1", "", "Bearer token-4", "Bearer token-4"];
+    assert_eq!(server.headers("authorization"), expected);
 }
 
-fn write_helper(directory: &Path) -> std::path::PathBuf {
-    let helper = directory.join("docker-credential-cave");
-    let script = "#!/bin/sh\nread host\nprintf '{\"Username\": \"aladdin\", \"Secret\": \"open sesame\"}'\n";
-    std::fs::write(&helper, script).unwrap();
-    std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let config = directory.join("config.json");
-    std::fs::write(&config, r#"{"credsStore": "cave"}"#).unwrap();
-    config
+#[tokio::test]
+async fn who_may_not_read_something_does_not_have_the_token_service_asked_each_time() {
+    let server = FaultServer::start(|_, request| match request.header("authorization") {
+        _ if request.target.starts_with("/token") => Reply::full(200, &[], br#"{"token": "x", "expires_in": 300}"#),
+        "" => challenge(request),
+        _ => Reply::status(403),
+    })
+    .await;
+    let client = client();
+    for _ in 0..5 {
+        assert!(client.manifest(&server.reference("a")).await.unwrap_err().is_denied());
+    }
+    assert_eq!(server.requests().iter().filter(|request| request.starts_with("GET /token")).count(), 2);
 }

@@ -6,6 +6,7 @@
 mod auth;
 mod certificates;
 mod chunks;
+mod credentials;
 mod docker_registry;
 mod fault_server;
 mod faults;

@@ -171,14 +171,17 @@ async fn basic_authentication_uses_the_credentials_of_docker_login() {
     let (bytes, _) = push_image(&client, &reference).await;
     assert_eq!(client.manifest(&reference).await.unwrap().bytes, bytes);
 
-    let wrong = tempfile::tempdir().unwrap();
-    let wrong = logged_in_client(wrong.path(), registry.host(), "aladdin", "open barley");
-    for client in [crate::client(), wrong] {
+    let directory = tempfile::tempdir().unwrap();
+    let wrong = logged_in_client(directory.path(), registry.host(), "aladdin", "open barley");
+    let host = registry.host();
+    let login =
+        format!("check the name, and the login for {host} in {}", directory.path().join("config.json").display());
+    let hints = [format!("check the name and `docker login {host}`"), format!("{login} (`docker login {host}`)")];
+    for (client, hint) in [crate::client(), wrong].into_iter().zip(hints) {
         let error = client.manifest(&reference).await.unwrap_err();
         assert!(error.is_denied(), "{error}");
-        let host = registry.host();
         let expected = format!(
-            "manifest of {reference}: no permission: {host} answered 401: UNAUTHORIZED: authentication required; check the name and `docker login {host}`"
+            "manifest of {reference}: no permission: {host} answered 401: UNAUTHORIZED: authentication required; {hint}"
         );
         assert_eq!(error.to_string(), expected);
     }
