@@ -4,9 +4,11 @@
 //! - `index`: the index in open form.
 //! - `data`: a sparse file that is the layer's plain address space.
 //! - `presence`: what `data` holds ([`crate::presence`]).
+//! - `gaps`: the bytes of the tar stream that are no file content, until they were compared ([`crate::gaps`]).
+//! - `verdict`: whether the layer is what its tar stream says ([`crate::proof`]).
 //! - `dedup`: digests of what `data` holds or will, for other layers that have the same ([`crate::dedup`]).
 //!
-//! All but `data` are replaced by rename, so a crash leaves the old or the new one. The directory is
+//! All but `data` and `gaps` are replaced by rename, so a crash leaves the old or the new one. The directory is
 //! made after the index was verified: whoever names a blob wrongly leaves nothing behind.
 
 use std::{
@@ -25,6 +27,7 @@ use crate::{
     layer::LayerIndex,
     mapping::Map,
     presence::{Counts, PresenceBits},
+    proof::VerdictRecord,
 };
 
 /// Only the daemon's user reads the cache.
@@ -59,6 +62,27 @@ impl LayerDirectory {
     /// Where `data` is.
     pub(crate) fn data_path(&self) -> PathBuf {
         self.path.join("data")
+    }
+
+    /// Where `gaps` is.
+    pub(crate) fn gaps_path(&self) -> PathBuf {
+        self.path.join("gaps")
+    }
+
+    /// Reads `verdict`; `None` if it is missing or damaged.
+    pub(crate) fn read_verdict(&self) -> io::Result<Option<VerdictRecord>> {
+        let bytes = read_if_there(&self.path.join("verdict"))?;
+        Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
+    }
+
+    /// Whether a `verdict` refuses the layer.
+    pub(crate) fn is_refused(&self) -> bool {
+        matches!(self.read_verdict(), Ok(Some(record)) if record.is_refusal())
+    }
+
+    /// Writes `verdict`; the content that it speaks of is durable.
+    pub(crate) fn write_verdict(&self, record: &VerdictRecord) -> io::Result<()> {
+        write_atomically(&self.path.join("verdict"), &serde_json::to_vec(record)?)
     }
 
     /// Makes the directory if it is not there.

@@ -86,6 +86,14 @@ pub enum ReadError {
         /// What the disk said.
         error: Arc<io::Error>,
     },
+    /// The layer is not what its tar stream says: nothing of it is shown.
+    #[error("layer {blob} is refused: {reason}")]
+    Refused {
+        /// The layer.
+        blob: Digest,
+        /// Where, and what differs.
+        reason: String,
+    },
     /// The layer was removed, or the process is shutting down.
     #[error("layer {0} is no longer fetched")]
     Stopped(Digest),

@@ -24,6 +24,7 @@ use crate::{
     directory::LayerDirectory,
     layer::LayerIndex,
     presence::{Counts, Presence, PresenceBits, needed_frames},
+    proof::Proof,
 };
 
 /// Frames kept in memory when the disk does not take them; older ones give way. At usual frame sizes a few
@@ -43,6 +44,7 @@ pub(crate) struct FrameStore {
     index_digest: Digest,
     data: File,
     presence: Presence,
+    proof: Proof,
     has_unwritten_bits: AtomicBool,
     unkept: Mutex<VecDeque<(u32, Bytes)>>,
     has_unkept: AtomicBool,
@@ -63,7 +65,9 @@ impl FrameStore {
     pub(crate) fn open(directory: LayerDirectory, index: LayerIndex, index_digest: Digest) -> io::Result<Self> {
         let (data, bits) = directory.open_data(index.space_len(), Counts::of(&index), &index_digest)?;
         let presence = Presence::new(&index, bits);
+        let proof = Proof::open(&directory, &index, index_digest, presence.is_complete())?;
         Ok(Self {
+            proof,
             directory,
             index_digest,
             data,
@@ -80,6 +84,11 @@ impl FrameStore {
     /// The index.
     pub(crate) fn index(&self) -> &LayerIndex {
         &self.index
+    }
+
+    /// What is known of its truth.
+    pub(crate) fn proof(&self) -> &Proof {
+        &self.proof
     }
 
     /// Frames that hold file content.
@@ -108,6 +117,11 @@ impl FrameStore {
         self.presence.has_frame(frame)
     }
 
+    /// Whether all content of a frame is there, however it came.
+    pub(crate) fn has_content_of(&self, frame: u32) -> bool {
+        self.presence.has_content_of(&self.index, frame)
+    }
+
     /// Whether all content of a plain range is there.
     pub(crate) fn has(&self, plain: &Range<u64>) -> bool {
         self.presence.has(&self.index, plain)
@@ -121,6 +135,31 @@ impl FrameStore {
     /// The frames that must come before a plain range can be read, ascending.
     pub(crate) fn missing_frames(&self, plain: &Range<u64>) -> impl Iterator<Item = u32> + use<'_> {
         self.presence.missing_frames(&self.index, plain)
+    }
+
+    /// The parts of a plain range whose pages are there, ascending.
+    pub(crate) fn present_runs(&self, plain: Range<u64>) -> Vec<Range<u64>> {
+        let (mut present, mut next) = (Vec::new(), plain.start);
+        for missing in self.presence.missing_runs(&plain) {
+            present.push(next..missing.start);
+            next = missing.end;
+        }
+        present.push(next..plain.end);
+        present.retain(|run| !run.is_empty());
+        present
+    }
+
+    /// Reads content that is there, and zeros where none is.
+    pub(crate) fn read_content(&self, plain_offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        read_sparse(&self.data, plain_offset, buffer)
+    }
+
+    /// Where the file holds something from an offset on: in between it reads as zeros.
+    pub(crate) fn next_stored(&self, plain_offset: u64) -> io::Result<u64> {
+        match rustix::fs::seek(&self.data, rustix::fs::SeekFrom::Data(plain_offset)) {
+            Err(rustix::io::Errno::NXIO) => Ok(u64::MAX),
+            found => Ok(found?),
+        }
     }
 
     /// Cuts a plain range where the space ends.
@@ -293,7 +332,7 @@ impl FrameStore {
     }
 
     /// Calls `piece` with plain offset and bytes for every run of file content in a frame, ascending.
-    fn for_each_piece(
+    pub(crate) fn for_each_piece(
         &self,
         frame: u32,
         content: &[u8],

@@ -23,6 +23,7 @@ use crate::{
     hot_pack::HotStream,
     mapping::Map,
     presence::{frame_runs, needed_frames},
+    proof::Verdict,
     read_ahead::ReadAhead,
     scheduler::Scheduler,
     source::Source,
@@ -139,7 +140,7 @@ impl Layer {
 
     /// What the caller of [`crate::Cache::layer`] gave last.
     pub fn description(&self) -> Value {
-        self.inner.origin.read().unwrap_or_else(PoisonError::into_inner).description.clone()
+        self.inner.description()
     }
 
     /// The index.
@@ -155,8 +156,9 @@ impl Layer {
     ///
     /// # Errors
     ///
-    /// When the cache file cannot be read.
+    /// When the cache file cannot be read, or the layer is refused.
     pub fn read_at_if_present(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        self.inner.check_not_refused().map_err(io::Error::other)?;
         let read = self.inner.store.read_present(offset, buffer, &UnkeptFrames::new())?;
         if let Some(len) = read {
             self.read_ahead(offset..offset.saturating_add(len as u64));
@@ -181,6 +183,9 @@ impl Layer {
         attempts_left: u32,
         done: Box<dyn FnOnce(Result<Vec<u8>, ReadError>) + Send>,
     ) {
+        if let Err(error) = self.inner.check_not_refused() {
+            return done(Err(error));
+        }
         let plain = self.inner.store.clip(offset, len);
         let mut bytes = vec![0; usize::try_from(plain.end - plain.start).unwrap_or(len)];
         let disk_error = |error| ReadError::Disk { blob: self.inner.blob(), error: Arc::new(error) };
@@ -256,11 +261,22 @@ impl Layer {
         self.inner.store.is_complete()
     }
 
-    /// The file that is the plain address space, once everything is in it; `None` before that.
+    /// Whether the layer is what its tar stream says, once that is known.
+    pub fn verdict(&self) -> Option<Verdict> {
+        self.inner.store.proof().verdict()
+    }
+
+    /// Has the verdict found out now and at full speed; [`Self::verdict`] tells when it is there. Does not wait.
+    pub fn verify(&self) {
+        self.inner.verify_in_haste();
+    }
+
+    /// The file that is the plain address space, once everything is in it; `None` before that, and where a verdict
+    /// is to come as long as there is none.
     ///
     /// Nothing is written to it any longer. It is gone with the layer, but not for who has it open.
     pub fn complete_file(&self) -> Option<PathBuf> {
-        self.is_complete().then(|| self.inner.store.data_path())
+        (self.is_complete() && self.inner.store.proof().may_leave()).then(|| self.inner.store.data_path())
     }
 
     /// How much has arrived.
@@ -334,6 +350,17 @@ impl LayerInner {
     /// Digest of the blob.
     pub(crate) fn blob(&self) -> Digest {
         self.layer.blob
+    }
+
+    /// What the caller of [`crate::Cache::layer`] gave last.
+    pub(crate) fn description(&self) -> Value {
+        self.origin.read().unwrap_or_else(PoisonError::into_inner).description.clone()
+    }
+
+    /// A refused layer shows nothing.
+    pub(crate) fn check_not_refused(&self) -> Result<(), ReadError> {
+        let refused = |reason| ReadError::Refused { blob: self.blob(), reason };
+        self.store.proof().refusal().map_or(Ok(()), |reason| Err(refused(reason)))
     }
 
     /// The first content from a plain offset on that is not in the cache.

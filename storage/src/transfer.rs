@@ -122,8 +122,17 @@ fn keep(scheduler: &Arc<Scheduler>, in_flight: InFlight, record: &Frame, compres
         }
     };
     let layer = in_flight.layer.clone();
+    if let Err(error) = layer.store.compare_frame(frame, &content) {
+        tracing::debug!(%blob, frame, %error, "frame cannot be compared with what is here");
+    }
     match layer.store.write_frame(frame, &content) {
-        Ok(()) => in_flight.arrived(None),
+        Ok(()) => {
+            in_flight.arrived(None);
+            // Nobody waits for it. Without it the frame is fetched again for the proof.
+            if let Err(error) = layer.store.keep_gaps(frame, &content) {
+                tracing::debug!(%blob, frame, %error, "what the proof needs of a frame is not kept");
+            }
+        }
         Err(error) => {
             tracing::warn!(%blob, frame, %error, "cache cannot be written: frame is served from memory");
             let content = Bytes::from(content);

@@ -10,7 +10,7 @@ use std::{
 const ARROWS: [(&str, &[&str]); 9] = [
     ("format-spec", &[]),
     ("tar-index", &["format-spec"]),
-    ("storage", &["format-spec"]),
+    ("storage", &["format-spec", "tar-index"]),
     ("registry", &["format-spec", "storage"]),
     ("fusefs", &["format-spec", "storage", "registry"]),
     ("converter", &["format-spec", "tar-index", "storage", "registry", "fusefs"]),

@@ -33,7 +33,8 @@ impl CacheInner {
         let (id, blob) = (layer.id(), layer.blob);
         let number = self.layer_count.fetch_add(1, Ordering::Relaxed);
         let inner = self.clone();
-        let look = move || Ok((inner.open_cached(id)?, inner.has_peers(id)));
+        let domain = (self.domain)(&origin.description);
+        let look = move || Ok((inner.open_cached(id)?, inner.has_peers(id, &domain)));
         let (cached, has_peers) = self.blocking(blob, look).await?;
         if let Some((record, store)) = cached {
             let old = Origin { source: origin.source, description: record.description };

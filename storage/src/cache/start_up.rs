@@ -39,6 +39,9 @@ impl CacheInner {
     pub(super) fn start_up(self: &Arc<Self>, layer: &Layer, with_index: Option<Incoming>, has_peers: bool) {
         let inner = layer.inner().clone();
         inner.scheduler.note_urgent();
+        if self.verifies {
+            inner.store.proof().expect();
+        }
         let (store, index) = (&inner.store, layer.index());
         let section = index.dedup().copied().filter(|_| !store.is_dedup_kept());
         let seeks_first = has_peers && section.is_some() && !store.is_complete();
@@ -75,19 +78,26 @@ impl CacheInner {
         });
     }
 
-    /// Whether another layer has told what it holds.
-    pub(super) fn has_peers(&self, id: LayerId) -> bool {
-        self.peer_directories(id).any(|directory| matches!(directory.open_dedup(), Ok(Some(_))))
+    /// Whether another layer of the same domain has told what it holds.
+    pub(super) fn has_peers(&self, id: LayerId, domain: &str) -> bool {
+        self.peer_directories(id, domain).next().is_some()
     }
 
-    fn peer_directories(&self, id: LayerId) -> impl Iterator<Item = LayerDirectory> {
+    /// The other layers that content may be copied from: who may read this one may read them, and they have told what
+    /// they hold. A copy from any other would show who knows a digest what it is the digest of.
+    fn peer_directories(&self, id: LayerId, domain: &str) -> impl Iterator<Item = LayerDirectory> {
         let entries = fs::read_dir(self.root.join("layers")).into_iter().flatten().flatten();
-        entries.filter(move |entry| *entry.file_name() != *id.hex()).map(|entry| LayerDirectory::new(entry.path()))
+        let directories = entries.filter(move |entry| *entry.file_name() != *id.hex());
+        directories.map(|entry| LayerDirectory::new(entry.path())).filter(move |directory| {
+            let has_told = matches!(directory.open_dedup(), Ok(Some(_))) && !directory.is_refused();
+            has_told
+                && matches!(directory.read_record(), Ok(Some(record)) if (self.domain)(&record.description) == domain)
+        })
     }
 
     /// Every other layer that has told what it holds. Those that cannot be read are left out: they only might help.
-    fn peers(&self, id: LayerId) -> impl Iterator<Item = Peer> {
-        self.peer_directories(id).filter_map(|directory| {
+    fn peers(&self, id: LayerId, domain: &str) -> impl Iterator<Item = Peer> {
+        self.peer_directories(id, domain).filter_map(|directory| {
             let dedup = directory.open_dedup().ok().flatten()?;
             let name = directory.path().file_name()?.to_str()?;
             let id = format!("sha256:{name}").parse().ok()?;
@@ -138,7 +148,10 @@ async fn copy_from_peers(
     let wanted = pieces.clone();
     let prepare = move |layer: &LayerInner| {
         let (store, cache) = (&layer.store, cache.upgrade());
-        let find = |(wanted, cache): (_, Arc<CacheInner>)| CopyPlan::find(store, wanted, cache.peers(layer.layer.id()));
+        let find = |(wanted, cache): (_, Arc<CacheInner>)| {
+            let domain = (cache.domain)(&layer.description());
+            CopyPlan::find(store, wanted, cache.peers(layer.layer.id(), &domain))
+        };
         let plan = wanted.as_deref().zip(cache).and_then(find).map(Arc::new);
         let missing_of = |plain: &Range<u64>| {
             let missing: Vec<_> = store.missing_runs(plain).collect();

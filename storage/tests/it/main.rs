@@ -12,3 +12,4 @@ mod reads;
 mod rest;
 mod scheduling;
 mod support;
+mod truth;

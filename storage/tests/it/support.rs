@@ -11,14 +11,14 @@ use std::{
 use bytes::Bytes;
 use format_spec::{
     Digest, Extent, Frame, HotFrame, HotPiece, IndexBuilder, LayerData, LazyLayer,
-    builder::{BlobTail, blank_inode},
+    builder::{BlobTail, blank_inode, implicit_directory},
     dedup::DedupPiece,
     footer::{Footer, SkippableKind, skippable_header},
     index::{DedupLocation, PLAIN_ALIGN, hot_reason, mode},
 };
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
-use storage::{ByteStream, Cache, CacheOptions, FetchFuture, Layer, Source, SourceError};
+use storage::{ByteStream, Cache, CacheOptions, FetchFuture, Layer, Source, SourceError, Verdict};
 use tokio::sync::watch;
 
 /// Bytes that hardly compress, different for every seed.
@@ -50,6 +50,8 @@ impl TestFile {
 pub(crate) struct TestLayer {
     pub(crate) lazy: LazyLayer,
     pub(crate) blob: Vec<u8>,
+    /// The tar stream.
+    pub(crate) tar: Vec<u8>,
     /// The whole plain address space.
     pub(crate) space: Vec<u8>,
     pub(crate) files: Vec<Range<u64>>,
@@ -80,6 +82,13 @@ pub(crate) struct LayerMaker<'a> {
     pub(crate) change_hot: &'a dyn Fn(usize, &[u8]) -> Vec<u8>,
     /// Alters the pieces of the dedup section; without it there is no section.
     pub(crate) dedup: Option<ChangePieces<'a>>,
+    /// What the index says of each file, whatever its tar header does: a name and a mode.
+    pub(crate) index_says: &'a dyn Fn(usize) -> (String, u32),
+}
+
+/// Name and mode of a file, by its number.
+pub(crate) fn name_and_mode(number: usize) -> (String, u32) {
+    (format!("{number:06}"), 0o644)
 }
 
 impl Default for LayerMaker<'_> {
@@ -94,6 +103,7 @@ impl Default for LayerMaker<'_> {
             hot_frame_len: 10_000,
             change_hot: &|_, content| content.to_vec(),
             dedup: None,
+            index_says: &name_and_mode,
         }
     }
 }
@@ -101,10 +111,10 @@ impl Default for LayerMaker<'_> {
 impl LayerMaker<'_> {
     pub(crate) fn make(&self) -> TestLayer {
         let mut builder = IndexBuilder::default();
-        builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+        builder.add_inode(implicit_directory()).unwrap();
         let (mut tar, mut space, mut extents, mut ranges, mut children) = (vec![], vec![], vec![], vec![], vec![]);
         for (number, file) in self.files.iter().enumerate() {
-            tar.extend(noise(!(number as u64 + (self.time << 32)), 512));
+            tar.extend(tar_headers(number, file, self.time));
             space.resize(space.len().next_multiple_of(PLAIN_ALIGN as usize), 0);
             let start = space.len() as u64;
             for (piece, (hole_len, len)) in file.0.iter().enumerate() {
@@ -123,12 +133,15 @@ impl LayerMaker<'_> {
             }
             tar.resize(tar.len().next_multiple_of(512), 0);
             ranges.push(start..space.len() as u64);
-            let mut inode = blank_inode(mode::REGULAR | 0o644);
+            let (name, permissions) = (self.index_says)(number);
+            let mut inode = blank_inode(mode::REGULAR | permissions);
+            inode.mtime_seconds = self.time.into();
             inode.size = (space.len() as u64 - start).into();
             inode.plain_offset = start.into();
-            children.push((format!("{number:06}"), builder.add_inode(inode).unwrap()));
+            children.push((name, builder.add_inode(inode).unwrap()));
         }
         space.resize(space.len().next_multiple_of(PLAIN_ALIGN as usize), 0);
+        children.sort();
         builder.add_directory(0, children).unwrap();
 
         let (mut blob, mut frames, mut tar_offset) = (vec![], vec![], 0);
@@ -189,7 +202,7 @@ impl LayerMaker<'_> {
             index: location,
             hot_len: hot_pack.len() as u64,
         };
-        TestLayer { lazy, blob, space, files: ranges, frames, hot_frames, section: section_range }
+        TestLayer { lazy, blob, tar, space, files: ranges, frames, hot_frames, section: section_range }
     }
 
     fn hot_pack(&self, space: &[u8]) -> (Vec<HotFrame>, Vec<HotPiece>, Vec<u8>) {
@@ -212,6 +225,47 @@ impl LayerMaker<'_> {
         }
         (frames, self.hot.iter().map(piece).collect(), pack)
     }
+}
+
+/// What stands in front of a file's content: one header, and where it has holes their map in front of that.
+fn tar_headers(number: usize, file: &TestFile, time: u64) -> Vec<u8> {
+    let header = |kind, path: &str, len: usize| {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(kind);
+        header.set_path(path).unwrap();
+        header.set_mode(0o644);
+        header.set_mtime(time);
+        header.set_size(len as u64);
+        header.set_cksum();
+        header.as_bytes().to_vec()
+    };
+    let stored_len = file.0.iter().map(|(_, len)| len).sum();
+    let main = header(tar::EntryType::Regular, &format!("{number:06}"), stored_len);
+    if matches!(file.0[..], [] | [(0, _)]) {
+        return main;
+    }
+    let (mut map, mut at) = (Vec::new(), 0);
+    for (hole_len, len) in &file.0 {
+        at += hole_len;
+        if *len > 0 {
+            map.extend([at.to_string(), len.to_string()]);
+        }
+        at += len;
+    }
+    let records = [
+        ("GNU.sparse.size", at.to_string()),
+        ("GNU.sparse.numblocks", (map.len() / 2).to_string()),
+        ("GNU.sparse.map", map.join(",")),
+    ];
+    let mut extension = Vec::new();
+    for (key, value) in records {
+        let rest = key.len() + value.len() + 3;
+        let len = (rest + 1..).find(|len| len.to_string().len() + rest == *len).unwrap();
+        extension.extend(format!("{len} {key}={value}\n").into_bytes());
+    }
+    let before = header(tar::EntryType::XHeader, "sparse", extension.len());
+    extension.resize(extension.len().next_multiple_of(512), 0);
+    [before, extension, main].concat()
 }
 
 /// What frames hold of each file: its content, or pieces of it.
@@ -486,6 +540,18 @@ pub(crate) async fn wait_for_dedup(root: &Path, test: &TestLayer) {
     let dedup = root.join("layers").join(test.lazy.id().hex()).join("dedup");
     while !dedup.exists() {
         tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// The verdict on a layer when there is one.
+pub(crate) async fn wait_for_verdict(layer: &Layer) -> Verdict {
+    let give_up_at = std::time::Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(verdict) = layer.verdict() {
+            return verdict;
+        }
+        assert!(std::time::Instant::now() < give_up_at, "{:?}", layer.progress());
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 

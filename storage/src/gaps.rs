@@ -1,0 +1,226 @@
+//! The file `gaps`: the bytes of a layer's tar stream that are no file content, kept until the stream was hashed.
+//!
+//! Headers, padding and the archive's end stand in frames, and no reader of files wants them. So that the whole stream
+//! can be put together again without fetching anything twice, they are kept beside `data` when a frame arrives.
+//!
+//! ```text
+//! gaps   = magic index-digest record*
+//! record = frame plain-len compressed-len crc32 zstd-frame      numbers of 4 bytes, little-endian
+//! ```
+//!
+//! The CRC-32 covers the three numbers and the compressed bytes. The file only grows; what does not fit any more, as
+//! after a crash, ends it: the price is a frame fetched again. A frame without such bytes has no record.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, BufReader, Read, Seek, SeekFrom},
+    ops::Range,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::PathBuf,
+    sync::{Mutex, OnceLock},
+};
+
+use format_spec::{
+    Digest,
+    index::{FRAME_COMPRESSED_LEN_MAX, FRAME_PLAIN_LEN_MAX},
+};
+
+use crate::{frame_store::lock, layer::LayerIndex};
+
+/// First eight bytes of the file.
+const MAGIC: [u8; 8] = *b"LAZULIGP";
+const FILE_HEADER_LEN: u64 = 8 + 32;
+const RECORD_HEADER_LEN: usize = 16;
+/// Headers compress to a tenth at any level: the fastest one.
+const LEVEL: i32 = 1;
+
+/// The records of one layer. Safe from many threads.
+#[derive(Debug)]
+pub(crate) struct Gaps {
+    path: PathBuf,
+    index_digest: Digest,
+    file: OnceLock<File>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// For each frame the record that it has.
+    places: Vec<Option<Place>>,
+    /// Where the next record goes.
+    end: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    offset: u64,
+    plain_len: u32,
+    compressed_len: u32,
+}
+
+/// The parts of a frame's content that are no file content, as ranges of it, ascending.
+pub(crate) fn gap_ranges(index: &LayerIndex, frame: u32) -> Vec<Range<usize>> {
+    let Some(record) = index.frames().get(frame as usize) else { return Vec::new() };
+    let tar = record.tar_range();
+    let position = |offset: u64| usize::try_from(offset.saturating_sub(tar.start)).unwrap_or(usize::MAX);
+    let (mut gaps, mut next) = (Vec::new(), tar.start);
+    let extents = index.extents_in_tar(&tar).filter_map(|number| index.extents().get(number));
+    for extent in extents.map(|extent| extent.tar_range()) {
+        if extent.start > next {
+            gaps.push(position(next)..position(extent.start));
+        }
+        next = extent.end.max(next);
+    }
+    if next < tar.end {
+        gaps.push(position(next)..position(tar.end));
+    }
+    gaps
+}
+
+impl Gaps {
+    /// Reads which records the file at `path` has; it is made with the first record.
+    pub(crate) fn open(path: PathBuf, index: &LayerIndex, index_digest: Digest) -> io::Result<Self> {
+        let gaps = Self { path, index_digest, file: OnceLock::new(), state: Mutex::default() };
+        let mut state = State { places: vec![None; index.frames().len()], end: 0 };
+        match OpenOptions::new().read(true).write(true).open(&gaps.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+            Ok(file) => {
+                state.scan(&file, &index_digest)?;
+                let _ = gaps.file.set(file);
+            }
+        }
+        *lock(&gaps.state) = state;
+        Ok(gaps)
+    }
+
+    /// Whether a frame has a record.
+    pub(crate) fn has(&self, frame: u32) -> bool {
+        lock(&self.state).places.get(frame as usize).is_some_and(Option::is_some)
+    }
+
+    /// Keeps what a frame's content holds beside file content, unless that was done.
+    pub(crate) fn keep(&self, index: &LayerIndex, frame: u32, content: &[u8]) -> io::Result<()> {
+        let ranges = gap_ranges(index, frame);
+        if ranges.is_empty() || self.has(frame) {
+            return Ok(());
+        }
+        let parts: Option<Vec<&[u8]>> = ranges.into_iter().map(|range| content.get(range)).collect();
+        let plain = parts.ok_or_else(|| io::Error::other("frame is shorter than its index says"))?.concat();
+        let compressed = zstd::bulk::compress(&plain, LEVEL)?;
+        let number = |len: usize| u32::try_from(len).map_err(io::Error::other);
+        let place = Place { offset: 0, plain_len: number(plain.len())?, compressed_len: number(compressed.len())? };
+        let record = [&place.header(frame, &compressed)[..], &compressed].concat();
+        let file = self.file()?;
+        let mut state = lock(&self.state);
+        if state.end == 0 {
+            file.write_all_at(&[&MAGIC[..], self.index_digest.as_bytes()].concat(), 0)?;
+            state.end = FILE_HEADER_LEN;
+        }
+        file.write_all_at(&record, state.end)?;
+        let offset = state.end + RECORD_HEADER_LEN as u64;
+        state.end += record.len() as u64;
+        if let Some(known) = state.places.get_mut(frame as usize) {
+            *known = Some(Place { offset, ..place });
+        }
+        Ok(())
+    }
+
+    /// What was kept of a frame; `None` without a record, also from now on if it is damaged.
+    pub(crate) fn read(&self, frame: u32) -> io::Result<Option<Vec<u8>>> {
+        let place = lock(&self.state).places.get(frame as usize).copied().flatten();
+        let (Some(place), Some(file)) = (place, self.file.get()) else { return Ok(None) };
+        let mut record = vec![0; RECORD_HEADER_LEN + place.compressed_len as usize];
+        file.read_exact_at(&mut record, place.offset - RECORD_HEADER_LEN as u64)?;
+        let (header, compressed) = record.split_at(RECORD_HEADER_LEN);
+        let is_whole = header == place.header(frame, compressed);
+        let plain = is_whole.then(|| zstd::bulk::decompress(compressed, place.plain_len as usize));
+        match plain {
+            Some(Ok(plain)) if plain.len() == place.plain_len as usize => Ok(Some(plain)),
+            _ => {
+                if let Some(known) = lock(&self.state).places.get_mut(frame as usize) {
+                    *known = None;
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// Deletes everything: nobody will ask again.
+    pub(crate) fn clear(&self) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.places.fill(None);
+        state.end = 0;
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => self.file.get().map_or(Ok(()), |file| file.set_len(0)),
+        }
+    }
+
+    fn file(&self) -> io::Result<&File> {
+        if let Some(file) = self.file.get() {
+            return Ok(file);
+        }
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&self.path)?;
+        Ok(self.file.get_or_init(|| file))
+    }
+}
+
+impl State {
+    /// Notes the records of a file, up to the first that is none.
+    fn scan(&mut self, file: &File, index_digest: &Digest) -> io::Result<()> {
+        let len = file.metadata()?.len();
+        let mut reader = BufReader::with_capacity(1 << 16, file);
+        reader.seek(SeekFrom::Start(0))?;
+        let mut header = [0; FILE_HEADER_LEN as usize];
+        if !fill(&mut reader, &mut header)? || header[..8] != MAGIC || header[8..] != *index_digest.as_bytes() {
+            return Ok(());
+        }
+        self.end = FILE_HEADER_LEN;
+        let mut compressed = Vec::new();
+        loop {
+            let mut header = [0; RECORD_HEADER_LEN];
+            if !fill(&mut reader, &mut header)? {
+                return Ok(());
+            }
+            let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
+            let (frame, plain_len, compressed_len) = (number(0), number(4), number(8));
+            let place = Place { offset: self.end + RECORD_HEADER_LEN as u64, plain_len, compressed_len };
+            let is_in_bounds = plain_len <= FRAME_PLAIN_LEN_MAX
+                && compressed_len <= FRAME_COMPRESSED_LEN_MAX
+                && place.offset + u64::from(compressed_len) <= len;
+            if !is_in_bounds || (frame as usize) >= self.places.len() {
+                return Ok(());
+            }
+            compressed.resize(compressed_len as usize, 0);
+            if !fill(&mut reader, &mut compressed)? || header != place.header(frame, &compressed) {
+                return Ok(());
+            }
+            self.places[frame as usize] = Some(place);
+            self.end = place.offset + u64::from(compressed_len);
+        }
+    }
+}
+
+impl Place {
+    fn header(&self, frame: u32, compressed: &[u8]) -> [u8; RECORD_HEADER_LEN] {
+        let mut header = [0; RECORD_HEADER_LEN];
+        for (number, at) in [frame, self.plain_len, self.compressed_len].into_iter().zip([0, 4, 8]) {
+            header[at..at + 4].copy_from_slice(&number.to_le_bytes());
+        }
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&header[..12]);
+        crc.update(compressed);
+        header[12..].copy_from_slice(&crc.finalize().to_le_bytes());
+        header
+    }
+}
+
+/// Fills a buffer; whether there were enough bytes.
+fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
+    match reader.read_exact(buffer) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        read => read.map(|()| true),
+    }
+}

@@ -1,0 +1,194 @@
+//! How a layer gets its verdict: what the proof needs and nobody has wanted is fetched, then the proof is made.
+//!
+//! In the background that happens to complete layers, one at a time and at the rate of everything else that nobody
+//! waits for (`cache/verifying.rs`). Where somebody waits it happens at once and as fast as the source is, content
+//! that is missing included: the blob is read in long ranges, one after the other, past the queues of readers.
+
+use std::{
+    num::NonZeroU64,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use format_spec::Frame;
+use tokio::sync::Semaphore;
+
+use crate::{
+    decode::{DecodeError, decode},
+    error::ReadError,
+    layer::LayerInner,
+    proof::{ProofError, Verdict},
+    source::Incoming,
+};
+
+/// Compressed bytes of one request. A step that fails is asked for again as a whole.
+const STEP_LEN_MAX: u64 = 8 << 20;
+/// What a step may take beside the time that its bytes take at [`STEP_RATE_MIN`]: a place that stands still is given up.
+const STEP_TIME_MAX: Duration = Duration::from_secs(20);
+/// Bytes a second below which a place is as good as one that stands still.
+const STEP_RATE_MIN: u64 = 64 << 10;
+/// How often a verification without haste looks whether somebody waits by now.
+const HASTE_LOOK: Duration = Duration::from_millis(50);
+/// Proofs at a time in this process: each may hold the tree of a layer, a few hundred bytes a file.
+static PROOFS: Semaphore = Semaphore::const_new(1);
+/// Layers at a time whose parts are fetched because somebody waits: bounds the requests that this adds to readers'.
+static HASTY: Semaphore = Semaphore::const_new(8);
+
+/// Frames to fetch in one request, with their records.
+type Step = Vec<(u32, Frame)>;
+
+/// Says that a verification is under way, as long as it lives.
+pub(crate) struct UnderWay(Arc<LayerInner>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.store.proof().is_under_way.store(false, Ordering::Release);
+    }
+}
+
+impl LayerInner {
+    /// Begins a verification, unless there is a verdict or one is under way.
+    pub(crate) fn begin_to_verify(self: &Arc<Self>) -> Option<UnderWay> {
+        let proof = self.store.proof();
+        let is_free = proof.verdict().is_none() && !proof.is_under_way.swap(true, Ordering::AcqRel);
+        is_free.then(|| UnderWay(self.clone()))
+    }
+
+    /// Verifies at full speed, in a task of its own.
+    pub(crate) fn verify_in_haste(self: &Arc<Self>) {
+        self.store.proof().is_urgent.store(true, Ordering::Release);
+        let Some(under_way) = self.begin_to_verify() else { return };
+        let layer = self.clone();
+        self.runtime().spawn(async move {
+            let _permit = HASTY.acquire().await;
+            if let Err(error) = verify(under_way, None).await {
+                tracing::warn!(blob = %layer.blob(), %error, "layer cannot be verified yet");
+            }
+        });
+    }
+
+    fn is_urgent(&self) -> bool {
+        self.store.proof().is_urgent.load(Ordering::Acquire)
+    }
+
+    /// Whether a frame must be fetched before there can be a proof.
+    fn is_needed(&self, frame: u32) -> bool {
+        self.store.proof().wants(self.store.index(), frame) || !self.store.has_content_of(frame)
+    }
+
+    /// Neighbouring frames that are missing, from `from` on.
+    fn next_step(&self, from: u32) -> Option<Step> {
+        let frames = || (0u32..).zip(self.store.index().frames());
+        let first = frames().skip(from as usize).map(|(number, _)| number).find(|number| self.is_needed(*number))?;
+        let mut len = 0;
+        let step = frames().skip(first as usize).take_while(|(number, frame)| {
+            len += u64::from(frame.compressed_len.get());
+            *number == first || (len <= STEP_LEN_MAX && self.is_needed(*number))
+        });
+        Some(step.map(|(number, frame)| (number, *frame)).collect())
+    }
+
+    /// Verifies, decompresses and keeps a frame that came for the proof.
+    fn keep_for_proof(&self, number: u32, frame: &Frame, compressed: &[u8]) -> Result<(), ReadError> {
+        let blob = self.blob();
+        let plain_len = frame.plain_len.get();
+        let content = decode(compressed, frame.digest(), plain_len).map_err(|error| match error {
+            DecodeError::Digest { expected, found } => ReadError::Corrupt { blob, frame: number, expected, found },
+            DecodeError::Content(reason) => ReadError::Undecodable { blob, frame: number, plain_len, reason },
+        })?;
+        let kept = self.store.compare_frame(number, &content).and_then(|()| {
+            if !self.store.has_content_of(number) {
+                self.store.write_frame(number, &content)?;
+            }
+            self.store.keep_gaps(number, &content)
+        });
+        kept.map_err(|error| ReadError::Disk { blob, error: Arc::new(error) })
+    }
+}
+
+/// Verifies a layer; the rate holds until somebody waits.
+///
+/// # Errors
+///
+/// When something cannot be fetched or kept: there is no verdict then, and another try may bring one.
+pub(crate) async fn verify(under_way: UnderWay, rate: Option<NonZeroU64>) -> Result<Verdict, ReadError> {
+    let layer = &under_way.0;
+    let stopped = || ReadError::Stopped(layer.blob());
+    let mut from = 0;
+    loop {
+        if layer.is_removed() {
+            return Err(stopped());
+        }
+        let step = blocking(layer, move |layer| layer.next_step(from)).await.ok_or_else(stopped)?;
+        let Some(step) = step else { break };
+        from = step.last().map_or(from, |(number, _)| number.saturating_add(1));
+        let (started, before) = (Instant::now(), layer.fetched_bytes());
+        fetch_step(layer, step).await?;
+        if layer.store.proof().verdict().is_some() {
+            break;
+        }
+        let fetched = layer.fetched_bytes().saturating_sub(before);
+        let pause = rate.map_or(0, |rate| fetched.saturating_mul(1000) / rate);
+        let give_up_at = started + Duration::from_millis(pause);
+        while Instant::now() < give_up_at && !layer.is_urgent() {
+            tokio::time::sleep(HASTE_LOOK.min(give_up_at.saturating_duration_since(Instant::now()))).await;
+        }
+    }
+    let _permit = PROOFS.acquire().await;
+    let proven = blocking(layer, |layer| layer.store.prove()).await.ok_or_else(stopped)?;
+    let blob = layer.blob();
+    match proven {
+        Ok(verdict @ Verdict::Verified { .. }) => {
+            tracing::info!(%blob, %verdict, "layer is what its tar stream says");
+            Ok(verdict)
+        }
+        Ok(verdict @ Verdict::Refused { .. }) => {
+            let description = layer.description();
+            tracing::error!(%blob, %description, %verdict, "layer is not what its tar stream says: it is shown no longer");
+            Ok(verdict)
+        }
+        Err(ProofError::Disk(error)) => Err(ReadError::Disk { blob, error: Arc::new(error) }),
+        Err(error @ ProofError::Missing) => {
+            Err(ReadError::Disk { blob, error: Arc::new(std::io::Error::other(error.to_string())) })
+        }
+    }
+}
+
+async fn fetch_step(layer: &Arc<LayerInner>, step: Step) -> Result<(), ReadError> {
+    let blob = layer.blob();
+    let source_error = |error| ReadError::Source { blob, error };
+    let range = step.first().map_or(0, |(_, frame)| frame.blob_range().start)
+        ..step.last().map_or(0, |(_, frame)| frame.blob_range().end);
+    tracing::debug!(%blob, ?range, "frames requested for the proof");
+    let time_max = STEP_TIME_MAX + Duration::from_secs((range.end - range.start) / STEP_RATE_MIN);
+    let fetch = async {
+        let mut incoming = Incoming::open(&*layer.source(), range).await.map_err(source_error)?;
+        for (number, frame) in step {
+            let len = frame.compressed_len.get() as usize;
+            let compressed: Bytes = incoming.take(len, |len| layer.count_fetched(len)).await.map_err(source_error)?;
+            let kept = blocking(layer, move |layer| layer.keep_for_proof(number, &frame, &compressed)).await;
+            kept.ok_or(ReadError::Stopped(blob))??;
+            if layer.is_removed() {
+                return Err(ReadError::Stopped(blob));
+            }
+        }
+        Ok(())
+    };
+    match tokio::time::timeout(time_max, fetch).await {
+        Ok(fetched) => fetched,
+        Err(_) => {
+            let error = crate::source::SourceError::passing(format!("it did not bring a step within {time_max:?}"));
+            Err(source_error(error))
+        }
+    }
+}
+
+/// Runs `work` where it may block; `None` when the runtime ends.
+async fn blocking<T: Send + 'static>(
+    layer: &Arc<LayerInner>,
+    work: impl FnOnce(&LayerInner) -> T + Send + 'static,
+) -> Option<T> {
+    let layer = layer.clone();
+    layer.runtime().clone().spawn_blocking(move || work(&layer)).await.ok()
+}
