@@ -3,7 +3,10 @@
 //! A connection carries requests one after the other: one JSON object a line, answered by one JSON
 //! object a line. Requests on several connections run at the same time.
 
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
 
 use format_spec::{Digest, LayerId, LazyLayer};
 use serde::{Deserialize, Serialize};
@@ -37,6 +40,14 @@ pub enum Request {
         /// The layer.
         layer: RemoteLayer,
     },
+    /// Find out whether a layer can be read with what the daemon has; answered with [`Response::Done`] when it has its
+    /// index, or its registry gives something of it, and with [`Response::Error`] when not, or not within that time.
+    ProbeLayer {
+        /// The layer.
+        layer: RemoteLayer,
+        /// How long the answer may take, in milliseconds.
+        within_ms: u64,
+    },
     /// Make the merged tree of `layers` (lowest first) available; answered with [`Response::Tree`] when it can be
     /// used as an overlayfs lower directory. Idempotent.
     MountTree {
@@ -61,6 +72,8 @@ pub enum Request {
     /// Hold the session, so that it outlives the daemon; answered with [`Response::Session`]. The asker is taken for a
     /// holder until the connection ends.
     HoldSession,
+    /// Show that the daemon is there; answered at once with [`Response::Done`].
+    Ping,
     /// What is mounted and how much has arrived; answered with [`Response::Status`].
     Status,
 }
@@ -112,12 +125,44 @@ pub enum ErrorKind {
     Passing,
     /// What the registry has, or what lies on disk, is not what its digest or the format says.
     Damaged,
+    /// The registry answers and says no: no permission, no such layer.
+    Refused,
     /// The layer was written by a newer version.
     Newer,
     /// The request makes no sense.
     Invalid,
     /// The disk is full.
     DiskFull,
+}
+
+/// The file below the root in which the snapshotter says which images are not lazy although they could be: a list of
+/// [`NotLazy`], oldest first.
+pub const NOT_LAZY_FILE: &str = "not-lazy.json";
+
+/// An image that is pulled completely because `lazuli-fused` could not read it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotLazy {
+    /// The image reference.
+    pub image: String,
+    /// One line.
+    pub reason: String,
+    /// When that was seen last, in seconds since 1970.
+    pub since: i64,
+}
+
+impl NotLazy {
+    /// Reads the file at `path`; without one there are no such images.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, or makes no sense.
+    pub fn read(path: &Path) -> io::Result<Vec<Self>> {
+        match std::fs::read(path) {
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 /// How the kernel reads a tree.

@@ -1,9 +1,9 @@
 //! What can go wrong at the boundary of this crate.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, time::Duration};
 
 use format_spec::{Digest, FormatError, LayerId};
-use storage::{CacheError, ReadError, SourceError};
+use storage::{CacheError, ReadError, SourceError, SourceErrorKind};
 
 use crate::{
     control::{ErrorKind, TreeId},
@@ -64,6 +64,16 @@ pub enum Error {
         image: String,
         /// What is wrong.
         error: SourceError,
+    },
+    /// Whether a layer can be read did not show in time.
+    #[error("layer {blob} of {image}: nothing of it came within {within:?}")]
+    Unread {
+        /// The layer.
+        blob: Digest,
+        /// The image reference given for it.
+        image: String,
+        /// How long was waited.
+        within: Duration,
     },
     /// The layers do not make a tree.
     #[error(transparent)]
@@ -129,6 +139,11 @@ impl Error {
                 _ => ErrorKind::Damaged,
             },
             Self::OtherLayers(_) => ErrorKind::Damaged,
+            Self::Source { error, .. } | Self::Cache(CacheError::Source { error, .. })
+                if error.kind == SourceErrorKind::Refused =>
+            {
+                ErrorKind::Refused
+            }
             Self::Merge(_) | Self::Image(..) | Self::LayerInUse { .. } => ErrorKind::Invalid,
             Self::Disk { error, .. } => kind_of_disk_error(error),
             Self::Cache(CacheError::Disk { error, .. }) | Self::Flush(ReadError::Disk { error, .. }) => {

@@ -31,6 +31,9 @@ mod session;
 mod store;
 mod tree;
 
+/// Where layers lie below the root, each in a directory of the name of its id.
+pub const LAYER_CACHES: &str = "cache/layers";
+
 pub use daemon::{Daemon, DaemonOptions, Ended};
 pub use error::Error;
 pub use factory::SourceFactory;

@@ -14,6 +14,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use tokio::{
@@ -212,6 +213,10 @@ fn refuse(kind: ErrorKind, message: &str) -> Response {
 async fn answer(request: Request, service: &Service) -> Result<Response, Error> {
     match request {
         Request::AnnounceLayer { layer } => service.announce(layer),
+        Request::ProbeLayer { layer, within_ms } => {
+            service.probe(layer, Duration::from_millis(within_ms)).await?;
+        }
+        Request::Ping => {}
         Request::MountTree { layers } => {
             return Ok(Response::Tree { path: service.mount_tree(&layers).await? });
         }

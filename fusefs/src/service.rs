@@ -12,6 +12,7 @@ use std::{
 
 use format_spec::{Digest, LayerId, LazyLayer, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
+use futures_util::StreamExt;
 use serde_json::json;
 use storage::{Cache, CacheOptions, KnownLayer, Layer};
 use tokio::{
@@ -198,6 +199,30 @@ impl Service {
                 debug!(image = remote.image, blob = %remote.layer.blob, %error, "announced layer cannot be opened yet");
             }
         });
+    }
+
+    /// Finds out whether a layer can be read from where it says; what is fetched for that is kept.
+    ///
+    /// # Errors
+    ///
+    /// Why not; [`Error::Unread`] when it is not known within that time.
+    pub(crate) async fn probe(&self, remote: RemoteLayer, within: Duration) -> Result<(), Error> {
+        let (blob, image) = (remote.layer.blob, remote.image.clone());
+        let failed = |error| Error::Source { blob, image: image.clone(), error };
+        let look = async {
+            let is_here = self.0.cache.open_layers().iter().any(|open| open.lazy_layer().id() == remote.layer.id());
+            if !is_here && self.layer(&remote).await?.progress().fetched_bytes > 0 {
+                return Ok(());
+            }
+            // It is here because of another image: that says nothing about this one's registry.
+            let source = self.0.sources.source(&remote).map_err(failed)?;
+            let start = remote.layer.index.offset;
+            let mut answer = source.fetch(start..start + 1).await.map_err(failed)?;
+            answer.next().await.transpose().map_err(failed)?;
+            self.layer(&remote).await.map(drop)
+        };
+        let looked = tokio::time::timeout(within, look).await;
+        looked.unwrap_or(Err(Error::Unread { blob, image: image.clone(), within }))
     }
 
     /// The merged tree of `layers`, lowest first: known already, from disk, or made now. Concurrent calls share the
