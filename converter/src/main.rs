@@ -76,7 +76,10 @@ fn main() -> ExitCode {
             },
             Action::Mount(arguments) => mount_command::run(arguments, interrupted).await,
             Action::Pull(arguments) => pull_command::run(arguments, interrupted).await,
-            Action::Status(arguments) => status_command::run(arguments).await,
+            Action::Status(arguments) => tokio::select! {
+                result = status_command::run(arguments) => result,
+                () = interrupted => Err("interrupted".to_owned()),
+            },
         }
     });
     // Threads may still work on what nobody waits for any more.

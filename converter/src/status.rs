@@ -4,10 +4,13 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use format_spec::{Digest, LayerId};
-use fusefs::control::{LayerStatus, ModeStatus, Reading, Request, Response, TreeMode, TreeStatus};
+use fusefs::control::{
+    LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, TreeMode, TreeStatus,
+};
 use serde::Serialize;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -17,6 +20,9 @@ use tokio::{
 /// Longest answer that is read: that of some ten thousand layers.
 const ANSWER_LEN_MAX: u64 = 64 << 20;
 
+/// How long an answer may take: a daemon that works answers at once.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
 /// What a node holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NodeStatus {
@@ -24,6 +30,8 @@ pub struct NodeStatus {
     pub mode: ModeStatus,
     /// Every image that has layers here, sorted by name.
     pub images: Vec<ImageStatus>,
+    /// Images that were pulled completely because `lazuli-fused` could not read them, oldest first.
+    pub not_lazy: Vec<NotLazy>,
 }
 
 /// One image on a node.
@@ -81,6 +89,14 @@ pub enum StatusError {
         .0.display()
     )]
     NotRunning(PathBuf),
+    /// No answer came in time.
+    #[error("lazuli-fused does not answer on {} within {within:?}: it hangs or is very busy", path.display())]
+    Timeout {
+        /// The socket.
+        path: PathBuf,
+        /// How long was waited.
+        within: Duration,
+    },
     /// The connection failed.
     #[error("{}: {error}", path.display())]
     Connection {
@@ -106,13 +122,19 @@ pub enum StatusError {
 /// When it does not run or does not answer.
 pub async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> {
     let path = root.join("fused.sock");
-    let answer = ask(&path).await.map_err(|error| match error.kind() {
+    let timeout = |_| StatusError::Timeout { path: path.clone(), within: ANSWER_WITHIN };
+    let answer = tokio::time::timeout(ANSWER_WITHIN, ask(&path)).await.map_err(timeout)?;
+    let answer = answer.map_err(|error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => StatusError::NotRunning(path.clone()),
         _ => StatusError::Connection { path: path.clone(), error },
     })?;
     let refuse = |problem| StatusError::Answer { path: path.clone(), problem };
+    // It is for people: one that cannot be read says nothing.
+    let not_lazy = NotLazy::read(&root.join(NOT_LAZY_FILE)).unwrap_or_default();
     match serde_json::from_slice(&answer) {
-        Ok(Response::Status { mode, layers, trees }) => Ok(NodeStatus { mode, images: images(layers, &trees) }),
+        Ok(Response::Status { mode, layers, trees }) => {
+            Ok(NodeStatus { mode, images: images(layers, &trees), not_lazy })
+        }
         Ok(Response::Error { message, .. }) => Err(refuse(message)),
         Ok(_) => Err(refuse("the answer is none to the question".to_owned())),
         Err(error) => Err(refuse(format!("the answer is of another version of lazuli-fused: {error}"))),

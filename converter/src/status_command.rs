@@ -26,7 +26,8 @@ pub(crate) async fn run(arguments: StatusArguments) -> Result<(), String> {
     let mut status = node_status(&arguments.root).await.map_err(|error| error.to_string())?;
     if let Some(wanted) = &arguments.image {
         status.images.retain(|image| image.image == *wanted);
-        if status.images.is_empty() {
+        status.not_lazy.retain(|known| known.image == *wanted);
+        if status.images.is_empty() && status.not_lazy.is_empty() {
             return Err(format!("{wanted}: no layer of it is here; `lazuli status` lists what is"));
         }
     }
@@ -46,6 +47,9 @@ fn describe(status: &NodeStatus, with_layers: bool) -> String {
         if with_layers {
             text += &image.layers.iter().map(layer_line).collect::<String>();
         }
+    }
+    for known in &status.not_lazy {
+        text += &format!("\n{}\n  not lazy, it was pulled completely: {}\n", known.image, known.reason);
     }
     text
 }

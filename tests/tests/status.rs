@@ -1,14 +1,16 @@
 //! `lazuli status` on a real node: what is there, how it is mounted, and what readers wait for.
 
-use std::thread;
+use std::{process::Stdio, thread, time::Duration};
 
 use lazuli_tests::{
     Finished, Node, Result, Scratch,
     containerd::LAZULI,
-    process::{finish, wait_for},
-    programs::lazuli,
+    error::Context as _,
+    process::{command, finish, wait_for},
+    programs::{lazuli, program},
     samples::publish_sample,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// What `lazuli status --json` says of an image; null before it is there.
@@ -106,5 +108,30 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
     assert_eq!(complete, [true, false, true], "{all:#}");
     let unknown = status(&node, &["host/unknown:tag"])?;
     assert_eq!((unknown.code, unknown.stderr.lines().count()), (Some(1), 1), "{unknown:?}");
+    Ok(())
+}
+
+/// Everything that a person can do about it ends a command that waits for a daemon that hangs.
+#[test]
+fn status_of_a_daemon_that_hangs_ends_by_itself_and_by_a_signal() -> Result<()> {
+    let scratch = Scratch::new("status-hangs")?;
+    let root = scratch.directory("root")?;
+    // Connections are taken by the kernel, and nobody answers them.
+    let _listener = std::os::unix::net::UnixListener::bind(root.join("fused.sock")).at("binding", &root)?;
+    let mut status = command(program("lazuli")?, ["status", "--root"]);
+    status.arg(&root).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut told_to_end = status.spawn().context("starting lazuli")?;
+    let by_itself = status.spawn().context("starting lazuli")?;
+    // Until the handler of the signal is there.
+    thread::sleep(Duration::from_secs(1));
+    kill_process(Pid::from_child(&told_to_end), Signal::TERM)
+        .map_err(std::io::Error::from)
+        .context("killing lazuli")?;
+    let ended = told_to_end.wait().context("waiting for lazuli")?;
+    assert_eq!(ended.code(), Some(1));
+    let output = by_itself.wait_with_output().context("waiting for lazuli")?;
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.status.code(), message.lines().count()), (Some(1), 1), "{message}");
+    assert!(message.contains("does not answer"), "{message}");
     Ok(())
 }
