@@ -1,9 +1,14 @@
 //! What the daemon is told: a few values, from flags, a file and defaults, in this order.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use fusefs::Mode;
 use serde::Deserialize;
+
+use crate::snapshotter::Limits;
 
 /// Where the configuration lies unless a flag says otherwise; it need not exist.
 pub const CONFIG_PATH: &str = "/etc/lazuli/config.toml";
@@ -11,6 +16,13 @@ const ADDRESS: &str = "/run/lazuli/snapshotter.sock";
 const ROOT: &str = "/var/lib/lazuli";
 const FUSED: &str = "lazuli-fused";
 const LOG: &str = "info";
+/// Half of what a kubelet gives a container to start (`runtime-request-timeout`, 2 minutes): it hears why, and asks
+/// again.
+const START_SECONDS: u32 = 60;
+/// A registry that takes longer for a few KiB is one from which a lazy start is no gain.
+const PROBE_SECONDS: u32 = 2;
+/// A busy machine is silent for some seconds; kubelet's next attempt comes after more than this.
+const HANG_SECONDS: u32 = 30;
 
 /// What a flag or the file may set.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
@@ -32,6 +44,12 @@ pub struct Settings {
     pub read_ahead: Option<u32>,
     /// MiB a second at which the rest of each layer is fetched after start-up, 0 for only what is read.
     pub background_rate: Option<u32>,
+    /// How long a container waits for its lazy layers, in seconds.
+    pub start_timeout: Option<u32>,
+    /// How long the first lazy layer of an image waits for a look at its registry, in seconds.
+    pub probe_timeout: Option<u32>,
+    /// How long `lazuli-fused` may be silent, in seconds; 0 for ever.
+    pub hang_timeout: Option<u32>,
     /// What both programs log.
     pub log: Option<String>,
 }
@@ -56,6 +74,8 @@ pub struct Config {
     /// MiB a second at which the rest of each layer is fetched after start-up; `None` for the default of
     /// `lazuli-fused`.
     pub background_rate: Option<u32>,
+    /// How long things may take.
+    pub limits: Limits,
     /// What both programs log.
     pub log: String,
 }
@@ -70,6 +90,10 @@ impl Config {
         arguments.extend(self.plain_http.then(|| "--plain-http".to_owned()));
         arguments
     }
+}
+
+fn seconds(seconds: u32) -> Duration {
+    Duration::from_secs(seconds.into())
 }
 
 /// A configuration file is unusable.
@@ -109,6 +133,13 @@ impl Settings {
             mode: self.mode.or(file.mode).unwrap_or_default(),
             read_ahead: self.read_ahead.or(file.read_ahead),
             background_rate: self.background_rate.or(file.background_rate),
+            limits: Limits {
+                start: seconds(self.start_timeout.or(file.start_timeout).unwrap_or(START_SECONDS)),
+                probe: seconds(self.probe_timeout.or(file.probe_timeout).unwrap_or(PROBE_SECONDS)),
+                hang: Some(self.hang_timeout.or(file.hang_timeout).unwrap_or(HANG_SECONDS))
+                    .filter(|seconds| *seconds > 0)
+                    .map(seconds),
+            },
             log: self.log.or(file.log).unwrap_or_else(|| LOG.to_owned()),
         }
     }
@@ -120,7 +151,7 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\n";
+        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\nhang_timeout = 0\nstart_timeout = 5\n";
         let file = Settings::parse(text).unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
         let expected = Config {
@@ -132,6 +163,7 @@ mod tests {
             mode: Mode::Fuse,
             read_ahead: None,
             background_rate: Some(0),
+            limits: Limits { start: seconds(5), probe: seconds(PROBE_SECONDS), hang: None },
             log: LOG.to_owned(),
         };
         let config = flags.or(file, None);

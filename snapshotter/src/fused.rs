@@ -36,6 +36,10 @@ use tracing::{info, warn};
 
 /// How long a request that only changes local state may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// How long deleting may take, which nobody waits for: longer than a daemon that hangs is left alone.
+const FREE_WITHIN: Duration = Duration::from_secs(120);
+/// How often a daemon is asked whether it is there: a fraction of the time that it may be silent.
+const PING_FRACTION: u32 = 6;
 /// How long a tree may take: its indexes come from the registry, which retries and waits on its own.
 const TREE_WITHIN: Duration = Duration::from_secs(180);
 /// How long a new daemon may take to open its socket.
@@ -49,6 +53,8 @@ const START_PAUSE: Duration = Duration::from_secs(1);
 /// Bytes from which on memory of the daemon goes back to the system at once: glibc's default, which it raises by itself
 /// otherwise.
 const MMAP_THRESHOLD: &str = "131072";
+/// Longest answer to a ping.
+const PONG_LEN_MAX: u64 = 4096;
 /// Longest answer: a status with some ten thousand layers.
 const ANSWER_LEN_MAX: u64 = 64 << 20;
 
@@ -133,6 +139,17 @@ impl Fused {
         self.done(Request::AnnounceLayer { layer }).await
     }
 
+    /// Has a layer's index fetched, or, where it is here, sees whether the image's registry gives something of it: an
+    /// answer within that time.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached, or cannot read the layer, or not in time.
+    pub async fn probe_layer(&self, layer: RemoteLayer, within: Duration) -> Result<()> {
+        let within_ms = u64::try_from(within.as_millis()).unwrap_or(u64::MAX);
+        self.done(Request::ProbeLayer { layer, within_ms }).await
+    }
+
     /// Makes a merged tree available and returns its directory; `layers` are lowest first, at least one.
     ///
     /// # Errors
@@ -151,7 +168,7 @@ impl Fused {
     ///
     /// When the daemon cannot be reached or refuses.
     pub async fn release_tree(&self, tree: TreeId) -> Result<()> {
-        self.done(Request::ReleaseTree { tree }).await
+        self.done_within(Request::ReleaseTree { tree }, FREE_WITHIN).await
     }
 
     /// Has a layer's cache deleted.
@@ -160,19 +177,7 @@ impl Fused {
     ///
     /// When the daemon cannot be reached or refuses.
     pub async fn remove_layer(&self, layer: LayerId) -> Result<()> {
-        self.done(Request::RemoveLayer { layer }).await
-    }
-
-    /// Bytes on disk of a layer's cache.
-    ///
-    /// # Errors
-    ///
-    /// When the daemon cannot be reached or refuses.
-    pub async fn layer_usage(&self, layer: LayerId) -> Result<u64> {
-        match self.request(&Request::LayerUsage { layer }, ANSWER_WITHIN).await? {
-            Response::Usage { bytes } => Ok(bytes),
-            other => Err(FusedError::Answer(format!("{other:?}"))),
-        }
+        self.done_within(Request::RemoveLayer { layer }, FREE_WITHIN).await
     }
 
     /// What the daemon holds.
@@ -194,8 +199,20 @@ impl Fused {
     /// When it cannot be started, or gives no descriptor.
     pub async fn watch(&self) -> Result<Watch> {
         let mut connection = self.connect().await?;
-        self.hold_session(&mut connection).await?;
-        Ok(Watch(connection))
+        let held = self.hold_session(&mut connection).await;
+        let watch = Watch(BufReader::new(connection));
+        if let Err(FusedError::Timeout(_)) = held
+            && self.session_outlives_daemon()
+        {
+            warn!("lazuli-fused takes connections and does not answer, it is ended and started again");
+            watch.kill();
+        }
+        held.map(|()| watch)
+    }
+
+    /// Whether containers notice nothing when the daemon is killed.
+    fn session_outlives_daemon(&self) -> bool {
+        self.program.is_service || self.session().is_some()
     }
 
     /// The daemon takes us for a holder until the connection ends.
@@ -218,7 +235,11 @@ impl Fused {
     }
 
     async fn done(&self, request: Request) -> Result<()> {
-        match self.request(&request, ANSWER_WITHIN).await? {
+        self.done_within(request, ANSWER_WITHIN).await
+    }
+
+    async fn done_within(&self, request: Request, within: Duration) -> Result<()> {
+        match self.request(&request, within).await? {
             Response::Done => Ok(()),
             other => Err(FusedError::Answer(format!("{other:?}"))),
         }
@@ -226,11 +247,15 @@ impl Fused {
 
     async fn request(&self, request: &Request, within: Duration) -> Result<Response> {
         let line = request_line(request);
-        let give_up_at = Instant::now() + REPEAT_WITHIN;
+        let mut broken_since = None;
         let answer = loop {
             match self.exchange(&line, within).await {
                 // The daemon ended with the request under way, or still takes connections while it ends: ask the next.
-                Err(FusedError::Connection(..)) if Instant::now() < give_up_at => time::sleep(START_POLL).await,
+                Err(FusedError::Connection(..))
+                    if broken_since.get_or_insert_with(Instant::now).elapsed() < REPEAT_WITHIN =>
+                {
+                    time::sleep(START_POLL).await;
+                }
                 answer => break answer,
             }
         };
@@ -359,13 +384,53 @@ impl Fused {
 
 /// A daemon that was alive at some point.
 #[derive(Debug)]
-pub struct Watch(UnixStream);
+pub struct Watch(BufReader<UnixStream>);
+
+/// What became of a watched daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It has ended.
+    Ended,
+    /// It is there and has not answered for so long.
+    Hangs(Duration),
+}
 
 impl Watch {
-    /// Returns when the daemon has ended.
-    pub async fn ended(mut self) {
-        // It says nothing unasked, so this returns at the end of the connection, in whatever way that comes.
-        let _ended = self.0.read(&mut [0]).await;
+    /// Returns when the daemon has ended, or is silent for that time; without one it may be silent for ever.
+    pub async fn ended(&mut self, hang: Option<Duration>) -> End {
+        let Some(hang) = hang else {
+            // It says nothing unasked, so this returns at the end of the connection, in whatever way that comes.
+            let _ended = self.0.read(&mut [0]).await;
+            return End::Ended;
+        };
+        loop {
+            // Unasked it says nothing.
+            if time::timeout(hang / PING_FRACTION, self.0.read(&mut [0])).await.is_ok() {
+                return End::Ended;
+            }
+            match time::timeout(hang, self.ping()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return End::Ended,
+                Err(_) => return End::Hangs(hang),
+            }
+        }
+    }
+
+    /// Any answer will do: an older daemon does not understand the question.
+    async fn ping(&mut self) -> io::Result<()> {
+        self.0.write_all(&request_line(&Request::Ping)).await?;
+        let mut answer = Vec::new();
+        (&mut self.0).take(PONG_LEN_MAX).read_until(b'\n', &mut answer).await?;
+        if answer.ends_with(b"\n") { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// Ends the daemon at once, also one that is stopped. It has not ended before: the connection is there.
+    pub fn kill(&self) {
+        let killed = rustix::net::sockopt::socket_peercred(self.0.get_ref())
+            .and_then(|peer| rustix::process::kill_process(peer.pid, rustix::process::Signal::KILL));
+        if let Err(error) = killed {
+            warn!(%error, "lazuli-fused cannot be ended");
+        }
     }
 }
 

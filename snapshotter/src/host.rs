@@ -84,6 +84,15 @@ pub fn overlay_options() -> Vec<String> {
     options
 }
 
+/// What an overlay mount with a lazy lower directory gets besides.
+pub fn lazy_overlay_options() -> Vec<String> {
+    // A tree is a file system of its own: without it numbers of directories are made up anew whenever the kernel drops
+    // what it remembers, and one root has two devices (Linux Documentation/filesystems/overlayfs.rst, "Inode
+    // properties"; Linux 4.17). `auto` would leave out trees of the session.
+    let is_known = Path::new("/sys/module/overlay/parameters/xino_auto").exists();
+    is_known.then(|| "xino=on".to_owned()).into_iter().collect()
+}
+
 fn in_user_namespace() -> bool {
     // The first namespace maps all 2^32 - 1 users onto themselves; without the file there are no namespaces.
     fs::read_to_string("/proc/self/uid_map")

@@ -16,7 +16,7 @@ use std::{
     fs, io,
     os::fd::AsFd,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
 };
 
 use fusefs::id_mapped::{DIRECTORY, detach_all, remove_mounts};
@@ -25,7 +25,7 @@ use rustix::{
     io::Errno,
     mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount},
 };
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::{
     host::make_private,
@@ -67,8 +67,20 @@ impl Part {
 #[derive(Debug)]
 pub struct IdMappedMounts {
     directory: PathBuf,
-    /// Held while mounts are made or taken away.
-    changing: Mutex<()>,
+    /// Snapshots whose mounts are made or taken away. Making one may hang, where it shows a session that does not
+    /// answer, and holds up nobody else.
+    changing: Mutex<HashSet<SnapshotId>>,
+    changed: Condvar,
+}
+
+/// The mounts of one snapshot, kept from others as long as this lives.
+struct Changing<'a>(&'a IdMappedMounts, SnapshotId);
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.0.changing().remove(&self.1);
+        self.0.changed.notify_all();
+    }
 }
 
 /// Something cannot be shown with other owners.
@@ -97,7 +109,7 @@ type Result<T> = std::result::Result<T, IdMappedError>;
 impl IdMappedMounts {
     /// Those under a root; touches nothing.
     pub fn new(root: &Path) -> Self {
-        Self { directory: root.join(DIRECTORY), changing: Mutex::default() }
+        Self { directory: root.join(DIRECTORY), changing: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Where a part of a snapshot is shown.
@@ -111,7 +123,7 @@ impl IdMappedMounts {
     ///
     /// As [`IdMappedError`] says; then some may be shown.
     pub fn show(&self, id: SnapshotId, id_map: &IdMap, parts: &[(Part, &Path)]) -> Result<()> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.change(id);
         let is_missing = |(part, source): &&(Part, &Path)| !is_shown(source, &self.path(id, *part), id_map);
         let missing: Vec<_> = parts.iter().filter(is_missing).collect();
         if missing.is_empty() {
@@ -138,35 +150,44 @@ impl IdMappedMounts {
         Ok(())
     }
 
-    /// Takes the mounts of a snapshot away; who uses them keeps them. What stays is logged.
-    pub fn remove(&self, id: SnapshotId) {
-        self.remove_in(&self.of(id));
+    /// Takes the mounts of a snapshot away; who uses them keeps them.
+    ///
+    /// # Errors
+    ///
+    /// When one stays, also because it is being made.
+    pub fn remove(&self, id: SnapshotId) -> io::Result<()> {
+        let Some(_changing) = self.try_change(id) else {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "its mounts are being made"));
+        };
+        remove_mounts(&self.of(id))
     }
 
-    /// Takes away the mounts of all snapshots but these. What stays is logged.
+    /// The directories with mounts of snapshots, which may be gone.
     ///
     /// # Errors
     ///
     /// When they cannot be listed.
-    pub fn keep_only(&self, known: &HashSet<String>) -> io::Result<()> {
-        let entries = match fs::read_dir(&self.directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            entries => entries?,
-        };
-        for entry in entries {
-            let entry = entry?;
-            if entry.file_name().to_str().is_none_or(|name| !known.contains(name)) {
-                self.remove_in(&entry.path());
-            }
+    pub fn listed(&self) -> io::Result<Vec<PathBuf>> {
+        match fs::read_dir(&self.directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            entries => entries?.map(|entry| entry.map(|entry| entry.path())).collect(),
         }
-        Ok(())
     }
 
-    fn remove_in(&self, directory: &Path) {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = remove_mounts(directory) {
-            warn!(path = %directory.display(), %error, "id-mapped mounts stay until the next cleanup");
-        }
+    fn change(&self, id: SnapshotId) -> Changing<'_> {
+        let is_changing = |changing: &mut HashSet<SnapshotId>| changing.contains(&id);
+        let free = self.changed.wait_while(self.changing(), is_changing);
+        free.unwrap_or_else(PoisonError::into_inner).insert(id);
+        Changing(self, id)
+    }
+
+    fn try_change(&self, id: SnapshotId) -> Option<Changing<'_>> {
+        self.changing().insert(id).then_some(Changing(self, id))
+    }
+
+    fn changing(&self) -> MutexGuard<'_, HashSet<SnapshotId>> {
+        // Changed by single inserts and removes: a panic elsewhere leaves it whole.
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn of(&self, id: SnapshotId) -> PathBuf {

@@ -7,17 +7,23 @@
 
 pub mod api;
 pub mod config;
+mod database;
 pub mod filter;
+mod freeing;
 pub mod fused;
 pub mod host;
 pub mod id_map;
 pub mod id_mapped;
 pub mod metadata;
 pub mod mounts;
+mod not_lazy;
+mod probes;
 pub mod remote;
 pub mod service;
 pub mod snapshotter;
 pub mod socket;
 mod system_calls;
+pub mod trees;
 pub mod usage;
 pub mod user_namespace;
+mod watching;

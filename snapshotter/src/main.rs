@@ -1,7 +1,8 @@
 //! `lazuli-snapshotter`: containerd's snapshots service on a Unix socket.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -21,6 +22,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
+
+mod service_manager;
 
 /// How long requests under way may take after the signal to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(10);
@@ -56,6 +59,16 @@ struct Arguments {
     /// that of lazuli-fused]
     #[arg(long, value_name = "MIB")]
     background_rate: Option<u32>,
+    /// Seconds that a container waits for its lazy layers; they are waited for all the same [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    start_timeout: Option<u32>,
+    /// Seconds that the first lazy layer of an image waits for a look at its registry; then the image is pulled
+    /// completely [default: 2]
+    #[arg(long, value_name = "SECONDS")]
+    probe_timeout: Option<u32>,
+    /// Seconds that lazuli-fused may be silent before it is ended and started again; 0 for ever [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    hang_timeout: Option<u32>,
     /// What both programs log: a level, or directives as snapshotter=debug,storage=info [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -71,7 +84,8 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lazuli-snapshotter: {error}");
+            // Nobody may read it any longer.
+            let _unread = writeln!(io::stderr(), "lazuli-snapshotter: {error}");
             ExitCode::FAILURE
         }
     }
@@ -81,11 +95,17 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let config = configuration(arguments)?;
     let filter = EnvFilter::try_new(&config.log).map_err(|error| format!("log {:?}: {error}", config.log))?;
     let color = io::IsTerminal::is_terminal(&io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(io::stderr).init();
+    // A line that cannot be written is lost; told of, it would end the thread that wrote it.
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(color)
+        .with_writer(io::stderr)
+        .log_internal_errors(false)
+        .init();
     let runtime = tokio::runtime::Runtime::new()?;
     let (path, arguments) = (config.fused.clone(), config.fused_arguments());
     let fused = FusedProgram { path, arguments, is_service: config.fused_is_service };
-    let snapshotter = Snapshotter::open(&config.root, fused)?;
+    let snapshotter = Snapshotter::open(&config.root, fused, config.limits)?;
     runtime.block_on(serve(&config, snapshotter))?;
     // A request that waits for the registry is not waited for.
     runtime.shutdown_timeout(Duration::ZERO);
@@ -100,9 +120,23 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         Err(error) => return Err(format!("configuration {}: {error}", path.display()).into()),
     };
     let program = std::env::current_exe()?;
-    let Arguments { address, root, fused, plain_http, mode, read_ahead, background_rate, log, config: _ } = arguments;
+    let Arguments { address, root, fused, plain_http, mode, read_ahead, background_rate, .. } = arguments;
+    let Arguments { start_timeout, probe_timeout, hang_timeout, log, .. } = arguments;
     let (plain_http, fused_is_service) = (plain_http.then_some(true), None);
-    let flags = Settings { address, root, fused, fused_is_service, plain_http, mode, read_ahead, background_rate, log };
+    let flags = Settings {
+        address,
+        root,
+        fused,
+        fused_is_service,
+        plain_http,
+        mode,
+        read_ahead,
+        background_rate,
+        start_timeout,
+        probe_timeout,
+        hang_timeout,
+        log,
+    };
     Ok(flags.or(file, program.parent()))
 }
 
@@ -110,8 +144,8 @@ async fn serve(config: &Config, snapshotter: Snapshotter) -> Result<(), Box<dyn 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let listener = socket::listen(&config.address)?;
     info!(address = %config.address.display(), root = %config.root.display(), "serving");
-    let watching = snapshotter.clone();
-    tokio::spawn(async move { watching.watch_lazy_layers().await });
+    snapshotter.start_tasks();
+    service_manager::tell_that_it_serves(&snapshotter);
     let service = Service::new(snapshotter);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()

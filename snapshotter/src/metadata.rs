@@ -6,17 +6,29 @@
 //!
 //! Everything here blocks.
 
-use std::{collections::BTreeMap, fmt, io, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use format_spec::LayerId;
 use fusefs::control::{RemoteLayer, TreeId};
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{ReadTransaction, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
+
+use crate::{database::Database, id_map::UID_MAPPING};
 
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 /// (parent, child): finds the children of a snapshot without reading all of them.
 const CHILDREN: TableDefinition<'_, (&str, &str), ()> = TableDefinition::new("children");
 const NUMBERS: TableDefinition<'_, &str, u64> = TableDefinition::new("numbers");
+/// What is to be deleted, by [`Unused::to_key`].
+const UNUSED: TableDefinition<'_, &str, ()> = TableDefinition::new("unused");
+/// (tree or layer, id of a snapshot that needs it): follows from the records, and is made from them when the store is
+/// opened.
+const USERS: TableDefinition<'_, (&str, u64), ()> = TableDefinition::new("users");
 const VERSION: &str = "version";
 const NEXT_ID: &str = "next id";
 
@@ -203,9 +215,6 @@ pub enum MetadataError {
     /// A snapshot with children stays.
     #[error("cannot remove snapshot {0}, it has children")]
     HasChildren(SnapshotKey),
-    /// The directory of a new snapshot could not be made.
-    #[error("directory of snapshot {0}: {1}")]
-    Directory(SnapshotKey, #[source] io::Error),
     /// The file holds what this program never wrote.
     #[error("record of {0} is damaged: {1}")]
     Damaged(String, String),
@@ -225,10 +234,55 @@ impl<E: Into<redb::Error>> From<E> for MetadataError {
 
 type Result<T, E = MetadataError> = std::result::Result<T, E>;
 
+/// What belongs to no snapshot any longer and is to be deleted, unless a snapshot uses it again by then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Unused {
+    /// The directory of a snapshot that was removed, and its mounts with other owners.
+    Directory(SnapshotId),
+    /// The mounts with other owners of a snapshot that is there.
+    Mounts(SnapshotId),
+    /// A tree of lazy layers.
+    Tree(TreeId),
+    /// The cache of a lazy layer.
+    Layer(LayerId),
+}
+
+impl Unused {
+    fn to_key(self) -> String {
+        match self {
+            Self::Directory(id) => format!("directory/{id}"),
+            Self::Mounts(id) => format!("mounts/{id}"),
+            Self::Tree(tree) => format!("tree/{tree}"),
+            Self::Layer(layer) => format!("layer/{layer}"),
+        }
+    }
+
+    fn from_key(key: &str) -> Option<Self> {
+        let (kind, name) = key.split_once('/')?;
+        match kind {
+            "directory" => Some(Self::Directory(SnapshotId(name.parse().ok()?))),
+            "mounts" => Some(Self::Mounts(SnapshotId(name.parse().ok()?))),
+            "tree" => Some(Self::Tree(name.parse().ok()?)),
+            "layer" => Some(Self::Layer(name.parse().ok()?)),
+            _ => None,
+        }
+    }
+}
+
+/// All snapshots that can be read, and what is wrong with the others.
+#[derive(Debug, Default)]
+pub struct Listed {
+    /// Sorted by key.
+    pub snapshots: Vec<Snapshot>,
+    /// Those whose record makes no sense: [`MetadataError::Damaged`].
+    pub damaged: Vec<MetadataError>,
+}
+
 /// The store. Safe from many threads; changes run one after the other.
 #[derive(Debug)]
 pub struct Metadata {
     database: Database,
+    next_id: AtomicU64,
 }
 
 impl Metadata {
@@ -236,23 +290,27 @@ impl Metadata {
     ///
     /// # Errors
     ///
-    /// When it cannot be read, is open in another process, or is of another version.
+    /// When it cannot be read, or is of another version.
     pub fn open(path: &Path) -> Result<Self> {
-        let database = Database::create(path)?;
-        let change = database.begin_write()?;
-        {
-            change.open_table(SNAPSHOTS)?;
-            change.open_table(CHILDREN)?;
-            let mut numbers = change.open_table(NUMBERS)?;
-            let version = numbers.get(VERSION)?.map(|version| version.value());
-            match version {
-                None => _ = numbers.insert(VERSION, STORE_VERSION)?,
-                Some(STORE_VERSION) => {}
-                Some(other) => return Err(MetadataError::Version(other)),
-            }
+        Self::open_in(Database::open(path)?)
+    }
+
+    fn open_in(database: Database) -> Result<Self> {
+        let is_ready = database.read(|state| match state.open_table(NUMBERS) {
+            Ok(numbers) => match numbers.get(VERSION)?.map(|version| version.value()) {
+                Some(STORE_VERSION) => Ok(have_users(state)? == Some(wanted_users(state)?)),
+                None => Ok(false),
+                Some(other) => Err(MetadataError::Version(other)),
+            },
+            Err(redb::TableError::TableDoesNotExist(_)) => Ok(false),
+            Err(error) => Err(error.into()),
+        })?;
+        // Without need nothing is written: the disk may be full.
+        if !is_ready {
+            database.change(make_tables)?;
         }
-        change.commit()?;
-        Ok(Self { database })
+        let next_id = database.read(|state| Ok(state.open_table(NUMBERS)?.get(NEXT_ID)?.map_or(1, |id| id.value())))?;
+        Ok(Self { database, next_id: next_id.into() })
     }
 
     /// One snapshot.
@@ -261,8 +319,7 @@ impl Metadata {
     ///
     /// [`MetadataError::NotFound`].
     pub fn snapshot(&self, key: &SnapshotKey) -> Result<Snapshot> {
-        let snapshots = self.database.begin_read()?.open_table(SNAPSHOTS)?;
-        find(&snapshots, key)?.ok_or_else(|| MetadataError::NotFound(key.clone()))
+        self.database.read(|state| existing(&state.open_table(SNAPSHOTS)?, key))
     }
 
     /// One snapshot and everything below it.
@@ -271,67 +328,63 @@ impl Metadata {
     ///
     /// [`MetadataError::NotFound`].
     pub fn chain(&self, key: &SnapshotKey) -> Result<Chain> {
-        let snapshots = self.database.begin_read()?.open_table(SNAPSHOTS)?;
-        let top = find(&snapshots, key)?.ok_or_else(|| MetadataError::NotFound(key.clone()))?;
-        let parents = parents(&snapshots, &top)?;
-        Ok(Chain { top, parents })
+        self.database.read(|state| {
+            let snapshots = state.open_table(SNAPSHOTS)?;
+            let top = existing(&snapshots, key)?;
+            let parents = parents(&snapshots, &top)?;
+            Ok(Chain { top, parents })
+        })
     }
 
-    /// Every snapshot, sorted by key.
+    /// Every snapshot whose record can be read, sorted by key.
     ///
     /// # Errors
     ///
     /// When the database fails.
-    pub fn list(&self) -> Result<Vec<Snapshot>> {
-        all(&self.database.begin_read()?.open_table(SNAPSHOTS)?)
+    pub fn list(&self) -> Result<Listed> {
+        self.database.read(|state| all(&state.open_table(SNAPSHOTS)?))
     }
 
-    /// Adds a view or an active snapshot.
+    /// What a new snapshot would be built on, nearest first, when it can be added.
     ///
-    /// `make_directory` is called with the new id; when it fails nothing is recorded. When it succeeded
-    /// and the record fails, the directory is an orphan for the caller to remove.
+    /// # Errors
+    ///
+    /// As [`Self::create`].
+    pub fn parents_of(&self, new: &NewSnapshot) -> Result<Vec<Snapshot>> {
+        self.database.read(|state| parents_of(&state.open_table(SNAPSHOTS)?, new))
+    }
+
+    /// An id for [`Self::create`], which nobody else gets.
+    pub fn take_id(&self) -> SnapshotId {
+        SnapshotId(self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Adds a view or an active snapshot, whose directory must lie on disk.
     ///
     /// # Errors
     ///
     /// [`MetadataError::NotFound`] for the parent, [`MetadataError::ParentNotCommitted`],
-    /// [`MetadataError::AlreadyExists`], [`MetadataError::Directory`].
-    pub fn create(
-        &self,
-        new: NewSnapshot,
-        now: Time,
-        make_directory: impl FnOnce(SnapshotId) -> io::Result<()>,
-    ) -> Result<Chain> {
-        let change = self.database.begin_write()?;
-        let chain = {
+    /// [`MetadataError::AlreadyExists`].
+    pub fn create(&self, new: &NewSnapshot, id: SnapshotId, now: Time) -> Result<Chain> {
+        self.database.change(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
-            if let Some(parent) = &new.parent {
-                let found = find(&snapshots, parent)?.ok_or_else(|| MetadataError::NotFound(parent.clone()))?;
-                if found.kind != Kind::Committed {
-                    return Err(MetadataError::ParentNotCommitted(parent.clone()));
-                }
-            }
-            if find(&snapshots, &new.key)?.is_some() {
-                return Err(MetadataError::AlreadyExists(new.key));
-            }
+            let parents = parents_of(&snapshots, new)?;
             let top = Snapshot {
-                id: take_id(&mut change.open_table(NUMBERS)?)?,
-                key: new.key,
+                id,
+                key: new.key.clone(),
                 kind: new.kind,
-                parent: new.parent,
-                labels: without_empty(new.labels),
+                parent: new.parent.clone(),
+                labels: without_empty(new.labels.clone()),
                 created: now,
                 updated: now,
                 usage: Usage::default(),
                 lazy: None,
             };
-            let parents = parents(&snapshots, &top)?;
+            never_again(&mut change.open_table(NUMBERS)?, id)?;
             put(&mut snapshots, &top)?;
             link(&mut change.open_table(CHILDREN)?, &top)?;
-            make_directory(top.id).map_err(|error| MetadataError::Directory(top.key.clone(), error))?;
-            Chain { top, parents }
-        };
-        change.commit()?;
-        Ok(chain)
+            Ok(Chain { top, parents })
+        })
     }
 
     /// Turns an active snapshot into a committed one of another name; its id stays.
@@ -341,47 +394,46 @@ impl Metadata {
     /// [`MetadataError::AlreadyExists`] for the name, [`MetadataError::NotFound`] for the key or the
     /// parent, [`MetadataError::NotActive`], [`MetadataError::ParentChanged`],
     /// [`MetadataError::CommitOntoUncommitted`].
-    pub fn commit(&self, new: NewCommit, now: Time) -> Result<()> {
-        let change = self.database.begin_write()?;
-        {
+    pub fn commit(&self, new: &NewCommit, now: Time) -> Result<()> {
+        self.database.change(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
             let mut children = change.open_table(CHILDREN)?;
-            if find(&snapshots, &new.name)?.is_some() {
-                return Err(MetadataError::AlreadyExists(new.name));
+            if is_there(&snapshots, &new.name)? {
+                return Err(MetadataError::AlreadyExists(new.name.clone()));
             }
-            let active = find(&snapshots, &new.key)?.ok_or_else(|| MetadataError::NotFound(new.key.clone()))?;
+            let active = existing(&snapshots, &new.key)?;
             if active.kind != Kind::Active {
-                return Err(MetadataError::NotActive(new.key));
+                return Err(MetadataError::NotActive(new.key.clone()));
             }
-            let parent = match (&active.parent, new.parent) {
-                (Some(has), Some(wants)) if *has != wants => {
-                    return Err(MetadataError::ParentChanged(new.key, wants));
+            let parent = match (&active.parent, &new.parent) {
+                (Some(has), Some(wants)) if has != wants => {
+                    return Err(MetadataError::ParentChanged(new.key.clone(), wants.clone()));
                 }
-                (has, wants) => has.clone().or(wants),
+                (has, wants) => has.clone().or(wants.clone()),
             };
-            if let Some(parent) = &parent {
-                let found = find(&snapshots, parent)?.ok_or_else(|| MetadataError::NotFound(parent.clone()))?;
-                if found.kind != Kind::Committed {
-                    return Err(MetadataError::CommitOntoUncommitted(new.key, parent.clone()));
-                }
+            if let Some(parent) = &parent
+                && existing(&snapshots, parent)?.kind != Kind::Committed
+            {
+                return Err(MetadataError::CommitOntoUncommitted(new.key.clone(), parent.clone()));
             }
             unlink(&mut children, &active)?;
             snapshots.remove(active.key.as_str())?;
+            if active.labels.contains_key(UID_MAPPING) {
+                change.open_table(UNUSED)?.insert(Unused::Mounts(active.id).to_key().as_str(), ())?;
+            }
             let committed = Snapshot {
-                key: new.name,
+                key: new.name.clone(),
                 kind: Kind::Committed,
                 parent,
-                labels: without_empty(new.labels),
+                labels: without_empty(new.labels.clone()),
                 created: now,
                 updated: now,
                 usage: new.usage,
                 ..active
             };
             put(&mut snapshots, &committed)?;
-            link(&mut children, &committed)?;
-        }
-        change.commit()?;
-        Ok(())
+            link(&mut children, &committed)
+        })
     }
 
     /// Adds a committed snapshot for a lazy layer, which has no directory.
@@ -396,20 +448,17 @@ impl Metadata {
         &self,
         key: &SnapshotKey,
         parent: Option<&SnapshotKey>,
-        labels: Labels,
-        layer: RemoteLayer,
+        labels: &Labels,
+        layer: &RemoteLayer,
         now: Time,
     ) -> Result<bool> {
-        let change = self.database.begin_write()?;
-        {
+        let id = self.take_id();
+        self.database.change(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
-            let below = match parent {
+            let below = match parent.map(|parent| existing(&snapshots, parent)).transpose()? {
                 None => None,
-                Some(parent) => match find(&snapshots, parent)? {
-                    None => return Err(MetadataError::NotFound(parent.clone())),
-                    Some(Snapshot { lazy: Some(lazy), .. }) => Some(lazy.tree),
-                    Some(_) => return Ok(false),
-                },
+                Some(Snapshot { lazy: Some(lazy), .. }) => Some(lazy.tree),
+                Some(_) => return Ok(false),
             };
             if let Some(existing) = find(&snapshots, key)? {
                 return Ok(existing.lazy.is_some() && existing.parent.as_ref() == parent);
@@ -417,47 +466,59 @@ impl Metadata {
             let tree = tree_above(below, layer.layer.id());
             let snapshot = Snapshot {
                 key: key.clone(),
-                id: take_id(&mut change.open_table(NUMBERS)?)?,
+                id,
                 kind: Kind::Committed,
                 parent: parent.cloned(),
-                labels: without_empty(labels),
+                labels: without_empty(labels.clone()),
                 created: now,
                 updated: now,
                 usage: Usage::default(),
-                lazy: Some(LazySnapshot { layer, tree }),
+                lazy: Some(LazySnapshot { layer: layer.clone(), tree }),
             };
+            never_again(&mut change.open_table(NUMBERS)?, id)?;
             put(&mut snapshots, &snapshot)?;
+            let mut users = change.open_table(USERS)?;
+            for used in uses(&snapshot) {
+                users.insert((used.to_key().as_str(), id.0), ())?;
+            }
             link(&mut change.open_table(CHILDREN)?, &snapshot)?;
-        }
-        change.commit()?;
-        Ok(true)
+            Ok(true)
+        })
     }
 
-    /// Forgets a snapshot and returns what it was; its directory is now an orphan.
+    /// Forgets a snapshot; what it had is [`Self::unused`] from now on. A record that is damaged is forgotten too: its
+    /// directory is found by who looks for directories without a record.
     ///
     /// # Errors
     ///
     /// [`MetadataError::NotFound`], [`MetadataError::HasChildren`].
-    pub fn remove(&self, key: &SnapshotKey) -> Result<Snapshot> {
-        let change = self.database.begin_write()?;
-        let removed = {
+    pub fn remove(&self, key: &SnapshotKey) -> Result<()> {
+        self.database.change(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
             let mut children = change.open_table(CHILDREN)?;
-            let removed = find(&snapshots, key)?.ok_or_else(|| MetadataError::NotFound(key.clone()))?;
-            if children
-                .range((key.as_str(), "")..)?
-                .next()
-                .transpose()?
-                .is_some_and(|(link, _)| link.value().0 == key.as_str())
-            {
+            let removed = match existing(&snapshots, key) {
+                Err(MetadataError::Damaged(..)) => None,
+                found => Some(found?),
+            };
+            if has_children(&children, key)? {
                 return Err(MetadataError::HasChildren(key.clone()));
             }
-            unlink(&mut children, &removed)?;
             snapshots.remove(key.as_str())?;
-            removed
-        };
-        change.commit()?;
-        Ok(removed)
+            let Some(removed) = removed else {
+                return Ok(children.retain(|(_, child), ()| child != key.as_str())?);
+            };
+            unlink(&mut children, &removed)?;
+            let mut unused = change.open_table(UNUSED)?;
+            let mut users = change.open_table(USERS)?;
+            for used in uses(&removed) {
+                users.remove((used.to_key().as_str(), removed.id.0))?;
+                unused.insert(used.to_key().as_str(), ())?;
+            }
+            if removed.lazy.is_none() {
+                unused.insert(Unused::Directory(removed.id).to_key().as_str(), ())?;
+            }
+            Ok(())
+        })
     }
 
     /// Changes the labels of a snapshot and returns it as it is now.
@@ -465,36 +526,145 @@ impl Metadata {
     /// # Errors
     ///
     /// [`MetadataError::NotFound`].
-    pub fn update_labels(&self, key: &SnapshotKey, labels: LabelChange, now: Time) -> Result<Snapshot> {
-        let change = self.database.begin_write()?;
-        let updated = {
+    pub fn update_labels(&self, key: &SnapshotKey, labels: &LabelChange, now: Time) -> Result<Snapshot> {
+        self.database.change(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
-            let mut updated = find(&snapshots, key)?.ok_or_else(|| MetadataError::NotFound(key.clone()))?;
+            let mut updated = existing(&snapshots, key)?;
             match labels {
-                LabelChange::All(labels) => updated.labels = labels,
-                LabelChange::Some(labels) => updated.labels.extend(labels),
+                LabelChange::All(labels) => updated.labels = labels.clone(),
+                LabelChange::Some(labels) => updated.labels.extend(labels.clone()),
             }
             updated.labels = without_empty(updated.labels);
             updated.updated = now;
             put(&mut snapshots, &updated)?;
-            updated
-        };
-        change.commit()?;
-        Ok(updated)
+            Ok(updated)
+        })
     }
 
-    /// Calls `look` with every snapshot while none can be added.
+    /// What is to be deleted.
     ///
     /// # Errors
     ///
     /// When the database fails.
-    pub fn while_unchanged<T>(&self, look: impl FnOnce(Vec<Snapshot>) -> T) -> Result<T> {
-        let change = self.database.begin_write()?;
-        let snapshots = all(&change.open_table(SNAPSHOTS)?)?;
-        let seen = look(snapshots);
-        change.abort()?;
-        Ok(seen)
+    pub fn unused(&self) -> Result<Vec<Unused>> {
+        self.database.read(|state| {
+            let mut found = Vec::new();
+            for entry in state.open_table(UNUSED)?.iter()? {
+                found.extend(Unused::from_key(entry?.0.value()));
+            }
+            Ok(found)
+        })
     }
+
+    /// Has something deleted later.
+    ///
+    /// # Errors
+    ///
+    /// When the database fails.
+    pub fn add_unused(&self, unused: &[Unused]) -> Result<()> {
+        self.database.change(|change| {
+            let mut table = change.open_table(UNUSED)?;
+            unused.iter().try_for_each(|unused| Ok(table.insert(unused.to_key().as_str(), ()).map(drop)?))
+        })
+    }
+
+    /// It has been deleted, or is used again. Forgotten in a crash, it is deleted once more.
+    ///
+    /// # Errors
+    ///
+    /// When the database fails.
+    pub fn forget_unused(&self, unused: Unused) -> Result<()> {
+        self.database.change_without_sync(|change| {
+            change.open_table(UNUSED)?.remove(unused.to_key().as_str())?;
+            Ok(())
+        })
+    }
+
+    /// The first snapshot that uses a tree or a layer; `None` when there is none.
+    ///
+    /// # Errors
+    ///
+    /// When the database fails.
+    pub fn first_user(&self, used: Unused) -> Result<Option<SnapshotId>> {
+        let key = used.to_key();
+        self.database.read(|state| {
+            let users = state.open_table(USERS)?;
+            let first = users.range((key.as_str(), 0)..=(key.as_str(), u64::MAX))?.next().transpose()?;
+            Ok(first.map(|(user, _)| SnapshotId(user.value().1)))
+        })
+    }
+}
+
+/// Makes the tables that are missing, and has [`USERS`] say what the records say.
+fn make_tables(change: &WriteTransaction) -> Result<()> {
+    change.open_table(CHILDREN)?;
+    change.open_table(UNUSED)?;
+    let mut numbers = change.open_table(NUMBERS)?;
+    numbers.insert(VERSION, STORE_VERSION)?;
+    let snapshots = change.open_table(SNAPSHOTS)?;
+    change.delete_table(USERS)?;
+    let mut users = change.open_table(USERS)?;
+    for snapshot in all(&snapshots)?.snapshots {
+        for used in uses(&snapshot) {
+            users.insert((used.to_key().as_str(), snapshot.id.0), ())?;
+        }
+    }
+    Ok(())
+}
+
+/// What stands in [`USERS`]; `None` when a table is missing: the file is new, or was written by an earlier version.
+fn have_users(state: &ReadTransaction) -> Result<Option<BTreeSet<(String, u64)>>> {
+    let tables = [state.open_table(CHILDREN).map(drop), state.open_table(UNUSED).map(drop)];
+    if tables.iter().any(Result::is_err) {
+        return Ok(None);
+    }
+    match state.open_table(USERS) {
+        Ok(users) => {
+            let users = users.iter()?.map(|entry| entry.map(|(user, _)| (user.value().0.to_owned(), user.value().1)));
+            Ok(Some(users.collect::<Result<_, _>>()?))
+        }
+        Err(redb::TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn wanted_users(state: &ReadTransaction) -> Result<BTreeSet<(String, u64)>> {
+    let snapshots = match state.open_table(SNAPSHOTS) {
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(BTreeSet::new()),
+        snapshots => all(&snapshots?)?.snapshots,
+    };
+    let users = |snapshot: &Snapshot| uses(snapshot).map(|used| (used.to_key(), snapshot.id.0)).collect::<Vec<_>>();
+    Ok(snapshots.iter().flat_map(users).collect())
+}
+
+/// The tree and the layer of a lazy snapshot.
+fn uses(snapshot: &Snapshot) -> impl Iterator<Item = Unused> {
+    let lazy = snapshot.lazy.iter();
+    lazy.flat_map(|lazy| [Unused::Tree(lazy.tree), Unused::Layer(lazy.layer.layer.id())])
+}
+
+/// What `new` would be built on, nearest first.
+fn parents_of(snapshots: &impl ReadableTable<&'static str, &'static [u8]>, new: &NewSnapshot) -> Result<Vec<Snapshot>> {
+    let parents = match &new.parent {
+        None => Vec::new(),
+        Some(parent) => {
+            let parent = existing(snapshots, parent)?;
+            if parent.kind != Kind::Committed {
+                return Err(MetadataError::ParentNotCommitted(parent.key));
+            }
+            let below = parents(snapshots, &parent)?;
+            [vec![parent], below].concat()
+        }
+    };
+    match is_there(snapshots, &new.key)? {
+        true => Err(MetadataError::AlreadyExists(new.key.clone())),
+        false => Ok(parents),
+    }
+}
+
+fn has_children(children: &impl ReadableTable<(&'static str, &'static str), ()>, key: &SnapshotKey) -> Result<bool> {
+    let first = children.range((key.as_str(), "")..)?.next().transpose()?;
+    Ok(first.is_some_and(|(link, _)| link.value().0 == key.as_str()))
 }
 
 /// The tree of `blob` on top of the tree `below`.
@@ -509,11 +679,25 @@ fn find(snapshots: &impl ReadableTable<&'static str, &'static [u8]>, key: &Snaps
     }
 }
 
-fn all(snapshots: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Vec<Snapshot>> {
-    snapshots
-        .iter()?
-        .map(|entry| entry.map_err(MetadataError::from).and_then(|(key, bytes)| decode(key.value(), bytes.value())))
-        .collect()
+fn existing(snapshots: &impl ReadableTable<&'static str, &'static [u8]>, key: &SnapshotKey) -> Result<Snapshot> {
+    find(snapshots, key)?.ok_or_else(|| MetadataError::NotFound(key.clone()))
+}
+
+/// A damaged one is there too.
+fn is_there(snapshots: &impl ReadableTable<&'static str, &'static [u8]>, key: &SnapshotKey) -> Result<bool> {
+    Ok(snapshots.get(key.as_str())?.is_some())
+}
+
+fn all(snapshots: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Listed> {
+    let mut listed = Listed::default();
+    for entry in snapshots.iter()? {
+        let (key, bytes) = entry?;
+        match decode(key.value(), bytes.value()) {
+            Ok(snapshot) => listed.snapshots.push(snapshot),
+            Err(damaged) => listed.damaged.push(damaged),
+        }
+    }
+    Ok(listed)
 }
 
 fn parents(snapshots: &impl ReadableTable<&'static str, &'static [u8]>, top: &Snapshot) -> Result<Vec<Snapshot>> {
@@ -522,7 +706,7 @@ fn parents(snapshots: &impl ReadableTable<&'static str, &'static [u8]>, top: &Sn
         if parents.len() == CHAIN_LEN_MAX {
             return Err(MetadataError::Damaged(top.key.to_string(), format!("more than {CHAIN_LEN_MAX} parents")));
         }
-        let parent = find(snapshots, key)?.ok_or_else(|| MetadataError::NotFound(key.clone()))?;
+        let parent = existing(snapshots, key)?;
         parents.push(parent);
     }
     Ok(parents)
@@ -552,10 +736,11 @@ fn unlink(children: &mut redb::Table<'_, (&'static str, &'static str), ()>, chil
     Ok(())
 }
 
-fn take_id(numbers: &mut redb::Table<'_, &'static str, u64>) -> Result<SnapshotId> {
-    let id = numbers.get(NEXT_ID)?.map_or(1, |id| id.value());
-    numbers.insert(NEXT_ID, id + 1)?;
-    Ok(SnapshotId(id))
+/// An id that is in a record is given to nobody else, also by a later process.
+fn never_again(numbers: &mut redb::Table<'_, &'static str, u64>, id: SnapshotId) -> Result<()> {
+    let next = numbers.get(NEXT_ID)?.map_or(1, |next| next.value());
+    numbers.insert(NEXT_ID, next.max(id.0 + 1))?;
+    Ok(())
 }
 
 /// containerd stores no label with an empty value: setting one so removes it.

@@ -27,13 +27,13 @@ impl Store {
 
     fn create(&self, name: &str, kind: Kind, parent: &str) -> Result<Chain> {
         let new = NewSnapshot { key: key(name), kind, parent: SnapshotKey::new(parent), labels: Labels::new() };
-        self.metadata.create(new, NOW, |_| Ok(()))
+        self.metadata.create(&new, self.metadata.take_id(), NOW)
     }
 
     fn commit(&self, active: &str, name: &str, parent: &str) -> Result<()> {
         let (key, name, parent) = (key(active), key(name), SnapshotKey::new(parent));
         let usage = Usage { bytes: 4096, inodes: 1 };
-        self.metadata.commit(NewCommit { name, key, parent, labels: Labels::new(), usage }, LATER)
+        self.metadata.commit(&NewCommit { name, key, parent, labels: Labels::new(), usage }, LATER)
     }
 
     fn committed(&self, name: &str, parent: &str) {
@@ -43,7 +43,7 @@ impl Store {
 
     fn lazy(&self, name: &str, parent: &str) -> Result<bool> {
         let parent = SnapshotKey::new(parent);
-        self.metadata.insert_lazy(&key(name), parent.as_ref(), Labels::new(), remote(name), NOW)
+        self.metadata.insert_lazy(&key(name), parent.as_ref(), &Labels::new(), &remote(name), NOW)
     }
 }
 
@@ -83,7 +83,7 @@ fn chain_goes_down_to_the_base_and_survives_reopening() {
     assert_eq!(chain, created);
     assert_eq!(keys(&chain.parents), ["two", "one"]);
     assert_eq!((chain.top.kind, chain.top.created), (Kind::View, NOW));
-    assert_eq!(keys(&store.metadata.list().unwrap()), ["one", "top", "two"]);
+    assert_eq!(keys(&store.metadata.list().unwrap().snapshots), ["one", "top", "two"]);
 }
 
 #[test]
@@ -152,14 +152,13 @@ fn remove_refuses_while_there_are_children() {
 }
 
 #[test]
-fn ids_are_never_used_twice_unless_nothing_was_recorded() {
+fn ids_are_never_used_twice_once_recorded() {
     let store = Store::new();
     let first = store.create("a", Kind::Active, "").unwrap().top.id;
     store.metadata.remove(&key("a")).unwrap();
-    let new = NewSnapshot { key: key("a"), kind: Kind::Active, parent: None, labels: Labels::new() };
-    let failed = store.metadata.create(new, NOW, |_| Err(io::Error::other("disk full")));
-    assert!(matches!(failed, Err(MetadataError::Directory(..))));
-    assert!(store.metadata.list().unwrap().is_empty());
+    let given = store.metadata.take_id();
+    assert!(given > first);
+    let store = store.reopened();
     assert_eq!(store.create("a", Kind::Active, "").unwrap().top.id, SnapshotId(first.0 + 1));
 }
 
@@ -168,8 +167,8 @@ fn labels_are_set_replaced_and_removed() {
     let store = Store::new();
     let new =
         NewSnapshot { key: key("a"), kind: Kind::Active, parent: None, labels: labels(&[("x", "1"), ("empty", "")]) };
-    store.metadata.create(new, NOW, |_| Ok(())).unwrap();
-    let update = |change| store.metadata.update_labels(&key("a"), change, LATER).unwrap();
+    store.metadata.create(&new, store.metadata.take_id(), NOW).unwrap();
+    let update = |change| store.metadata.update_labels(&key("a"), &change, LATER).unwrap();
     let some = update(LabelChange::Some(labels(&[("y", "2")])));
     assert_eq!((some.labels, some.created, some.updated), (labels(&[("x", "1"), ("y", "2")]), NOW, LATER));
     assert_eq!(update(LabelChange::Some(labels(&[("x", "")]))).labels, labels(&[("y", "2")]));
@@ -204,9 +203,83 @@ fn a_lazy_layer_that_exists_is_there_unless_it_means_something_else() {
 #[test]
 fn refuses_a_store_of_another_version() {
     let store = Store::new();
-    let change = store.metadata.database.begin_write().unwrap();
-    change.open_table(NUMBERS).unwrap().insert(VERSION, 99).unwrap();
-    change.commit().unwrap();
+    let change = |change: &WriteTransaction| Ok(change.open_table(NUMBERS)?.insert(VERSION, 99).map(drop)?);
+    store.metadata.database.change(change).unwrap();
     drop(store.metadata);
     assert!(matches!(Metadata::open(&store.directory.path().join("db")), Err(MetadataError::Version(99))));
+}
+
+#[test]
+fn what_a_removed_snapshot_had_is_unused_until_it_is_said_to_be_deleted() {
+    let store = Store::new();
+    let active = store.create("active", Kind::Active, "").unwrap().top.id;
+    store.lazy("one", "").unwrap();
+    store.lazy("two", "one").unwrap();
+    let of = |name: &str| store.metadata.snapshot(&key(name)).unwrap();
+    let (one, two) = (of("one"), of("two"));
+    let tree = |snapshot: &Snapshot| Unused::Tree(snapshot.lazy.as_ref().unwrap().tree);
+    let layer = |snapshot: &Snapshot| Unused::Layer(snapshot.lazy.as_ref().unwrap().layer.layer.id());
+    assert_eq!(store.metadata.first_user(tree(&two)).unwrap(), Some(two.id));
+    assert_eq!(store.metadata.first_user(layer(&one)).unwrap(), Some(one.id));
+    store.metadata.remove(&key("active")).unwrap();
+    store.metadata.remove(&key("two")).unwrap();
+    let store = store.reopened();
+    let unused: BTreeSet<_> = store.metadata.unused().unwrap().into_iter().map(Unused::to_key).collect();
+    let expected = [Unused::Directory(active), tree(&two), layer(&two)];
+    assert_eq!(unused, expected.map(Unused::to_key).into());
+    assert_eq!(store.metadata.first_user(tree(&two)).unwrap(), None);
+    assert_eq!(store.metadata.first_user(layer(&one)).unwrap(), Some(one.id));
+    for unused in expected {
+        store.metadata.forget_unused(unused).unwrap();
+    }
+    assert_eq!(store.metadata.unused().unwrap(), []);
+}
+
+/// What a version before this one left: no table of what is unused, none of who uses what.
+#[test]
+fn an_older_store_learns_who_uses_what() {
+    let store = Store::new();
+    store.lazy("one", "").unwrap();
+    let old = |change: &WriteTransaction| {
+        change.delete_table(USERS)?;
+        change.delete_table(UNUSED)?;
+        Ok(())
+    };
+    store.metadata.database.change(old).unwrap();
+    let store = store.reopened();
+    let layer = Unused::Layer(remote("one").layer.id());
+    assert_eq!(store.metadata.first_user(layer).unwrap(), Some(store.metadata.snapshot(&key("one")).unwrap().id));
+    assert_eq!(store.metadata.unused().unwrap(), []);
+}
+
+fn damage(store: &Store, name: &str) {
+    let name = name.to_owned();
+    let damage = |change: &WriteTransaction| {
+        Ok(change.open_table(SNAPSHOTS)?.insert(name.as_str(), b"{no record".as_slice()).map(drop)?)
+    };
+    store.metadata.database.change(damage).unwrap();
+}
+
+#[test]
+fn a_damaged_record_costs_itself_only_and_can_be_removed() {
+    let store = Store::new();
+    store.committed("base", "");
+    for name in ["a", "b", "c"] {
+        store.create(name, Kind::Active, "base").unwrap();
+    }
+    damage(&store, "b");
+    let store = store.reopened();
+    let listed = store.metadata.list().unwrap();
+    assert_eq!((keys(&listed.snapshots), listed.damaged.len()), (vec!["a", "base", "c"], 1));
+    assert!(listed.damaged[0].to_string().contains("record of b"), "{:?}", listed.damaged);
+    assert!(matches!(store.metadata.snapshot(&key("b")), Err(MetadataError::Damaged(..))));
+    assert!(matches!(store.create("b", Kind::Active, "base"), Err(MetadataError::AlreadyExists(_))));
+    store.create("d", Kind::Active, "base").unwrap();
+    for name in ["a", "c", "d"] {
+        store.metadata.remove(&key(name)).unwrap();
+    }
+    assert!(matches!(store.metadata.remove(&key("base")), Err(MetadataError::HasChildren(_))));
+    store.metadata.remove(&key("b")).unwrap();
+    store.metadata.remove(&key("base")).unwrap();
+    assert_eq!(store.metadata.list().unwrap().snapshots, []);
 }

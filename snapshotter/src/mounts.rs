@@ -4,28 +4,47 @@
 //! on, topmost first. Lazy layers stand at the bottom of a chain and appear as one lower directory, the
 //! merged tree. Pure; the same mounts as containerd's overlayfs snapshotter gives for the same chain.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use containerd_client::types::Mount;
-use fusefs::control::RemoteLayer;
+use format_spec::LayerId;
+use fusefs::{LAYER_CACHES, control::RemoteLayer};
 
 use crate::metadata::{Kind, Snapshot, SnapshotId};
 
-/// Where snapshots lie on disk: `<root>/snapshots/<id>/{fs,work}`.
+/// Where snapshots lie on disk: `<root>/snapshots/<id>/{fs,work}`, and the caches of lazy layers.
 #[derive(Debug, Clone)]
 pub struct Directories {
     snapshots: PathBuf,
+    caches: PathBuf,
 }
 
 impl Directories {
     /// The directories under a root.
     pub fn new(root: &Path) -> Self {
-        Self { snapshots: root.join("snapshots") }
+        Self { snapshots: root.join("snapshots"), caches: root.join(LAYER_CACHES) }
     }
 
     /// The same directories, shown in another place.
-    pub fn shown_at(snapshots: PathBuf) -> Self {
-        Self { snapshots }
+    pub fn shown_at(self, snapshots: PathBuf) -> Self {
+        Self { snapshots, ..self }
+    }
+
+    /// The directories that are there, of snapshots or not.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be listed.
+    pub fn listed(&self) -> io::Result<Vec<PathBuf>> {
+        fs::read_dir(&self.snapshots)?.map(|entry| entry.map(|entry| entry.path())).collect()
+    }
+
+    /// Where `lazuli-fused` keeps a lazy layer.
+    pub fn layer_cache(&self, layer: LayerId) -> PathBuf {
+        self.caches.join(layer.hex())
     }
 
     /// Holds all snapshots.

@@ -1,7 +1,8 @@
 //! containerd's snapshots service over [`Snapshotter`]: messages in and out, and the status codes that
 //! containerd's clients decide by.
 //!
-//! Each request runs in a task of its own, so that a client that goes away leaves nothing half done.
+//! Each request runs in a task of its own, which ends when its client goes away: a start that nobody waits for any
+//! longer makes no snapshot.
 
 use std::{
     collections::HashMap,
@@ -23,6 +24,7 @@ use crate::{
     id_mapped::IdMappedError,
     metadata::{Kind, LabelChange, Labels, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotKey, Time, Usage},
     snapshotter::{Error, Prepared, Snapshotter},
+    trees::TreeError,
     user_namespace::NamespaceError,
 };
 
@@ -58,7 +60,9 @@ impl Service {
             let _under_way = under_way.read().await;
             work.await
         };
-        let done = tokio::spawn(work).await;
+        // Who goes away leaves nothing half done: only waiting ends with the task, what blocks runs to its end.
+        let mut running = Running(tokio::spawn(work));
+        let done = (&mut running.0).await;
         let done = done.map_err(|error| Status::internal(format!("{request}: {error}")))?;
         done.map_err(|error| {
             let status = status_of(&error);
@@ -69,6 +73,15 @@ impl Service {
             }
             status
         })
+    }
+}
+
+/// A request, given up with whoever asked for it.
+struct Running<T>(tokio::task::JoinHandle<T>);
+
+impl<T> Drop for Running<T> {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
@@ -165,7 +178,7 @@ impl Snapshots for Service {
     }
 
     async fn cleanup(&self, _request: Request<api::CleanupRequest>) -> Result<Response<api::Empty>, Status> {
-        self.run("cleanup", |snapshotter| async move { snapshotter.cleanup().await }).await?;
+        self.snapshotter.cleanup();
         Ok(Response::new(()))
     }
 }
@@ -196,9 +209,14 @@ fn status_of(error: &Error) -> Status {
             MetadataError::NotActive(_) | MetadataError::HasChildren(_) | MetadataError::CommitOntoUncommitted(..) => {
                 Status::failed_precondition(message)
             }
-            MetadataError::Directory(_, error) => io_status(error, message),
             MetadataError::Damaged(..) => Status::data_loss(message),
-            MetadataError::Version(_) | MetadataError::Database(_) => Status::internal(message),
+            MetadataError::Database(error) => match &**error {
+                redb::Error::Io(error) => io_status(error, message),
+                // It is opened again by then.
+                redb::Error::PreviousIo => Status::unavailable(message),
+                _ => Status::internal(message),
+            },
+            MetadataError::Version(_) => Status::internal(message),
         },
         Error::Labels(_)
         | Error::IdMap(..)
@@ -214,16 +232,23 @@ fn status_of(error: &Error) -> Status {
             IdMappedError::Namespace(NamespaceError::Process(error)) | IdMappedError::Mount(_, error),
         ) => io_status(error, message),
         Error::Committed(_) => Status::failed_precondition(message),
-        Error::Fused(_, FusedError::Refused { kind, .. }) => match kind {
-            ErrorKind::Passing => Status::unavailable(message),
-            ErrorKind::Damaged => Status::data_loss(message),
-            ErrorKind::Newer => Status::failed_precondition(message),
-            ErrorKind::Invalid => Status::invalid_argument(message),
-            ErrorKind::DiskFull => Status::resource_exhausted(message),
-        },
-        Error::Fused(..) => Status::unavailable(message),
+        Error::Fused(_, error) | Error::Tree(_, TreeError::Fused(error)) => fused_status(error, message),
+        Error::Tree(_, TreeError::Io(_, error)) => io_status(error, message),
+        Error::Tree(_, TreeError::Pending(_) | TreeError::Ended) => Status::unavailable(message),
+        Error::Directory(_, error) => io_status(error, message),
         Error::Io(_, error) => io_status(error, message),
         Error::Root(_) => Status::internal(message),
+    }
+}
+
+fn fused_status(error: &FusedError, message: String) -> Status {
+    let FusedError::Refused { kind, .. } = error else { return Status::unavailable(message) };
+    match kind {
+        ErrorKind::Passing => Status::unavailable(message),
+        ErrorKind::Damaged => Status::data_loss(message),
+        ErrorKind::Newer | ErrorKind::Refused => Status::failed_precondition(message),
+        ErrorKind::Invalid => Status::invalid_argument(message),
+        ErrorKind::DiskFull => Status::resource_exhausted(message),
     }
 }
 

@@ -1,8 +1,12 @@
 //! The snapshots themselves: records, directories, mounts and lazy layers brought together.
 //!
+//! No call waits for what others may hold up: containerd removes snapshots inside its own lock, and one call that is
+//! not answered stops a node. So records are what a call reads and changes; deleting is work of its own (`freeing.rs`);
+//! only a container on lazy layers waits for their tree, with a limit (`trees.rs`), and only the first lazy layer of an
+//! image for a look at its registry, with another (`probes.rs`). Nothing here asks containerd for anything.
+//!
 //! Order that makes a crash harmless: a directory exists before its record and goes after it, so what a
-//! crash leaves is a directory without a record, an *orphan*, which the next start or `cleanup` removes.
-//! In the same way a lazy layer is announced before its record, and its cache goes after it. Who uses
+//! crash leaves is a directory without a record, an *orphan*, or a record of what is to be deleted. Who uses
 //! what is always read off the records, never counted.
 
 use std::{
@@ -10,57 +14,71 @@ use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
-    sync::Arc,
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use containerd_client::types::Mount;
-use format_spec::LayerId;
-use fusefs::control::TreeId;
-use tokio::sync::{Notify, RwLock};
-use tracing::{debug, info, warn};
+use tokio::{sync::Notify, time::timeout};
+use tracing::{debug, error, info, warn};
 
 use crate::{
+    freeing::Work,
     fused::{Fused, FusedError, FusedProgram},
     host::{self, Root, RootError},
     id_map::{IdMap, IdMapError},
     id_mapped::{IdMappedError, IdMappedMounts, Part},
     metadata::{
-        Chain, Kind, LabelChange, Labels, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotId,
-        SnapshotKey, Time, Usage,
+        Kind, LabelChange, Labels, Listed, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotId,
+        SnapshotKey, Time, Unused, Usage,
     },
     mounts::{Directories, Lower, mounts},
+    not_lazy::NotLazyImages,
+    probes::Probes,
     remote::{LabelError, REMOTE_MARK, RemoteRequest, remote_request},
+    trees::{Tree, TreeError, Trees},
     usage::disk_usage,
 };
-
-/// After a failed attempt to bring `lazuli-fused` back; each further pause is twice as long,
-const RECOVERY_PAUSE: Duration = Duration::from_millis(10);
-/// up to this.
-const RECOVERY_PAUSE_MAX: Duration = Duration::from_secs(60);
-/// A `lazuli-fused` that ends earlier after its start than this is brought back after this time, a later one at once.
-const SHORT_LIFE: Duration = Duration::from_millis(100);
 
 /// User and group of the host's root.
 const HOST_ROOT: (u32, u32) = (0, 0);
 
+/// How long things may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// A container waits for the tree of its lazy layers.
+    pub start: Duration,
+    /// The first lazy layer of an image waits for a look at its registry.
+    pub probe: Duration,
+    /// `lazuli-fused` may be silent before it is ended and started again; `None` for ever.
+    pub hang: Option<Duration>,
+}
+
 /// All snapshots under one root. Cheap to clone; safe from many tasks.
 #[derive(Debug, Clone)]
 pub struct Snapshotter {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 #[derive(Debug)]
-struct Inner {
-    metadata: Metadata,
-    directories: Directories,
-    id_mapped: IdMappedMounts,
+pub(crate) struct Inner {
+    pub(crate) metadata: Metadata,
+    pub(crate) directories: Directories,
+    pub(crate) id_mapped: IdMappedMounts,
     overlay_options: Vec<String>,
-    fused: Fused,
-    /// Shared from announcing a layer to its record, exclusive from removing a record to removing its
-    /// cache: else a layer's cache could go after another snapshot was promised it.
-    lazy_change: RwLock<()>,
-    lazy_added: Notify,
+    /// For mounts of lazy layers, beside those.
+    lazy_overlay_options: Vec<String>,
+    pub(crate) fused: Arc<Fused>,
+    pub(crate) trees: Arc<Trees>,
+    probes: Arc<Probes>,
+    not_lazy: NotLazyImages,
+    pub(crate) limits: Limits,
+    /// Ids whose directories are made, and which have no record yet.
+    being_made: Mutex<HashSet<SnapshotId>>,
+    pub(crate) work: Work,
+    pub(crate) lazy_added: Notify,
+    /// Damaged records that were told of.
+    told: Mutex<HashSet<String>>,
     _root: Root,
 }
 
@@ -96,7 +114,13 @@ pub enum Error {
     Committed(SnapshotKey),
     /// `lazuli-fused` failed.
     #[error("snapshot {0}: {1}")]
-    Fused(SnapshotKey, #[source] FusedError),
+    Fused(SnapshotKey, #[source] Arc<FusedError>),
+    /// What it is built on cannot be had, or not yet.
+    #[error("snapshot {0}: {1}")]
+    Tree(SnapshotKey, #[source] TreeError),
+    /// The directory of a new snapshot could not be made.
+    #[error("directory of snapshot {0}: {1}")]
+    Directory(SnapshotKey, #[source] io::Error),
     /// The disk failed.
     #[error("{0}: {1}")]
     Io(PathBuf, #[source] io::Error),
@@ -105,29 +129,36 @@ pub enum Error {
     Root(#[from] RootError),
 }
 
-type Result<T> = std::result::Result<T, Error>;
+pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 impl Snapshotter {
-    /// Opens the snapshots under `root` and removes orphans. `fused` is what the other daemon is started from.
+    /// Opens the snapshots under `root`. `fused` is what the other daemon is started from.
     ///
-    /// Nothing lazy is touched yet; [`Self::watch_lazy_layers`] does that. Blocks.
+    /// Nothing lazy is touched yet, and nothing is deleted; [`Self::start_tasks`] has that done. Blocks.
     ///
     /// # Errors
     ///
     /// When the root directory or the records cannot be used.
-    pub fn open(root: &Path, fused: FusedProgram) -> Result<Self> {
+    pub fn open(root: &Path, fused: FusedProgram, limits: Limits) -> Result<Self> {
         let root = Root::open(root)?;
+        let fused = Arc::new(Fused::new(root.path(), fused));
         let inner = Inner {
             metadata: Metadata::open(&root.path().join("snapshotter.redb"))?,
             directories: Directories::new(root.path()),
             id_mapped: IdMappedMounts::new(root.path()),
             overlay_options: host::overlay_options(),
-            fused: Fused::new(root.path(), fused),
-            lazy_change: RwLock::default(),
+            lazy_overlay_options: host::lazy_overlay_options(),
+            trees: Arc::new(Trees::new(Arc::clone(&fused))),
+            probes: Arc::new(Probes::new(Arc::clone(&fused))),
+            not_lazy: NotLazyImages::new(root.path()),
+            fused,
+            limits,
+            being_made: Mutex::default(),
+            work: Work::default(),
             lazy_added: Notify::new(),
+            told: Mutex::default(),
             _root: root,
         };
-        inner.remove_orphans()?;
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -135,7 +166,7 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// As [`Metadata::create`]; [`Error::Labels`] and [`Error::IdMap`]; [`Error::Fused`] when the parents' tree cannot be
+    /// As [`Metadata::create`]; [`Error::Labels`] and [`Error::IdMap`]; [`Error::Tree`] when the parents' tree cannot be
     /// had, [`Error::IdMapped`] when it cannot be shown to a user namespace. Then there is no snapshot.
     pub async fn prepare(&self, new: NewSnapshot, now: Time) -> Result<Prepared> {
         if let Some(request) = remote_request(&new.labels)?
@@ -159,14 +190,17 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`Error::Committed`], [`MetadataError::NotFound`], [`Error::Fused`], [`Error::IdMapped`].
+    /// [`Error::Committed`], [`MetadataError::NotFound`], [`Error::Tree`], [`Error::IdMapped`].
     pub async fn mounts(&self, key: SnapshotKey) -> Result<Mount> {
         let chain = self.blocking(move |inner| Ok(inner.metadata.chain(&key)?)).await?;
-        if chain.top.kind == Kind::Committed {
-            return Err(Error::Committed(chain.top.key));
+        let top = chain.top;
+        if top.kind == Kind::Committed {
+            return Err(Error::Committed(top.key));
         }
-        let tree = self.tree(&chain.top.key, &chain.parents).await?;
-        self.blocking(move |inner| inner.mounts_of(&chain, tree)).await
+        let tree = self.tree(&top.key, &chain.parents).await?;
+        let id_map = id_map(&top.key, &top.labels)?;
+        let lower = self.lower(&top.key, top.id, id_map, &chain.parents, tree.as_ref()).await?;
+        Ok(self.inner.mount(top.kind, top.id, &lower, tree.is_some()))
     }
 
     /// Commits an active snapshot.
@@ -180,23 +214,25 @@ impl Snapshotter {
             if active.kind == Kind::Active {
                 new.usage = inner.usage_of(active.id)?;
             }
-            inner.metadata.commit(new, now)?;
-            inner.id_mapped.remove(active.id);
+            inner.metadata.commit(&new, now)?;
+            inner.work.begin();
             Ok(())
         })
         .await
     }
 
-    /// Removes a snapshot, its directory, and what it alone used of a lazy layer.
+    /// Removes a snapshot. What it alone used is deleted later.
     ///
     /// # Errors
     ///
-    /// As [`Metadata::remove`]. What cannot be deleted later is logged: the snapshot is gone.
+    /// As [`Metadata::remove`].
     pub async fn remove(&self, key: SnapshotKey) -> Result<()> {
-        if self.stat(key.clone()).await?.lazy.is_some() {
-            return self.remove_lazy(key).await;
-        }
-        self.blocking(move |inner| inner.remove(&key)).await
+        self.blocking(move |inner| {
+            inner.metadata.remove(&key)?;
+            inner.work.begin();
+            Ok(())
+        })
+        .await
     }
 
     /// One snapshot.
@@ -214,227 +250,186 @@ impl Snapshotter {
     ///
     /// [`MetadataError::NotFound`].
     pub async fn update(&self, key: SnapshotKey, labels: LabelChange, now: Time) -> Result<Snapshot> {
-        self.blocking(move |inner| Ok(inner.metadata.update_labels(&key, labels, now)?)).await
+        self.blocking(move |inner| Ok(inner.metadata.update_labels(&key, &labels, now)?)).await
     }
 
-    /// Every snapshot, sorted by key.
+    /// Every snapshot whose record can be read, sorted by key. The others are logged.
     ///
     /// # Errors
     ///
     /// When the records cannot be read.
     pub async fn list(&self) -> Result<Vec<Snapshot>> {
-        self.blocking(|inner| Ok(inner.metadata.list()?)).await
+        self.blocking(|inner| Ok(inner.list()?.snapshots)).await
     }
 
-    /// What a snapshot takes on disk now; of a lazy layer what has arrived.
+    /// What a snapshot takes on disk now; of a lazy layer what has arrived, and for the first snapshot that has the
+    /// layer only, so that the sum is what the disk holds.
     ///
     /// # Errors
     ///
-    /// [`MetadataError::NotFound`], [`Error::Fused`].
+    /// [`MetadataError::NotFound`].
     pub async fn usage(&self, key: SnapshotKey) -> Result<Usage> {
-        let (snapshot, usage) = self
-            .blocking(move |inner| {
-                let snapshot = inner.metadata.snapshot(&key)?;
-                let usage = if snapshot.kind == Kind::Active { inner.usage_of(snapshot.id)? } else { snapshot.usage };
-                Ok((snapshot, usage))
-            })
-            .await?;
-        let Some(lazy) = &snapshot.lazy else { return Ok(usage) };
-        match self.inner.fused.layer_usage(lazy.layer.layer.id()).await {
-            Ok(bytes) => Ok(Usage { bytes, inodes: 0 }),
-            Err(error) => Err(Error::Fused(snapshot.key, error)),
-        }
-    }
-
-    /// Removes everything that belongs to no snapshot.
-    ///
-    /// # Errors
-    ///
-    /// When the records or the directory cannot be read. What cannot be deleted is logged.
-    pub async fn cleanup(&self) -> Result<()> {
-        self.blocking(|inner| inner.remove_orphans()).await?;
-        if self.list().await?.iter().any(|snapshot| snapshot.lazy.is_some()) {
-            self.free_unused().await;
-        }
-        Ok(())
-    }
-
-    /// Keeps the lazy layers available as long as a snapshot needs them: holds the session of `lazuli-fused`, brings
-    /// it back at once when it ends, and has the trees in use mounted again. Never returns.
-    pub async fn watch_lazy_layers(&self) {
-        let mut pause = RECOVERY_PAUSE;
-        loop {
-            self.wait_for_lazy_layer().await;
-            match self.inner.fused.watch().await {
-                Ok(watch) => {
-                    pause = RECOVERY_PAUSE;
-                    let since = Instant::now();
-                    // Not waited for: the daemon may end meanwhile.
-                    let recovering = tokio::spawn(self.clone().recover());
-                    watch.ended().await;
-                    recovering.abort();
-                    warn!("lazuli-fused has ended, it is started again");
-                    if since.elapsed() < SHORT_LIFE {
-                        tokio::time::sleep(SHORT_LIFE).await;
-                    }
-                }
-                Err(error) => {
-                    warn!(%error, "lazuli-fused cannot be started");
-                    tokio::time::sleep(pause).await;
-                    pause = RECOVERY_PAUSE_MAX.min(pause * 2);
-                }
-            }
-        }
-    }
-
-    async fn wait_for_lazy_layer(&self) {
-        loop {
-            match self.list().await {
-                Ok(snapshots) if snapshots.iter().all(|snapshot| snapshot.lazy.is_none()) => {}
-                Ok(_) => return,
-                Err(error) => warn!(%error, "snapshots cannot be read"),
-            }
-            self.inner.lazy_added.notified().await;
-        }
-    }
-
-    async fn recover(self) {
-        let snapshots = match self.list().await {
-            Ok(snapshots) => snapshots,
-            Err(error) => return warn!(%error, "snapshots cannot be read"),
-        };
-        for snapshot in snapshots.into_iter().filter(|snapshot| snapshot.kind != Kind::Committed) {
-            // One that cannot be recovered keeps nobody else from it.
-            if let Err(error) = self.mounts(snapshot.key.clone()).await {
-                warn!(snapshot = %snapshot.key, %error, "snapshot cannot be recovered");
-            }
-        }
-        self.free_unused().await;
-    }
-
-    /// `Ok(false)` when the layer must be treated as an ordinary one.
-    async fn prepare_remote(&self, request: &RemoteRequest, new: &NewSnapshot, now: Time) -> Result<bool> {
-        let _guard = self.inner.lazy_change.read().await;
-        match self.inner.fused.announce_layer(request.layer.clone()).await {
-            Ok(()) => {}
-            // Nothing below needs the other daemon: the image can still be pulled completely.
-            Err(error) if new.parent.is_none() => {
-                warn!(target = %request.target, %error, "layer cannot be lazy, it is pulled completely");
-                return Ok(false);
-            }
-            Err(error) => return Err(Error::Fused(request.target.clone(), error)),
-        }
-        let mut labels = new.labels.clone();
-        labels.insert(REMOTE_MARK.0.to_owned(), REMOTE_MARK.1.to_owned());
-        let (target, parent, layer) = (request.target.clone(), new.parent.clone(), request.layer.clone());
-        let committed = self
-            .blocking(move |inner| Ok(inner.metadata.insert_lazy(&target, parent.as_ref(), labels, layer, now)?))
-            .await?;
-        let (target, blob) = (&request.target, request.layer.layer.blob);
-        if committed {
-            info!(%target, %blob, image = request.layer.image, "layer is lazy");
-            self.inner.lazy_added.notify_one();
-        } else {
-            // What was announced is freed by the next cleanup.
-            info!(%target, %blob, "layer lies on one that is not lazy, it is pulled completely");
-        }
-        Ok(committed)
-    }
-
-    async fn remove_lazy(&self, key: SnapshotKey) -> Result<()> {
-        let _guard = self.inner.lazy_change.write().await;
-        let (removed, left) =
-            self.blocking(move |inner| Ok((inner.metadata.remove(&key)?, inner.metadata.list()?))).await?;
-        let left = InUse::new(&left);
-        let tree = removed.lazy.as_ref().map(|lazy| lazy.tree).filter(|tree| !left.trees.contains(tree));
-        let layer = removed.lazy.map(|lazy| lazy.layer.layer.id()).filter(|layer| !left.layers.contains(layer));
-        self.free(tree, layer).await;
-        Ok(())
-    }
-
-    async fn create(&self, new: NewSnapshot, now: Time) -> Result<Mount> {
-        let parents = match new.parent.clone() {
-            None => Vec::new(),
-            Some(parent) => {
-                let chain = self.blocking(move |inner| Ok(inner.metadata.chain(&parent)?)).await?;
-                [vec![chain.top], chain.parents].concat()
-            }
-        };
-        let tree = self.tree(&new.key, &parents).await?;
-        let owner_of = parents.first().map(|parent| match (&parent.lazy, &tree) {
-            (Some(_), Some(tree)) => tree.clone(),
-            _ => self.inner.directories.upper(parent.id),
-        });
-        let owner = match (id_map(&new.key, &new.labels)?, owner_of) {
-            (Some(id_map), _) => Some(Owner::Ids(id_map.root())),
-            (None, owner_of) => owner_of.map(Owner::Of),
-        };
-        let kind = new.kind;
         self.blocking(move |inner| {
-            let mut made = None;
-            let created = inner.metadata.create(new, now, |id| {
-                made = Some(id);
-                inner.make_directory(id, kind, owner.as_ref())
-            });
-            if let (Err(_), Some(id)) = (&created, made) {
-                inner.remove_directory(id);
+            let snapshot = inner.metadata.snapshot(&key)?;
+            match (&snapshot.lazy, snapshot.kind) {
+                (Some(lazy), _) => {
+                    let layer = lazy.layer.layer.id();
+                    let first = inner.metadata.first_user(Unused::Layer(layer))?;
+                    let counts = first.is_none_or(|first| first == snapshot.id);
+                    if counts { inner.usage_below(inner.directories.layer_cache(layer)) } else { Ok(Usage::default()) }
+                }
+                (None, Kind::Active) => inner.usage_of(snapshot.id),
+                (None, _) => Ok(snapshot.usage),
             }
-            let chain = created?;
-            debug!(key = %chain.top.key, id = %chain.top.id, ?kind, "snapshot made");
-            let mounts = inner.mounts_of(&chain, tree);
-            if mounts.is_err() {
-                inner.remove(&chain.top.key)?;
-            }
-            mounts
         })
         .await
     }
 
-    /// The directory that shows the lazy layers among `parents`, `None` without any.
-    async fn tree(&self, key: &SnapshotKey, parents: &[Snapshot]) -> Result<Option<PathBuf>> {
+    /// Has everything deleted that belongs to no snapshot; it does not wait for that.
+    pub fn cleanup(&self) {
+        self.inner.work.search();
+    }
+
+    /// Returns when records can be read.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot.
+    pub async fn check(&self) -> Result<()> {
+        self.blocking(|inner| Ok(inner.metadata.unused().map(drop)?)).await
+    }
+
+    /// `Ok(false)` when the layer must be treated as an ordinary one.
+    async fn prepare_remote(&self, request: &RemoteRequest, new: &NewSnapshot, now: Time) -> Result<bool> {
+        let (target, image, blob) = (&request.target, &request.layer.image, request.layer.layer.blob);
+        let (key, parent) = (request.target.clone(), new.parent.clone());
+        let (is_there, parent) = self
+            .blocking(move |inner| {
+                let parent = parent.map(|parent| inner.metadata.snapshot(&parent)).transpose()?;
+                Ok((!matches!(inner.metadata.snapshot(&key), Err(MetadataError::NotFound(_))), parent))
+            })
+            .await?;
+        if parent.as_ref().is_some_and(|parent| parent.lazy.is_none()) {
+            info!(%target, %blob, image, "layer lies on one that is not lazy, it is pulled completely");
+            return Ok(false);
+        }
+        if !is_there {
+            match self.inner.probes.can_read(&request.layer, self.inner.limits.probe).await {
+                Ok(()) => {}
+                // On lazy layers nothing can be made without the other daemon.
+                Err(error) if parent.is_some() && !matches!(*error, FusedError::Refused { .. }) => {
+                    return Err(Error::Fused(request.target.clone(), error));
+                }
+                Err(error) => {
+                    warn!(%target, %blob, image, %error, "layer cannot be lazy, it is pulled completely");
+                    let (image, reason, layer) = (image.clone(), error.to_string(), request.layer.layer.id());
+                    let noted = self.blocking(move |inner| {
+                        inner.not_lazy.add(&image, &reason, now);
+                        // It may be on its way still.
+                        inner.metadata.add_unused(&[Unused::Layer(layer)])?;
+                        inner.work.begin();
+                        Ok(())
+                    });
+                    noted.await?;
+                    return Ok(false);
+                }
+            }
+        }
+        let mut labels = new.labels.clone();
+        labels.insert(REMOTE_MARK.0.to_owned(), REMOTE_MARK.1.to_owned());
+        let (key, parent, layer) = (request.target.clone(), new.parent.clone(), request.layer.clone());
+        let committed = self
+            .blocking(move |inner| {
+                let committed = inner.metadata.insert_lazy(&key, parent.as_ref(), &labels, &layer, now)?;
+                if committed {
+                    inner.not_lazy.remove(&layer.image);
+                }
+                Ok(committed)
+            })
+            .await?;
+        if committed {
+            info!(%target, %blob, image, "layer is lazy");
+            self.inner.lazy_added.notify_one();
+        } else {
+            // What was announced is found by the next cleanup.
+            info!(%target, %blob, image, "snapshot is there and means something else, the layer is pulled completely");
+        }
+        Ok(committed)
+    }
+
+    async fn create(&self, new: NewSnapshot, now: Time) -> Result<Mount> {
+        let id_map = id_map(&new.key, &new.labels)?;
+        let (parents, new) = self.blocking(move |inner| Ok((inner.metadata.parents_of(&new)?, new))).await?;
+        let tree = self.tree(&new.key, &parents).await?;
+        let owner = match (&id_map, parents.first(), &tree) {
+            (Some(id_map), ..) => Some(Owner::Ids(id_map.root())),
+            (None, Some(Snapshot { lazy: Some(_), .. }), Some(tree)) => Some(Owner::Ids(tree.owner)),
+            (None, Some(parent), _) => Some(Owner::Of(self.inner.directories.upper(parent.id))),
+            (None, None, _) => None,
+        };
+        let making = Making::new(&self.inner);
+        let id = making.id;
+        let lower = match self.lower(&new.key, id, id_map, &parents, tree.as_ref()).await {
+            Ok(lower) => lower,
+            Err(error) => {
+                self.blocking(move |inner| Ok(inner.give_up(id))).await?;
+                return Err(error);
+            }
+        };
+        self.blocking(move |inner| {
+            // Also when nobody waits for it any longer.
+            let _making = making;
+            let made = inner.make_directory(id, new.kind, owner.as_ref());
+            let made = made.map_err(|error| Error::Directory(new.key.clone(), error));
+            let created = made.and_then(|()| Ok(inner.metadata.create(&new, id, now)?));
+            if let Err(error) = created {
+                inner.give_up(id);
+                return Err(error);
+            }
+            debug!(key = %new.key, %id, kind = ?new.kind, "snapshot made");
+            Ok(inner.mount(new.kind, id, &lower, tree.is_some()))
+        })
+        .await
+    }
+
+    /// The lazy layers among `parents`, `None` without any.
+    async fn tree(&self, key: &SnapshotKey, parents: &[Snapshot]) -> Result<Option<Tree>> {
         let lazy = Lower::new(parents).lazy;
         if lazy.is_empty() {
             return Ok(None);
         }
-        let tree = self.inner.fused.mount_tree(lazy).await;
-        tree.map(Some).map_err(|error| Error::Fused(key.clone(), error))
+        let tree = self.inner.trees.get(lazy, self.inner.limits.start).await;
+        tree.map(Some).map_err(|error| Error::Tree(key.clone(), error))
     }
 
-    /// Has `lazuli-fused` delete what it holds for no snapshot.
-    async fn free_unused(&self) {
-        let _guard = self.inner.lazy_change.write().await;
-        let held = match self.inner.fused.status().await {
-            Ok(held) => held,
-            Err(error) => return warn!(%error, "what is unused cannot be found out"),
+    /// The lower directories of a snapshot, topmost first.
+    async fn lower(
+        &self,
+        key: &SnapshotKey,
+        id: SnapshotId,
+        id_map: Option<IdMap>,
+        parents: &[Snapshot],
+        tree: Option<&Tree>,
+    ) -> Result<Vec<PathBuf>> {
+        let lower = Lower::new(parents);
+        let tree = tree.map(|tree| tree.path.clone());
+        let Some(id_map) = id_map else { return Ok(lower.paths(&self.inner.directories, tree)) };
+        let (inner, is_lazy) = (Arc::clone(&self.inner), tree.is_some());
+        let show = move || inner.show_with_owners(id, &id_map, &lower, tree.as_deref());
+        let shown = if is_lazy {
+            // The tree is looked at, and the session may not answer.
+            let shown = timeout(self.inner.limits.start, self.inner.trees.looking(show)).await;
+            shown.map_err(|_| Error::Tree(key.clone(), TreeError::Pending(self.inner.limits.start)))?
+        } else {
+            self.blocking(move |_| Ok(show())).await?
         };
-        let snapshots = match self.list().await {
-            Ok(snapshots) => snapshots,
-            Err(error) => return warn!(%error, "snapshots cannot be read"),
-        };
-        let in_use = InUse::new(&snapshots);
-        let (layers, trees) = held;
-        let trees: Vec<_> = trees.into_iter().filter(|tree| !in_use.trees.contains(tree)).collect();
-        let layers = layers.into_iter().map(|held| held.layer.layer.id());
-        let layers: Vec<_> = layers.filter(|layer| !in_use.layers.contains(layer)).collect();
-        self.free(trees, layers).await;
+        shown.map_err(|error| Error::IdMapped(key.clone(), error))
     }
 
-    async fn free(&self, trees: impl IntoIterator<Item = TreeId>, layers: impl IntoIterator<Item = LayerId>) {
-        for tree in trees {
-            match self.inner.fused.release_tree(tree).await {
-                Ok(()) => debug!(%tree, "tree released"),
-                Err(error) => warn!(%tree, %error, "unused tree stays"),
-            }
-        }
-        for layer in layers {
-            match self.inner.fused.remove_layer(layer).await {
-                Ok(()) => debug!(%layer, "layer cache removed"),
-                Err(error) => warn!(%layer, %error, "unused layer cache stays"),
-            }
-        }
-    }
-
-    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Inner) -> Result<T> + Send + 'static) -> Result<T> {
+    pub(crate) async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let inner = Arc::clone(&self.inner);
         match tokio::task::spawn_blocking(move || work(&inner)).await {
             Ok(done) => done,
@@ -443,20 +438,52 @@ impl Snapshotter {
     }
 }
 
+/// A snapshot without a record yet: its directory is nobody's orphan.
+struct Making {
+    inner: Arc<Inner>,
+    id: SnapshotId,
+}
+
+impl Making {
+    fn new(inner: &Arc<Inner>) -> Self {
+        let id = inner.metadata.take_id();
+        inner.being_made().insert(id);
+        Self { inner: Arc::clone(inner), id }
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        self.inner.being_made().remove(&self.id);
+    }
+}
+
 impl Inner {
-    /// `tree` shows the lazy layers of the chain, if there are any.
-    fn mounts_of(&self, chain: &Chain, tree: Option<PathBuf>) -> Result<Mount> {
-        let Self { directories, overlay_options, .. } = self;
-        let Chain { top, parents } = chain;
-        let lower = Lower::new(parents);
-        let paths = match id_map(&top.key, &top.labels)? {
-            None => lower.paths(directories, tree),
-            Some(id_map) => {
-                let shown = self.show_with_owners(top.id, &id_map, &lower, tree.as_deref());
-                shown.map_err(|error| Error::IdMapped(top.key.clone(), error))?
+    fn mount(&self, kind: Kind, id: SnapshotId, lower: &[PathBuf], is_lazy: bool) -> Mount {
+        let lazy_options = self.lazy_overlay_options.iter().filter(|_| is_lazy);
+        let options: Vec<_> = self.overlay_options.iter().chain(lazy_options).cloned().collect();
+        mounts(kind, id, lower, &self.directories, &options)
+    }
+
+    /// All records; damaged ones are logged, each once.
+    pub(crate) fn list(&self) -> Result<Listed> {
+        let listed = self.metadata.list()?;
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        for damaged in listed.damaged.iter().map(ToString::to_string) {
+            if told.insert(damaged.clone()) {
+                error!(error = damaged, "this snapshot is left out, others go on: remove it");
             }
-        };
-        Ok(mounts(top.kind, top.id, &paths, directories, overlay_options))
+        }
+        Ok(listed)
+    }
+
+    pub(crate) fn being_made(&self) -> MutexGuard<'_, HashSet<SnapshotId>> {
+        // Changed by single inserts and removes: a panic elsewhere leaves it whole.
+        self.being_made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn failed(&self, error: io::Error) -> Error {
+        Error::Io(self.directories.all().to_owned(), error)
     }
 
     /// The lower directories with other owners.
@@ -471,7 +498,7 @@ impl Inner {
         lower: &Lower,
         tree: Option<&Path>,
     ) -> std::result::Result<Vec<PathBuf>, IdMappedError> {
-        let shown = Directories::shown_at(self.id_mapped.path(id, Part::Layers));
+        let shown = self.directories.clone().shown_at(self.id_mapped.path(id, Part::Layers));
         let is_mapped_on_disk = |upper: &Path| {
             let owner = fs::symlink_metadata(upper).map(|found| (found.uid(), found.gid()));
             id_map.root() != HOST_ROOT && owner.is_ok_and(|owner| owner == id_map.root())
@@ -488,11 +515,10 @@ impl Inner {
         Ok(layers.into_iter().chain(tree.map(|_| self.id_mapped.path(id, Part::Tree))).collect())
     }
 
-    fn remove(&self, key: &SnapshotKey) -> Result<()> {
-        let removed = self.metadata.remove(key)?;
-        self.id_mapped.remove(removed.id);
-        self.remove_directory(removed.id);
-        Ok(())
+    /// Deletes the directory of a snapshot and its mounts with other owners.
+    pub(crate) fn remove_snapshot(&self, id: SnapshotId) -> io::Result<()> {
+        self.id_mapped.remove(id)?;
+        remove_all(&self.directories.of(id))
     }
 
     /// As containerd's overlayfs snapshotter makes it.
@@ -520,33 +546,18 @@ impl Inner {
         fs::File::open(&directory)?.sync_all()
     }
 
+    /// Deletes what was made for a snapshot that cannot be.
+    fn give_up(&self, id: SnapshotId) {
+        let removed = self.remove_snapshot(id);
+        removed.unwrap_or_else(|error| warn!(%id, %error, "directory stays until the next cleanup"));
+    }
+
     fn usage_of(&self, id: SnapshotId) -> Result<Usage> {
-        let upper = self.directories.upper(id);
-        disk_usage(&upper).map_err(|error| Error::Io(upper, error))
+        self.usage_below(self.directories.upper(id))
     }
 
-    fn remove_directory(&self, id: SnapshotId) {
-        let directory = self.directories.of(id);
-        if let Err(error) = remove_all(&directory) {
-            warn!(path = %directory.display(), %error, "removed snapshot's directory stays until the next cleanup");
-        }
-    }
-
-    fn remove_orphans(&self) -> Result<()> {
-        let orphans = self.metadata.while_unchanged(|snapshots| {
-            let known: HashSet<_> = snapshots.iter().map(|snapshot| snapshot.id.to_string()).collect();
-            self.id_mapped.keep_only(&known)?;
-            let entries = fs::read_dir(self.directories.all())?.collect::<io::Result<Vec<_>>>()?;
-            let is_orphan = |entry: &fs::DirEntry| entry.file_name().to_str().is_none_or(|name| !known.contains(name));
-            Ok(entries.into_iter().filter(is_orphan).map(|entry| entry.path()).collect::<Vec<_>>())
-        })?;
-        for path in orphans.map_err(|error| Error::Io(self.directories.all().to_owned(), error))? {
-            match remove_all(&path) {
-                Ok(()) => info!(path = %path.display(), "orphan removed"),
-                Err(error) => warn!(path = %path.display(), %error, "orphan stays"),
-            }
-        }
-        Ok(())
+    fn usage_below(&self, directory: PathBuf) -> Result<Usage> {
+        disk_usage(&directory).map_err(|error| Error::Io(directory, error))
     }
 }
 
@@ -562,23 +573,7 @@ fn id_map(key: &SnapshotKey, labels: &Labels) -> Result<Option<IdMap>> {
     IdMap::from_labels(labels).map_err(|error| Error::IdMap(key.clone(), error))
 }
 
-/// Which trees and blobs some snapshots need.
-struct InUse {
-    trees: HashSet<TreeId>,
-    layers: HashSet<LayerId>,
-}
-
-impl InUse {
-    fn new(snapshots: &[Snapshot]) -> Self {
-        let lazy = || snapshots.iter().filter_map(|snapshot| snapshot.lazy.as_ref());
-        Self {
-            trees: lazy().map(|lazy| lazy.tree).collect(),
-            layers: lazy().map(|lazy| lazy.layer.layer.id()).collect(),
-        }
-    }
-}
-
-fn remove_all(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_all(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,

@@ -6,7 +6,7 @@ mod common;
 
 use std::{collections::HashSet, fs};
 
-use common::{Daemon, Mounted, run};
+use common::{Daemon, Mounted, run, settles};
 use rustix::process::Signal;
 
 #[tokio::test]
@@ -31,6 +31,7 @@ async fn ids_go_on_after_a_restart() {
     daemon.prepare("a", "").await.unwrap();
     daemon.prepare("b", "").await.unwrap();
     daemon.remove("b").await.unwrap();
+    settles(|| daemon.directories(), vec!["1".to_owned()]).await;
     let before: HashSet<_> = daemon.directories().into_iter().collect();
     let daemon = daemon.restarted(Signal::TERM).await;
     daemon.prepare("b", "").await.unwrap();
@@ -46,10 +47,10 @@ async fn orphans_go_at_cleanup_and_at_start() {
     let make_orphan = || fs::create_dir_all(&orphan).and_then(|()| fs::write(orphan.join("file"), "x")).unwrap();
     make_orphan();
     daemon.cleanup().await.unwrap();
-    assert_eq!(daemon.directories(), ["1"]);
+    settles(|| daemon.directories(), vec!["1".to_owned()]).await;
     make_orphan();
     let daemon = daemon.restarted(Signal::KILL).await;
-    assert_eq!(daemon.directories(), ["1"]);
+    settles(|| daemon.directories(), vec!["1".to_owned()]).await;
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use std::{
     process::Command,
 };
 
-use common::{Daemon, Mounted, code, owner, user_namespace};
+use common::{Daemon, Mounted, code, owner, settles, user_namespace};
 use rustix::{
     mount::{UnmountFlags, mount_bind, unmount},
     process::Signal,
@@ -136,7 +136,7 @@ async fn mounts_outlive_the_daemon_are_made_again_after_a_reboot_and_go_with_the
     assert_eq!(daemon.mount_points(), points);
     check_owners(Mounted::new(&mount).path());
     daemon.remove("container").await.unwrap();
-    assert_eq!((daemon.mount_points(), daemon.directories()), (vec![], vec!["1".to_owned(), "2".to_owned()]));
+    settles(|| (daemon.mount_points(), daemon.directories()), (vec![], vec!["1".to_owned(), "2".to_owned()])).await;
     assert_eq!(fs::read_dir(daemon.root().join("id-mapped")).unwrap().count(), 0);
     assert_eq!(container.read("home/file").unwrap(), "one", "who uses a mount keeps it");
 }
@@ -153,10 +153,10 @@ async fn mounts_of_no_snapshot_go_at_cleanup_and_at_start() {
     };
     make().unwrap();
     daemon.cleanup().await.unwrap();
-    assert_eq!(daemon.mount_points(), ["/id-mapped/3/layers"]);
+    settles(|| daemon.mount_points(), vec!["/id-mapped/3/layers".to_owned()]).await;
     make().unwrap();
     let daemon = daemon.restarted(Signal::TERM).await;
-    assert_eq!(daemon.mount_points(), ["/id-mapped/3/layers"]);
+    settles(|| daemon.mount_points(), vec!["/id-mapped/3/layers".to_owned()]).await;
     assert_eq!(daemon.directories(), ["1", "2", "3"]);
 }
 
@@ -197,7 +197,7 @@ async fn a_committed_snapshot_needs_no_mounts_any_longer() {
     layers(&daemon).await;
     daemon.prepare_with("container", "two", labels()).await.unwrap();
     daemon.commit("container", "three").await.unwrap();
-    assert_eq!(daemon.mount_points(), [""; 0]);
+    settles(|| daemon.mount_points(), vec![]).await;
 }
 
 #[tokio::test]

@@ -207,6 +207,19 @@ impl Drop for Daemon {
     }
 }
 
+/// Waits until something is as expected: for what the daemon does behind its calls.
+pub async fn settles<T: PartialEq + std::fmt::Debug>(look: impl Fn() -> T, expected: T) {
+    let give_up_at = Instant::now() + SOON;
+    loop {
+        let found = look();
+        if found == expected {
+            return;
+        }
+        assert!(Instant::now() < give_up_at, "{found:?} instead of {expected:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 /// Starts the daemon in `directory` with further arguments.
 pub fn spawn(directory: &Path, arguments: &[&str]) -> Child {
     command(directory, arguments).stdin(Stdio::null()).spawn().unwrap()

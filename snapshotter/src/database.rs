@@ -1,0 +1,381 @@
+//! The database under the records: opened again after a failure, with room of its own on a full disk, and changes of
+//! many callers made durable together.
+//!
+//! redb answers every call with an error after one failed write, until it is opened anew. So a failure here costs the
+//! calls under way, and the next call finds an open database.
+//!
+//! A change is *committed* in memory first, where readers see it, and reported when it is *durable*: one thread syncs
+//! for all who wait. So a slow disk costs a caller two syncs at most, however many others there are.
+//!
+//! Everything here blocks.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock},
+};
+
+use redb::{Builder, Durability, ReadTransaction, ReadableDatabase, StorageBackend, WriteTransaction};
+use rustix::fs::FallocateFlags;
+use tracing::{info, warn};
+
+use crate::metadata::MetadataError;
+
+type Result<T, E = MetadataError> = std::result::Result<T, E>;
+
+/// Memory for pages: a few thousand records with their index.
+const CACHE_BYTES: usize = 8 << 20;
+/// Room that is allocated for the file, as a multiple of its length: redb doubles it when it grows, and a removal that
+/// makes it grow must not find the disk full.
+const RESERVED_LENGTHS: u64 = 2;
+
+/// Opens what the database lies in; called again after each failure.
+pub(crate) type OpenBackend = Box<dyn Fn() -> io::Result<Box<dyn StorageBackend>> + Send + Sync>;
+
+/// A redb database that heals. Safe from many threads; changes run one after the other.
+pub(crate) struct Database {
+    open_backend: OpenBackend,
+    opened: RwLock<Opened>,
+    syncing: Mutex<Syncing>,
+    synced: Condvar,
+}
+
+/// What is open now.
+struct Opened {
+    /// `None` when it could not be opened again.
+    database: Option<redb::Database>,
+    /// Counts the openings.
+    generation: u64,
+}
+
+/// Which changes are durable.
+#[derive(Default)]
+struct Syncing {
+    /// Changes committed so far.
+    committed: u64,
+    /// Of these, how many are on disk.
+    durable: u64,
+    /// Somebody syncs.
+    is_under_way: bool,
+    /// Callers who have to hear whether theirs is durable.
+    waiting: usize,
+    /// Which changes never became so, as long as somebody waits.
+    losses: Vec<Loss>,
+}
+
+/// Changes that a failure took away.
+struct Loss {
+    /// All behind this one,
+    after: u64,
+    /// up to this one.
+    up_to: u64,
+    kind: io::ErrorKind,
+    message: String,
+}
+
+impl Database {
+    /// Opens the database in a file, making an empty one when there is none.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, or is no database.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let path = path.to_owned();
+        Self::open_on(Box::new(move || Ok(Box::new(DatabaseFile::open(&path)?))))
+    }
+
+    /// Opens the database in what `open_backend` opens.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub(crate) fn open_on(open_backend: OpenBackend) -> Result<Self> {
+        let database = Some(open_database(&open_backend)?);
+        let opened = RwLock::new(Opened { database, generation: 0 });
+        Ok(Self { open_backend, opened, syncing: Mutex::default(), synced: Condvar::new() })
+    }
+
+    /// Calls `look` with a consistent state.
+    ///
+    /// # Errors
+    ///
+    /// Those of `look`, and those of the database.
+    pub(crate) fn read<T>(&self, look: impl Fn(&ReadTransaction) -> Result<T>) -> Result<T> {
+        self.healing(|database| look(&database.begin_read()?))
+    }
+
+    /// Calls `change` and keeps what it did if it succeeds; it is durable then. It may be called again.
+    ///
+    /// # Errors
+    ///
+    /// Those of `change`, after which nothing has changed, and those of the database.
+    pub(crate) fn change<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<T> {
+        let (done, number) = self.committed(change)?;
+        let synced = self.sync(number);
+        let mut syncing = self.syncing();
+        syncing.waiting -= 1;
+        if syncing.waiting == 0 {
+            syncing.losses.clear();
+        }
+        drop(syncing);
+        synced.map(|()| done)
+    }
+
+    /// As [`Self::change`], for what may be forgotten in a crash.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::change`].
+    pub(crate) fn change_without_sync<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<T> {
+        let (done, _) = self.committed(change)?;
+        self.syncing().waiting -= 1;
+        Ok(done)
+    }
+
+    /// What `change` returned, and the number of the commit, for which somebody waits now.
+    fn committed<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<(T, u64)> {
+        self.healing(|database| {
+            let mut transaction = database.begin_write()?;
+            transaction.set_durability(Durability::None).expect("there are no savepoints");
+            let done = change(&transaction)?;
+            transaction.commit()?;
+            let mut syncing = self.syncing();
+            syncing.committed += 1;
+            syncing.waiting += 1;
+            Ok((done, syncing.committed))
+        })
+    }
+
+    /// Returns when the commit is durable: syncs, or waits for who does.
+    fn sync(&self, number: u64) -> Result<()> {
+        let mut syncing = self.syncing();
+        loop {
+            if let Some(loss) = syncing.losses.iter().find(|loss| loss.after < number && number <= loss.up_to) {
+                return Err(io_error(io::Error::new(loss.kind, loss.message.clone())));
+            }
+            if syncing.durable >= number {
+                return Ok(());
+            }
+            if syncing.is_under_way {
+                syncing = self.synced.wait(syncing).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            syncing.is_under_way = true;
+            let covered = syncing.committed;
+            drop(syncing);
+            let synced = self.sync_all();
+            syncing = self.syncing();
+            syncing.is_under_way = false;
+            if synced.is_ok() {
+                syncing.durable = syncing.durable.max(covered);
+            }
+            self.synced.notify_all();
+            synced?;
+        }
+    }
+
+    /// An empty change that is durable, and with it all before.
+    fn sync_all(&self) -> Result<()> {
+        let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
+        let synced = match &opened.database {
+            Some(database) => {
+                database.begin_write().map_err(MetadataError::from).and_then(|transaction| Ok(transaction.commit()?))
+            }
+            None => Err(redb::Error::PreviousIo.into()),
+        };
+        let generation = opened.generation;
+        drop(opened);
+        synced.inspect_err(|error| self.open_again(generation, error))
+    }
+
+    /// Runs `work`; when the database failed earlier it is opened first, when it fails now it is opened afterwards.
+    fn healing<T>(&self, work: impl Fn(&redb::Database) -> Result<T>) -> Result<T> {
+        let mut is_second = false;
+        loop {
+            let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
+            let done = match &opened.database {
+                Some(database) => work(database),
+                None => Err(redb::Error::PreviousIo.into()),
+            };
+            let generation = opened.generation;
+            drop(opened);
+            match done {
+                Err(error) if is_failure(&error) => {
+                    self.open_again(generation, &error);
+                    if is_second || !is_earlier_failure(&error) {
+                        return Err(error);
+                    }
+                    is_second = true;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    /// Unless somebody has done it already: what is not durable is lost, and the next call finds what is.
+    fn open_again(&self, generation: u64, cause: &MetadataError) {
+        let mut opened = self.opened.write().unwrap_or_else(PoisonError::into_inner);
+        if opened.generation != generation {
+            return;
+        }
+        opened.generation += 1;
+        // Closed before it is opened again.
+        opened.database = None;
+        {
+            let mut syncing = self.syncing();
+            let (after, up_to) = (syncing.durable, syncing.committed);
+            if syncing.waiting > 0 && after < up_to {
+                syncing.losses.push(Loss { after, up_to, kind: io_kind(cause), message: cause.to_string() });
+            }
+            // What is lost is not waited for any longer.
+            syncing.durable = up_to;
+            self.synced.notify_all();
+        }
+        match open_database(&self.open_backend) {
+            Ok(database) => {
+                opened.database = Some(database);
+                info!(%cause, "database opened again after a failure");
+            }
+            Err(error) => warn!(%cause, %error, "database cannot be opened again yet"),
+        }
+    }
+
+    fn syncing(&self) -> MutexGuard<'_, Syncing> {
+        // Numbers that are changed one by one: a panic elsewhere leaves them whole.
+        self.syncing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Database {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Database").finish_non_exhaustive()
+    }
+}
+
+fn open_database(open_backend: &OpenBackend) -> Result<redb::Database> {
+    let backend = open_backend().map_err(io_error)?;
+    Ok(Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(AnyBackend(backend))?)
+}
+
+fn io_error(error: io::Error) -> MetadataError {
+    redb::Error::Io(error).into()
+}
+
+/// Whether the database itself failed, so that redb refuses everything from now on.
+fn is_failure(error: &MetadataError) -> bool {
+    let MetadataError::Database(error) = error else { return false };
+    matches!(
+        **error,
+        redb::Error::Io(_)
+            | redb::Error::PreviousIo
+            | redb::Error::DatabaseClosed
+            | redb::Error::LockPoisoned(_)
+            | redb::Error::Corrupted(_)
+    )
+}
+
+fn is_earlier_failure(error: &MetadataError) -> bool {
+    matches!(error, MetadataError::Database(error) if matches!(**error, redb::Error::PreviousIo | redb::Error::DatabaseClosed))
+}
+
+fn io_kind(error: &MetadataError) -> io::ErrorKind {
+    match error {
+        MetadataError::Database(error) => match &**error {
+            redb::Error::Io(error) => error.kind(),
+            _ => io::ErrorKind::Other,
+        },
+        _ => io::ErrorKind::Other,
+    }
+}
+
+/// redb wants a type.
+#[derive(Debug)]
+struct AnyBackend(Box<dyn StorageBackend>);
+
+impl StorageBackend for AnyBackend {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write(offset, data)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.0.close()
+    }
+}
+
+/// A file whose blocks are all allocated, and more behind its end: writing to it needs no room on the disk. Two
+/// processes are kept apart by the lock of the root directory.
+#[derive(Debug)]
+struct DatabaseFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl DatabaseFile {
+    fn open(path: &Path) -> io::Result<Self> {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let opened = Self { file, path: path.to_owned() };
+        let len = opened.file.metadata()?.len();
+        if len > 0 && !opened.reserve(len)? {
+            warn!(path = %opened.path.display(), "no room for what removals may need: the disk is full");
+        }
+        Ok(opened)
+    }
+
+    /// False when there is no room; true also where the file system cannot reserve.
+    fn reserve(&self, len: u64) -> io::Result<bool> {
+        match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, len * RESERVED_LENGTHS) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(true),
+            Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl StorageBackend for DatabaseFile {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(out, offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if len > self.len()? {
+            // Blocks that an earlier call reserved are used; where there are none the file stays as it is.
+            match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, len) {
+                Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.file.set_len(len)?;
+        // The next growth is refused, not this one.
+        self.reserve(len).map(drop)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+}
