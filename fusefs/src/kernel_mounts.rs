@@ -14,6 +14,7 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use format_spec::LayerId;
@@ -30,6 +31,9 @@ use crate::{
 };
 
 const RECORD_SUFFIX: &str = ".json";
+/// Longest that a mount waits for layers that have just become complete to be durable. A usual disk needs some
+/// milliseconds; behind a slow one the session serves as well.
+const SEAL_WAIT_MAX: Duration = Duration::from_millis(250);
 
 /// The directory of mounts, and the session that they read from.
 #[derive(Debug)]
@@ -167,7 +171,10 @@ impl KernelMounts {
     /// When the kernel refuses; then what was mounted before still is.
     pub(crate) fn mount(&self, tree: &Tree, image: &Path) -> Result<PathBuf, MountError> {
         let mount_point = self.mount_point(tree.id);
-        let are_all_complete = tree.layers.iter().all(Layer::is_complete);
+        let until = Instant::now() + SEAL_WAIT_MAX;
+        let is_complete =
+            |layer: &Layer| layer.complete_file_within(until.saturating_duration_since(Instant::now())).is_some();
+        let are_all_complete = tree.layers.iter().all(is_complete);
         match plan(self.alive(tree.id).as_ref(), are_all_complete) {
             Plan::Keep => return Ok(mount_point),
             Plan::Mount => {

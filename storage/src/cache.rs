@@ -15,7 +15,10 @@ use std::{
     collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, Weak, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -25,10 +28,16 @@ use futures_util::{
     future::{BoxFuture, Shared},
 };
 use serde_json::Value;
-use tokio::runtime::Handle;
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, watch},
+    task::AbortHandle,
+    time::Instant,
+};
 
 use crate::{
-    directory::{LayerDirectory, LayerRecord, create_private_directory},
+    directory::{LayerDirectory, LayerRecord},
+    disk::Disk,
     error::{CacheError, ReadError},
     frame_store::lock,
     layer::{Layer, Origin},
@@ -61,6 +70,8 @@ pub struct CacheOptions {
     pub domain: fn(&Value) -> String,
     /// Time between two writes of what arrived to the disk.
     pub flush_interval: Duration,
+    /// Where files are changed.
+    pub disk: Disk,
 }
 
 impl Default for CacheOptions {
@@ -72,6 +83,7 @@ impl Default for CacheOptions {
             rest: None,
             domain: |_| String::new(),
             flush_interval: Duration::from_secs(3),
+            disk: Disk::default(),
         }
     }
 }
@@ -91,24 +103,52 @@ pub struct KnownLayer {
 #[derive(Debug, Clone)]
 pub struct Cache {
     inner: Arc<CacheInner>,
+    /// What works in the background holds `inner` now and then, and this never.
+    _ending: Arc<Ending>,
 }
+
+/// Makes everything durable when it is dropped.
+#[derive(Debug)]
+struct Ending(Arc<CacheInner>);
 
 #[derive(Debug)]
 struct CacheInner {
     root: PathBuf,
     runtime: Handle,
+    disk: Disk,
     scheduler: Arc<Scheduler>,
+    /// Held for a look or a change, never over I/O.
     layers: Mutex<HashMap<Digest, Entry>>,
     layer_count: AtomicU64,
     /// Layers are verified as soon as they are complete.
     verifies: bool,
     domain: fn(&Value) -> String,
+    flush_soon: Arc<Notify>,
 }
 
 #[derive(Debug)]
 enum Entry {
-    Opening(Opening),
+    Opening(OpeningEntry),
     Open(Layer),
+    /// Its directory is being moved away; closed when that is over.
+    Leaving(watch::Receiver<()>),
+}
+
+/// A layer that is being opened, as who removes it knows it.
+#[derive(Debug)]
+struct OpeningEntry {
+    number: u64,
+    result: Opening,
+    task: AbortHandle,
+    place: OpeningPlace,
+}
+
+/// Where a layer is opened.
+#[derive(Debug, Clone)]
+struct OpeningPlace {
+    directory: LayerDirectory,
+    /// Held while the opening changes the directory; once this is true it begins no more of that.
+    is_cancelled: Arc<Mutex<bool>>,
 }
 
 /// A layer that is being opened, for everybody who asks meanwhile.
@@ -122,7 +162,7 @@ impl Cache {
     /// When `root` lies on overlayfs or cannot be made.
     pub fn open(root: &Path, runtime: Handle, options: CacheOptions) -> Result<Self, CacheError> {
         let disk_error = |error: io::Error| disk_error(root, error);
-        create_private_directory(root).map_err(disk_error)?;
+        options.disk.make_directory(root).map_err(disk_error)?;
         let magic = rustix::fs::statfs(root).map_err(|error| disk_error(error.into()))?.f_type;
         if u64::try_from(magic) == Ok(OVERLAYFS_SUPER_MAGIC) {
             return Err(CacheError::OnOverlay(root.to_owned()));
@@ -131,23 +171,27 @@ impl Cache {
             root: root.to_owned(),
             scheduler: Scheduler::new(runtime.clone(), &options),
             runtime,
+            disk: options.disk,
             layers: Mutex::default(),
             layer_count: AtomicU64::new(0),
             verifies: options.rest.is_some(),
             domain: options.domain,
+            flush_soon: Arc::default(),
         });
-        create_private_directory(&root.join("layers")).map_err(disk_error)?;
+        inner.disk.make_directory(&root.join("layers")).map_err(disk_error)?;
+        inner.disk.sync_directory(root).map_err(disk_error)?;
         match fs::remove_dir_all(inner.graveyard()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk_error(error)),
-            _ => create_private_directory(&inner.graveyard()).map_err(disk_error)?,
+            _ => inner.disk.make_directory(&inner.graveyard()).map_err(disk_error)?,
         }
-        inner.runtime.spawn(flush_now_and_then(Arc::downgrade(&inner), options.flush_interval));
+        let soon = inner.flush_soon.clone();
+        inner.runtime.spawn(flush_now_and_then(Arc::downgrade(&inner), soon, options.flush_interval));
         if let Some(rest) = options.rest {
             let (weak, runtime) = (Arc::downgrade(&inner), inner.runtime.clone());
             inner.runtime.spawn(verifying::verify_layers(weak.clone(), runtime.clone(), rest.clone()));
             inner.runtime.spawn(rest::fetch_rest(weak, runtime, rest));
         }
-        Ok(Self { inner })
+        Ok(Self { _ending: Arc::new(Ending(inner.clone())), inner })
     }
 
     /// Opens a layer, fetching its index if the cache does not have it. Concurrent calls share one request.
@@ -165,20 +209,28 @@ impl Cache {
         description: Value,
     ) -> Result<Layer, CacheError> {
         let origin = Origin { source, description };
-        let opening = {
-            let mut layers = lock(&self.inner.layers);
-            match layers.get(&layer.id()) {
-                Some(Entry::Open(open)) => futures_util::future::ready(Ok(open.clone())).boxed().shared(),
-                Some(Entry::Opening(opening)) => opening.clone(),
-                None => {
-                    let first = Origin { source: origin.source.clone(), description: origin.description.clone() };
-                    let opening = self.inner.start_to_open(*layer, first);
-                    layers.insert(layer.id(), Entry::Opening(opening.clone()));
-                    opening
+        let open = loop {
+            let looked = {
+                let mut layers = lock(&self.inner.layers);
+                match layers.get(&layer.id()) {
+                    Some(Entry::Open(open)) => Ok(futures_util::future::ready(Ok(open.clone())).boxed().shared()),
+                    Some(Entry::Opening(opening)) => Ok(opening.result.clone()),
+                    Some(Entry::Leaving(left)) => Err(left.clone()),
+                    None => {
+                        let first = Origin { source: origin.source.clone(), description: origin.description.clone() };
+                        let opening = self.inner.start_to_open(*layer, first);
+                        let result = opening.result.clone();
+                        layers.insert(layer.id(), Entry::Opening(opening));
+                        Ok(result)
+                    }
                 }
+            };
+            match looked {
+                Ok(opening) => break opening.await?,
+                // Ends when the other side is dropped.
+                Err(mut left) => drop(left.changed().await),
             }
         };
-        let open = opening.await?;
         if open.description() != origin.description {
             let (layer, path) = (open.clone(), self.inner.directory(layer.id()).path().to_owned());
             self.inner
@@ -200,7 +252,7 @@ impl Cache {
         let disk_error = |error| disk_error(&path, error);
         let mut known = Vec::new();
         for entry in fs::read_dir(&path).map_err(disk_error)? {
-            let directory = LayerDirectory::new(entry.map_err(disk_error)?.path());
+            let directory = LayerDirectory::new(entry.map_err(disk_error)?.path(), self.inner.disk.clone());
             let name = directory.path().file_name().unwrap_or_default().to_owned();
             match directory.read_record() {
                 Ok(Some(LayerRecord { layer, description })) if *name == *layer.id().hex() => {
@@ -221,40 +273,48 @@ impl Cache {
 
     /// Deletes a layer and stops fetching it; unknown ones are deleted already.
     ///
-    /// Handles that are still around read what arrived before, and nothing more.
+    /// Who waits for the layer to be opened, or for content that nobody is bringing, hears of it at once. Handles that
+    /// are still around read what arrived before, and nothing more.
     ///
     /// # Errors
     ///
     /// When the disk refuses.
     pub async fn remove(&self, id: LayerId) -> Result<(), CacheError> {
-        loop {
-            let opening = match lock(&self.inner.layers).get(&id) {
-                Some(Entry::Opening(opening)) => opening.clone(),
-                _ => break,
+        let (leaving, left) = watch::channel(());
+        let entry = loop {
+            let other = {
+                let mut layers = lock(&self.inner.layers);
+                match layers.get(&id) {
+                    Some(Entry::Leaving(other)) => other.clone(),
+                    _ => break layers.insert(id, Entry::Leaving(left)),
+                }
             };
-            // It cannot be interrupted while it writes; it fails or is open soon.
-            let _ = opening.await;
+            // Once that is over there may be nothing left, or a new one.
+            drop({ other }.changed().await);
+        };
+        match &entry {
+            Some(Entry::Opening(opening)) => opening.task.abort(),
+            Some(Entry::Open(layer)) => layer.stop(),
+            _ => {}
         }
         let inner = self.inner.clone();
-        self.inner
-            .blocking(id, move || {
-                // Under the lock, so that nobody opens the layer again while its directory goes away.
-                let mut layers = lock(&inner.layers);
-                let directory = inner.directory(id);
-                let bury = |directory: &LayerDirectory| directory.bury(&inner.graveyard());
-                let buried = match layers.remove(&id) {
-                    Some(Entry::Open(layer)) => layer.remove(bury),
-                    Some(opening @ Entry::Opening(_)) => {
-                        layers.insert(id, opening);
-                        Err(io::Error::other("layer is being opened again"))
-                    }
-                    None => bury(&directory),
-                };
-                drop(layers);
-                let deleted = buried.and_then(|grave| grave.map_or(Ok(()), fs::remove_dir_all));
-                deleted.map_err(|error| disk_error(directory.path(), error))
-            })
-            .await
+        let remove = move || {
+            let directory = match entry {
+                Some(Entry::Opening(opening)) => {
+                    // Waits for what is being written, never for a source.
+                    *lock(&opening.place.is_cancelled) = true;
+                    opening.place.directory
+                }
+                Some(Entry::Open(layer)) => layer.directory().clone(),
+                _ => inner.directory(id),
+            };
+            let buried = directory.bury(&inner.graveyard());
+            lock(&inner.layers).remove(&id);
+            drop(leaving);
+            let deleted = buried.and_then(|grave| grave.map_or(Ok(()), |grave| delete(&grave)));
+            deleted.map_err(|error| disk_error(directory.path(), error))
+        };
+        self.inner.blocking(id, remove).await
     }
 
     /// Bytes a layer takes on disk, index and data; 0 for an unknown one.
@@ -279,7 +339,7 @@ impl Cache {
 
 impl CacheInner {
     fn directory(&self, id: LayerId) -> LayerDirectory {
-        LayerDirectory::new(self.root.join("layers").join(id.hex()))
+        LayerDirectory::new(self.root.join("layers").join(id.hex()), self.disk.clone())
     }
 
     fn graveyard(&self) -> PathBuf {
@@ -297,25 +357,38 @@ impl CacheInner {
     }
 
     /// Runs the opening as a task of its own: a caller that goes away does not end it for the others.
-    fn start_to_open(self: &Arc<Self>, layer: LazyLayer, origin: Origin) -> Opening {
-        let inner = self.clone();
+    fn start_to_open(self: &Arc<Self>, layer: LazyLayer, origin: Origin) -> OpeningEntry {
+        let (id, number) = (layer.id(), self.layer_count.fetch_add(1, Ordering::Relaxed));
+        let place = OpeningPlace { directory: self.directory(id), is_cancelled: Arc::default() };
+        let (inner, at) = (self.clone(), place.clone());
         let task = self.runtime.spawn(async move {
-            let opened = inner.open_layer(&layer, origin).await;
-            let mut layers = lock(&inner.layers);
-            match &opened {
-                Ok(open) => layers.insert(layer.id(), Entry::Open(open.clone())),
-                Err(_) => layers.remove(&layer.id()),
-            };
-            opened
+            let opened = inner.open_layer(number, &layer, origin, &at).await;
+            inner.note_opened(id, number, opened)
         });
-        let (id, cache) = (layer.id(), Arc::downgrade(self));
+        let (abort, cache) = (task.abort_handle(), Arc::downgrade(self));
         let ended = move |opened: Result<_, _>| {
             opened.unwrap_or_else(|_| {
-                cache.upgrade().inspect(|inner| drop(lock(&inner.layers).remove(&id)));
-                Err(CacheError::Stopped(id))
+                let stopped = Err(CacheError::Stopped(id));
+                cache.upgrade().map_or(stopped.clone(), |inner| inner.note_opened(id, number, stopped))
             })
         };
-        task.map(ended).boxed().shared()
+        OpeningEntry { number, result: task.map(ended).boxed().shared(), task: abort, place }
+    }
+
+    /// An opening has ended; its result counts unless the layer was removed meanwhile.
+    fn note_opened(&self, id: LayerId, number: u64, opened: Result<Layer, CacheError>) -> Result<Layer, CacheError> {
+        let mut layers = lock(&self.layers);
+        let is_awaited = matches!(layers.get(&id), Some(Entry::Opening(opening)) if opening.number == number);
+        if !is_awaited {
+            drop(layers);
+            opened.inspect(Layer::stop)?;
+            return Err(CacheError::Stopped(id));
+        }
+        match &opened {
+            Ok(open) => layers.insert(id, Entry::Open(open.clone())),
+            Err(_) => layers.remove(&id),
+        };
+        opened
     }
 
     async fn blocking<T: Send + 'static>(
@@ -327,10 +400,10 @@ impl CacheInner {
     }
 }
 
-impl Drop for CacheInner {
+impl Drop for Ending {
     fn drop(&mut self) {
         // Not left to the layers: requests that are just ending may hold them a little longer.
-        for layer in self.open_layers() {
+        for layer in self.0.open_layers() {
             if let Err(error) = layer.flush() {
                 tracing::warn!(%error, "what arrived last is fetched again");
             }
@@ -338,12 +411,20 @@ impl Drop for CacheInner {
     }
 }
 
-async fn flush_now_and_then(cache: Weak<CacheInner>, interval: Duration) {
+/// Flushes all layers now and then, and the complete ones as soon as they are.
+async fn flush_now_and_then(cache: Weak<CacheInner>, soon: Arc<Notify>, interval: Duration) {
+    let mut next = Instant::now() + interval;
     loop {
-        tokio::time::sleep(interval).await;
+        let is_due = tokio::time::timeout_at(next, soon.notified()).await.is_err();
+        if is_due {
+            next = Instant::now() + interval;
+        }
         let Some(inner) = cache.upgrade() else { return };
-        let layers = inner.open_layers();
         let flush = move || {
+            let mut layers = inner.open_layers();
+            layers.retain(|layer| is_due || layer.is_complete());
+            // Somebody may be about to mount those.
+            layers.sort_by_key(|layer| !layer.is_complete());
             for layer in layers {
                 if let Err(error) = layer.flush() {
                     tracing::warn!(%error, "what arrived is not durable yet");
@@ -353,6 +434,14 @@ async fn flush_now_and_then(cache: Weak<CacheInner>, interval: Duration) {
             drop(inner);
         };
         let _ = tokio::task::spawn_blocking(flush).await;
+    }
+}
+
+/// Deletes what was moved away. Somebody may be about to leave a file there: what is left goes with the next start.
+fn delete(grave: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(grave) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => Ok(()),
+        deleted => deleted,
     }
 }
 

@@ -19,7 +19,12 @@ use std::{
 use format_spec::{Digest, dedup::DedupPiece, index::FRAME_PLAIN_LEN_MAX};
 
 use crate::{
-    bitmap::Bitmap, frame_store::FrameStore, layer::LayerIndex, presence::pages_of, ranges::without, wait::Wait,
+    bitmap::Bitmap,
+    frame_store::{Epoch, FrameStore},
+    layer::LayerIndex,
+    presence::pages_of,
+    ranges::without,
+    wait::Wait,
 };
 
 /// First eight bytes of the file `dedup`.
@@ -60,6 +65,8 @@ pub(crate) struct CopyPlan {
     /// By plain offset; they do not overlap.
     pieces: Vec<Planned>,
     sources: Vec<File>,
+    /// When the pieces were all still to be written.
+    epoch: Epoch,
 }
 
 #[derive(Debug)]
@@ -105,6 +112,7 @@ impl CopyPlan {
     pub(crate) fn find(store: &FrameStore, wanted: &[DedupPiece], peers: impl Iterator<Item = Peer>) -> Option<Self> {
         let is_wanted =
             |piece: &&DedupPiece| piece.len <= u64::from(FRAME_PLAIN_LEN_MAX) && !store.has(&piece.plain_range());
+        let epoch = store.epoch();
         let wanted: Vec<&DedupPiece> = inside_files(store.index(), wanted).filter(is_wanted).collect();
         // Numbers sorted by digest: a map would take several times the memory.
         let mut by_digest: Vec<usize> = (0..wanted.len()).collect();
@@ -142,7 +150,7 @@ impl CopyPlan {
                 Some(Planned { plain, digest, source, source_offset, state: AtomicU8::new(state::PLANNED) })
             })
             .collect();
-        (!pieces.is_empty()).then_some(Self { pieces, sources })
+        (!pieces.is_empty()).then_some(Self { pieces, sources, epoch })
     }
 
     /// What this plan brings of `runs`: the pieces to copy, and the runs that it does not bring.
@@ -153,7 +161,8 @@ impl CopyPlan {
             let first = first.max(numbers.last().map_or(0, |last| last + 1));
             let overlapping = (first..).zip(&self.pieces[first.min(self.pieces.len())..]);
             let overlapping = overlapping.take_while(|(_, piece)| piece.plain.start < run.end);
-            let coming = overlapping.filter(|(_, piece)| matches!(piece.state(), state::PLANNED | state::WRITTEN));
+            // A page may wait for other pieces than the one of it that is copied.
+            let coming = overlapping.filter(|(_, piece)| piece.state() != state::FAILED);
             numbers.extend(coming.map(|(number, _)| number));
         }
         let coming: Vec<_> = numbers.iter().map(|number| self.pieces[*number].plain.clone()).collect();
@@ -209,7 +218,7 @@ impl CopyPlan {
     /// Says of a piece that was written that it is there. Whoever needs it may do so.
     fn note_copied(&self, store: &FrameStore, piece: &Planned) {
         // After the state: of two threads that copy two pieces of a page, one sees both.
-        store.note_written(&piece.plain, |offset| self.written_until(offset));
+        store.note_written(self.epoch, &piece.plain, |offset| self.written_until(offset));
         piece.state.store(state::COPIED, Ordering::SeqCst);
     }
 

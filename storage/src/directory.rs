@@ -10,28 +10,39 @@
 //!
 //! All but `data` and `gaps` are replaced by rename, so a crash leaves the old or the new one. The directory is
 //! made after the index was verified: whoever names a blob wrongly leaves nothing behind.
+//!
+//! The kernel may have a complete `data` mounted, also one that an earlier process gave away. So `data` is written in
+//! place only as long as `presence` has never called it complete, and never shortened: content from the beginning
+//! means a new file in its place.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    fs,
+    fs::File,
+    io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
-use format_spec::{Digest, Index, LazyLayer};
+use format_spec::{Digest, Index, LayerId, LazyLayer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
     dedup::CopySource,
+    disk::{Disk, DiskFile, is_lost},
+    frame_store::lock,
     layer::LayerIndex,
-    mapping::Map,
+    mapping::{FileChecksum, Map},
     presence::{Counts, PresenceBits},
     proof::VerdictRecord,
 };
 
-/// Only the daemon's user reads the cache.
-const DIRECTORY_MODE: u32 = 0o700;
+/// Extension of files that are not whole yet.
+const TEMPORARY: &str = "new";
 
 /// Content of `layer.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,21 +53,30 @@ pub(crate) struct LayerRecord {
     pub(crate) description: Value,
 }
 
-/// The directory of one layer.
+/// The directory of one layer. Clones know of each other's [`Self::bury`].
 #[derive(Debug, Clone)]
 pub(crate) struct LayerDirectory {
     path: PathBuf,
+    disk: Disk,
+    /// Whether the directory was moved away: then its name belongs to another one. Held while files get their names,
+    /// not while content becomes durable.
+    is_buried: Arc<Mutex<bool>>,
 }
 
 impl LayerDirectory {
     /// The directory at `path`, which need not exist.
-    pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path }
+    pub(crate) fn new(path: PathBuf, disk: Disk) -> Self {
+        Self { path, disk, is_buried: Arc::default() }
     }
 
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it is the directory of this layer.
+    pub(crate) fn is_of(&self, id: LayerId) -> bool {
+        self.path.file_name().is_some_and(|name| *name == *id.hex())
     }
 
     /// Where `data` is.
@@ -71,7 +91,7 @@ impl LayerDirectory {
 
     /// Reads `verdict`; `None` if it is missing or damaged.
     pub(crate) fn read_verdict(&self) -> io::Result<Option<VerdictRecord>> {
-        let bytes = read_if_there(&self.path.join("verdict"))?;
+        let bytes = self.read("verdict")?;
         Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
     }
 
@@ -82,34 +102,38 @@ impl LayerDirectory {
 
     /// Writes `verdict`; the content that it speaks of is durable.
     pub(crate) fn write_verdict(&self, record: &VerdictRecord) -> io::Result<()> {
-        write_atomically(&self.path.join("verdict"), &serde_json::to_vec(record)?)
+        self.replace("verdict", &serde_json::to_vec(record)?)
     }
 
     /// Makes the directory if it is not there.
     pub(crate) fn create(&self) -> io::Result<()> {
-        create_private_directory(&self.path)
+        self.disk.make_directory(&self.path)?;
+        self.path.parent().map_or(Ok(()), |parent| self.disk.sync_directory(parent))
     }
 
     /// Reads `layer.json`; `None` if it is missing or damaged.
     pub(crate) fn read_record(&self) -> io::Result<Option<LayerRecord>> {
-        let bytes = read_if_there(&self.path.join("layer.json"))?;
+        let bytes = self.read("layer.json")?;
         Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
     }
 
     /// Writes `layer.json`.
     pub(crate) fn write_record(&self, record: &LayerRecord) -> io::Result<()> {
-        write_atomically(&self.path.join("layer.json"), &serde_json::to_vec(record)?)
+        self.replace("layer.json", &serde_json::to_vec(record)?)
     }
 
     /// Maps `index`; `None` if it is missing or damaged.
     pub(crate) fn open_index(&self) -> io::Result<Option<LayerIndex>> {
-        let file = match File::open(self.path.join("index")) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            file => file?,
-        };
-        if file.metadata()?.len() == 0 {
-            return Ok(None);
-        }
+        let path = self.path.join("index");
+        let opened = self.disk.open_if_there(&path).and_then(|file| match file {
+            Some(file) if file.metadata()?.len() > 0 => {
+                // Through a map an unreadable block would end the process.
+                FileChecksum::of(&file)?;
+                Ok(Some(file))
+            }
+            _ => Ok(None),
+        });
+        let Some(file) = unless_lost(&path, opened)? else { return Ok(None) };
         // The check reads every page; its map goes away with it, so that they do not count as ours afterwards.
         let is_whole = Index::open(Map::of(&file)?).is_ok_and(|index| index.check().is_ok());
         if !is_whole {
@@ -119,63 +143,122 @@ impl LayerDirectory {
     }
 
     /// Writes `layer.json` and `index`; `open_form` was verified to be the index that the record names.
-    ///
-    /// An older `index` goes first: at no moment stands one beside a record that names another.
     pub(crate) fn write_index(&self, record: &LayerRecord, open_form: &[u8]) -> io::Result<()> {
-        remove_if_there(&self.path.join("index"))?;
-        sync_directory(&self.path)?;
         self.write_record(record)?;
-        write_atomically(&self.path.join("index"), open_form)
+        self.replace("index", open_form)
     }
 
     /// Opens `data` with this length, and what `presence` says is in it.
     ///
-    /// A `data` that is new or has another length holds nothing, whatever `presence` says.
-    pub(crate) fn open_data(&self, space_len: u64, counts: Counts, index: &Digest) -> io::Result<(File, PresenceBits)> {
-        let presence_path = self.path.join("presence");
-        let data = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.data_path())?;
-        let bits = read_if_there(&presence_path)?.and_then(|bytes| PresenceBits::decode(&bytes, counts, index));
-        if let Some(bits) = bits.filter(|_| data.metadata().is_ok_and(|metadata| metadata.len() == space_len)) {
+    /// Where `presence` does not fit, nothing is known of `data`, and a new file takes its place.
+    pub(crate) fn open_data(
+        &self,
+        space_len: u64,
+        counts: Counts,
+        index: &Digest,
+    ) -> io::Result<(DiskFile, PresenceBits)> {
+        self.remove_temporary()?;
+        let bits = self.read("presence")?.and_then(|bytes| PresenceBits::decode(&bytes, counts, index));
+        if let Some(bits) = bits
+            && let Some(data) = self.open_writable_data()?
+            && data.len()? == space_len
+        {
             return Ok((data, bits));
         }
-        remove_if_there(&presence_path)?;
-        sync_directory(&self.path)?;
-        data.set_len(0)?;
+        // In this order: no `presence` may speak of a file that it does not know.
+        self.disk.remove_if_there(&self.path.join("presence"))?;
+        self.disk.sync_directory(&self.path)?;
+        self.disk.remove_if_there(&self.data_path())?;
+        let data = self.disk.create(&self.data_path())?;
         data.set_len(space_len)?;
         Ok((data, PresenceBits::empty(counts)))
     }
 
+    fn open_writable_data(&self) -> io::Result<Option<DiskFile>> {
+        match self.disk.open_writable(&self.data_path()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            data => data.map(Some),
+        }
+    }
+
     /// Writes `presence`; the data of every set bit is durable.
     pub(crate) fn write_presence(&self, bits: &PresenceBits, counts: Counts, index: &Digest) -> io::Result<()> {
-        write_atomically(&self.path.join("presence"), &bits.encode(counts, index))
+        self.replace("presence", &bits.encode(counts, index))
     }
 
     /// Opens `data` and `presence` of a layer that is not open, to copy from; `None` where they are missing or damaged.
     pub(crate) fn copy_source(&self) -> io::Result<Option<CopySource>> {
         let Some(record) = self.read_record()? else { return Ok(None) };
-        let (Some(bytes), Some(data)) = (read_if_there(&self.path.join("presence"))?, self.open_if_there("data")?)
-        else {
-            return Ok(None);
-        };
+        let Some(bytes) = self.read("presence")? else { return Ok(None) };
+        let Some(data) = self.disk.open_if_there(&self.data_path())? else { return Ok(None) };
         let bits = PresenceBits::decode_any(&bytes, &record.layer.index.digest);
         Ok(bits.map(|(_, bits)| CopySource { data, pages: bits.pages }))
     }
 
     /// Opens `dedup`, if it is there.
     pub(crate) fn open_dedup(&self) -> io::Result<Option<File>> {
-        self.open_if_there("dedup")
+        self.disk.open_if_there(&self.path.join("dedup"))
     }
 
     /// Writes `dedup`.
     pub(crate) fn write_dedup(&self, content: &[u8]) -> io::Result<()> {
-        write_atomically(&self.path.join("dedup"), content)
+        self.replace("dedup", content)
     }
 
-    fn open_if_there(&self, name: &str) -> io::Result<Option<File>> {
-        match File::open(self.path.join(name)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            file => file.map(Some),
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        let path = self.path.join(name);
+        unless_lost(&path, self.disk.read_if_there(&path))
+    }
+
+    /// Replaces a file so that a crash leaves the old or the new content, and this one is durable on return. Nothing
+    /// happens where the directory was moved away.
+    fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let temporary = self.temporary(name);
+        let written = self.disk.create(&temporary).and_then(|file| {
+            file.write_all_at(bytes, 0)?;
+            file.sync_data()
+        });
+        let named = written.and_then(|()| self.name(&temporary, name));
+        if named.is_err() {
+            // Best effort: the error that counts is there already.
+            let _ = self.disk.remove_if_there(&temporary);
         }
+        match named {
+            // Moved away, and deleted perhaps.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && *lock(&self.is_buried) => Ok(()),
+            named => named,
+        }
+    }
+
+    /// Gives a file its name, in the place of the one before.
+    fn name(&self, temporary: &Path, name: &str) -> io::Result<()> {
+        let is_buried = lock(&self.is_buried);
+        if *is_buried {
+            return self.disk.remove_if_there(temporary);
+        }
+        self.disk.rename(temporary, &self.path.join(name))?;
+        drop(is_buried);
+        self.disk.sync_directory(&self.path)
+    }
+
+    /// Removes what an earlier process did not bring to its name.
+    fn remove_temporary(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.path)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == TEMPORARY) {
+                self.disk.remove_if_there(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A name that no other file has, not of an earlier process either.
+    fn temporary(&self, name: &str) -> PathBuf {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        std::iter::repeat_with(|| NEXT.fetch_add(1, Ordering::Relaxed))
+            .map(|number| self.path.join(format!("{name}.{number}.{TEMPORARY}")))
+            .find(|path| !path.exists())
+            .expect("numbers do not end")
     }
 
     /// Bytes that the files take on disk; 0 without a directory.
@@ -196,53 +279,38 @@ impl LayerDirectory {
         Ok(blocks * BLOCK_LEN)
     }
 
-    /// Moves the directory to `graveyard` in one step, to be deleted there; `None` if there is none.
+    /// Moves the directory to `graveyard` in one step, to be deleted there; `None` if there is none. Nothing is written
+    /// under its name afterwards.
     ///
     /// Deleted in place, a crash in between could leave a `presence` that speaks of a `data` that is gone.
     pub(crate) fn bury(&self, graveyard: &Path) -> io::Result<Option<PathBuf>> {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         let grave = (0u64..).map(|number| graveyard.join(format!("{name}.{number}"))).find(|path| !path.exists());
         let grave = grave.expect("there is always a free number");
-        match fs::rename(&self.path, &grave) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            renamed => renamed.map(|()| Some(grave)),
+        let mut is_buried = lock(&self.is_buried);
+        match self.disk.rename(&self.path, &grave) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                *is_buried = true;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+            Ok(()) => {
+                *is_buried = true;
+                drop(is_buried);
+                self.path.parent().map_or(Ok(()), |parent| self.disk.sync_directory(parent))?;
+                Ok(Some(grave))
+            }
         }
     }
 }
 
-/// Makes a directory and its parents, for the daemon's user only. One that is there stays as it is.
-///
-/// # Errors
-///
-/// When the disk refuses.
-pub fn create_private_directory(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path)
-}
-
-fn read_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        bytes => bytes.map(Some),
+/// A file that the disk has lost counts as missing.
+fn unless_lost<T>(path: &Path, read: io::Result<Option<T>>) -> io::Result<Option<T>> {
+    match read {
+        Err(error) if is_lost(&error) => {
+            tracing::warn!(path = %path.display(), %error, "file cannot be read: made again");
+            Ok(None)
+        }
+        read => read,
     }
-}
-
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
-}
-
-/// Replaces a file so that a crash leaves the old or the new content, and this one is durable on return.
-fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("new");
-    let mut file = File::create(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    path.parent().map_or(Ok(()), sync_directory)
-}
-
-fn sync_directory(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
 }

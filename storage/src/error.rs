@@ -38,8 +38,8 @@ pub enum CacheError {
         /// What is wrong with it.
         error: FormatError,
     },
-    /// The runtime ended while the layer was opened.
-    #[error("layer {0} was not opened: the process is shutting down")]
+    /// The layer was removed while it was opened, or the runtime ended.
+    #[error("layer {0} was not opened: it was removed, or the process is shutting down")]
     Stopped(Digest),
 }
 

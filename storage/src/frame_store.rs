@@ -2,26 +2,30 @@
 //!
 //! Everything that depends on the order "data before bit, bit before read" stands here. There is no
 //! network and no waiting in this file.
+//!
+//! Locks, each taken while those before it may be held: `flushed` over everything that makes content durable, `writing`
+//! over one write to the page cache. Who serves reads takes neither.
 
 use std::{
     collections::VecDeque,
-    fs::File,
     io,
     ops::Range,
-    os::unix::fs::FileExt,
     path::PathBuf,
     sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
 use format_spec::{Digest, index::PLAIN_ALIGN};
+use tokio::sync::Notify;
 
 use crate::{
     dedup::CopySource,
     directory::LayerDirectory,
+    disk::DiskFile,
     layer::LayerIndex,
     presence::{Counts, Presence, PresenceBits, needed_frames},
     proof::Proof,
@@ -33,6 +37,10 @@ const UNKEPT_FRAMES_MAX: usize = 8;
 /// Longest run of files assembled for one write, in bytes.
 const WRITE_LEN_MAX: usize = 1 << 20;
 
+/// As long as it is the same, everything that was written to the file is still in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Epoch(u64);
+
 /// Frames by number with their plain bytes, which the disk did not take.
 pub(crate) type UnkeptFrames = Vec<(u32, Bytes)>;
 
@@ -42,43 +50,61 @@ pub(crate) struct FrameStore {
     directory: LayerDirectory,
     index: LayerIndex,
     index_digest: Digest,
-    data: File,
+    data: DiskFile,
     presence: Presence,
     proof: Proof,
     has_unwritten_bits: AtomicBool,
     unkept: Mutex<VecDeque<(u32, Bytes)>>,
     has_unkept: AtomicBool,
     is_disk_refusing: AtomicBool,
-    /// The bits of the file `presence`; the lock is held while files are written.
-    durable: Mutex<Durable>,
-}
-
-#[derive(Debug)]
-struct Durable {
-    bits: PresenceBits,
-    /// The directory was removed: nothing may be written under its name any longer.
-    is_removed: bool,
+    /// Held from the look at what is there until what was written is said to be.
+    writing: Mutex<()>,
+    /// Changes when content is given up, while `writing` is held.
+    epoch: AtomicU64,
+    /// The bits of the file `presence`; held while content is made durable.
+    flushed: Mutex<PresenceBits>,
+    /// Whether everything is there and durable.
+    seal: Mutex<bool>,
+    sealed: Condvar,
+    /// Hears that everything is there, and that nothing but a flush is missing.
+    flush_soon: Arc<Notify>,
 }
 
 impl FrameStore {
     /// Opens the files beside an index that was verified against `index_digest`.
-    pub(crate) fn open(directory: LayerDirectory, index: LayerIndex, index_digest: Digest) -> io::Result<Self> {
+    ///
+    /// `flush_soon` is notified when a flush would seal the layer.
+    pub(crate) fn open(
+        directory: LayerDirectory,
+        index: LayerIndex,
+        index_digest: Digest,
+        flush_soon: Arc<Notify>,
+    ) -> io::Result<Self> {
         let (data, bits) = directory.open_data(index.space_len(), Counts::of(&index), &index_digest)?;
-        let presence = Presence::new(&index, bits);
+        let presence = Presence::new(&index, bits.clone());
         let proof = Proof::open(&directory, &index, index_digest, presence.is_complete())?;
-        Ok(Self {
+        // Bits of content that needs no bytes may be set here alone.
+        let is_sealed = presence.is_complete() && presence.snapshot() == bits;
+        let store = Self {
             proof,
             directory,
             index_digest,
             data,
-            has_unwritten_bits: AtomicBool::new(false),
+            has_unwritten_bits: AtomicBool::new(presence.is_complete() && !is_sealed),
             unkept: Mutex::default(),
             has_unkept: AtomicBool::new(false),
             is_disk_refusing: AtomicBool::new(false),
-            durable: Mutex::new(Durable { bits: presence.snapshot(), is_removed: false }),
+            writing: Mutex::default(),
+            epoch: AtomicU64::new(0),
+            flushed: Mutex::new(presence.snapshot()),
+            seal: Mutex::new(is_sealed),
+            sealed: Condvar::new(),
+            flush_soon,
             presence,
             index,
-        })
+        };
+        store.ask_for_seal();
+        Ok(store)
     }
 
     /// The index.
@@ -107,9 +133,28 @@ impl FrameStore {
         self.presence.is_complete()
     }
 
-    /// The file that holds the content.
-    pub(crate) fn data_path(&self) -> PathBuf {
-        self.directory.data_path()
+    /// Whether everything is there and durable: nothing is ever written to the file again.
+    pub(crate) fn is_sealed(&self) -> bool {
+        *lock(&self.seal)
+    }
+
+    /// Waits until a complete layer is sealed, or for so long.
+    pub(crate) fn wait_for_seal(&self, timeout: Duration) {
+        let wait =
+            self.sealed.wait_timeout_while(lock(&self.seal), timeout, |is_sealed| !*is_sealed && self.is_complete());
+        drop(wait.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The file that holds the content, if it is sealed.
+    pub(crate) fn sealed_data_path(&self) -> Option<PathBuf> {
+        self.is_sealed().then(|| self.directory.data_path())
+    }
+
+    /// Everything may be there by now, and nobody should wait long for the flush that is missing.
+    fn ask_for_seal(&self) {
+        if self.is_complete() && !self.is_sealed() {
+            self.flush_soon.notify_one();
+        }
     }
 
     /// Whether a frame is there.
@@ -151,15 +196,12 @@ impl FrameStore {
 
     /// Reads content that is there, and zeros where none is.
     pub(crate) fn read_content(&self, plain_offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        read_sparse(&self.data, plain_offset, buffer)
+        self.data.read_sparse(plain_offset, buffer)
     }
 
     /// Where the file holds something from an offset on: in between it reads as zeros.
     pub(crate) fn next_stored(&self, plain_offset: u64) -> io::Result<u64> {
-        match rustix::fs::seek(&self.data, rustix::fs::SeekFrom::Data(plain_offset)) {
-            Err(rustix::io::Errno::NXIO) => Ok(u64::MAX),
-            found => Ok(found?),
-        }
+        self.data.next_stored(plain_offset)
     }
 
     /// Cuts a plain range where the space ends.
@@ -189,7 +231,7 @@ impl FrameStore {
         }
         let len = usize::try_from(plain.end - plain.start).map_err(io::Error::other)?;
         let buffer = &mut buffer[..len];
-        read_sparse(&self.data, plain.start, buffer)?;
+        self.data.read_sparse(plain.start, buffer)?;
         for (frame, content) in &from_memory {
             self.for_each_piece(*frame, content, |piece_offset, piece| {
                 copy_overlap(piece_offset, piece, plain.start, buffer);
@@ -205,18 +247,15 @@ impl FrameStore {
     pub(crate) fn write_frame(&self, frame: u32, content: &[u8]) -> io::Result<()> {
         let mut run: Vec<u8> = Vec::new();
         let mut run_offset = 0;
+        let writing = lock(&self.writing);
         self.for_each_piece(frame, content, |piece_offset, piece| {
-            let is_there = self.presence.has_pages(&(piece_offset..piece_offset + piece.len() as u64));
             // Files follow each other in both orders, so nothing but zeros lies between two pieces. Gaps shorter
             // than a block take no more disk when written, and save a system call a file.
             let run_end: u64 = run_offset + run.len() as u64;
             let is_near = piece_offset >= run_end && piece_offset - run_end < PLAIN_ALIGN;
-            if !run.is_empty() && (is_there || !is_near || run.len() + piece.len() > WRITE_LEN_MAX) {
-                self.data.write_all_at(&run, run_offset)?;
+            if !run.is_empty() && (!is_near || run.len() + piece.len() > WRITE_LEN_MAX) {
+                self.write_missing(run_offset, &run)?;
                 run.clear();
-            }
-            if is_there {
-                return Ok(());
             }
             if run.is_empty() {
                 run_offset = piece_offset;
@@ -226,8 +265,9 @@ impl FrameStore {
             run.extend_from_slice(piece);
             Ok(())
         })?;
-        self.data.write_all_at(&run, run_offset)?;
+        self.write_missing(run_offset, &run)?;
         self.presence.note_frame(&self.index, frame);
+        drop(writing);
         self.note_disk_took_it();
         Ok(())
     }
@@ -238,8 +278,10 @@ impl FrameStore {
     pub(crate) fn write_pages(&self, plain_offset: u64, content: &[u8]) -> io::Result<()> {
         let plain = plain_offset..plain_offset.saturating_add(content.len() as u64);
         if !self.presence.has_pages(&plain) {
-            self.data.write_all_at(content, plain_offset)?;
+            let writing = lock(&self.writing);
+            self.write_missing(plain_offset, content)?;
             self.presence.note_pages(&plain);
+            drop(writing);
             self.note_disk_took_it();
         }
         Ok(())
@@ -247,20 +289,48 @@ impl FrameStore {
 
     /// Writes verified bytes that may start and end inside pages; [`Self::note_written`] makes them readable.
     pub(crate) fn write_bytes(&self, plain_offset: u64, content: &[u8]) -> io::Result<()> {
-        self.data.write_all_at(content, plain_offset)
+        let _writing = lock(&self.writing);
+        self.write_missing(plain_offset, content)
     }
 
     /// [`Self::write_bytes`] has written a plain range: what it completes is there afterwards.
     ///
-    /// `written_until` says where the bytes end that were written at an offset, these included.
-    pub(crate) fn note_written(&self, plain: &Range<u64>, written_until: impl Fn(u64) -> Option<u64>) {
+    /// `written_until` says where the bytes end that were written at an offset, these included. All of them were since
+    /// `epoch`; if content was given up meanwhile, nothing is known of them.
+    pub(crate) fn note_written(&self, epoch: Epoch, plain: &Range<u64>, written_until: impl Fn(u64) -> Option<u64>) {
+        let writing = lock(&self.writing);
+        if epoch != self.epoch() {
+            return;
+        }
         self.presence.note_written(&self.index, plain, written_until);
+        drop(writing);
         self.note_disk_took_it();
+    }
+
+    /// What was written from now on stays as long as this is the same.
+    pub(crate) fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Ordering::Acquire))
+    }
+
+    /// Writes what of `content` lies in pages that are not there; the caller holds `writing`.
+    ///
+    /// All content comes through here, and here it is decided that a page that is there is never written again,
+    /// whatever comes for it later: who has read it, or has the file mounted, sees one content.
+    fn write_missing(&self, offset: u64, content: &[u8]) -> io::Result<()> {
+        let position = |at: u64| usize::try_from(at - offset).map_err(io::Error::other);
+        for run in self.presence.missing_runs(&(offset..offset.saturating_add(content.len() as u64))) {
+            self.data.write_all_at(&content[position(run.start)?..position(run.end)?], run.start)?;
+        }
+        Ok(())
     }
 
     fn note_disk_took_it(&self) {
         self.is_disk_refusing.store(false, Ordering::Release);
-        self.has_unwritten_bits.store(true, Ordering::Release);
+        // Late content of a sealed layer has changed nothing.
+        if !self.is_sealed() {
+            self.has_unwritten_bits.store(true, Ordering::Release);
+            self.ask_for_seal();
+        }
     }
 
     /// Whether the directory has the file `dedup`.
@@ -299,36 +369,41 @@ impl FrameStore {
 
     /// Makes durable what arrived: first data, then its bits.
     ///
-    /// When the data cannot be made durable, what arrived since counts as missing again.
+    /// When the data cannot be made durable, what arrived since the last flush counts as missing again: the kernel may
+    /// have given up any of it.
     pub(crate) fn flush(&self) -> io::Result<()> {
-        let mut durable = lock(&self.durable);
-        if durable.is_removed || !self.has_unwritten_bits.swap(false, Ordering::AcqRel) {
+        let mut flushed = lock(&self.flushed);
+        if !self.has_unwritten_bits.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        let bits = self.presence.snapshot();
+        let snapshot = || {
+            let _writing = lock(&self.writing);
+            self.presence.snapshot()
+        };
+        let bits = snapshot();
         if let Err(error) = self.data.sync_data() {
-            self.presence.forget(&bits, &durable.bits);
+            let _writing = lock(&self.writing);
+            self.epoch.fetch_add(1, Ordering::AcqRel);
+            self.presence.forget(&self.index, &flushed);
             return Err(error);
         }
         if let Err(error) = self.directory.write_presence(&bits, Counts::of(&self.index), &self.index_digest) {
             self.has_unwritten_bits.store(true, Ordering::Release);
             return Err(error);
         }
-        durable.bits = bits;
+        let is_complete = bits.page_count() == Counts::of(&self.index).pages;
+        *flushed = bits;
+        if is_complete {
+            *lock(&self.seal) = true;
+            self.sealed.notify_all();
+        }
         Ok(())
     }
 
-    /// Runs `remove` on the directory; nothing is written there afterwards. Open readers go on.
-    pub(crate) fn remove<T>(&self, remove: impl FnOnce(&LayerDirectory) -> io::Result<T>) -> io::Result<T> {
-        let mut durable = lock(&self.durable);
-        durable.is_removed = true;
-        remove(&self.directory)
-    }
-
-    /// Runs `write` on the directory unless it was removed.
-    pub(crate) fn write(&self, write: impl FnOnce(&LayerDirectory) -> io::Result<()>) -> io::Result<()> {
-        let durable = lock(&self.durable);
-        if durable.is_removed { Ok(()) } else { write(&self.directory) }
+    /// The directory. What was moved away with [`LayerDirectory::bury`] is not written to any longer; open readers go
+    /// on.
+    pub(crate) fn directory(&self) -> &LayerDirectory {
+        &self.directory
     }
 
     /// Calls `piece` with plain offset and bytes for every run of file content in a frame, ascending.
@@ -360,21 +435,6 @@ impl Drop for FrameStore {
             tracing::warn!(layer = %self.directory.path().display(), %error, "what arrived last is fetched again");
         }
     }
-}
-
-/// Fills `buffer` from `offset`; zeros past the end of the file.
-fn read_sparse(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
-            Ok(0) => break,
-            Ok(len) => filled += len,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    buffer[filled..].fill(0);
-    Ok(())
 }
 
 /// Copies the part of `piece`, which lies at `piece_offset`, that falls into `buffer` at `buffer_offset`.

@@ -9,6 +9,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
+    time::Duration,
 };
 
 use format_spec::{Digest, Index, LazyLayer, footer::SKIPPABLE_HEADER_LEN};
@@ -271,12 +272,19 @@ impl Layer {
         self.inner.verify_in_haste();
     }
 
-    /// The file that is the plain address space, once everything is in it; `None` before that, and where a verdict
-    /// is to come as long as there is none.
+    /// The file that is the plain address space, once everything is in it and durable; `None` before that, and where a
+    /// verdict is to come as long as there is none.
     ///
-    /// Nothing is written to it any longer. It is gone with the layer, but not for who has it open.
+    /// It becomes durable soon after [`Self::is_complete`], or with [`Self::flush`]. Nothing is written to the file any
+    /// longer, by no later process either. It is gone with the layer, but not for who has it open or mounted.
     pub fn complete_file(&self) -> Option<PathBuf> {
-        (self.is_complete() && self.inner.store.proof().may_leave()).then(|| self.inner.store.data_path())
+        self.inner.store.sealed_data_path().filter(|_| self.inner.store.proof().may_leave())
+    }
+
+    /// [`Self::complete_file`], after a short wait for a complete layer to become durable; blocks.
+    pub fn complete_file_within(&self, timeout: Duration) -> Option<PathBuf> {
+        self.inner.store.wait_for_seal(timeout);
+        self.complete_file()
     }
 
     /// How much has arrived.
@@ -306,20 +314,27 @@ impl Layer {
 
     /// Takes another source when its description is another one, and keeps that for the next process.
     pub(crate) fn replace_origin(&self, origin: Origin) -> io::Result<()> {
-        let mut current = self.inner.origin.write().unwrap_or_else(PoisonError::into_inner);
-        if current.description == origin.description {
-            return Ok(());
-        }
-        *current = origin;
-        let record = LayerRecord { layer: self.inner.layer, description: current.description.clone() };
-        self.inner.store.write(|directory| directory.write_record(&record))
+        let record = {
+            let mut current = self.inner.origin.write().unwrap_or_else(PoisonError::into_inner);
+            if current.description == origin.description {
+                return Ok(());
+            }
+            *current = origin;
+            LayerRecord { layer: self.inner.layer, description: current.description.clone() }
+        };
+        // Not under the lock, which fetching needs, whatever the disk takes.
+        self.inner.store.directory().write_record(&record)
     }
 
-    /// Stops fetching and runs `remove` on the layer's directory.
-    pub(crate) fn remove<T>(&self, remove: impl FnOnce(&LayerDirectory) -> io::Result<T>) -> io::Result<T> {
+    /// Stops fetching, and ends every wait for what is not under way.
+    pub(crate) fn stop(&self) {
         self.inner.is_removed.store(true, Ordering::Release);
         self.inner.scheduler.forget(&self.inner);
-        self.inner.store.remove(remove)
+    }
+
+    /// The layer's directory.
+    pub(crate) fn directory(&self) -> &LayerDirectory {
+        self.inner.store.directory()
     }
 
     /// Notes a read and fetches what its file's reader wants next.

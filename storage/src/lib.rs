@@ -12,7 +12,7 @@
 //! `layer.rs` is the way of a read, `bring.rs` decides how what it misses comes: `dedup.rs` copies it from
 //! another layer, `hot_pack.rs` receives what a start-up reads, `scheduler.rs` decides what else is requested
 //! and `transfer.rs` carries a request out. `frame_store.rs` keeps it all, `presence.rs` knows what is there,
-//! `directory.rs` keeps the files.
+//! `directory.rs` keeps the files and `disk.rs` changes them.
 
 mod bitmap;
 mod bring;
@@ -20,6 +20,7 @@ pub mod cache;
 mod decode;
 mod dedup;
 mod directory;
+pub mod disk;
 pub mod error;
 mod frame_store;
 mod gaps;
@@ -37,7 +38,7 @@ mod verify;
 mod wait;
 
 pub use cache::{Cache, CacheOptions, KnownLayer, RestOptions};
-pub use directory::create_private_directory;
+pub use disk::create_private_directory;
 pub use error::{CacheError, ReadError};
 pub use layer::{Activity, Layer, LayerIndex, Priority, Progress};
 pub use proof::Verdict;

@@ -1,8 +1,12 @@
 //! Maps indexes and merged trees into memory: the one place of this crate that needs `unsafe`.
 
-use std::{fs::File, io};
+use std::{fs::File, io, os::unix::fs::FileExt as _};
 
 use memmap2::{Mmap, UncheckedAdvice};
+use serde::{Deserialize, Serialize};
+
+/// Bytes of a file that are read at once.
+const READ_LEN: usize = 256 << 10;
 
 /// A file that is read through memory.
 #[derive(Debug)]
@@ -43,5 +47,42 @@ impl Map {
 impl AsRef<[u8]> for Map {
     fn as_ref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+/// What tells whether a file is what was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileChecksum {
+    len: u64,
+    crc32: u32,
+}
+
+impl FileChecksum {
+    /// Of a file that has these bytes.
+    pub fn of_bytes(bytes: &[u8]) -> Self {
+        Self { len: bytes.len() as u64, crc32: crc32fast::hash(bytes) }
+    }
+
+    /// Reads a file to its end.
+    ///
+    /// To be done before a file is mapped that has been on a disk: a block that cannot be read is an error here, and
+    /// ends the process when it is touched through a map.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let (mut len, mut hasher, mut buffer) = (0, crc32fast::Hasher::new(), vec![0; READ_LEN]);
+        loop {
+            match file.read_at(&mut buffer, len) {
+                Ok(0) => return Ok(Self { len, crc32: hasher.finalize() }),
+                Ok(read) => {
+                    hasher.update(&buffer[..read]);
+                    len += read as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 }

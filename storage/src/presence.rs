@@ -195,13 +195,23 @@ impl Presence {
         PresenceBits { frames, pages: self.pages.snapshot() }
     }
 
-    /// Clears what is set in `bits` and was not in `before`.
-    pub(crate) fn forget(&self, bits: &PresenceBits, before: &PresenceBits) {
+    /// Clears what is set and not in `flushed`, and every frame of which a page is cleared.
+    pub(crate) fn forget(&self, index: &LayerIndex, flushed: &PresenceBits) {
         let added = |bits: &[u64], before: &[u64]| -> Vec<u64> {
             bits.iter().zip(before).map(|(bits, before)| bits & !before).collect()
         };
-        self.pages.clear_all(&added(&bits.pages, &before.pages));
-        self.frames.clear_all(&added(&bits.frames, &before.frames));
+        let now = self.snapshot();
+        let pages = added(&now.pages, &flushed.pages);
+        let frames = Bitmap::new(added(&now.frames, &flushed.frames));
+        let lost = Bitmap::new(pages.clone());
+        for (frame, _) in (0..).zip(index.frames()) {
+            if frame_runs(index, frame).any(|run| lost.find(pages_of(&run), true).is_some()) {
+                frames.set(frame.into()..u64::from(frame) + 1);
+            }
+        }
+        // Frames first: who sees a page missing asks for all of its frames.
+        self.frames.clear_all(&frames.snapshot());
+        self.pages.clear_all(&pages);
     }
 }
 
@@ -209,6 +219,11 @@ impl PresenceBits {
     /// Nothing is there.
     pub(crate) fn empty(counts: Counts) -> Self {
         Self { frames: bitmap::empty(counts.frames), pages: bitmap::empty(counts.pages) }
+    }
+
+    /// Number of pages that are there.
+    pub(crate) fn page_count(&self) -> u64 {
+        self.pages.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
     /// The content of the file `presence`.

@@ -211,7 +211,7 @@ impl FrameStore {
         // The content first: a verdict speaks of bytes that are still there after a crash.
         self.flush()?;
         let record = VerdictRecord { index: self.proof().index_digest, verdict };
-        let kept = self.write(|directory| directory.write_verdict(&record));
+        let kept = self.directory().write_verdict(&record);
         let VerdictRecord { verdict, .. } = record;
         let is_refused = matches!(verdict, Verdict::Refused { .. });
         // A refusal holds here also when the disk does not take it.

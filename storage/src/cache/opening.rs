@@ -1,18 +1,15 @@
 //! How a layer is opened: from the directory, or with an index that is fetched and verified first.
 
-use std::{
-    io,
-    sync::{Arc, atomic::Ordering},
-};
+use std::{io, sync::Arc};
 
-use format_spec::{FormatError, Index, LayerId, LazyLayer, annotation::INDEX_LEN_MAX};
+use format_spec::{FormatError, Index, LazyLayer, annotation::INDEX_LEN_MAX};
 
-use super::{CacheInner, disk_error};
+use super::{CacheInner, OpeningPlace, disk_error};
 use crate::{
-    directory::LayerRecord,
+    directory::{LayerDirectory, LayerRecord},
     error::CacheError,
-    frame_store::FrameStore,
-    layer::{Layer, Origin},
+    frame_store::{FrameStore, lock},
+    layer::{Layer, LayerIndex, Origin},
     source::{Incoming, Source},
 };
 
@@ -29,12 +26,17 @@ struct FetchedIndex {
 
 impl CacheInner {
     /// Opens a layer; the index is fetched if the directory does not have it.
-    pub(super) async fn open_layer(self: &Arc<Self>, layer: &LazyLayer, origin: Origin) -> Result<Layer, CacheError> {
+    pub(super) async fn open_layer(
+        self: &Arc<Self>,
+        number: u64,
+        layer: &LazyLayer,
+        origin: Origin,
+        place: &OpeningPlace,
+    ) -> Result<Layer, CacheError> {
         let (id, blob) = (layer.id(), layer.blob);
-        let number = self.layer_count.fetch_add(1, Ordering::Relaxed);
-        let inner = self.clone();
+        let (inner, at) = (self.clone(), place.clone());
         let domain = (self.domain)(&origin.description);
-        let look = move || Ok((inner.open_cached(id)?, inner.has_peers(id, &domain)));
+        let look = move || Ok((inner.open_cached(&at)?, inner.has_peers(id, &domain)));
         let (cached, has_peers) = self.blocking(blob, look).await?;
         if let Some((record, store)) = cached {
             let old = Origin { source: origin.source, description: record.description };
@@ -46,43 +48,56 @@ impl CacheInner {
         let with_hot_pack = layer.hot_range().filter(|_| !has_peers);
         let end = with_hot_pack.as_ref().map_or(layer.index.range().end, |hot| hot.end);
         let FetchedIndex { index, incoming, fetched_bytes } = self.fetch_index(layer, end, &*origin.source).await?;
-        let inner = self.clone();
+        let (inner, at) = (self.clone(), place.clone());
         let record = LayerRecord { layer: *layer, description: origin.description.clone() };
-        let store = self.blocking(blob, move || inner.store_layer(&record, &index)).await?;
+        let store = self.blocking(blob, move || inner.store_layer(&at, &record, &index)).await?;
         let layer = Layer::new(number, *layer, store, origin, self.scheduler.clone(), fetched_bytes);
         self.start_up(&layer, with_hot_pack.map(|_| incoming), has_peers);
         Ok(layer)
     }
 
     /// Opens what the directory holds; `None` without a whole record and index.
-    fn open_cached(&self, id: LayerId) -> Result<Option<(LayerRecord, FrameStore)>, CacheError> {
-        let directory = self.directory(id);
-        let path = directory.path().to_owned();
-        let open = || -> io::Result<Option<(LayerRecord, FrameStore)>> {
-            let Some(record) = directory.read_record()?.filter(|record| record.layer.id() == id) else {
-                return Ok(None);
-            };
+    fn open_cached(&self, place: &OpeningPlace) -> Result<Option<(LayerRecord, FrameStore)>, CacheError> {
+        let directory = &place.directory;
+        self.unless_cancelled(place, || {
+            let record = directory.read_record()?.filter(|record| directory.is_of(record.layer.id()));
+            let Some(record) = record else { return Ok(None) };
             let Some(index) = directory.open_index()? else { return Ok(None) };
-            let store = FrameStore::open(directory, index, record.layer.index.digest)?;
+            let store = self.open_store(directory, index, &record)?;
             Ok(Some((record, store)))
-        };
-        open().map_err(|error| disk_error(&path, error))
+        })
     }
 
     /// Makes the directory of a layer whose index was verified, in place of a damaged one.
     ///
     /// `data` and `presence` of the damaged one stay if they belong to the same index.
-    fn store_layer(&self, record: &LayerRecord, index: &Index<Vec<u8>>) -> Result<FrameStore, CacheError> {
-        let directory = self.directory(record.layer.id());
-        let path = directory.path().to_owned();
-        let store = || -> io::Result<FrameStore> {
+    fn store_layer(
+        &self,
+        place: &OpeningPlace,
+        record: &LayerRecord,
+        index: &Index<Vec<u8>>,
+    ) -> Result<FrameStore, CacheError> {
+        let directory = &place.directory;
+        self.unless_cancelled(place, || {
             directory.create()?;
             directory.write_index(record, index.as_bytes())?;
             let index = directory.open_index()?;
             let index = index.ok_or_else(|| io::Error::other("index is damaged right after it was written"))?;
-            FrameStore::open(directory, index, record.layer.index.digest)
-        };
-        store().map_err(|error| disk_error(&path, error))
+            self.open_store(directory, index, record)
+        })
+    }
+
+    fn open_store(&self, at: &LayerDirectory, index: LayerIndex, record: &LayerRecord) -> io::Result<FrameStore> {
+        FrameStore::open(at.clone(), index, record.layer.index.digest, self.flush_soon.clone())
+    }
+
+    /// Works on the directory of a layer that is being opened, unless it is removed already.
+    fn unless_cancelled<T>(&self, place: &OpeningPlace, work: impl FnOnce() -> io::Result<T>) -> Result<T, CacheError> {
+        let is_cancelled = lock(&place.is_cancelled);
+        if *is_cancelled {
+            return Err(disk_error(place.directory.path(), io::Error::other("layer was removed")));
+        }
+        work().map_err(|error| disk_error(place.directory.path(), error))
     }
 
     /// Fetches and verifies an index, in a request that goes on up to `end` of the blob.

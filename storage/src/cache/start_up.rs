@@ -88,7 +88,7 @@ impl CacheInner {
     fn peer_directories(&self, id: LayerId, domain: &str) -> impl Iterator<Item = LayerDirectory> {
         let entries = fs::read_dir(self.root.join("layers")).into_iter().flatten().flatten();
         let directories = entries.filter(move |entry| *entry.file_name() != *id.hex());
-        directories.map(|entry| LayerDirectory::new(entry.path())).filter(move |directory| {
+        directories.map(|entry| LayerDirectory::new(entry.path(), self.disk.clone())).filter(move |directory| {
             let has_told = matches!(directory.open_dedup(), Ok(Some(_))) && !directory.is_refused();
             has_told
                 && matches!(directory.read_record(), Ok(Some(record)) if (self.domain)(&record.description) == domain)
@@ -187,7 +187,7 @@ async fn copy_from_peers(
         let copied_bytes = layer.progress().copied_bytes;
         tracing::debug!(blob = %layer.blob(), pieces = pieces.len(), copied_bytes, "dedup section kept");
         // The copies first: who finds the file after a crash need not look again.
-        let kept = layer.store.flush().and_then(|()| layer.store.write(|to| to.write_dedup(&dedup::encode(&pieces))));
+        let kept = layer.store.flush().and_then(|()| layer.store.directory().write_dedup(&dedup::encode(&pieces)));
         if let Err(error) = kept {
             tracing::warn!(blob = %layer.blob(), %error, "dedup section cannot be kept");
         }

@@ -1,19 +1,26 @@
 //! What a later process finds.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, sync::Arc};
 
 use serde_json::json;
 
-use crate::support::{Fixture, MemorySource, TestLayer, check_read, open_cache};
+use crate::{
+    support::{Fixture, MemorySource, TestLayer, check_read, open_cache},
+    watched::{Kind, WatchedDisk},
+};
 
 /// A layer of four frames of which the first two are durable and the third is not, as a crash leaves it.
 async fn crashed() -> (TestLayer, tempfile::TempDir, PathBuf) {
     let test = TestLayer::of_frames(4, 10_000);
-    let fixture = Fixture::new(&test).await;
+    let disk = Arc::new(WatchedDisk::default());
+    let fixture = Fixture::with_options(&test, disk.options()).await;
     check_read(&fixture.layer, &test, test.plain_of_frame(0).start..test.plain_of_frame(1).end).await;
     fixture.cache.flush().unwrap();
+    // A layer is flushed as soon as it is complete.
+    disk.hold(Kind::Sync, "/data");
     check_read(&fixture.layer, &test, test.plain_of_frame(2).start..test.plain_of_frame(2).start + 1).await;
     let root = fixture.crash();
+    disk.release();
     let layer = root.path().join("layers").join(test.lazy.id().hex());
     (test, root, layer)
 }

@@ -1,0 +1,140 @@
+//! A disk that is watched: it remembers what was done, and waits or fails on demand.
+
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex},
+};
+
+use storage::{
+    CacheOptions,
+    disk::{Disk, Observer, Operation},
+};
+
+use crate::support::options;
+
+/// A change of the disk.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Change {
+    MakeDirectory(PathBuf),
+    Open { path: PathBuf, file: u64, is_new: bool },
+    Write { file: u64, offset: u64, bytes: Vec<u8> },
+    SetLen { file: u64, len: u64 },
+    Sync(u64),
+    Rename { from: PathBuf, to: PathBuf },
+    Remove(PathBuf),
+    SyncDirectory(PathBuf),
+}
+
+/// Kinds of operations that can be made to wait or fail.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    Sync,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct WatchedDisk {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    changes: Vec<Change>,
+    paths: HashMap<u64, PathBuf>,
+    failing: Vec<(Kind, String, i32)>,
+    held: Vec<(Kind, String)>,
+    waiting: usize,
+}
+
+impl WatchedDisk {
+    /// Options of a cache on a watched disk.
+    pub(crate) fn options(self: &Arc<Self>) -> CacheOptions {
+        CacheOptions { disk: Disk::observed(self.clone()), ..options() }
+    }
+
+    /// What was changed so far.
+    pub(crate) fn changes(&self) -> Vec<Change> {
+        self.state.lock().unwrap().changes.clone()
+    }
+
+    /// Operations on files whose path has this part, when they are opened, fail with this error of the system.
+    pub(crate) fn fail(&self, kind: Kind, path_part: &str, errno: i32) {
+        self.state.lock().unwrap().failing.push((kind, path_part.to_owned(), errno));
+    }
+
+    /// Nothing fails any longer.
+    pub(crate) fn recover(&self) {
+        self.state.lock().unwrap().failing.clear();
+    }
+
+    /// Operations on such files wait.
+    pub(crate) fn hold(&self, kind: Kind, path_part: &str) {
+        self.state.lock().unwrap().held.push((kind, path_part.to_owned()));
+    }
+
+    /// Operations on such files wait no longer.
+    pub(crate) fn release_one(&self, path_part: &str) {
+        self.state.lock().unwrap().held.retain(|(_, part)| part != path_part);
+        self.changed.notify_all();
+    }
+
+    /// Nothing waits any longer.
+    pub(crate) fn release(&self) {
+        self.state.lock().unwrap().held.clear();
+        self.changed.notify_all();
+    }
+
+    /// Blocks until somebody waits.
+    pub(crate) fn wait_until_held(&self) {
+        drop(self.changed.wait_while(self.state.lock().unwrap(), |state| state.waiting == 0).unwrap());
+    }
+}
+
+impl Observer for WatchedDisk {
+    fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        let path_of = |file: u64| state.paths.get(&file).cloned();
+        let (kind, path, change) = match operation {
+            Operation::MakeDirectory { path } => (None, None, Some(Change::MakeDirectory(path.to_owned()))),
+            Operation::Open { path, file, is_new } => {
+                (None, None, Some(Change::Open { path: path.to_owned(), file, is_new }))
+            }
+            Operation::Read { path } => (Some(Kind::Read), Some(path.to_owned()), None),
+            Operation::ReadAt { file, .. } => (Some(Kind::Read), path_of(file), None),
+            Operation::WriteAt { file, offset, bytes } => {
+                (Some(Kind::Write), path_of(file), Some(Change::Write { file, offset, bytes: bytes.to_vec() }))
+            }
+            Operation::SetLen { file, len } => (None, None, Some(Change::SetLen { file, len })),
+            Operation::Sync { file } => (Some(Kind::Sync), path_of(file), Some(Change::Sync(file))),
+            Operation::Rename { from, to } => {
+                (None, None, Some(Change::Rename { from: from.to_owned(), to: to.to_owned() }))
+            }
+            Operation::Remove { path } => (None, None, Some(Change::Remove(path.to_owned()))),
+            Operation::SyncDirectory { path } => (None, None, Some(Change::SyncDirectory(path.to_owned()))),
+        };
+        if let Some(Change::Open { path, file, .. }) = &change {
+            state.paths.insert(*file, path.clone());
+        }
+        let is_meant = |wanted: Kind, part: &str| {
+            kind == Some(wanted) && path.as_deref().is_some_and(|path: &Path| path.to_string_lossy().contains(part))
+        };
+        if state.held.iter().any(|(kind, part)| is_meant(*kind, part)) {
+            state.waiting += 1;
+            self.changed.notify_all();
+            state = self
+                .changed
+                .wait_while(state, |state| state.held.iter().any(|(kind, part)| is_meant(*kind, part)))
+                .unwrap();
+            state.waiting -= 1;
+        }
+        if let Some((_, _, errno)) = state.failing.iter().find(|(kind, part, _)| is_meant(*kind, part)) {
+            return Err(io::Error::from_raw_os_error(*errno));
+        }
+        state.changes.extend(change);
+        Ok(())
+    }
+}
