@@ -22,6 +22,7 @@ FOOTER_MAGIC = 0x184D2A5F
 NONE = 0xFFFFFFFF
 FRAME_PLAIN_LEN_MAX = 4 << 20
 INDEX_LEN_MAX = 1 << 30
+EMPTY_FRAME = bytes.fromhex("28b52ffd2000010000")
 TYPES = {0o14: "socket", 0o12: "symlink", 0o10: "file", 0o06: "block", 0o04: "directory", 0o02: "character",
          0o01: "fifo"}
 REASONS = {1: "profile", 2: "command", 3: "interpreter", 4: "library", 5: "system", 6: "runtime"}
@@ -83,7 +84,7 @@ class Layer:
         self.follows(0x184D2A51, offset, compressed_len)
         compressed = self.at(offset, compressed_len)
         ensure(hashlib.sha256(compressed).digest() == footer[56:88], "index has a wrong digest")  # [10]
-        self.index_end = offset + compressed_len
+        self.index_offset, self.index_end = offset, offset + compressed_len
         self.tar_len, self.space_len, self.sections = container(unzstd(compressed, plain_len, INDEX_LEN_MAX))
 
     def follows(self, magic, offset, length):
@@ -110,6 +111,11 @@ class Layer:
             ensure((blob_offset, tar_offset) == (blob_end, tar_end), "frames have a gap or overlap")
             blob_end, tar_end = blob_end + compressed_len, tar_end + plain_len
         ensure(tar_end == self.tar_len, "frames do not cover the tar stream")
+        if not self.frames:  # [2.5]
+            ensure(self.at(0, len(EMPTY_FRAME)) == EMPTY_FRAME, "blob does not begin with a frame")
+            blob_end = len(EMPTY_FRAME)
+        ensure(self.at(0, 4) == EMPTY_FRAME[:4], "blob does not begin with a frame")
+        ensure(self.index_offset == blob_end + 8, "index is not behind the frames")  # [2.4]
 
     def children(self, inode):
         """Names and inode numbers of a directory [5.1, 5.2]."""

@@ -23,7 +23,7 @@ use crate::{
 pub const JOBS_MAX: usize = 16;
 
 /// Changes whenever equal options begin to make other frames: what was converted before is then converted again.
-pub(crate) const FRAMES_GENERATION: u32 = 2;
+pub(crate) const FRAMES_GENERATION: u32 = 3;
 /// Logarithm of the entries that zstd's table of long matches has at the default level: half of what it takes by
 /// itself, so that both tables fit into a core's cache. An eighth faster for 0.7 % more bytes.
 const HASH_LOG: u32 = 16;

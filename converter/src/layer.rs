@@ -24,7 +24,7 @@ use format_spec::{
     BlobTail, CompressedIndex, Digest, DigestHasher, FormatError, Frame, HotPiece, Index, LayerData, LazyLayer,
     builder::BuildError,
     dedup,
-    footer::{Footer, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
+    footer::{EMPTY_FRAME, Footer, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
     index::DedupLocation,
 };
 
@@ -144,6 +144,9 @@ pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
     }
     let (tree, tar_len) = walked?;
     let Written { frames, pieces, tar_hasher, .. } = written;
+    if frames.is_empty() {
+        spool.write(&EMPTY_FRAME).map_err(LayerError::Write)?;
+    }
     let built = build_index(tree)?;
     let data = LayerData {
         tar_len,

@@ -13,6 +13,8 @@ use crate::{
 
 /// Length of a skippable frame's header: magic number and content length (RFC 8878 3.1.2).
 pub const SKIPPABLE_HEADER_LEN: u64 = 8;
+/// What a blob begins with whose tar stream has no bytes (SPEC.md 2): a zstd frame that decompresses to nothing.
+pub const EMPTY_FRAME: [u8; 9] = [0x28, 0xb5, 0x2f, 0xfd, 0x20, 0x00, 0x01, 0x00, 0x00];
 /// Length of the footer's content.
 pub const FOOTER_LEN: u64 = size_of::<Footer>() as u64;
 /// Length of the skippable frame that holds the footer: the last bytes of a blob.
@@ -200,6 +202,12 @@ mod tests {
             changed[position] ^= 1;
             assert!(Footer::from_frame(&changed, 1 << 20).is_err(), "{position}");
         }
+    }
+
+    #[test]
+    fn the_empty_frame_is_a_frame_with_nothing_in_it() {
+        assert_eq!(zstd::bulk::decompress(&EMPTY_FRAME, 1).expect("a frame"), b"");
+        assert_eq!(zstd::stream::decode_all(&EMPTY_FRAME[..]).expect("a frame"), b"");
     }
 
     #[test]

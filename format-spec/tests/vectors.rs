@@ -10,12 +10,12 @@ use std::{
 
 use format_spec::{
     Digest, Footer, Frame, Index, IndexLocation, dedup,
-    footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
+    footer::{EMPTY_FRAME, FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
     index::{WHITEOUT, flag, mode},
 };
 use serde_json::{Value, json};
 
-const VECTORS: [&str; 2] = ["v1-small", "v1-hot"];
+const VECTORS: [&str; 3] = ["v1-small", "v1-hot", "v1-empty"];
 
 fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("vectors").join(name)
@@ -219,6 +219,18 @@ fn the_second_reader_refuses_what_is_changed() {
         changed[usize::try_from(position).unwrap()] ^= 1;
         check_refusal(name, &changed, reason);
     }
+}
+
+#[test]
+fn a_blob_without_a_frame_at_its_start_is_refused() {
+    let Layer { blob, location, .. } = Layer::open(std::fs::read(path("v1-empty.blob")).unwrap());
+    assert_eq!(blob[..EMPTY_FRAME.len()], EMPTY_FRAME);
+    assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), b"");
+    // The same layer as it was written before: the index stands at the start, and everything in its place.
+    let moved = IndexLocation { offset: SKIPPABLE_HEADER_LEN, ..location };
+    let mut without = blob[EMPTY_FRAME.len()..blob.len() - usize::try_from(FOOTER_FRAME_LEN).unwrap()].to_vec();
+    without.extend(Footer::new(&moved, 0, 0).to_frame());
+    check_refusal("no-frame", &without, "blob does not begin with a frame");
 }
 
 /// The bytes of a block of SPEC.md: lines of an offset and two-digit bytes, and what is said of them.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use format_spec::{
     Digest, Footer, Index, LazyLayer,
     dedup::{self, DedupPiece},
-    footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
+    footer::{EMPTY_FRAME, FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
     index::FRAME_PLAIN_LEN_MAX,
 };
 use tar_index::{
@@ -162,6 +162,13 @@ fn check_tail<R: io::BufRead>(
     findings: &mut Findings,
 ) -> io::Result<()> {
     let OpenLayer { lazy, index, .. } = layer;
+    // The one frame that no record describes.
+    if index.frames().is_empty() && cursor.read(EMPTY_FRAME.len() as u64)? != EMPTY_FRAME {
+        let problem = "it does not begin with a frame: other programs take it for a bare tar; convert the image again";
+        findings.add(Part::Layout, "blob", problem);
+        findings.skip("what stands behind the frames, since there is none");
+        return Ok(());
+    }
     let expected_offset = cursor.position + SKIPPABLE_HEADER_LEN;
     if lazy.index.offset != expected_offset {
         let problem = format!("it stands at {}, the frames end for one at {expected_offset}", lazy.index.offset);
