@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     image::{ImageDestination, ImageError, ImageSource, StoredManifest},
     manifest::{Descriptor, ImageIndex, ImageManifest},
+    stale::for_new_blob,
 };
 
 /// Longest file of the directory that is read; they have a kilobyte.
@@ -236,13 +237,13 @@ fn write_entry(path: &Path, entry: &Entry) -> io::Result<()> {
     Ok(())
 }
 
-/// The annotations of a new layer: those of the original, what a node must be told, and where it came from.
+/// The annotations of a new layer: those of the original that do not describe its blob, what a node must be told, and where it came from.
 pub(crate) fn annotations_of(
     original: Option<BTreeMap<String, String>>,
     layer: &LazyLayer,
     key: &ConversionKey,
 ) -> BTreeMap<String, String> {
-    let mut annotations = original.unwrap_or_default();
+    let mut annotations = for_new_blob(original);
     annotations.extend(layer.to_annotations());
     annotations.extend(key.to_annotations());
     annotations

@@ -27,6 +27,7 @@ use crate::{
     report::{ImageReport, LayerContent, LayerReport},
     resolve::ResolvedImage,
     spool::Spool,
+    stale::for_new_layers,
     start_up::{HotPackChoice, ReadableLayer, choose_hot_pieces},
 };
 
@@ -94,10 +95,15 @@ impl Conversion<'_> {
             .try_collect()
             .await?;
         let mut reports = Vec::with_capacity(image.manifest.layers.len());
+        let mut has_new_blobs = false;
         for layer in &mut image.manifest.layers {
             let (descriptor, report) = &done[&layer.digest];
+            has_new_blobs |= descriptor.digest != layer.digest;
             reports.push(report.clone());
             *layer = descriptor.clone();
+        }
+        if has_new_blobs {
+            for_new_layers(&mut image.manifest.annotations);
         }
         let new = self.finish_manifest(&mut image).await?;
         let report = ImageReport {

@@ -9,7 +9,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use format_spec::{
     Digest, DigestHasher, Footer, FormatError, Index, LazyLayer,
-    annotation::AnnotationError,
+    annotation::{self, AnnotationError},
     footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
 };
 use futures_util::StreamExt;
@@ -102,7 +102,11 @@ pub async fn find_lazy_layer(
 /// The descriptor of a lazy layer, with the annotations that it may have lost.
 pub fn annotate(mut descriptor: Descriptor, lazy: Option<LazyLayer>) -> Descriptor {
     if let Some(lazy) = lazy {
-        descriptor.annotations.get_or_insert_default().extend(lazy.to_annotations());
+        // What stood there may have been said of another blob.
+        let mut annotations = descriptor.annotations.take().unwrap_or_default();
+        annotations.retain(|key, _| !annotation::ALL.contains(&key.as_str()));
+        annotations.extend(lazy.to_annotations());
+        descriptor.annotations = Some(annotations);
     }
     descriptor
 }

@@ -35,5 +35,6 @@ mod referrers;
 pub mod report;
 pub mod resolve;
 pub mod spool;
+mod stale;
 pub mod start_up;
 pub mod status;

@@ -15,6 +15,7 @@ use crate::{
     manifest::{Descriptor, media_type},
     platform::Platform,
     resolve::{ResolvedImage, resolve_image},
+    stale::{describes_blob, describes_layers},
 };
 
 /// An image that another one was converted from.
@@ -47,7 +48,10 @@ pub(crate) async fn compare(
     if ours != theirs {
         findings.add(Part::Config, "config", format!("its digest is {ours}, that of the original {theirs}"));
     }
-    compare_notes("manifest", image.manifest.annotations.as_ref(), source.manifest.annotations.as_ref(), findings);
+    let (notes, their_notes) = (image.manifest.annotations.as_ref(), source.manifest.annotations.as_ref());
+    let blobs = |image: &ResolvedImage| image.manifest.layers.iter().map(|layer| layer.digest).collect::<Vec<_>>();
+    let are_new = blobs(image) != blobs(source);
+    compare_notes("manifest", notes, their_notes, |key| are_new && describes_layers(key), findings);
     compare_fields(&image.manifest.rest, &source.manifest.rest, findings);
     let (our_count, their_count) = (layers.len(), source.manifest.layers.len());
     if our_count != their_count {
@@ -56,7 +60,9 @@ pub(crate) async fn compare(
     let pairs = image.manifest.layers.iter().zip(layers).zip(source.manifest.layers.iter().zip(&source.diff_ids));
     for (number, ((ours, checked), (theirs, diff_id))) in pairs.enumerate() {
         let place = format!("layer {} {}", number + 1, checked.digest);
-        compare_notes(&place, ours.annotations.as_ref(), theirs.annotations.as_ref(), findings);
+        let is_new = ours.digest != theirs.digest;
+        let may_be_gone = |key: &str| is_new && describes_blob(key);
+        compare_notes(&place, ours.annotations.as_ref(), theirs.annotations.as_ref(), may_be_gone, findings);
         if checked.diff_id != *diff_id {
             let problem = format!("its diff ID is {}, that of the original {diff_id}", checked.diff_id);
             findings.add(Part::Config, place.clone(), problem);
@@ -109,15 +115,27 @@ fn tar_problem(found: Digest, expected: Digest) -> String {
 
 type Notes = BTreeMap<String, String>;
 
-/// Annotations of the original are carried over as they are; conversion only adds some.
-fn compare_notes(place: &str, ours: Option<&Notes>, theirs: Option<&Notes>, findings: &mut Findings) {
+/// Annotations of the original are carried over as they are, but for those that describe bytes which were replaced:
+/// of these none may be left. Conversion only adds some.
+fn compare_notes(
+    place: &str,
+    ours: Option<&Notes>,
+    theirs: Option<&Notes>,
+    may_be_gone: impl Fn(&str) -> bool,
+    findings: &mut Findings,
+) {
     for (key, expected) in theirs.into_iter().flatten() {
         // A lazy original may have been converted again.
         if key.starts_with(LAZULI_PREFIX) {
             continue;
         }
         let found = ours.and_then(|ours| ours.get(key));
-        if found != Some(expected) {
+        if may_be_gone(key) {
+            if found.is_some() {
+                let problem = "it describes the original's bytes, which are not those of this image";
+                findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
+            }
+        } else if found != Some(expected) {
             let found = found.map_or("nothing".to_owned(), |found| format!("{found:?}"));
             let problem = format!("it is {found}, in the original {expected:?}");
             findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
