@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     fs::File,
-    io::{self, Read},
+    io::{self, BufReader, Read},
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -16,7 +16,7 @@ use std::{
 use tar_index::walker::{Entry, EntryKind, TarError, TarInput, next_entry};
 
 use crate::{
-    blob_reader::{GZIP_MAGIC, ZSTD_MAGIC},
+    blob_reader::{Compression, MAGIC_LEN},
     file_source::FileSource,
     image::ImageError,
 };
@@ -25,6 +25,8 @@ use crate::{
 const MEMBER_COUNT_MAX: usize = 100_000;
 /// Longest tar stream in a compressed archive: more than any image, and less than most disks have.
 const PLAIN_LEN_MAX: u64 = 128 << 30;
+/// Bytes read at once of a compressed archive.
+const READ_LEN: usize = 128 << 10;
 /// Links followed from one member to another; `docker save` makes one step.
 const LINK_DEPTH_MAX: usize = 8;
 
@@ -61,12 +63,11 @@ impl Archive {
         if file.metadata().map_err(failed)?.is_dir() {
             return Err(refuse("a directory, where an archive is expected; name a directory as oci:DIR".to_owned()));
         }
-        let mut start = [0; 4];
+        let mut start = [0; MAGIC_LEN];
         let start_len = file.read_at(&mut start, 0).map_err(failed)?;
-        let start = &start[..start_len];
-        let (tar, file) = if start.starts_with(&GZIP_MAGIC) || start.starts_with(&ZSTD_MAGIC) {
-            let plain =
-                decompress(&file, start.starts_with(&GZIP_MAGIC), spool_directory, PLAIN_LEN_MAX).map_err(refuse)?;
+        let compression = Compression::of(&start[..start_len]);
+        let (tar, file) = if compression != Compression::None {
+            let plain = decompress(&file, compression, spool_directory, PLAIN_LEN_MAX).map_err(refuse)?;
             let plain = Arc::new(plain);
             (FileSource::unnamed(Arc::clone(&plain)), plain)
         } else {
@@ -151,15 +152,11 @@ impl Read for PartReader {
 }
 
 /// The plain stream of a compressed archive, of at most `len_max` bytes, in a file without a name.
-fn decompress(file: &File, is_gzip: bool, spool_directory: &Path, len_max: u64) -> Result<File, String> {
+fn decompress(file: &File, compression: Compression, spool_directory: &Path, len_max: u64) -> Result<File, String> {
     let mut plain = tempfile::tempfile_in(spool_directory)
         .map_err(|error| format!("no temporary file in {}: {error}", spool_directory.display()))?;
     let broken = |error: io::Error| format!("decompressing into {}: {error}", spool_directory.display());
-    let decoder: Box<dyn Read> = if is_gzip {
-        Box::new(flate2::read::MultiGzDecoder::new(file))
-    } else {
-        Box::new(zstd::Decoder::new(file).map_err(broken)?)
-    };
+    let decoder = compression.reader(BufReader::with_capacity(READ_LEN, file)).map_err(broken)?;
     let len = io::copy(&mut decoder.take(len_max + 1), &mut plain).map_err(broken)?;
     if len > len_max {
         return Err(format!("it decompresses to more than {len_max} bytes: decompress it yourself"));
@@ -294,10 +291,14 @@ mod tests {
 
     #[test]
     fn members_are_found_through_links_whatever_the_compression() {
+        let zstd = zstd::encode_all(&sample()[..], 0).unwrap();
+        // What pzstd writes: a skippable frame before each frame says how long that is.
+        let length = u32::try_from(zstd.len()).unwrap().to_le_bytes();
+        let pzstd = [&0x184D_2A50u32.to_le_bytes()[..], &4u32.to_le_bytes(), &length, &zstd].concat();
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gzip.write_all(&sample()).unwrap();
         let directory = tempfile::tempdir().unwrap();
-        for bytes in [sample(), gzip.finish().unwrap(), zstd::encode_all(&sample()[..], 0).unwrap()] {
+        for bytes in [sample(), gzip.finish().unwrap(), zstd, pzstd] {
             let path = directory.path().join("archive");
             std::fs::write(&path, bytes).unwrap();
             let archive = Archive::open(&path, directory.path()).unwrap();
@@ -318,7 +319,8 @@ mod tests {
         let path = directory.path().join("archive");
         std::fs::write(&path, zstd::encode_all(&sample()[..], 0).unwrap()).unwrap();
         let len = sample().len() as u64;
-        let decompress = |len_max| decompress(&File::open(&path).unwrap(), false, directory.path(), len_max);
+        let decompress =
+            |len_max| decompress(&File::open(&path).unwrap(), Compression::Zstd, directory.path(), len_max);
         assert_eq!(decompress(len).unwrap().metadata().unwrap().len(), len);
         let error = decompress(len - 1).unwrap_err();
         assert_eq!(error, format!("it decompresses to more than {} bytes: decompress it yourself", len - 1));
@@ -339,8 +341,8 @@ mod tests {
         header.set_size(5);
         builder.append_data(&mut header, "a\nb\u{1b}[1m", &b"hello"[..]).unwrap();
         check(&builder.into_inner().unwrap()[..514], "FILE: truncated: it ends within a b [1m");
-        check(&[&GZIP_MAGIC[..], b"nothing"].concat(), "FILE: decompressing into ");
-        check(&[&ZSTD_MAGIC[..], b"nothing"].concat(), "FILE: decompressing into ");
+        check(b"\x1f\x8bnothing", "FILE: decompressing into ");
+        check(b"\x28\xb5\x2f\xfdnothing", "FILE: decompressing into ");
         assert!(open(b"").unwrap().members.is_empty());
     }
 }

@@ -6,12 +6,75 @@ use std::io::{self, BufRead, Read};
 use bytes::{Buf, Bytes};
 use format_spec::{Digest, DigestHasher};
 
-pub(crate) const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
-pub(crate) const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();
+const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();
 /// Magic numbers of zstd's skippable frames, but for their last four bits.
 const ZSTD_SKIPPABLE_MAGIC: u32 = 0x184D_2A50;
 /// What the compression is told by.
-const MAGIC_LEN: usize = 4;
+pub(crate) const MAGIC_LEN: usize = 4;
+/// The largest window of a zstd frame that is decoded, as a power of two: 512 MiB, as containerd's library has it.
+/// libzstd by itself stops at 128 MiB. It is a bound: memory is used as far as there is content.
+const WINDOW_LOG_MAX: u32 = 29;
+
+/// How a stream is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compression {
+    /// gzip of any number of members.
+    Gzip,
+    /// zstd of any number of frames, skippable ones among them.
+    Zstd,
+    /// Not at all, or in a way that nobody knows.
+    None,
+}
+
+impl Compression {
+    /// Tells it by the first bytes.
+    pub(crate) fn of(start: &[u8]) -> Self {
+        let word = start.first_chunk::<MAGIC_LEN>().copied().unwrap_or_default();
+        let is_skippable = u32::from_le_bytes(word) & !0xf == ZSTD_SKIPPABLE_MAGIC;
+        match start {
+            _ if start.starts_with(&GZIP_MAGIC) => Self::Gzip,
+            _ if word == ZSTD_MAGIC || is_skippable => Self::Zstd,
+            _ => Self::None,
+        }
+    }
+
+    /// The plain stream in `stream`.
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory for a decoder.
+    pub(crate) fn reader<'a>(self, stream: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
+        Ok(match self {
+            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
+            Self::Zstd => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
+                decoder.window_log_max(WINDOW_LOG_MAX)?;
+                Box::new(ZstdReader(decoder))
+            }
+            Self::None => Box::new(stream),
+        })
+    }
+}
+
+/// Says in words of people what keeps a zstd stream from being decoded.
+struct ZstdReader<R: BufRead>(zstd::stream::read::Decoder<'static, R>);
+
+impl<R: BufRead> Read for ZstdReader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer).map_err(|error| {
+            // libzstd's words for a window above the bound; the error has no number.
+            if !error.to_string().contains("requires too much memory") {
+                return error;
+            }
+            let limit = (1u64 << WINDOW_LOG_MAX) >> 20;
+            io::Error::other(format!(
+                "a zstd frame of it declares a window of more than {limit} MiB, the most that containerd reads: \
+                 compress it with zstd --long={WINDOW_LOG_MAX} or less"
+            ))
+        })
+    }
+}
 
 /// A blob did not arrive as its descriptor says.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -118,15 +181,7 @@ impl<P: Iterator<Item = Result<Bytes, String>>> BlobReader<P> {
             }
             self.piece = if self.piece.is_empty() { next } else { [&self.piece[..], &next[..]].concat().into() };
         }
-        let start = self.piece.first_chunk::<MAGIC_LEN>().copied().unwrap_or_default();
-        let is_skippable = u32::from_le_bytes(start) & !0xf == ZSTD_SKIPPABLE_MAGIC;
-        Ok(if self.piece.starts_with(&GZIP_MAGIC) {
-            Box::new(flate2::bufread::MultiGzDecoder::new(self))
-        } else if start == ZSTD_MAGIC || is_skippable {
-            Box::new(zstd::stream::read::Decoder::with_buffer(self)?)
-        } else {
-            Box::new(self)
-        })
+        Compression::of(&self.piece).reader(self)
     }
 }
 
@@ -148,5 +203,54 @@ impl<P: Iterator<Item = Result<Bytes, String>>> Read for BlobReader<P> {
         let len = self.fill_buf()?.read(buffer)?;
         self.consume(len);
         Ok(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// What `zstd --long=LOG` writes through a pipe, where it does not know the length of its input.
+    fn with_window(log: u32, content: &[u8]) -> Vec<u8> {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(log).unwrap();
+        encoder.write_all(content).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn decompress(blob: Vec<u8>) -> io::Result<Vec<u8>> {
+        let (digest, len) = (Digest::of(&blob), blob.len() as u64);
+        let pieces = blob.chunks(3).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect::<Vec<_>>();
+        let mut reader = BlobReader::new(pieces.into_iter(), digest, len);
+        let mut plain = Vec::new();
+        reader.decompress()?.read_to_end(&mut plain)?;
+        Ok(plain)
+    }
+
+    #[test]
+    fn windows_are_read_as_far_as_containerd_reads_them() {
+        for log in [20, 27, 28, 29] {
+            assert_eq!(decompress(with_window(log, b"content")).unwrap(), b"content", "{log}");
+        }
+        for log in [30, 31] {
+            let error = decompress(with_window(log, b"content")).unwrap_err().to_string();
+            assert!(error.contains("a window of more than 512 MiB"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_stream_may_begin_with_a_skippable_frame() {
+        let skippable = [&0x184D_2A5Eu32.to_le_bytes()[..], &3u32.to_le_bytes(), b"any"].concat();
+        let blob = [skippable, with_window(20, b"content")].concat();
+        assert_eq!(Compression::of(&blob), Compression::Zstd);
+        assert_eq!(decompress(blob).unwrap(), b"content");
+        for plain in [&b""[..], b"x", b"PK\x03\x04"] {
+            assert_eq!(
+                (Compression::of(plain), decompress(plain.to_vec()).unwrap()),
+                (Compression::None, plain.to_vec())
+            );
+        }
     }
 }

@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use crate::{
     archive::Archive,
-    blob_reader::{GZIP_MAGIC, ZSTD_MAGIC},
+    blob_reader::{Compression, MAGIC_LEN},
     file_source::FileSource,
     image::{CONFIG_LEN_MAX, ImageError, StoredManifest},
     manifest::{Descriptor, ImageConfig, ImageManifest, media_type},
@@ -27,7 +27,15 @@ struct Entry {
     config: String,
     #[serde(default)]
     repo_tags: Option<Vec<String>>,
-    layers: Vec<String>,
+    #[serde(default)]
+    layers: Option<Vec<String>>,
+}
+
+impl Entry {
+    /// Go writes `null` for a list that has nothing in it.
+    fn layers(&self) -> &[String] {
+        self.layers.as_deref().unwrap_or_default()
+    }
 }
 
 /// One image in an archive of docker.
@@ -59,13 +67,13 @@ impl DockerArchive {
         let config: ImageConfig =
             serde_json::from_slice(&config_bytes).map_err(|error| refuse(format!("{}: {error}", entry.config)))?;
         let diff_ids = &config.rootfs.diff_ids;
-        if diff_ids.len() != entry.layers.len() || diff_ids.len() > LAYER_COUNT_MAX {
-            let (layers, diff_ids) = (entry.layers.len(), diff_ids.len());
+        if diff_ids.len() != entry.layers().len() || diff_ids.len() > LAYER_COUNT_MAX {
+            let (layers, diff_ids) = (entry.layers().len(), diff_ids.len());
             return Err(refuse(format!("{MANIFEST_NAME} lists {layers} layers, the config says {diff_ids}")));
         }
         let mut blobs = HashMap::new();
         let mut layers = Vec::with_capacity(diff_ids.len());
-        for (member, diff_id) in entry.layers.iter().zip(diff_ids) {
+        for (member, diff_id) in entry.layers().iter().zip(diff_ids) {
             let range = archive.find(member).ok_or_else(|| missing(member))?;
             let descriptor = describe_layer(&archive, range.clone(), diff_id).map_err(|error| archive.failed(error))?;
             blobs.insert(descriptor.digest, range);
@@ -107,13 +115,18 @@ fn find_entry<'a>(entries: &'a [Entry], name: Option<&str>) -> Result<&'a Entry,
     let tags = |entry: &'a Entry| entry.repo_tags.iter().flatten().map(String::as_str);
     let present = || {
         let names: Vec<_> = entries.iter().flat_map(tags).collect();
-        if names.is_empty() { "images without names".to_owned() } else { names.join(", ") }
+        if names.is_empty() { "images without names, @0 and so on".to_owned() } else { names.join(", ") }
     };
     match (name, entries) {
         (_, []) => Err("no image in this archive".to_owned()),
         (None, [only]) => Ok(only),
         (None, _) => {
             Err(format!("{} images: choose one with docker-archive:FILE:NAME; there is: {}", entries.len(), present()))
+        }
+        (Some(name), _) if name.starts_with('@') => {
+            let number = name[1..].parse::<usize>().ok();
+            let found = number.and_then(|number| entries.get(number));
+            found.ok_or_else(|| format!("no image {name}; there are {}, from @0 on", entries.len()))
         }
         (Some(name), _) => {
             let is_meant = |tag: &str| full_name(tag) == full_name(name);
@@ -134,15 +147,13 @@ fn full_name(name: &str) -> String {
 /// The descriptor of the layer at `range`.
 fn describe_layer(archive: &Archive, range: Range<u64>, diff_id: &Digest) -> io::Result<Descriptor> {
     let size = range.end - range.start;
-    let mut start = [0; 4];
+    let mut start = [0; MAGIC_LEN];
     let start_len = usize::try_from(size).map_or(start.len(), |size| size.min(start.len()));
     io::Read::read_exact(&mut archive.reader(range.clone())?, &mut start[..start_len])?;
-    let (media_type, digest) = if start.starts_with(&GZIP_MAGIC) {
-        (media_type::DOCKER_LAYER_GZIP, hash(archive, range)?)
-    } else if start == ZSTD_MAGIC {
-        (media_type::OCI_LAYER_ZSTD, hash(archive, range)?)
-    } else {
-        (media_type::DOCKER_LAYER, *diff_id)
+    let (media_type, digest) = match Compression::of(&start[..start_len]) {
+        Compression::Gzip => (media_type::DOCKER_LAYER_GZIP, hash(archive, range)?),
+        Compression::Zstd => (media_type::OCI_LAYER_ZSTD, hash(archive, range)?),
+        Compression::None => (media_type::DOCKER_LAYER, *diff_id),
     };
     Ok(Descriptor { digest, size, ..Descriptor::of(media_type, b"") })
 }
@@ -182,7 +193,7 @@ mod tests {
         let entry = |tags: &[&str]| Entry {
             config: tags.concat(),
             repo_tags: Some(tags.iter().map(|&tag| tag.to_owned()).collect()),
-            layers: Vec::new(),
+            layers: None,
         };
         let entries = [entry(&["debian:12", "debian:latest"]), entry(&["localhost:5000/a/b:v1"]), entry(&[])];
         let find = |name: &str| find_entry(&entries, Some(name)).map(|entry| entry.config.clone());
@@ -196,6 +207,12 @@ mod tests {
         let expected = format!("3 images: choose one with docker-archive:FILE:NAME; there is: {present}");
         assert_eq!(several, Err(expected));
         assert!(find_entry(&entries[2..], None).is_ok());
+        assert_eq!(find("@1"), Ok("localhost:5000/a/b:v1".to_owned()));
+        assert_eq!(find("@3"), Err("no image @3; there are 3, from @0 on".to_owned()));
+        let unnamed = find_entry(&[entry(&[]), entry(&[])], None).map(|_| ());
+        let expected =
+            "2 images: choose one with docker-archive:FILE:NAME; there is: images without names, @0 and so on";
+        assert_eq!(unnamed, Err(expected.to_owned()));
         assert_eq!(find_entry(&[], None).map(|_| ()), Err("no image in this archive".to_owned()));
     }
 }

@@ -8,7 +8,9 @@ use std::{
     sync::Arc,
 };
 
-use converter::{archive::Archive, docker_archive::DockerArchive, image::ImageError, layout::Layout};
+use converter::{
+    archive::Archive, docker_archive::DockerArchive, image::ImageError, layout::Layout, location::Selector,
+};
 
 use super::one_line;
 use crate::seal;
@@ -21,7 +23,11 @@ pub(crate) fn run(data: &[u8]) {
         seal::tar(&mut bytes);
     }
     // A gzip bomb ends when the disk is full, as it does with any program that unpacks; not here.
-    if bytes.starts_with(&[0x1f, 0x8b]) || bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+    let is_skippable = |word: &[u8; 4]| u32::from_le_bytes(*word) & !0xf == 0x184D_2A50;
+    if bytes.starts_with(&[0x1f, 0x8b])
+        || bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd])
+        || bytes.first_chunk().is_some_and(is_skippable)
+    {
         return;
     }
     let memory = rustix::fs::memfd_create("archive", rustix::fs::MemfdFlags::CLOEXEC).expect("a file in memory");
@@ -57,7 +63,8 @@ fn docker(archive: &Arc<Archive>, name: Option<&str>) -> Result<(), ImageError> 
 }
 
 fn layout(archive: &Arc<Archive>, name: Option<&str>) -> Result<(), ImageError> {
-    let layout = Layout::in_archive(Arc::clone(archive), name.map(str::to_owned));
+    let layout =
+        Layout::in_archive(Arc::clone(archive), name.map_or(Selector::Only, |name| Selector::Tag(name.to_owned())));
     let image = layout.image()?;
     layout.blob(&image.digest)?;
     let member = format!("blobs/sha256/{}", image.digest.hex());
