@@ -156,7 +156,11 @@ fn print(report: &Report, json: bool) {
         return;
     }
     for artifact in &report.artifacts {
-        eprintln!("{}: no container image, copied as it is", artifact.digest);
+        let kind = if artifact.kind.is_empty() { "of no type" } else { &artifact.kind };
+        eprintln!("{}: no container image ({}), copied as it is", artifact.digest, kind.escape_debug());
+    }
+    if report.images.is_empty() {
+        eprintln!("warning: nothing was converted: {} holds no lazy image", report.destination);
     }
     for referrer in &report.referrers {
         let attached = if referrer.attached.is_some() { ", attached to the new image" } else { "" };

@@ -11,10 +11,11 @@ use format_spec::Digest;
 use crate::{
     convert::{Conversion, ConvertError},
     copy::copy_blobs,
-    image::StoredManifest,
+    image::{ImageError, StoredManifest},
     manifest::{Descriptor, ImageIndex, IndexEntry},
     report::{ArtifactReport, ImageReport},
-    resolve::{INDEX_DEPTH_MAX, ResolveError, parse, read_image},
+    resolve::{INDEX_DEPTH_MAX, ResolveError, artifact_kind, parse, read_image},
+    stale::for_new_layers,
 };
 
 /// In an index of buildkit: the image that an attestation is about. Source: buildkit, docs/attestations.
@@ -69,7 +70,8 @@ impl Conversion<'_> {
                 new
             } else {
                 let copied_len = copy_blobs(self.source, self.destination, &stored).await?;
-                made.artifacts.push(ArtifactReport { digest, copied_len });
+                let kind = artifact_kind(&stored).unwrap_or_default();
+                made.artifacts.push(ArtifactReport { digest, copied_len, kind });
                 NewManifest::same(&stored)
             };
             made.descriptors.insert(digest, new.descriptor());
@@ -100,7 +102,14 @@ impl Conversion<'_> {
             if !child.is_index() {
                 self.observer.image_starts(&entry.describe_platform());
             }
-            let new = self.convert_manifest(child, depth + 1, made).await?;
+            let new = self.convert_manifest(child, depth + 1, made).await.map_err(|error| match error {
+                // Which one that is, and that the others can be had without it.
+                ConvertError::Image(error @ ImageError::Malformed { .. })
+                | ConvertError::Resolve(ResolveError::Image(error @ ImageError::Malformed { .. })) => {
+                    about(number)(format!("{error}; convert one image with --platform")).into()
+                }
+                error => error,
+            })?;
             self.destination.put_manifest(&new.media_type, &new.bytes).await?;
         }
         rewrite(&mut index, &made.descriptors);
@@ -120,6 +129,7 @@ fn rewrite(index: &mut ImageIndex, made: &HashMap<Digest, Descriptor>) {
             // The old manifest, or where it can be had.
             entry.rest.remove("data");
             entry.rest.remove("urls");
+            for_new_layers(&mut entry.annotations);
         }
         if let Some(about) = entry.annotations.as_mut().and_then(|annotations| annotations.get_mut(REFERENCE_DIGEST))
             && let Ok(old) = about.parse::<Digest>()
@@ -146,7 +156,7 @@ mod tests {
                 {
                     "mediaType": registry::media_type::DOCKER_MANIFEST, "digest": digest("image"), "size": 1,
                     "platform": {"architecture": "arm", "os": "linux", "variant": "v7", "os.features": ["x"]},
-                    "annotations": {"note": "kept"}, "data": "b2xk", "artifactType": "kept",
+                    "annotations": {"note": "kept", "com.amazon.soci.index-digest": "gone"}, "data": "b2xk", "artifactType": "kept",
                 },
                 {
                     "mediaType": registry::media_type::OCI_MANIFEST, "digest": digest("attestation"), "size": 2,
@@ -164,6 +174,7 @@ mod tests {
         expected["manifests"][0]["digest"] = new.digest.to_string().into();
         expected["manifests"][0]["size"] = new.size.into();
         expected["manifests"][0].as_object_mut().unwrap().remove("data");
+        expected["manifests"][0]["annotations"] = json!({"note": "kept"});
         expected["manifests"][1]["annotations"]["vnd.docker.reference.digest"] = new.digest.to_string().into();
         let same = Descriptor { digest: digest("attestation"), ..Descriptor::of("m", b"") };
         let mut index: ImageIndex = serde_json::from_value(old).unwrap();

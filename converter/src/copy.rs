@@ -9,16 +9,16 @@ use serde::Deserialize;
 
 use crate::{
     image::{ImageDestination, ImageError, ImageSource, StoredManifest},
-    manifest::Descriptor,
+    manifest::{Descriptor, null_is_empty},
 };
 
 /// The blobs that a manifest names. (`blobs` is what artifact manifests had before OCI 1.1.)
 #[derive(Debug, Deserialize)]
 struct Blobs {
     config: Option<Descriptor>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_empty")]
     layers: Vec<Descriptor>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_empty")]
     blobs: Vec<Descriptor>,
 }
 
@@ -61,6 +61,10 @@ pub(crate) async fn copy_blob(
         || destination.mount_blob(source, &digest).await?
     {
         return Ok(0);
+    }
+    if let Some(content) = descriptor.embedded() {
+        destination.put_bytes(&digest, &content).await?;
+        return Ok(len);
     }
     let mut stream = source.blob_stream(&digest).await?;
     let mut spool = destination.spool()?;

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use crate::{
     image::{ImageError, ImageSource},
     layout::Layout,
-    location::Location,
+    location::{LayoutName, Location, Selector},
     manifest::Descriptor,
     oci_archive::OciArchiveWriter,
     oci_directory::OciDirectoryWriter,
@@ -82,10 +82,14 @@ impl ImageDestination {
                 reference: reference.clone(),
                 spool_directory: spool_directory.to_owned(),
             }),
-            Location::OciDirectory { path, tag } => {
-                Ok(Self::OciDirectory(OciDirectoryWriter::open(path, tag.as_deref())?))
+            Location::OciDirectory(name) => {
+                let (path, tag) = new_image(location, name)?;
+                Ok(Self::OciDirectory(OciDirectoryWriter::open(&path, tag.as_deref())?))
             }
-            Location::OciArchive { path, tag } => Ok(Self::OciArchive(OciArchiveWriter::open(path, tag.as_deref())?)),
+            Location::OciArchive(name) => {
+                let (path, tag) = new_image(location, name)?;
+                Ok(Self::OciArchive(OciArchiveWriter::open(&path, tag.as_deref())?))
+            }
             Location::DockerArchive { .. } => Err(ImageError::DockerDestination(location.clone())),
         }
     }
@@ -272,7 +276,10 @@ impl ImageDestination {
                 ImageSource::Registry { client: client.clone(), reference: reference.clone() }
             }
             Self::OciDirectory(writer) | Self::OciArchive(OciArchiveWriter { layout: writer, .. }) => {
-                ImageSource::Layout(Layout::in_directory(writer.directory().to_owned(), Some(writer.tag().to_owned())))
+                ImageSource::Layout(Layout::in_directory(
+                    writer.directory().to_owned(),
+                    Selector::Tag(writer.tag().to_owned()),
+                ))
             }
         }
     }
@@ -291,5 +298,14 @@ impl ImageDestination {
             Self::OciDirectory(writer) => writer.publish(media_type, &bytes),
             Self::OciArchive(writer) => writer.publish(media_type, &bytes).await,
         }
+    }
+}
+
+/// The path of a layout, and the tag that a new image in it gets.
+fn new_image(location: &Location, name: &LayoutName) -> Result<(PathBuf, Option<String>), ImageError> {
+    match name.split(Path::exists) {
+        (path, Selector::Only) => Ok((path, None)),
+        (path, Selector::Tag(tag)) => Ok((path, Some(tag))),
+        (_, Selector::Number(_) | Selector::Digest(_)) => Err(ImageError::LayoutDestination(location.clone())),
     }
 }

@@ -15,7 +15,11 @@ use storage::{ByteStream, Source, SourceError};
 
 pub use crate::destination::{ImageDestination, Progress};
 use crate::{
-    archive::Archive, docker_archive::DockerArchive, file_source::FileSource, layout::Layout, location::Location,
+    archive::Archive,
+    docker_archive::DockerArchive,
+    file_source::FileSource,
+    layout::Layout,
+    location::{Location, Selector},
     manifest::Descriptor,
 };
 
@@ -39,14 +43,14 @@ pub enum ImageError {
     /// A directory holds something else, or is not there.
     #[error("{}: no OCI image layout in this directory", .0.display())]
     NoLayout(PathBuf),
-    /// A layout does not have the tag.
-    #[error("{}: no image tagged {tag}; there is: {}", place.display(), one_line(present))]
+    /// A layout does not have the image.
+    #[error("{}: no image {image}; there is: {}", place.display(), one_line(present))]
     NoTag {
         /// The layout.
         place: PathBuf,
-        /// The tag.
-        tag: String,
-        /// The tags that are there.
+        /// Which one is meant.
+        image: Selector,
+        /// What there is, in words that can be written behind the path.
         present: String,
     },
     /// A file is no archive, or not the one that is expected.
@@ -84,6 +88,9 @@ pub enum ImageError {
     /// A conversion would have to be stored under the digest of something else.
     #[error("{0}: a destination needs a tag, not a digest")]
     DigestDestination(Reference),
+    /// The same in a layout.
+    #[error("{0}: a destination needs a tag, or nothing for the tag latest")]
+    LayoutDestination(Location),
     /// A kind of archive that cannot hold what conversion makes.
     #[error(
         "{0}: its layers would have to be plain tars, so nothing of a conversion would be left; \
@@ -139,10 +146,14 @@ impl ImageSource {
         let named = location.clone();
         let opened = match location {
             Location::Registry(reference) => return Ok(Self::Registry { client: client.clone(), reference }),
-            Location::OciDirectory { path, tag } => return Ok(Self::Layout(Layout::in_directory(path, tag))),
-            Location::OciArchive { path, tag } => tokio::task::spawn_blocking(move || {
+            Location::OciDirectory(name) => {
+                let (path, image) = name.split(Path::exists);
+                return Ok(Self::Layout(Layout::in_directory(path, image)));
+            }
+            Location::OciArchive(name) => tokio::task::spawn_blocking(move || {
+                let (path, image) = name.split(Path::exists);
                 let archive = Arc::new(Archive::open(&path, &spool_directory)?);
-                Ok(Self::Layout(Layout::in_archive(archive, tag)))
+                Ok(Self::Layout(Layout::in_archive(archive, image)))
             }),
             Location::DockerArchive { path, name } => tokio::task::spawn_blocking(move || {
                 let archive = Arc::new(Archive::open(&path, &spool_directory)?);
@@ -186,7 +197,9 @@ impl ImageSource {
             }
             Self::Layout(_) | Self::DockerArchive(_) => {
                 let bytes = self.read_blob(descriptor, MANIFEST_LEN_MAX).await?;
-                Ok(StoredManifest { bytes, media_type: descriptor.media_type.clone(), digest: descriptor.digest })
+                // As for a manifest from a registry: its own word comes first, since its digest covers that.
+                let media_type = own_media_type(&bytes).unwrap_or_else(|| descriptor.media_type.clone());
+                Ok(StoredManifest { bytes, media_type, digest: descriptor.digest })
             }
         }
     }
@@ -197,6 +210,9 @@ impl ImageSource {
     ///
     /// When it is not there, too long, or is not what its digest says.
     pub async fn config(&self, descriptor: &Descriptor) -> Result<Bytes, ImageError> {
+        if let Some(content) = descriptor.embedded() {
+            return Ok(content);
+        }
         self.read_blob(descriptor, CONFIG_LEN_MAX).await
     }
 
@@ -264,6 +280,18 @@ impl ImageSource {
 
 async fn stream(file: &FileSource) -> Result<ByteStream, ImageError> {
     file.stream().await.map_err(|error| ImageError::File { path: file.path().to_owned(), error })
+}
+
+/// The media type that a manifest says it has, if it is one that registries know.
+fn own_media_type(bytes: &[u8]) -> Option<String> {
+    use registry::media_type::{DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST};
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Outline {
+        media_type: Option<String>,
+    }
+    let own = serde_json::from_slice::<Outline>(bytes).ok()?.media_type?;
+    [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST].contains(&own.as_str()).then_some(own)
 }
 
 impl StoredManifest {

@@ -14,7 +14,8 @@ use crate::{
     archive::Archive,
     file_source::FileSource,
     image::ImageError,
-    manifest::{Descriptor, ImageIndex},
+    location::Selector,
+    manifest::{Descriptor, ImageIndex, IndexEntry},
 };
 
 /// Holds the tag of an entry of `index.json`.
@@ -29,7 +30,7 @@ const INDEX_NAME: &str = "index.json";
 #[derive(Debug, Clone)]
 pub struct Layout {
     place: Place,
-    tag: Option<String>,
+    image: Selector,
 }
 
 #[derive(Debug, Clone)]
@@ -39,14 +40,14 @@ enum Place {
 }
 
 impl Layout {
-    /// The image `tag` of the layout in a directory; without a tag the only one, or `latest`.
-    pub fn in_directory(path: PathBuf, tag: Option<String>) -> Self {
-        Self { place: Place::Directory(path), tag }
+    /// An image of the layout in a directory.
+    pub fn in_directory(path: PathBuf, image: Selector) -> Self {
+        Self { place: Place::Directory(path), image }
     }
 
     /// The same in an archive.
-    pub fn in_archive(archive: Arc<Archive>, tag: Option<String>) -> Self {
-        Self { place: Place::Archive(archive), tag }
+    pub fn in_archive(archive: Arc<Archive>, image: Selector) -> Self {
+        Self { place: Place::Archive(archive), image }
     }
 
     /// Where it is, as users name it, without the tag.
@@ -90,18 +91,27 @@ impl Layout {
     ///
     /// # Errors
     ///
-    /// When there is none by that tag.
+    /// When it is not there, or its entry cannot be understood.
     pub fn image(&self) -> Result<Descriptor, ImageError> {
         let index = self.index()?;
         let known: Vec<&Descriptor> = index.known().collect();
-        let found = match (self.tag.as_deref(), known.as_slice()) {
-            (None, [only]) => Some(*only),
-            (tag, _) => find_tag(&index, tag.unwrap_or(TAG_DEFAULT)),
+        let found = match (&self.image, known.as_slice()) {
+            (Selector::Only, [only]) => Some(*only),
+            (Selector::Only, _) => find_tag(&index, TAG_DEFAULT),
+            (Selector::Tag(tag), _) => find_tag(&index, tag),
+            (Selector::Digest(digest), _) => known.iter().find(|entry| entry.digest == *digest).copied(),
+            (Selector::Number(number), _) => {
+                let entry = index.manifests.get(*number).map(IndexEntry::descriptor).transpose();
+                entry.map_err(|reason| ImageError::Malformed {
+                    what: format!("{} ({INDEX_NAME}), entry @{number}", self.path().display()),
+                    reason,
+                })?
+            }
         };
         found.cloned().ok_or_else(|| ImageError::NoTag {
             place: self.path().to_owned(),
-            tag: self.tag.as_deref().unwrap_or(TAG_DEFAULT).to_owned(),
-            present: describe_tags(&index),
+            image: self.image.clone(),
+            present: describe_images(&index),
         })
     }
 
@@ -130,11 +140,15 @@ pub(crate) fn find_tag<'a>(index: &'a ImageIndex, tag: &str) -> Option<&'a Descr
     index.known().find(|descriptor| descriptor.annotation(REF_NAME) == Some(tag))
 }
 
-/// The tags of a layout, for a message.
-fn describe_tags(index: &ImageIndex) -> String {
-    let tags = index.manifests.iter().map(|manifest| manifest.annotation(REF_NAME).unwrap_or("one without a tag"));
-    let tags = tags.collect::<Vec<_>>().join(", ");
-    if tags.is_empty() { "nothing".to_owned() } else { tags }
+/// The images of a layout as they can be named, for a message.
+fn describe_images(index: &ImageIndex) -> String {
+    let images = index.manifests.iter().enumerate().map(|(number, entry)| match (entry.annotation(REF_NAME), entry) {
+        (Some(tag), _) => tag.to_owned(),
+        (None, IndexEntry::Known(descriptor)) => format!("@{}", descriptor.digest),
+        (None, IndexEntry::Odd(_)) => format!("@{number}"),
+    });
+    let images = images.collect::<Vec<_>>().join(", ");
+    if images.is_empty() { "nothing".to_owned() } else { images }
 }
 
 /// Where the layout in `directory` keeps a blob.

@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use base64::{Engine, prelude::BASE64_STANDARD};
+use bytes::Bytes;
 use format_spec::Digest;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
@@ -25,6 +27,19 @@ pub mod media_type {
     pub const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
     /// A layer as docker pushes it: tar, gzip-compressed.
     pub const DOCKER_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
+    /// What docker 1.10 and some registries call a config; they say nothing of what it is. Source: moby,
+    /// distribution/pull_v2.go, and what registries were seen to deliver.
+    const UNSAID_CONFIGS: [&str; 5] = ["", "application/octet-stream", "text/html", "text/plain", "application/json"];
+
+    /// What the type of a config says.
+    pub fn config_kind(media_type: &str) -> super::ConfigKind {
+        match media_type.split(';').next().unwrap_or_default().trim() {
+            OCI_CONFIG | DOCKER_CONFIG => super::ConfigKind::Image,
+            other if UNSAID_CONFIGS.contains(&other) => super::ConfigKind::Unsaid,
+            _ => super::ConfigKind::Other,
+        }
+    }
+
     /// Layers that must not be redistributed have types that begin like this.
     const FOREIGN_LAYERS: [&str; 2] =
         ["application/vnd.oci.image.layer.nondistributable.", "application/vnd.docker.image.rootfs.foreign.diff.tar"];
@@ -45,6 +60,17 @@ pub mod media_type {
     ];
     /// The layers that may be lazy.
     pub const ZSTD_LAYERS: [&str; 2] = [OCI_LAYER_ZSTD, DOCKER_LAYER_ZSTD];
+}
+
+/// What the media type of a config says of the manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConfigKind {
+    /// It is that of an image.
+    Image,
+    /// Nothing: it may be that of an image.
+    Unsaid,
+    /// It is that of something else.
+    Other,
 }
 
 /// Points to a blob or manifest.
@@ -79,6 +105,14 @@ impl Descriptor {
             platform: None,
             rest: BTreeMap::new(),
         }
+    }
+
+    /// The content where the descriptor itself brings it, and it is what the digest says. Source: OCI image
+    /// specification, descriptor.md, "Embedded Content".
+    pub fn embedded(&self) -> Option<Bytes> {
+        let content = BASE64_STANDARD.decode(self.rest.get("data")?.as_str()?).ok()?;
+        let is_right = content.len() as u64 == self.size && Digest::of(&content) == self.digest;
+        is_right.then(|| content.into())
     }
 
     /// Whether the content lies at addresses of its own, as layers of Windows do, and not beside the manifest.
@@ -201,7 +235,11 @@ impl ImageIndex {
 }
 
 /// Go writes `null` for a list that has nothing in it, and reads it so.
-fn null_is_empty<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+pub(crate) fn null_is_empty<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
@@ -245,6 +283,22 @@ mod tests {
         );
         let manifest: ImageManifest = serde_json::from_str(text).unwrap();
         assert_eq!(serde_json::to_string(&manifest).unwrap(), text);
+    }
+
+    #[test]
+    fn embedded_content_is_used_where_it_is_the_right_one() {
+        let check = |data: Value, content: &[u8], expected: Option<&[u8]>| {
+            let mut descriptor = Descriptor::of("m", content);
+            descriptor.rest.insert("data".to_owned(), data.clone());
+            assert_eq!(descriptor.embedded().as_deref(), expected, "{data}");
+        };
+        check("e30=".into(), b"{}", Some(b"{}"));
+        check("".into(), b"", Some(b""));
+        check("e30=".into(), b"[]", None);
+        check("e30".into(), b"{}", None);
+        check("{}".into(), b"{}", None);
+        check(5.into(), b"{}", None);
+        assert_eq!(Descriptor::of("m", b"{}").embedded(), None);
     }
 
     #[test]

@@ -7,10 +7,15 @@ use fusefs::{Mode, Mount, control::RemoteLayer, mount_image};
 use storage::{Source, SourceError};
 
 use crate::{
+    blob_reader::BlobReader,
+    compress::{Compressor, FrameOptions},
+    file_source::FileSource,
     image::ImageSource,
+    layer::{ConvertedLayer, LayerError, spool_layer},
     lazy_layer::{LazyLayerError, find_lazy_layer},
     platform::Platform,
     resolve::{ResolveError, ResolvedImage, resolve_image},
+    spool::Spool,
 };
 
 /// An image cannot be mounted.
@@ -25,6 +30,12 @@ pub enum MountError {
     /// Finding out whether a layer is lazy.
     #[error(transparent)]
     LazyLayer(#[from] LazyLayerError),
+    /// The image has no layers, and the layer that takes their place cannot be made.
+    #[error("making an empty layer: {0}")]
+    Empty(#[from] LayerError),
+    /// A bug or a lack of memory: a thread ended early.
+    #[error("the mount ended abnormally")]
+    Aborted,
     /// The mount.
     #[error(transparent)]
     Mount(#[from] fusefs::Error),
@@ -45,10 +56,19 @@ pub async fn mount(
 ) -> Result<Mount, MountError> {
     let image = resolve_image(source, platform).await?;
     let name = source.name();
-    let layers = lazy_layers(source, &image).await?.into_iter();
-    let layers = layers.map(|layer| RemoteLayer { layer, image: name.clone() }).collect();
+    let mut layers = lazy_layers(source, &image).await?;
+    let mut empty = None;
+    if layers.is_empty() {
+        let made = tokio::task::spawn_blocking(empty_layer).await.map_err(|_| MountError::Aborted)??;
+        layers.push(made.layer);
+        empty = Some(made);
+    }
+    let layers = layers.into_iter().map(|layer| RemoteLayer { layer, image: name.clone() }).collect();
     let source = source.clone();
-    let factory = move |remote: &RemoteLayer| layer_source(&source, &remote.layer);
+    let factory = move |remote: &RemoteLayer| match &empty {
+        Some(empty) => Ok(Arc::new(FileSource::unnamed(Arc::clone(&empty.file))) as Arc<dyn Source>),
+        None => layer_source(&source, &remote.layer),
+    };
     Ok(mount_image(layers, Arc::new(factory), cache_root, mount_point, mode).await?)
 }
 
@@ -60,6 +80,14 @@ async fn lazy_layers(source: &ImageSource, image: &ResolvedImage) -> Result<Vec<
         layers.push(lazy.ok_or(MountError::Ordinary(descriptor.digest))?);
     }
     Ok(layers)
+}
+
+/// A layer with nothing in it. An image without layers shows what one with this layer shows: an empty root.
+fn empty_layer() -> Result<ConvertedLayer, LayerError> {
+    let compressor = Compressor::new(&FrameOptions::default(), 1, 1).map_err(LayerError::Write)?;
+    let nothing = BlobReader::new(std::iter::empty(), Digest::of(b""), 0);
+    let spool = Spool::new(tempfile::tempfile().map_err(LayerError::Write)?);
+    spool_layer(nothing, spool, &compressor)?.finish(&[], &compressor)
 }
 
 fn layer_source(image: &ImageSource, layer: &LazyLayer) -> Result<Arc<dyn Source>, SourceError> {

@@ -21,7 +21,7 @@ use crate::{
     layout::find_tag,
     manifest::{Descriptor, ImageIndex},
     report::ReferrerReport,
-    resolve::parse,
+    resolve::{artifact_kind, parse},
 };
 
 /// Referrers of referrers followed at most: a signature of an SBOM is two.
@@ -56,6 +56,7 @@ pub(crate) async fn carry_referrers(
                 return Err(ImageError::Malformed { what: source.name(), reason }.into());
             }
             let stored = source.manifest_of(&referrer).await?;
+            let referrer = believe_manifest(referrer, &stored);
             copy_blobs(source, destination, &stored).await?;
             destination.put_referrer(&referrer, &stored.bytes).await?;
             let attached = match new.filter(|_| !is_signed(&stored)) {
@@ -101,6 +102,15 @@ async fn carry_cosign(
     Ok(())
 }
 
+/// The entry of a referrer with the types that its manifest says: that is what its digest covers.
+fn believe_manifest(mut referrer: Descriptor, stored: &StoredManifest) -> Descriptor {
+    referrer.media_type.clone_from(&stored.media_type);
+    if let Some(kind) = artifact_kind(stored) {
+        referrer.rest.insert("artifactType".to_owned(), kind.into());
+    }
+    referrer
+}
+
 /// Stores a second manifest over the same blobs that refers to `new`.
 async fn attach(
     destination: &ImageDestination,
@@ -140,7 +150,15 @@ async fn find_referrers(source: &ImageSource, subject: &Digest) -> Result<Vec<De
         ImageSource::Layout(layout) => {
             let index = layout.index()?;
             let listed = match find_tag(&index, &format!("sha256-{}", subject.hex())) {
-                Some(list) => parse::<ImageIndex>(&source.manifest_of(list).await?)?.known().cloned().collect(),
+                Some(list) => {
+                    let list = source.manifest_of(list).await?;
+                    if list.is_index() {
+                        parse::<ImageIndex>(&list)?.known().cloned().collect()
+                    } else {
+                        tracing::warn!(%subject, manifest = %list.digest, "the tag of its referrers names no index: nothing is taken from it");
+                        Vec::new()
+                    }
+                }
                 None => Vec::new(),
             };
             let mut found: Vec<Descriptor> = Vec::new();
@@ -169,11 +187,6 @@ async fn referring(
         return Ok(None);
     }
     let mut found = Descriptor::of(&stored.media_type, &stored.bytes);
-    let own_type =
-        [&manifest["artifactType"], &manifest["config"]["mediaType"]].into_iter().find(|own| own.is_string());
-    if let Some(own_type) = own_type {
-        found.rest.insert("artifactType".to_owned(), own_type.clone());
-    }
     found.annotations = serde_json::from_value(manifest["annotations"].clone()).unwrap_or_default();
     Ok(Some(found))
 }

@@ -10,7 +10,7 @@ use format_spec::{Digest, index::LAYER_COUNT_MAX};
 
 use crate::{
     image::{ImageError, ImageSource, StoredManifest},
-    manifest::{Descriptor, ImageConfig, ImageIndex, ImageManifest, media_type},
+    manifest::{ConfigKind, Descriptor, ImageConfig, ImageIndex, ImageManifest, media_type},
     platform::{DescriptorPlatform, Platform},
 };
 
@@ -117,8 +117,9 @@ impl FoundManifest {
 
 /// The image that a manifest describes; `None` for a manifest of something else: an artifact.
 ///
-/// What makes an image is the type of its config, and a layer that unpacks: attestations and Wasm modules come with
-/// such configs, but with layers of their own types.
+/// What makes an image is its config, and a layer that unpacks: attestations and Wasm modules come with configs of
+/// images, but with layers of their own types. Docker once called configs by types that say nothing, and some
+/// registries still do; then the layers and what is in the config decide.
 ///
 /// # Errors
 ///
@@ -135,16 +136,25 @@ pub(crate) async fn read_image(
         return Ok(None);
     }
     let manifest: ImageManifest = parse(stored)?;
-    let config_type = manifest.config.media_type.as_str();
-    let has_image_config = matches!(config_type, media_type::OCI_CONFIG | media_type::DOCKER_CONFIG);
+    let config_kind = media_type::config_kind(&manifest.config.media_type);
     let unpacks = |layer: &Descriptor| media_type::is_file_system(&layer.media_type);
-    if !has_image_config || !(manifest.layers.is_empty() || manifest.layers.iter().any(unpacks)) {
+    let may_be_image = match config_kind {
+        ConfigKind::Image => manifest.layers.is_empty() || manifest.layers.iter().any(unpacks),
+        ConfigKind::Unsaid => !manifest.layers.is_empty() && manifest.layers.iter().all(unpacks),
+        ConfigKind::Other => false,
+    };
+    if !may_be_image {
         return Ok(None);
     }
     let config_bytes = source.config(&manifest.config).await?;
-    let config: ImageConfig =
-        serde_json::from_slice(&config_bytes).map_err(|error| no_image(format!("its config: {error}")))?;
-    let (layer_count, diff_id_count) = (manifest.layers.len(), config.rootfs.diff_ids.len());
+    let (config, layer_count) = (serde_json::from_slice::<ImageConfig>(&config_bytes), manifest.layers.len());
+    let is_complete = |config: &ImageConfig| config.rootfs.diff_ids.len() == layer_count;
+    let config = match config {
+        // Tars beside some other document are no image.
+        other if config_kind == ConfigKind::Unsaid && !other.as_ref().is_ok_and(is_complete) => return Ok(None),
+        config => config.map_err(|error| no_image(format!("its config: {error}")))?,
+    };
+    let diff_id_count = config.rootfs.diff_ids.len();
     if layer_count != diff_id_count || layer_count > LAYER_COUNT_MAX {
         return Err(no_image(format!("it has {layer_count} layers, its config says {diff_id_count}")));
     }
@@ -315,6 +325,19 @@ fn is_of_the_entry(error: &ResolveError) -> bool {
         ResolveError::Image(ImageError::Malformed { .. }) | ResolveError::NoImage { .. } => true,
         _ => false,
     }
+}
+
+/// The type of a config that says that there is none. Source: OCI image specification, manifest.md.
+const EMPTY_CONFIG: &str = "application/vnd.oci.empty.v1+json";
+
+/// What a manifest says that it is: its artifact type, or else the type of its config.
+///
+/// The manifest is believed, not the entry that points to it: the digest covers the manifest.
+pub(crate) fn artifact_kind(stored: &StoredManifest) -> Option<String> {
+    let manifest: serde_json::Value = serde_json::from_slice(&stored.bytes).ok()?;
+    let said = [&manifest["artifactType"], &manifest["config"]["mediaType"]];
+    let mut said = said.into_iter().filter_map(serde_json::Value::as_str);
+    said.find(|said| !matches!(*said, "" | EMPTY_CONFIG)).map(str::to_owned)
 }
 
 pub(crate) fn parse<T: serde::de::DeserializeOwned>(stored: &StoredManifest) -> Result<T, ImageError> {

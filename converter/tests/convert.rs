@@ -183,8 +183,9 @@ fn the_platform_is_chosen_from_an_index() {
 fn refuses_what_is_not_there() {
     let scene = Scene::new();
     scene.check_refusal(&["oci:none", "oci:dst"], "oci:none: none: no OCI image layout in this directory");
-    let refused = "oci:src:v2: src: no image tagged v2; there is: one without a tag";
-    scene.check_refusal(&["oci:src:v2", "oci:dst"], refused);
+    let digest = scene.put_image(Vec::new(), &[]).digest;
+    let refused = format!("oci:src:v2: src: no image tagged v2; there is: @{digest}");
+    scene.check_refusal(&["oci:src:v2", "oci:dst"], &refused);
     fs::create_dir(scene.path("src/other")).unwrap();
     scene.check_refusal(&["oci:src", "oci:src/blobs"], "oci:src: src/blobs: no OCI image layout in this directory");
 }
@@ -248,7 +249,7 @@ fn what_is_no_image_is_copied_as_it_is() {
     let image = scene.put(registry::media_type::OCI_MANIFEST, &serde_json::to_vec(&manifest).unwrap());
     scene.put_index(vec![image.clone()]);
     let report = scene.convert(&[]);
-    assert_eq!(report["artifacts"], json!([{"digest": image.digest, "copied_len": 8}]));
+    assert_eq!(report["artifacts"], json!([{"digest": image.digest, "copied_len": 8, "kind": config.media_type}]));
     assert_eq!((&report["digest"], &report["images"]), (&json!(image.digest), &json!([])));
     for digest in [image.digest, config.digest, manifest.layers[0].digest] {
         assert_eq!(fs::read(scene.blob("dst", &digest)).unwrap(), fs::read(scene.blob("src", &digest)).unwrap());

@@ -126,7 +126,14 @@ impl Client {
     async fn referrers_by_tag(&self, reference: &Reference, subject: &Digest) -> Result<Vec<Referrer>, Error> {
         let reference = tagged(reference, subject, "");
         match self.manifest(&reference).await {
-            Ok(manifest) => parse_index(&format!("referrers at {reference}"), reference.host(), &manifest.bytes),
+            Ok(manifest) if manifest.is_index() => {
+                parse_index(&format!("referrers at {reference}"), reference.host(), &manifest.bytes)
+            }
+            // Tools that copy everything with such a tag leave the image itself there. It names no referrers.
+            Ok(manifest) => {
+                tracing::warn!(%reference, digest = %manifest.digest, "the tag of referrers names no index: nothing is taken from it");
+                Ok(Vec::new())
+            }
             Err(error) if error.is_not_found() => Ok(Vec::new()),
             Err(error) => Err(error),
         }

@@ -28,6 +28,20 @@ fn image_of(layers: Vec<Vec<u8>>) -> ImageBuilder {
     layers.into_iter().fold(ImageBuilder::new(), |image, tar| image.layer(tar, Compression::Gzip))
 }
 
+/// An empty tree is a tree: containerd mounts one, and so does this.
+#[test]
+fn an_image_without_layers_shows_an_empty_root() -> Result<()> {
+    let scratch = Scratch::new("without-layers")?;
+    let lazy = format!("oci:{}:lazy", scratch.join("converted").display());
+    lazuli_ok(["convert", &image_of(Vec::new()).write(&scratch, "image")?, &lazy])?;
+    for mode in FROM_NOTHING_TO_COMPLETE {
+        let mount = LazyMount::in_mode(mode, &scratch, "lazy", &lazy)?;
+        assert_eq!(fs::read_dir(mount.path()).context("reading the root")?.count(), 0, "{mode}");
+        mount.fsck()?;
+    }
+    Ok(())
+}
+
 /// Whether the lazy tree shows what containerd's overlayfs shows of the original.
 fn check_same_tree(scratch: &Scratch, registry: &TestRegistry, layout: &str) -> Result<()> {
     let (original, lazy) = publish(registry, layout)?;

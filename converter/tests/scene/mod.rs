@@ -147,9 +147,19 @@ impl Scene {
         serde_json::from_slice(&fs::read(self.blob(layout, digest)).unwrap()).unwrap()
     }
 
+    /// What `index.json` of a layout says.
+    pub(crate) fn index_of_layout(&self, layout: &str) -> ImageIndex {
+        serde_json::from_slice(&fs::read(self.path(layout).join("index.json")).unwrap()).unwrap()
+    }
+
+    /// The index that is the only thing in a layout.
+    pub(crate) fn index(&self, layout: &str) -> ImageIndex {
+        let digest = self.index_of_layout(layout).known().next().unwrap().digest;
+        serde_json::from_slice(&fs::read(self.blob(layout, &digest)).unwrap()).unwrap()
+    }
+
     pub(crate) fn converted(&self) -> ImageManifest {
-        let index: ImageIndex = serde_json::from_slice(&fs::read(self.path("dst/index.json")).unwrap()).unwrap();
-        self.manifest("dst", &index.known().next().unwrap().digest)
+        self.manifest("dst", &self.index_of_layout("dst").known().next().unwrap().digest)
     }
 
     /// The command fails with exactly this line and leaves nothing in `dst`.
