@@ -9,7 +9,7 @@ use std::{
 
 use format_spec::{Digest, LayerId};
 use fusefs::control::{
-    LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, TreeMode, TreeStatus,
+    LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, TreeMode, TreeStatus, Verdict,
 };
 use serde::Serialize;
 use tokio::{
@@ -76,6 +76,8 @@ pub struct ImageLayer {
     pub is_complete: bool,
     /// Whether the kernel reads it from its cache file, without any daemon.
     pub is_direct: bool,
+    /// Whether it is what its tar stream says, once that is known.
+    pub verdict: Option<Verdict>,
     /// What is being fetched of it.
     pub reading: Reading,
 }
@@ -193,6 +195,7 @@ fn image_layer(layer: &LayerStatus, is_direct: bool) -> ImageLayer {
         disk_bytes: layer.disk_bytes,
         is_complete: layer.is_complete,
         is_direct,
+        verdict: layer.verdict.clone(),
         reading: layer.reading.clone(),
     }
 }
@@ -234,6 +237,7 @@ mod tests {
             frames_total: 2,
             fetched_bytes: 50,
             is_complete: name == "complete",
+            verdict: None,
             disk_bytes: 4096,
             reading: Reading { frames_awaited: 1, files: vec![format!("/{name}")], ..Reading::default() },
         }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use converter::status::{ImageLayer, ImageStatus, NodeStatus, node_status};
-use fusefs::control::Reading;
+use fusefs::control::{Reading, Verdict};
 use indicatif::{HumanBytes, HumanCount};
 
 /// What `lazuli status` is told.
@@ -72,6 +72,14 @@ fn lines_of(image: &ImageStatus) -> String {
             HumanCount(*frames_awaited),
         );
     }
+    let verdicts = || image.layers.iter().map(|layer| &layer.verdict);
+    for reason in verdicts().flatten().filter_map(Verdict::refusal) {
+        text += &format!("  REFUSED, nothing of it is shown: {reason}\n");
+    }
+    let unverified = verdicts().filter(|verdict| verdict.is_none()).count();
+    if unverified > 0 {
+        text += &format!("  {} layers believed, not verified yet\n", HumanCount(unverified as u64));
+    }
     text + &files.iter().map(|file| format!("  read now: {file}\n")).collect::<String>()
 }
 
@@ -84,10 +92,11 @@ fn arrived(is_complete: bool, frames_present: u64, frames_total: u64) -> String 
 
 fn layer_line(layer: &ImageLayer) -> String {
     format!(
-        "  layer {}: {}{}, {} on disk of {} compressed, {} fetched\n",
+        "  layer {}: {}{}, {}, {} on disk of {} compressed, {} fetched\n",
         &layer.blob.hex()[..12],
         arrived(layer.is_complete, layer.frames_present, layer.frames_total),
         if layer.is_direct { ", read by the kernel alone" } else { "" },
+        layer.verdict.as_ref().map_or("believed".to_owned(), ToString::to_string),
         HumanBytes(layer.disk_bytes),
         HumanBytes(layer.compressed_bytes),
         HumanBytes(layer.fetched_bytes),

@@ -10,6 +10,7 @@ use std::{
 
 use format_spec::{Digest, LayerId, LazyLayer};
 use serde::{Deserialize, Serialize};
+pub use storage::Verdict;
 
 /// A layer and the place to fetch it from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +19,22 @@ pub struct RemoteLayer {
     pub layer: LazyLayer,
     /// Image reference `host/repository:tag` or `...@digest` whose repository holds the blob.
     pub image: String,
+}
+
+/// The repository of an image reference: `host/repository`, without tag and digest.
+pub fn repository_of(image: &str) -> &str {
+    let name = image.split('@').next().unwrap_or(image);
+    match name.rsplit_once(':') {
+        // A colon in front of the last slash is that of a port.
+        Some((repository, tag)) if !tag.contains('/') => repository,
+        _ => name,
+    }
+}
+
+/// The registry host of an image reference, with its port.
+pub fn host_of(image: &str) -> &str {
+    let repository = repository_of(image);
+    repository.split_once('/').map_or(repository, |(host, _)| host)
 }
 
 /// A merged tree: its layers' ids chained as OCI chains diff IDs.
@@ -69,6 +86,17 @@ pub enum Request {
         /// The layer.
         layer: LayerId,
     },
+    /// Find out at full speed whether these layers are what their tar streams say; answered at once with
+    /// [`Response::Done`]. `Verdicts` tells when it is known.
+    Verify {
+        /// The layers.
+        layers: Vec<RemoteLayer>,
+    },
+    /// What is known of these layers without waiting for anything; answered with [`Response::Verdicts`].
+    Verdicts {
+        /// The layers.
+        layers: Vec<LayerId>,
+    },
     /// Hold the session, so that it outlives the daemon; answered with [`Response::Session`]. The asker is taken for a
     /// holder until the connection ends.
     HoldSession,
@@ -93,6 +121,11 @@ pub enum Response {
     Usage {
         /// Bytes really on disk, index and data.
         bytes: u64,
+    },
+    /// Verdicts in the order of the question; `None` where there is none yet.
+    Verdicts {
+        /// The verdicts.
+        verdicts: Vec<Option<Verdict>>,
     },
     /// A duplicate of the session's `/dev/fuse` descriptor is attached to the first byte of this answer
     /// ([`crate::descriptor::receive`]). The next daemon gets it as standard input, with `--take-over`.
@@ -127,6 +160,8 @@ pub enum ErrorKind {
     Damaged,
     /// The registry answers and says no: no permission, no such layer.
     Refused,
+    /// A layer is not what its tar stream says: nothing of it is shown.
+    Untrue,
     /// The layer was written by a newer version.
     Newer,
     /// The request makes no sense.
@@ -217,8 +252,11 @@ pub struct LayerStatus {
     pub frames_total: u64,
     /// Compressed bytes that were fetched by this process.
     pub fetched_bytes: u64,
-    /// Whether everything has arrived: nothing is fetched any longer.
+    /// Whether everything has arrived: nothing is fetched any longer, for a verdict neither.
     pub is_complete: bool,
+    /// Whether it is what its tar stream says, once that is known.
+    #[serde(default)]
+    pub verdict: Option<Verdict>,
     /// Bytes that the cache takes on disk, index and data.
     pub disk_bytes: u64,
     /// What is being fetched now.

@@ -75,6 +75,16 @@ pub enum Error {
         /// How long was waited.
         within: Duration,
     },
+    /// A layer is not what its tar stream says.
+    #[error("layer {blob} of {image} is refused: {reason}")]
+    Untrue {
+        /// The layer.
+        blob: Digest,
+        /// An image that has it.
+        image: String,
+        /// Where, and what differs.
+        reason: String,
+    },
     /// The layers do not make a tree.
     #[error(transparent)]
     Merge(#[from] MergeError),
@@ -144,6 +154,7 @@ impl Error {
             {
                 ErrorKind::Refused
             }
+            Self::Untrue { .. } => ErrorKind::Untrue,
             Self::Merge(_) | Self::Image(..) | Self::LayerInUse { .. } => ErrorKind::Invalid,
             Self::Disk { error, .. } => kind_of_disk_error(error),
             Self::Cache(CacheError::Disk { error, .. }) | Self::Flush(ReadError::Disk { error, .. }) => {

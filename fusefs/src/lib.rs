@@ -12,6 +12,7 @@
 mod connection;
 pub mod control;
 pub mod daemon;
+mod dedup_scope;
 pub mod descriptor;
 pub mod erofs;
 pub mod error;
@@ -35,6 +36,7 @@ mod tree;
 pub const LAYER_CACHES: &str = "cache/layers";
 
 pub use daemon::{Daemon, DaemonOptions, Ended};
+pub use dedup_scope::{DedupScope, UnknownScope};
 pub use error::Error;
 pub use factory::SourceFactory;
 pub use mode::Mode;

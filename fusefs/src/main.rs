@@ -14,7 +14,7 @@ use std::{
 };
 
 use clap::Parser;
-use fusefs::{Daemon, DaemonOptions, Ended, Error, Mode, SessionOptions, control::RemoteLayer, descriptor};
+use fusefs::{Daemon, DaemonOptions, DedupScope, Ended, Error, Mode, SessionOptions, control::RemoteLayer, descriptor};
 use registry::{BlobSource, Client, ClientOptions, Reference};
 use sd_notify::NotifyState;
 use storage::{CacheOptions, RestOptions, Source, SourceError};
@@ -52,6 +52,9 @@ struct Arguments {
     /// MiB a second at which the rest of each layer is fetched after start-up; 0 fetches only what is read.
     #[arg(long, value_name = "MIB", default_value_t = BACKGROUND_RATE_MIB)]
     background_rate: u32,
+    /// Between which layers content is copied instead of fetched: of one repository, one registry, or all of the node.
+    #[arg(long, value_name = "SCOPE", default_value_t)]
+    dedup: DedupScope,
     /// Go on with the session whose /dev/fuse descriptor is standard input, if it is still there.
     #[arg(long)]
     take_over: bool,
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         mode: arguments.mode,
         cache: CacheOptions {
             rest: NonZeroU64::new(u64::from(arguments.background_rate) << 20).map(RestOptions::new),
+            domain: arguments.dedup.domain(),
             ..CacheOptions::default()
         },
     };

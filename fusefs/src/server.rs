@@ -220,6 +220,8 @@ async fn answer(request: Request, service: &Service) -> Result<Response, Error> 
         Request::MountTree { layers } => {
             return Ok(Response::Tree { path: service.mount_tree(&layers).await? });
         }
+        Request::Verify { layers } => service.verify(layers),
+        Request::Verdicts { layers } => return Ok(Response::Verdicts { verdicts: service.verdicts(&layers) }),
         Request::ReleaseTree { tree } => service.release_tree(tree).await?,
         Request::RemoveLayer { layer } => service.remove_layer(layer).await?,
         Request::HoldSession => return Ok(Response::Session),

@@ -14,7 +14,7 @@ use format_spec::{Digest, LayerId, LazyLayer, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use futures_util::StreamExt;
 use serde_json::json;
-use storage::{Cache, CacheOptions, KnownLayer, Layer};
+use storage::{Cache, CacheOptions, KnownLayer, Layer, Verdict};
 use tokio::{
     runtime::Handle,
     sync::{OnceCell, RwLock},
@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// Key of the image reference in storage's description of a layer.
-const IMAGE: &str = "image";
+pub(crate) const IMAGE: &str = "image";
 /// How long what nobody looks at stays in the daemon's memory.
 const RELEASE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -225,6 +225,28 @@ impl Service {
         looked.unwrap_or(Err(Error::Unread { blob, image: image.clone(), within }))
     }
 
+    /// Has the verdicts on layers found out now, in the background.
+    pub(crate) fn verify(&self, layers: Vec<RemoteLayer>) {
+        for remote in layers {
+            let service = self.clone();
+            tokio::spawn(async move {
+                match service.layer(&remote).await {
+                    Ok(layer) => layer.verify(),
+                    Err(error) => {
+                        warn!(image = remote.image, blob = %remote.layer.blob, %error, "layer is not verified")
+                    }
+                }
+            });
+        }
+    }
+
+    /// The verdicts on layers, as far as there are any.
+    pub(crate) fn verdicts(&self, layers: &[LayerId]) -> Vec<Option<Verdict>> {
+        let open = self.0.cache.open_layers();
+        let known: HashMap<LayerId, &Layer> = open.iter().map(|layer| (layer.lazy_layer().id(), layer)).collect();
+        layers.iter().map(|id| known.get(id).and_then(|layer| layer.verdict())).collect()
+    }
+
     /// The merged tree of `layers`, lowest first: known already, from disk, or made now. Concurrent calls share the
     /// work.
     ///
@@ -306,6 +328,7 @@ impl Service {
     /// Those of [`Self::tree`]; the kernel's where nothing but kernel mode is wanted.
     pub(crate) async fn mount_tree(&self, layers: &[RemoteLayer]) -> Result<PathBuf, Error> {
         let tree = self.tree(layers).await?;
+        check_not_refused(&tree.layers, layers)?;
         let mounts = self.mounts();
         let in_session = mounts.trees.join(tree.id.hex());
         if mounts.mode.in_use == TreeMode::Fuse {
@@ -508,6 +531,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A layer that was refused is in no new mount.
+fn check_not_refused(layers: &[Layer], remote: &[RemoteLayer]) -> Result<(), Error> {
+    for (layer, remote) in layers.iter().zip(remote) {
+        if let Some(Verdict::Refused { reason }) = layer.verdict() {
+            return Err(Error::Untrue { blob: remote.layer.blob, image: remote.image.clone(), reason });
+        }
+    }
+    Ok(())
+}
+
 fn layer_status(known: &KnownLayer, open: Option<&Layer>, disk_bytes: u64) -> LayerStatus {
     let image = known.description.get(IMAGE).and_then(|image| image.as_str()).unwrap_or_default();
     let progress = open.map(Layer::progress).unwrap_or_default();
@@ -516,7 +549,8 @@ fn layer_status(known: &KnownLayer, open: Option<&Layer>, disk_bytes: u64) -> La
         frames_present: progress.frames_present,
         frames_total: progress.frames_total,
         fetched_bytes: progress.fetched_bytes,
-        is_complete: open.is_some_and(Layer::is_complete),
+        is_complete: open.is_some_and(Layer::is_settled),
+        verdict: open.and_then(Layer::verdict),
         disk_bytes,
         reading: open.map(reading).unwrap_or_default(),
     }

@@ -18,7 +18,7 @@ use std::{
 use format_spec::Digest;
 use fusefs::{
     Daemon, DaemonOptions, Error,
-    control::{RemoteLayer, Request, Response},
+    control::{ErrorKind, RemoteLayer, Request, Response},
 };
 use rustix::{
     mount::{MountFlags, UnmountFlags},
@@ -303,4 +303,38 @@ fn the_program_says_in_its_last_line_why_it_did_not_start() {
     let log = String::from_utf8(output.stderr).unwrap();
     assert!(log.lines().last().unwrap().contains(file.to_str().unwrap()), "{log}");
     assert_eq!(Command::new(program).arg("--unknown").output().unwrap().status.code(), Some(2));
+}
+
+/// What its index says is not what its tar stream says: the headers of layers made here are none.
+#[test]
+fn a_layer_that_is_refused_is_in_no_new_mount_and_its_reads_fail() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
+    let layers = vec![registry.push(&layer([("file", file(noise(1, 100_000)))]))];
+    let id = layers[0].layer.id();
+    let daemon = Running::start(root.path(), &registry);
+    let verdict = || match daemon.ask(&Request::Verdicts { layers: vec![id] }) {
+        Response::Verdicts { verdicts } => verdicts[0].clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(verdict(), None, "of an unknown layer nothing is known");
+    let tree = daemon.mount(&layers);
+    let open = fs::File::open(tree.join("file")).unwrap();
+    assert_eq!(verdict(), None);
+    assert_eq!(daemon.ask(&Request::Verify { layers: layers.clone() }), Response::Done);
+    let verdict = loop {
+        if let Some(verdict) = verdict() {
+            break verdict;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    let reason = verdict.refusal().unwrap().to_owned();
+    assert!(reason.starts_with("tar stream: tar entry at byte 0"), "{reason}");
+    let error = std::os::unix::fs::FileExt::read_at(&open, &mut [0; 10], 0).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
+    match daemon.ask(&Request::MountTree { layers }) {
+        Response::Error { message, kind: ErrorKind::Untrue } => assert!(message.ends_with(&reason), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    let Response::Status { layers: status, .. } = daemon.ask(&Request::Status) else { panic!("no status") };
+    assert_eq!(status[0].verdict, Some(verdict));
 }

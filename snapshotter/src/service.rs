@@ -246,7 +246,7 @@ fn fused_status(error: &FusedError, message: String) -> Status {
     match kind {
         ErrorKind::Passing => Status::unavailable(message),
         ErrorKind::Damaged => Status::data_loss(message),
-        ErrorKind::Newer | ErrorKind::Refused => Status::failed_precondition(message),
+        ErrorKind::Newer | ErrorKind::Refused | ErrorKind::Untrue => Status::failed_precondition(message),
         ErrorKind::Invalid => Status::invalid_argument(message),
         ErrorKind::DiskFull => Status::resource_exhausted(message),
     }

@@ -142,6 +142,7 @@ fn status(layer: RemoteLayer) -> LayerStatus {
         frames_total: 1,
         fetched_bytes: 0,
         is_complete: false,
+        verdict: None,
         disk_bytes: 0,
         reading: Reading::default(),
     }

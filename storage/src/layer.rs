@@ -262,6 +262,12 @@ impl Layer {
         self.inner.store.is_complete()
     }
 
+    /// Whether nothing is fetched of it any longer: all content is there, and the verdict where one comes by itself.
+    pub fn is_settled(&self) -> bool {
+        let proof = self.inner.store.proof();
+        self.is_complete() && (proof.verdict().is_some() || proof.may_leave())
+    }
+
     /// Whether the layer is what its tar stream says, once that is known.
     pub fn verdict(&self) -> Option<Verdict> {
         self.inner.store.proof().verdict()
