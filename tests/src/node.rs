@@ -1,6 +1,7 @@
 //! A node: containerd with a Lazuli snapshotter, and a network for its pods.
 
 use std::{
+    ffi::OsString,
     fs,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
@@ -24,6 +25,24 @@ use crate::{
 /// Flags under which nothing is fetched but what readers ask for: tests count it.
 const READERS_ONLY: [&str; 2] = ["--background-rate", "0"];
 
+/// What a `lazuli-snapshotter` is started with besides its places.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotterOptions {
+    /// Flags.
+    pub flags: Vec<String>,
+    /// Names and values in its environment, which `lazuli-fused` inherits.
+    pub environment: Vec<(String, String)>,
+    /// A program and arguments that are given the command line of the daemon, to run it their way.
+    pub wrapper: Vec<String>,
+}
+
+impl SnapshotterOptions {
+    /// Those with these flags alone.
+    pub fn with_flags(flags: &[&str]) -> Self {
+        Self { flags: flags.iter().map(|&flag| flag.to_owned()).collect(), ..Self::default() }
+    }
+}
+
 /// A running `lazuli-snapshotter`.
 #[derive(Debug)]
 pub struct Snapshotter {
@@ -31,7 +50,7 @@ pub struct Snapshotter {
     root: PathBuf,
     log: PathBuf,
     daemon_log: PathBuf,
-    flags: Vec<String>,
+    options: SnapshotterOptions,
     service: Option<Service>,
 }
 
@@ -59,17 +78,19 @@ impl Snapshotter {
     ///
     /// Those of [`Self::start`].
     pub fn start_with(flags: &[&str], scratch: &Scratch) -> Result<Self> {
+        Self::start_as(SnapshotterOptions::with_flags(flags), scratch)
+    }
+
+    /// The same with these options.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::start`].
+    pub fn start_as(options: SnapshotterOptions, scratch: &Scratch) -> Result<Self> {
         let root = scratch.directory("snapshotter")?;
         let (log, daemon_log) = (scratch.log("snapshotter"), scratch.log("fused"));
         let socket = scratch.join("snapshotter.sock");
-        let mut snapshotter = Self {
-            socket,
-            root,
-            log,
-            daemon_log,
-            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
-            service: None,
-        };
+        let mut snapshotter = Self { socket, root, log, daemon_log, options, service: None };
         snapshotter.launch()?;
         Ok(snapshotter)
     }
@@ -137,8 +158,11 @@ impl Snapshotter {
     }
 
     fn launch(&mut self) -> Result<()> {
-        let mut snapshotter = command(program("lazuli-snapshotter")?, ["--address"]);
-        snapshotter.arg(&self.socket).arg("--root").arg(&self.root).args(&self.flags);
+        let SnapshotterOptions { flags, environment, wrapper } = &self.options;
+        let mut words = wrapper.iter().map(OsString::from).chain([program("lazuli-snapshotter")?.into_os_string()]);
+        let mut snapshotter = command(words.next().unwrap_or_default(), words);
+        snapshotter.arg("--address").arg(&self.socket).arg("--root").arg(&self.root).args(flags);
+        snapshotter.envs(environment.iter().map(|(name, value)| (name, value)));
         let answers = || UnixStream::connect(&self.socket).is_ok();
         self.service = Some(Service::start("lazuli-snapshotter", &mut snapshotter, &self.log, answers)?);
         Ok(())
@@ -212,6 +236,15 @@ impl Node {
     /// When something that it consists of does not start.
     pub fn start_with(flags: &[&str], scratch: &Scratch) -> Result<Self> {
         Self::with(Snapshotter::start_with(flags, scratch)?, scratch, Release::default())
+    }
+
+    /// As [`Self::start`], with these options of the snapshotter.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start_as(options: SnapshotterOptions, scratch: &Scratch) -> Result<Self> {
+        Self::with(Snapshotter::start_as(options, scratch)?, scratch, Release::default())
     }
 
     fn with(snapshotter: Snapshotter, scratch: &Scratch, release: Release) -> Result<Self> {

@@ -70,13 +70,24 @@ impl TestRegistry {
         Self::start_with(scratch, &format!("{authentication}{}\n", passwords.display()))
     }
 
-    fn start_with(scratch: &Scratch, authentication: &str) -> Result<Self> {
+    /// Starts one that speaks TLS with this certificate and its key.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start`].
+    pub fn start_with_certificate(scratch: &Scratch, certificate: &Path, key: &Path) -> Result<Self> {
+        // Goes on with `http`, the last section.
+        let tls = format!("  tls:\n    certificate: {}\n    key: {}\n", certificate.display(), key.display());
+        Self::start_with(scratch, &tls)
+    }
+
+    fn start_with(scratch: &Scratch, more: &str) -> Result<Self> {
         require_program("docker-registry")?;
         let directory = scratch.directory("registry")?;
         let storage = directory.join("storage");
         let address = free_address()?;
         let config = directory.join("config.yml");
-        fs::write(&config, configuration(&storage, &address) + authentication).at("writing", &config)?;
+        fs::write(&config, configuration(&storage, &address) + more).at("writing", &config)?;
         let log = scratch.log("registry");
         let mut serve = command("docker-registry", ["serve"]);
         serve.arg(&config);
@@ -110,10 +121,7 @@ impl TestRegistry {
     ///
     /// When `skopeo` fails.
     pub fn push(&self, layout: &str, name: &str) -> Result<String> {
-        let reference = self.reference(name);
-        let copy = ["copy", "--quiet", "--dest-tls-verify=false", layout];
-        run(command("skopeo", copy).arg(format!("docker://{reference}")))?;
-        Ok(reference)
+        push_to(&self.address, layout, name)
     }
 
     /// The manifest of `name`.
@@ -199,6 +207,18 @@ impl TestRegistry {
     pub fn blob_bytes(&self) -> Result<u64> {
         Ok(self.served()?.iter().filter(|served| served.is_blob_read()).map(|served| served.body_bytes).sum())
     }
+}
+
+/// Copies an image in a layout (`oci:DIR:tag`) to `name` in the registry at `address`; returns the full reference.
+///
+/// # Errors
+///
+/// When `skopeo` fails.
+pub fn push_to(address: &str, layout: &str, name: &str) -> Result<String> {
+    let reference = format!("{address}/{name}");
+    let copy = ["copy", "--quiet", "--dest-tls-verify=false", layout];
+    run(command("skopeo", copy).arg(format!("docker://{reference}")))?;
+    Ok(reference)
 }
 
 /// The digest in a descriptor.
