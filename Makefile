@@ -6,6 +6,10 @@
 #   make test-matrix   nodes with containerd 1.6, 1.7 and 2.1 (minutes)
 #   make test-large    millions of entries, files of gigabytes: bounded memory, the same tree (minutes)
 #   make test-kills    kill -9 of each daemon while containers read, LAZULI_KILLS times each, 20 unless said
+#   make torture       faults injected for real: a table of what a container sees and what is logged; ROWS="name ..." for some
+#   make torture-kills kill -9 of each daemon from the first millisecond of a start on, KILLS times each, 100 unless said
+#   make torture-mixed a healthy image beside a hostile registry and images that lie; MINUTES=n, 30 unless said
+#   make soak          a node that works for an hour, and what it holds at the end; MINUTES=n
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
 #   make bench         conversion beside what others take; snapshots and memory; the hot set beside real starts (minutes)
 #   make bench-mounts  both modes of a mount beside ext4 and overlayfs; mounting 100,000 files (minutes)
@@ -18,7 +22,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images test-matrix test-large test-kills fuzz bench bench-mounts bench-frames demo lint deps images clean
+.PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed soak fuzz bench bench-mounts bench-frames demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -41,6 +45,18 @@ test-large: build
 
 test-kills: build
 	LAZULI_KILLS=$(or $(LAZULI_KILLS),20) $(CARGO) test --release --workspace --test kills -- --nocapture --test-threads 1
+
+torture: build
+	$(CARGO) test --release --workspace --test torture -- table $(ROWS)
+
+torture-kills: build
+	$(CARGO) test --release --workspace --test torture -- kills $(or $(KILLS),100)
+
+torture-mixed: build
+	$(CARGO) test --release --workspace --test torture -- mixed $(or $(MINUTES),30)
+
+soak: build
+	$(CARGO) test --release --workspace --test torture -- soak $(or $(MINUTES),60)
 
 fuzz: deps
 	fuzz/run $(or $(SECONDS),60) $(TARGET)
