@@ -1,7 +1,7 @@
 //! What `docs/ARCHITECTURE.md` says of the crates holds: arrows, lints, where `unsafe` stands.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -119,4 +119,49 @@ fn every_test_that_the_semantics_name_exists() {
             "{name}"
         );
     }
+}
+
+/// The functions that have the attribute of a test.
+fn test_names(code: &str) -> HashSet<&str> {
+    let mut names = HashSet::new();
+    let mut is_test = false;
+    for line in code.lines().map(str::trim_start) {
+        if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
+            is_test = true;
+        } else if let Some((_, rest)) = line.split_once("fn ").filter(|_| is_test) {
+            names.extend(rest.split('(').next());
+            is_test = false;
+        }
+    }
+    names
+}
+
+/// Between backticks, `docs/PROMISES.md` has names of tests, which have underscores, rows of the torture (`row:NAME`),
+/// and words of other kinds.
+#[test]
+fn every_test_that_the_promises_name_exists() {
+    let text = fs::read_to_string(root().join("docs/PROMISES.md")).expect("readable");
+    let code: String = ARROWS
+        .iter()
+        .flat_map(|(name, _)| sources(&root().join(name)))
+        .map(|source| fs::read_to_string(source).expect("readable"))
+        .collect();
+    let names = test_names(&code);
+    let rows = fs::read_to_string(root().join("tests/tests/torture/rows.rs")).expect("readable");
+    let words: Vec<_> = text.split('`').skip(1).step_by(2).collect();
+    let is_test_name = |word: &str| {
+        word.matches('_').count() > 1
+            && word.chars().all(|character| character.is_ascii_alphanumeric() || character == '_')
+    };
+    let (mut tests, mut rows_named) = (0, 0);
+    for word in words {
+        if let Some(row) = word.strip_prefix("row:") {
+            assert!(rows.contains(&format!("\"{row}\", ")), "no row of the torture is called {row}");
+            rows_named += 1;
+        } else if is_test_name(word) {
+            assert!(names.contains(word), "no test is called {word}");
+            tests += 1;
+        }
+    }
+    assert!(tests > 40 && rows_named > 15, "{tests} tests, {rows_named} rows");
 }
