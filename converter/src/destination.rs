@@ -123,9 +123,7 @@ impl ImageDestination {
     /// When the destination does not answer.
     pub async fn has_blob(&self, digest: &Digest, len: u64) -> Result<bool, ImageError> {
         match self {
-            Self::Registry { client, reference, .. } => {
-                Ok(client.stored_blob_len(reference, digest).await? == Some(len))
-            }
+            Self::Registry { client, reference, .. } => Ok(client.has_stored_blob(reference, digest, len).await?),
             Self::OciDirectory(writer) | Self::OciArchive(OciArchiveWriter { layout: writer, .. }) => {
                 Ok(writer.has_blob(digest, len))
             }

@@ -40,6 +40,11 @@ impl ChunkedUpload {
         Ok(Self { location, offset: 0, chunk_len_min })
     }
 
+    /// How many bytes the registry has, as far as we know.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
     /// The same upload after a failure: asks how far it got.
     ///
     /// # Errors

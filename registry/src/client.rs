@@ -15,6 +15,7 @@ use crate::{
     endpoint::Endpoint,
     error::Error,
     files::FileThread,
+    gates::Gates,
     hosts_dir::{HostSettings, read_hosts},
     options::ClientOptions,
     redirects::Redirects,
@@ -39,8 +40,7 @@ struct Inner {
     endpoints: Mutex<HashMap<String, (Instant, Endpoints)>>,
     /// Registries that have answered.
     reached: Mutex<HashSet<String>>,
-    /// Hosts that ignore the Range header.
-    rangeless: Mutex<HashSet<String>>,
+    gates: Gates,
     /// Hosts that take blobs in chunks of at most so many bytes only.
     upload_chunks: Mutex<HashMap<String, u64>>,
     /// One list of referrers is changed at a time: each change reads it and writes it back.
@@ -61,7 +61,7 @@ impl Client {
             redirects: Redirects::default(),
             endpoints: Mutex::default(),
             reached: Mutex::default(),
-            rangeless: Mutex::default(),
+            gates: Gates::default(),
             upload_chunks: Mutex::default(),
             referrers: tokio::sync::Mutex::default(),
         }))
@@ -85,6 +85,10 @@ impl Client {
 
     pub(crate) fn redirects(&self) -> &Redirects {
         &self.0.redirects
+    }
+
+    pub(crate) fn gates(&self) -> &Gates {
+        &self.0.gates
     }
 
     pub(crate) async fn lock_referrers(&self) -> tokio::sync::MutexGuard<'_, ()> {
@@ -159,11 +163,6 @@ impl Client {
         if !reached.contains(registry) {
             reached.insert(registry.to_owned());
         }
-    }
-
-    /// Notes that `host` ignores ranges; true the first time.
-    pub(crate) fn note_rangeless(&self, host: &str) -> bool {
-        lock(&self.0.rangeless).insert(host.to_owned())
     }
 
     /// The longest chunk to send to `host`; `None` where whole blobs are fine.

@@ -2,7 +2,10 @@
 
 use std::{
     fmt,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,7 +22,9 @@ use crate::{
 };
 
 /// How long a mirror that failed is asked last: a dead one must not slow down every read.
-const REST: Duration = Duration::from_secs(30);
+const REST_MIN: Duration = Duration::from_secs(30);
+/// Longest rest: one that came back should be used again.
+const REST_MAX: Duration = Duration::from_secs(600);
 /// Docker Hub as references name it, and where it really is.
 pub(crate) const DOCKER_HUB: &str = "docker.io";
 const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
@@ -36,7 +41,30 @@ pub(crate) struct Endpoint {
     is_mirror: bool,
     settings: HostSettings,
     connections: Connections,
-    rests_until: Mutex<Option<Instant>>,
+    rest: Mutex<Option<Rest>>,
+    /// Whether its last answer to a range was all of the blob.
+    ignores_ranges: AtomicBool,
+}
+
+/// A time in which a host is asked last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rest {
+    until: Instant,
+    len: Duration,
+}
+
+impl Rest {
+    /// The rest after a failure at `now`: the one that goes on, or a new one, twice as long when the last has ended
+    /// not long ago. `asked` is how long the host itself wants to be left alone.
+    fn next(last: Option<Self>, now: Instant, asked: Option<Duration>) -> Self {
+        let asked = asked.unwrap_or_default().min(REST_MAX);
+        let len = match last {
+            Some(last) if now < last.until => return Self { until: last.until.max(now + asked), ..last },
+            Some(last) if now < last.until + last.len => (last.len * 2).min(REST_MAX),
+            _ => REST_MIN,
+        };
+        Self { until: now + len.max(asked), len }
+    }
 }
 
 impl Endpoint {
@@ -56,7 +84,8 @@ impl Endpoint {
             root,
             settings,
             connections: Connections::default(),
-            rests_until: Mutex::default(),
+            rest: Mutex::default(),
+            ignores_ranges: AtomicBool::new(false),
         }
     }
 
@@ -116,14 +145,25 @@ impl Endpoint {
         self.connections.next_identity(refused, self.settings.identities.len())
     }
 
-    /// Notes that it failed in a way that may last.
-    pub(crate) fn rest(&self) {
-        *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + REST);
+    /// Notes that it failed in a way that may last; `asked` is how long it wants to be left alone, if it says so.
+    pub(crate) fn rest(&self, asked: Option<Duration>) {
+        let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
+        *rest = Some(Rest::next(*rest, Instant::now(), asked));
     }
 
     pub(crate) fn is_resting(&self) -> bool {
-        let until = *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner);
-        until.is_some_and(|until| Instant::now() < until)
+        let rest = *self.rest.lock().unwrap_or_else(PoisonError::into_inner);
+        rest.is_some_and(|rest| Instant::now() < rest.until)
+    }
+
+    /// Notes whether it has answered a range with one; true where that it has not is new.
+    pub(crate) fn note_ranges(&self, is_range: bool) -> bool {
+        !self.ignores_ranges.swap(!is_range, Ordering::Relaxed) && !is_range
+    }
+
+    /// Whether its last answer to a range was all of the blob.
+    pub(crate) fn ignores_ranges(&self) -> bool {
+        self.ignores_ranges.load(Ordering::Relaxed)
     }
 }
 
@@ -147,6 +187,23 @@ fn own_root(registry: &str, plain_http: bool, has_tls_settings: bool) -> String 
 mod tests {
     use super::*;
     use crate::hosts::HostConfig;
+
+    #[test]
+    fn rests_grow_for_who_fails_again_soon() {
+        let (start, seconds) = (Instant::now(), Duration::from_secs);
+        let first = Rest::next(None, start, None);
+        assert_eq!(first, Rest { until: start + seconds(30), len: seconds(30) });
+        // Requests that were under way fail too.
+        assert_eq!(Rest::next(Some(first), start + seconds(29), None), first);
+        let second = Rest::next(Some(first), start + seconds(31), None);
+        assert_eq!(second, Rest { until: start + seconds(91), len: seconds(60) });
+        assert_eq!(Rest::next(Some(second), start + seconds(92), None).len, seconds(120));
+        assert_eq!(Rest::next(Some(second), start + seconds(152), None).len, seconds(30));
+        let long = Rest { until: start, len: REST_MAX };
+        assert_eq!(Rest::next(Some(long), start, None).len, REST_MAX);
+        assert_eq!(Rest::next(None, start, Some(seconds(120))).until, start + seconds(120));
+        assert_eq!(Rest::next(None, start, Some(seconds(86400))).until, start + REST_MAX);
+    }
 
     #[test]
     fn plain_http_is_for_loopback_or_on_demand() {

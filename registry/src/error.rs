@@ -58,8 +58,8 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
-    /// Nothing moved for too long.
-    #[error("{what}: {host} was silent for {seconds} s")]
+    /// Nothing, or next to nothing, moved for too long.
+    #[error("{what}: {host} sent next to nothing for {seconds} s")]
     Stalled {
         /// What was attempted.
         what: String,
@@ -241,9 +241,11 @@ impl Error {
         let message = self.to_string();
         let error = match self.root() {
             _ if self.is_transient() => SourceError::passing(message),
-            Self::DigestMismatch { .. } | Self::TooLong { .. } | Self::Redirects { .. } | Self::Malformed { .. } => {
-                SourceError::unusable(message)
-            }
+            Self::DigestMismatch { .. }
+            | Self::TooLong { .. }
+            | Self::Redirects { .. }
+            | Self::Malformed { .. }
+            | Self::Status { .. } => SourceError::unusable(message),
             // Certificates and logins are replaced, helpers come back.
             Self::Tls { .. } | Self::Credentials { .. } => SourceError::passing(message),
             _ => SourceError::refused(message),

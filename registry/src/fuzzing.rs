@@ -6,7 +6,7 @@ use std::{ops::Range, path::Path, time::SystemTime};
 
 use reqwest::header::{HeaderMap, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 
-use crate::{auth, blob, chunks, docker_config, hosts, manifest, referrers, transport};
+use crate::{auth, chunks, docker_config, hosts, manifest, part, referrers, transport};
 
 /// Values of `WWW-Authenticate`: whether there is a challenge that we can answer.
 pub fn challenge(values: &[&[u8]]) -> bool {
@@ -20,7 +20,7 @@ pub fn token(bytes: &[u8]) -> bool {
 
 /// `Content-Range`: the range, and the length of the whole.
 pub fn content_range(text: &str) -> Option<(Range<u64>, Option<u64>)> {
-    blob::parse_content_range(text)
+    part::parse_content_range(text)
 }
 
 /// `Range` of an upload: its end.

@@ -94,16 +94,26 @@ impl Round {
         self.capability != Capability::Pull && self.failures.iter().all(|(_, error)| !error.is_transient())
     }
 
-    /// Notes why the host that [`Self::next`] gave last did not help.
+    /// Notes why a host that [`Self::next`] gave did not help.
     pub(crate) fn failed(&mut self, endpoint: &Endpoint, error: Error) {
         if self.order.len() > 1 {
             debug!(host = endpoint.name(), registry = endpoint.registry(), %error, "asking the next host");
             if error.is_transient() {
-                endpoint.rest();
+                endpoint.rest(error.retry_after());
             }
         }
-        let position = self.order[self.next.saturating_sub(1)].0;
-        self.failures.push((position, error));
+        let place = self.order.iter().find(|(_, other)| std::ptr::eq(&**other, endpoint));
+        self.failures.push((place.map_or(0, |(position, _)| *position), error));
+    }
+
+    /// How many hosts there are to ask.
+    pub(crate) fn host_count(&self) -> usize {
+        self.order.len()
+    }
+
+    /// Whether one of them answers ranges with whole blobs.
+    pub(crate) fn ignores_ranges(&self) -> bool {
+        self.order.iter().any(|(_, endpoint)| endpoint.ignores_ranges())
     }
 
     /// What all the failures mean together; at least one host has been asked.

@@ -10,9 +10,18 @@ pub struct ClientOptions {
     pub plain_http: bool,
     /// Longest wait for a TCP and TLS connection.
     pub connect_timeout: Duration,
-    /// Longest wait for the next byte of an answer, or for the next byte of an upload to leave.
+    /// Longest wait for the next few kilobytes of an answer, or for the next byte of an upload to leave.
     pub stall_timeout: Duration,
-    /// How long an operation goes on trying without progress; counted from the first failure.
+    /// The same for an answer to a read as long as another host may be faster: then that one is asked for the rest.
+    pub slow_timeout: Duration,
+    /// How long one host is waited for before the next one is asked for the same part of a blob as well.
+    pub hedge_delay: Duration,
+    /// How long an operation goes on trying without progress; counted from the first failure. What was refused is not
+    /// tried again.
+    ///
+    /// A command leaves all patience to the client. A daemon whose readers wait longer, and for refusals too, decides
+    /// that where the readers are: it sets this to a few seconds, looks at the kind and the `retry_after` of each
+    /// [`storage::SourceError`], and asks again itself.
     pub patience: Duration,
     /// The same for a host that has not answered anything yet: mostly it is misspelt or down, and a person waits.
     /// A daemon that restarts during an outage sets it to [`Self::patience`].
@@ -37,6 +46,8 @@ impl Default for ClientOptions {
             plain_http: false,
             connect_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(30),
+            slow_timeout: Duration::from_secs(3),
+            hedge_delay: Duration::from_millis(1500),
             patience: Duration::from_secs(60),
             first_contact_patience: Duration::from_secs(3),
             retry_delay_min: Duration::from_millis(200),

@@ -49,7 +49,7 @@ impl Client {
     /// Uploads `content`, `len` bytes that hash to `digest`, into the repository of `reference`.
     ///
     /// Nothing is sent where the repository has the blob after a failed attempt; the caller asks
-    /// [`Self::stored_blob_len`] beforehand if that is likely. The registry verifies the digest.
+    /// [`Self::has_stored_blob`] beforehand if that is likely. The registry verifies the digest.
     ///
     /// # Errors
     ///
@@ -86,15 +86,23 @@ impl Client {
                 }
                 Some(416) if resyncs < RESYNCS_MAX => {
                     resyncs += 1;
-                    chunk_len = chunk_len.or(smaller_chunk_len(u64::MAX));
+                    match chunk_len {
+                        None => chunk_len = smaller_chunk_len(u64::MAX),
+                        // Where it has what we thought it has, the chunk was too long.
+                        Some(len) if push.is_in_step(&mut chunked).await => {
+                            match smaller_chunk_len(len.min(push.len)) {
+                                Some(smaller) => (chunk_len, resyncs) = (Some(smaller), 0),
+                                None => return Err(error),
+                            }
+                        }
+                        Some(_) => {}
+                    }
                     continue;
                 }
                 _ => retry.wait_after(error).await?,
             }
             // The answer to an upload may have got lost after it was stored.
-            if let Ok(stored) = self.blob_len_once(reference, digest, Arc::clone(&push.endpoint)).await
-                && stored == len
-            {
+            if matches!(self.has_blob_once(reference, digest, len, Arc::clone(&push.endpoint)).await, Ok(true)) {
                 return Ok(());
             }
             whole_failures += 1;
@@ -158,6 +166,14 @@ impl Push<'_> {
         let (_, location) = self.place().begin().await?;
         let upload = Upload { content: self.content, len: self.len, range: 0..self.len, progress: self.progress };
         self.place().finish(location, self.digest, self.len, Payload::Upload(&upload)).await
+    }
+
+    /// Asks how far an upload has got; whether that is where we were. One that the registry has forgotten begins again.
+    async fn is_in_step(&self, chunked: &mut Option<ChunkedUpload>) -> bool {
+        let Some(upload) = chunked.take() else { return false };
+        let before = upload.offset();
+        *chunked = upload.resume(self).await.ok();
+        chunked.as_ref().is_some_and(|upload| upload.offset() == before)
     }
 
     /// Sends what is missing in chunks, as part of the upload that `chunked` holds, or of a new one.

@@ -12,6 +12,10 @@ use tracing::debug;
 
 use crate::{client::Client, error::Error};
 
+/// Bytes a second that count as progress, failures included: an answer that trickles for half a minute and breaks, again
+/// and again, is an outage.
+const PROGRESS_RATE: u64 = 4 << 10;
+
 /// The attempts of one operation since it last got anywhere.
 pub(crate) struct Retry {
     client: Client,
@@ -19,17 +23,31 @@ pub(crate) struct Retry {
     registry: String,
     failures: u32,
     first_failure: Option<Instant>,
+    /// Bytes since then.
+    received_len: u64,
 }
 
 impl Retry {
     pub(crate) fn new(client: &Client, registry: &str) -> Self {
-        Self { client: client.clone(), registry: registry.to_owned(), failures: 0, first_failure: None }
+        Self {
+            client: client.clone(),
+            registry: registry.to_owned(),
+            failures: 0,
+            first_failure: None,
+            received_len: 0,
+        }
     }
 
-    /// Forgets the failures so far: bytes have arrived.
+    /// Forgets the failures so far: something was done.
     pub(crate) fn progressed(&mut self) {
         self.failures = 0;
         self.first_failure = None;
+        self.received_len = 0;
+    }
+
+    /// Bytes have arrived. Whether that is progress shows at the next failure.
+    pub(crate) fn received(&mut self, len: u64) {
+        self.received_len += len;
     }
 
     /// Takes the failure of an attempt; returns when it is time for the next.
@@ -40,6 +58,9 @@ impl Retry {
     pub(crate) async fn wait_after(&mut self, error: Error) -> Result<(), Error> {
         if !error.is_transient() {
             return Err(error);
+        }
+        if self.first_failure.is_some_and(|first| is_progress(self.received_len, first.elapsed())) {
+            self.progressed();
         }
         self.failures += 1;
         let elapsed = self.first_failure.get_or_insert_with(Instant::now).elapsed();
@@ -98,6 +119,11 @@ fn next_delay(
     }
 }
 
+/// Whether so many bytes since the first failure are enough for patience to begin anew.
+fn is_progress(received_len: u64, elapsed: Duration) -> bool {
+    received_len > 0 && u128::from(received_len) * 1000 / u128::from(PROGRESS_RATE) >= elapsed.as_millis()
+}
+
 /// A random factor from 0.5 to 1: clients that failed together do not come back together.
 fn jitter() -> f64 {
     let random = RandomState::new().build_hasher().finish();
@@ -123,6 +149,23 @@ mod tests {
         check(Some(1), 0, Some(4));
         check(Some(30), 40, None);
         check(Some(3600), 0, None);
+    }
+
+    #[test]
+    fn bytes_are_progress_when_there_are_enough_for_the_time() {
+        let check = |received_len, seconds, expected| {
+            assert_eq!(
+                is_progress(received_len, Duration::from_secs(seconds)),
+                expected,
+                "{received_len} in {seconds}"
+            );
+        };
+        check(0, 0, false);
+        check(1, 0, true);
+        check(64 << 10, 16, true);
+        check(64 << 10, 17, false);
+        check(4 << 20, 600, true);
+        assert!(!is_progress(100, Duration::from_millis(400)));
     }
 
     #[test]

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use format_spec::Digest;
-use storage::{FetchFuture, Source, SourceError};
+use storage::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
 
-use crate::{blob::Download, client::Client, reference::Reference};
+use crate::{client::Client, download::Download, reference::Reference};
 
 /// Where `storage` fetches a layer blob from: a registry.
 #[derive(Debug, Clone)]
@@ -21,17 +21,26 @@ impl BlobSource {
     pub fn new(client: Client, reference: Reference, digest: Digest, len: u64) -> Self {
         Self { client, reference, digest, len }
     }
+
+    fn download(&self, range: Range<u64>) -> Result<Download, SourceError> {
+        let Self { client, reference, digest, len } = self;
+        if range.start > range.end || range.end > *len {
+            return Err(SourceError::refused(format!("bytes {range:?} of {digest}, which has {len}")));
+        }
+        Ok(Download::new(client, reference, *digest, Some(range), Some(*len)))
+    }
 }
 
 impl Source for BlobSource {
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
+        Box::pin(async move { self.download(range)?.into_stream().await.map_err(|error| error.to_source_error()) })
+    }
+
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
         Box::pin(async move {
-            if range.start > range.end || range.end > self.len {
-                let Self { digest, len, .. } = self;
-                return Err(SourceError::refused(format!("bytes {range:?} of {digest}, which has {len}")));
-            }
-            let download = Download::new(&self.client, &self.reference, self.digest, Some(range), Some(self.len));
-            download.into_stream().await.map_err(|error| error.to_source_error())
+            let (start, stream) =
+                self.download(range)?.into_wide_stream().await.map_err(|error| error.to_source_error())?;
+            Ok(WideStream { start, stream })
         })
     }
 }

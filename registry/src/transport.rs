@@ -194,10 +194,21 @@ pub(crate) async fn next_piece(
     response: &mut Response,
 ) -> Result<Option<Bytes>, Error> {
     let stall = client.options().stall_timeout;
-    match tokio::time::timeout(stall, response.chunk()).await {
+    next_piece_within(what, host, response, stall, stall).await
+}
+
+/// The same within `patience`, which is what is left of `limit`.
+pub(crate) async fn next_piece_within(
+    what: &str,
+    host: &str,
+    response: &mut Response,
+    patience: Duration,
+    limit: Duration,
+) -> Result<Option<Bytes>, Error> {
+    match tokio::time::timeout(patience, response.chunk()).await {
         Ok(Ok(piece)) => Ok(piece),
         Ok(Err(error)) => Err(Error::from_transport(what, host, &error)),
-        Err(_) => Err(stalled(what, host, stall)),
+        Err(_) => Err(stalled(what, host, limit)),
     }
 }
 

@@ -42,4 +42,4 @@ pub use disk::create_private_directory;
 pub use error::{CacheError, ReadError};
 pub use layer::{Activity, Layer, LayerIndex, Priority, Progress};
 pub use proof::Verdict;
-pub use source::{ByteStream, FetchFuture, Source, SourceError, SourceErrorKind};
+pub use source::{ByteStream, FetchFuture, FetchWideFuture, Source, SourceError, SourceErrorKind, WideStream};

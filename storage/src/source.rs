@@ -12,6 +12,17 @@ pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, SourceError>> + Se
 /// What [`Source::fetch`] returns.
 pub type FetchFuture<'a> = Pin<Box<dyn Future<Output = Result<ByteStream, SourceError>> + Send + 'a>>;
 
+/// What [`Source::fetch_wide`] returns.
+pub type FetchWideFuture<'a> = Pin<Box<dyn Future<Output = Result<WideStream, SourceError>> + Send + 'a>>;
+
+/// Bytes of a blob that hold a range and may begin before it and end behind it.
+pub struct WideStream {
+    /// Offset in the blob of the first byte.
+    pub start: u64,
+    /// The bytes from there on.
+    pub stream: ByteStream,
+}
+
 /// One layer blob, readable by range. Retries and mirrors are the source's own business.
 pub trait Source: Send + Sync + 'static {
     /// Starts to fetch `range` (compressed bytes of the blob).
@@ -19,6 +30,13 @@ pub trait Source: Send + Sync + 'static {
     /// The stream yields exactly the bytes of `range` in order, or ends with an error; nothing about
     /// their content is verified. Dropping the stream ends the request.
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_>;
+
+    /// The same, from a source that may have the blob as a whole only: then the stream is all of it, so that whoever
+    /// can use what passes by need not have it sent again. Otherwise it is exactly the range.
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
+        let start = range.start;
+        Box::pin(async move { Ok(WideStream { start, stream: self.fetch(range).await? }) })
+    }
 }
 
 /// What a failure of a source means for whoever may ask again.

@@ -1,6 +1,12 @@
 //! An HTTP/1.1 server that answers as a test tells it to, and remembers what it was asked.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use registry::Reference;
 use tokio::{
@@ -37,6 +43,10 @@ pub(crate) enum Reply {
     Raw(Vec<u8>),
     /// Nothing, on an open connection.
     Silence,
+    /// Status line and headers, then so many bytes of the body, then nothing, on an open connection.
+    Stall(String, Vec<u8>, usize),
+    /// The same with all of the body, in pieces of a length, each after a pause.
+    Slow(String, Vec<u8>, usize, Duration),
 }
 
 impl Reply {
@@ -46,6 +56,14 @@ impl Reply {
 
     pub(crate) fn full(status: u16, headers: &[&str], body: &[u8]) -> Self {
         Self::Full(head(status, headers), body.to_vec())
+    }
+
+    pub(crate) fn stall(status: u16, headers: &[&str], body: &[u8], len: usize) -> Self {
+        Self::Stall(head(status, headers), body.to_vec(), len)
+    }
+
+    pub(crate) fn slow(status: u16, headers: &[&str], body: &[u8], piece_len: usize, pause: Duration) -> Self {
+        Self::Slow(head(status, headers), body.to_vec(), piece_len, pause)
     }
 
     pub(crate) fn cut(status: u16, headers: &[&str], body: &[u8], len: usize) -> Self {
@@ -62,6 +80,7 @@ fn head(status: u16, headers: &[&str]) -> String {
 pub(crate) struct FaultServer {
     host: String,
     received: Arc<Mutex<Vec<Received>>>,
+    sent_len: Arc<AtomicU64>,
     task: JoinHandle<()>,
 }
 
@@ -71,18 +90,19 @@ impl FaultServer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let received = Arc::<Mutex<Vec<Received>>>::default();
-        let (log, reply) = (Arc::clone(&received), Arc::new(reply));
+        let sent_len = Arc::<AtomicU64>::default();
+        let (log, sent, reply) = (Arc::clone(&received), Arc::clone(&sent_len), Arc::new(reply));
         let task = tokio::spawn(async move {
             loop {
                 let (connection, _) = listener.accept().await.unwrap();
-                let (log, reply) = (Arc::clone(&log), Arc::clone(&reply));
+                let (log, sent, reply) = (Arc::clone(&log), Arc::clone(&sent), Arc::clone(&reply));
                 tokio::spawn(async move {
                     // A client that goes away ends its connection, not the test.
-                    let _ = serve(connection, &log, &*reply).await;
+                    let _ = serve(connection, &log, &sent, &*reply).await;
                 });
             }
         });
-        Self { host, received, task }
+        Self { host, received, sent_len, task }
     }
 
     pub(crate) fn host(&self) -> &str {
@@ -91,6 +111,11 @@ impl FaultServer {
 
     pub(crate) fn reference(&self, name: &str) -> Reference {
         format!("{}/{name}", self.host).parse().unwrap()
+    }
+
+    /// Bytes of bodies that have been sent in pieces, to clients that took them.
+    pub(crate) fn sent_len(&self) -> u64 {
+        self.sent_len.load(Ordering::Relaxed)
     }
 
     pub(crate) fn received(&self) -> Vec<Received> {
@@ -117,6 +142,7 @@ impl Drop for FaultServer {
 async fn serve(
     mut connection: TcpStream,
     log: &Mutex<Vec<Received>>,
+    sent: &AtomicU64,
     reply: &(dyn Fn(usize, &Received) -> Reply + Send + Sync),
 ) -> std::io::Result<()> {
     let mut bytes = Vec::new();
@@ -153,6 +179,19 @@ async fn serve(
         Reply::Cut(head, body, len) => {
             connection.write_all(format!("{head}Content-Length: {}\r\n\r\n", body.len()).as_bytes()).await?;
             connection.write_all(&body[..len]).await?;
+        }
+        Reply::Stall(head, body, len) => {
+            connection.write_all(format!("{head}Content-Length: {}\r\n\r\n", body.len()).as_bytes()).await?;
+            connection.write_all(&body[..len]).await?;
+            connection.read_buf(&mut Vec::new()).await?;
+        }
+        Reply::Slow(head, body, piece_len, pause) => {
+            connection.write_all(format!("{head}Content-Length: {}\r\n\r\n", body.len()).as_bytes()).await?;
+            for piece in body.chunks(piece_len) {
+                tokio::time::sleep(pause).await;
+                connection.write_all(piece).await?;
+                sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
+            }
         }
         Reply::Raw(bytes) => connection.write_all(&bytes).await?,
         Reply::Silence => {

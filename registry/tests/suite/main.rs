@@ -12,12 +12,15 @@ mod fault_server;
 mod faults;
 mod growing;
 mod mirrors;
+mod parts;
 mod proxies;
 mod push_faults;
 mod real;
 mod redirects;
 mod referrers;
+mod slow;
 mod tls;
+mod whole;
 
 use std::{path::Path, sync::Arc, time::Duration};
 

@@ -59,8 +59,8 @@ async fn a_mirror_is_trusted_with_what_it_is_listed_for() {
     client.manifest(&"r.example:5000/a:tag".parse().unwrap()).await.unwrap();
     let by_digest = format!("r.example:5000/a@{}", Digest::of(MANIFEST)).parse().unwrap();
     client.manifest(&by_digest).await.unwrap();
-    client.blob_len(&by_digest, &Digest::of(b"")).await.unwrap();
-    client.stored_blob_len(&by_digest, &Digest::of(b"")).await.unwrap();
+    client.has_blob(&by_digest, &Digest::of(b""), 0).await.unwrap();
+    client.has_stored_blob(&by_digest, &Digest::of(b""), 0).await.unwrap();
     let found = [puller, resolver, origin].map(|server| {
         let requests = server.requests();
         requests.iter().map(|request| request.split(&['/', '?'][..]).nth(3).unwrap().to_owned()).collect::<Vec<_>>()
@@ -110,8 +110,8 @@ async fn content_that_only_a_mirror_has_is_waited_for() {
     .await;
     let origin = server(404).await;
     let (client, _hosts) = client(&[(&mirror, r#"["pull"]"#)], &origin);
-    let found = client.blob_len(&"r.example:5000/a".parse().unwrap(), &Digest::of(b"blob")).await;
-    assert_eq!(found.unwrap(), Some(4));
+    let found = client.has_blob(&"r.example:5000/a".parse().unwrap(), &Digest::of(b"blob"), 4).await;
+    assert!(found.unwrap());
 }
 
 #[tokio::test]
@@ -130,7 +130,7 @@ async fn a_read_that_breaks_at_a_mirror_goes_on_at_the_registry() {
     let hosts = hosts_dir(&[(registry.host(), &text)]);
     let source = BlobSource::new(client_with_hosts(&hosts), registry.reference("a"), digest, 100_000);
     assert!(collect(source.fetch(10_000..50_000).await.unwrap()).await.unwrap() == content[10_000..50_000]);
-    assert_eq!(mirror.headers("range"), ["bytes=10000-49999", "bytes=11000-49999"]);
+    assert_eq!(mirror.headers("range"), ["bytes=10000-49999"]);
 }
 
 #[tokio::test]
@@ -164,7 +164,7 @@ async fn pushes_go_past_mirrors_and_nowhere_without_the_capability() {
     let text = format!("server = \"http://{}\"\ncapabilities = [\"pull\"]", registry.host());
     let hosts = hosts_dir(&[("r.example", &text)]);
     let client = client_with_hosts(&hosts);
-    let error = client.stored_blob_len(&"r.example/a".parse().unwrap(), &digest).await.unwrap_err().to_string();
+    let error = client.has_stored_blob(&"r.example/a".parse().unwrap(), &digest, 0).await.unwrap_err().to_string();
     assert_eq!(error, "no host that hosts.toml names for r.example has the capability \"push\"");
 }
 
