@@ -20,6 +20,7 @@ mod redirects;
 mod referrers;
 mod slow;
 mod tls;
+mod uploads;
 mod whole;
 
 use std::{path::Path, sync::Arc, time::Duration};
