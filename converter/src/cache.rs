@@ -1,37 +1,43 @@
 //! Layers that were converted before are not converted again.
 //!
-//! An entry says: this blob, converted with these options, is that lazy layer. Entries come from a directory on this
-//! machine and from images that were converted earlier, whose layers say in their annotations what they were made
-//! from. An entry alone does not help: it counts where the destination has the blob, or a repository of the same
-//! registry from which it can be mounted.
+//! An entry says: this blob, converted with these options, is that lazy layer. It alone does not help: it counts
+//! where the destination has the blob, or a repository of the same registry from which it can be mounted.
+//!
+//! Entries are believed by who made them. Those of this run and of this user's directory are our own, and only the
+//! end of the blob is looked at, whether it is there as we wrote it. What an image says that was converted earlier,
+//! anybody may have written: it serves this run alone, and only after the whole layer was read and held against the
+//! diff ID that is wanted.
 //!
 //! A layer that is found keeps the hot pack of the image that it was first converted for: that is what lets images
 //! share their base layers. Without a cache the result depends on input and options alone.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs, io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use format_spec::{
-    Digest, LazyLayer,
+    Digest, Footer, Index, LazyLayer,
     annotation::{SOURCE_DIFF_ID, SOURCE_DIGEST, SOURCE_OPTIONS},
+    footer::FOOTER_FRAME_LEN,
 };
 use registry::Reference;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    cache_directory::CacheDirectory,
+    check::check_layer,
     image::{ImageDestination, ImageError, ImageSource, StoredManifest},
-    manifest::{Descriptor, ImageIndex, ImageManifest},
+    manifest::{Descriptor, ImageIndex, ImageManifest, media_type},
+    resolve::parse,
     stale::for_new_blob,
 };
 
-/// Longest file of the directory that is read; they have a kilobyte.
-const ENTRY_LEN_MAX: u64 = 64 << 10;
 /// Repositories remembered for a blob: the last ones.
 const REPOSITORY_COUNT_MAX: usize = 16;
+/// Most images of an index whose layers are learned: each costs a request. An index has an image for each platform.
+const LEARNED_IMAGE_COUNT_MAX: usize = 64;
 
 /// Where to look for layers that were converted before.
 #[derive(Debug, Clone, Default)]
@@ -75,10 +81,10 @@ impl ConversionKey {
 
 /// A layer that was converted before.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Known {
-    layer: LazyLayer,
+pub(crate) struct Known {
+    pub(crate) layer: LazyLayer,
     /// Where its blob was seen: `host/repository`, the last one last.
-    repositories: Vec<String>,
+    pub(crate) repositories: Vec<String>,
 }
 
 impl Known {
@@ -90,18 +96,14 @@ impl Known {
     }
 }
 
-/// A file of the directory.
-#[derive(Debug, Serialize, Deserialize)]
-struct Entry {
-    key: ConversionKey,
-    known: Known,
-}
-
 /// The layers that were converted before, in this run or an earlier one.
 #[derive(Debug, Default)]
 pub(crate) struct ConversionCache {
-    directory: Option<PathBuf>,
-    known: Mutex<HashMap<ConversionKey, Known>>,
+    directory: Option<CacheDirectory>,
+    /// Converted in this run, or found at the destination and compared in it.
+    own: Mutex<HashMap<ConversionKey, Known>>,
+    /// What images say of themselves.
+    learned: Mutex<HashMap<ConversionKey, Known>>,
 }
 
 impl ConversionCache {
@@ -110,7 +112,8 @@ impl ConversionCache {
     /// Without `options` only this run counts.
     pub(crate) async fn open(options: Option<&CacheOptions>, destination: &ImageDestination) -> Self {
         let Some(options) = options else { return Self::default() };
-        let cache = Self { directory: options.directory.clone(), known: Mutex::default() };
+        let directory = options.directory.clone().map(CacheDirectory::new);
+        let cache = Self { directory, ..Self::default() };
         for image in &options.images {
             if let Err(error) = cache.learn(image).await {
                 tracing::warn!(image = image.name(), %error, "no layers taken from this image");
@@ -130,10 +133,13 @@ impl ConversionCache {
             self.learn_manifest(source, &stored);
             return Ok(());
         }
-        let index: ImageIndex = serde_json::from_slice(&stored.bytes)
-            .map_err(|error| ImageError::Malformed { what: source.name(), reason: error.to_string() })?;
-        for entry in index.known() {
-            self.learn_manifest(source, &source.manifest_of(entry).await?);
+        let index: ImageIndex = parse(&stored)?;
+        for entry in index.known().take(LEARNED_IMAGE_COUNT_MAX) {
+            match source.manifest_of(entry).await {
+                Ok(stored) => self.learn_manifest(source, &stored),
+                // The others may be there.
+                Err(error) => tracing::debug!(entry = %entry.digest, %error, "no layers taken from this image"),
+            }
         }
         Ok(())
     }
@@ -149,12 +155,12 @@ impl ConversionCache {
                 if let ImageSource::Registry { reference, .. } = source {
                     known.add_repository(reference.name());
                 }
-                self.known().insert(key, known);
+                lock(&self.learned).insert(key, known);
             }
         }
     }
 
-    /// The layer that was made from `key`, if the destination has its blob now.
+    /// The layer that was made from `key`, if the destination has its blob now and it is what it should be.
     ///
     /// # Errors
     ///
@@ -164,48 +170,101 @@ impl ConversionCache {
         key: &ConversionKey,
         destination: &ImageDestination,
     ) -> Result<Option<LazyLayer>, ImageError> {
-        let known = self.known().get(key).cloned();
-        for known in known.into_iter().chain(self.read_entry(key)) {
-            if is_available(&known, destination).await? {
-                self.add(key, known.layer, destination);
-                return Ok(Some(known.layer));
+        let own = lock(&self.own).get(key).cloned();
+        if let Some(known) = own
+            && is_available(&known, destination).await?
+        {
+            return Ok(Some(known.layer));
+        }
+        if let Some(known) = self.directory.as_ref().and_then(|directory| directory.read(key))
+            && is_available(&known, destination).await?
+        {
+            match check_end(destination, &known.layer).await {
+                Ok(()) => {
+                    self.add(key, known.layer, destination);
+                    return Ok(Some(known.layer));
+                }
+                Err(reason) => {
+                    let blob = known.layer.blob;
+                    tracing::warn!(%blob, reason, "a layer that was converted earlier is damaged: it is converted again");
+                    self.directory.iter().for_each(|directory| directory.remove(key));
+                }
+            }
+        }
+        let learned = lock(&self.learned).get(key).cloned();
+        if let Some(known) = learned
+            && is_available(&known, destination).await?
+        {
+            match check_all(destination, &known.layer, key.diff_id).await {
+                Ok(()) => {
+                    // Not into the directory: what somebody else has made serves nobody but this image.
+                    lock(&self.own).insert(key.clone(), known.clone());
+                    return Ok(Some(known.layer));
+                }
+                Err(reason) => {
+                    let blob = known.layer.blob;
+                    tracing::warn!(%blob, reason, "an image says of a layer that it is another one: that is converted");
+                    lock(&self.learned).remove(key);
+                }
             }
         }
         Ok(None)
     }
 
-    /// Remembers that `layer`, made from `key`, is at the destination.
+    /// Remembers that `layer`, which was made from `key` by this program, is at the destination.
     pub(crate) fn add(&self, key: &ConversionKey, layer: LazyLayer, destination: &ImageDestination) {
-        let mut known = self.read_entry(key).filter(|known| known.layer == layer);
+        let read = self.directory.as_ref().and_then(|directory| directory.read(key));
+        let mut known = read.filter(|known| known.layer == layer);
         let known = known.get_or_insert_with(|| Known { layer, repositories: Vec::new() });
         if let ImageDestination::Registry { reference, .. } = destination {
             known.add_repository(reference.name());
         }
-        self.known().insert(key.clone(), known.clone());
-        let Some(path) = self.entry_path(key) else { return };
-        if let Err(error) = write_entry(&path, &Entry { key: key.clone(), known: known.clone() }) {
+        lock(&self.own).insert(key.clone(), known.clone());
+        if let Some(Err(error)) = self.directory.as_ref().map(|directory| directory.write(key, known)) {
             // The next conversion takes longer; this one has done its work.
-            tracing::debug!(%error, path = %path.display(), "conversion not remembered");
+            tracing::debug!(%error, "conversion not remembered");
         }
     }
+}
 
-    fn known(&self) -> MutexGuard<'_, HashMap<ConversionKey, Known>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What points to a layer at the destination.
+fn descriptor_of(layer: &LazyLayer) -> Descriptor {
+    Descriptor {
+        digest: layer.blob,
+        size: layer.blob_len,
+        annotations: Some(layer.to_annotations().into_iter().collect()),
+        ..Descriptor::of(media_type::OCI_LAYER_ZSTD, b"")
     }
+}
 
-    fn entry_path(&self, key: &ConversionKey) -> Option<PathBuf> {
-        let name = Digest::of(&serde_json::to_vec(key).expect("texts")).hex();
-        Some(self.directory.as_ref()?.join(name + ".json"))
+/// Whether footer and index at the destination are those of `layer`; the reason where they are not.
+async fn check_end(destination: &ImageDestination, layer: &LazyLayer) -> Result<(), String> {
+    let (source, descriptor) = (destination.to_source(), descriptor_of(layer));
+    let text = |error: ImageError| error.to_string();
+    let footer_start = layer.blob_len.checked_sub(FOOTER_FRAME_LEN).ok_or("it has no footer")?;
+    let frame = source.blob_range(&descriptor, footer_start..layer.blob_len).await.map_err(text)?;
+    let footer = Footer::from_frame(&frame, layer.blob_len).map_err(|error| error.to_string())?;
+    if footer != Some((layer.index, layer.hot_len)) {
+        return Err("its footer says something else".to_owned());
     }
+    let compressed = source.blob_range(&descriptor, layer.index.range()).await.map_err(text)?;
+    Index::from_compressed(&compressed, &layer.index).map(drop).map_err(|error| error.to_string())
+}
 
-    /// What the directory says; a file that cannot be read or understood says nothing.
-    fn read_entry(&self, key: &ConversionKey) -> Option<Known> {
-        let path = self.entry_path(key)?;
-        if fs::metadata(&path).ok()?.len() > ENTRY_LEN_MAX {
-            return None;
-        }
-        let entry: Entry = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
-        (entry.key == *key).then_some(entry.known)
+/// Whether a layer at the destination, of which nothing is known, is all that a conversion of the layer `diff_id`
+/// would be; the reason where it is not. Reads all of it.
+async fn check_all(destination: &ImageDestination, layer: &LazyLayer, diff_id: Digest) -> Result<(), String> {
+    let checked = check_layer(&destination.to_source(), &descriptor_of(layer), diff_id).await;
+    let checked = checked.map_err(|error| error.to_string())?;
+    match (checked.findings.first(), checked.not_checked.first()) {
+        (Some(finding), _) => Err(finding.to_string()),
+        (None, Some(what)) => Err(format!("not checked: {what}")),
+        (None, None) if checked.is_lazy && checked.tar_digest == Some(diff_id) => Ok(()),
+        (None, None) => Err("it is no lazy layer".to_owned()),
     }
 }
 
@@ -227,16 +286,6 @@ async fn is_available(known: &Known, destination: &ImageDestination) -> Result<b
     Ok(false)
 }
 
-/// Writes a file that is there completely or not at all.
-fn write_entry(path: &Path, entry: &Entry) -> io::Result<()> {
-    let directory = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(directory)?;
-    let mut file = tempfile::NamedTempFile::new_in(directory)?;
-    serde_json::to_writer(&mut file, entry)?;
-    file.persist(path)?;
-    Ok(())
-}
-
 /// The annotations of a new layer: those of the original that do not describe its blob, what a node must be told, and where it came from.
 pub(crate) fn annotations_of(
     original: Option<BTreeMap<String, String>>,
@@ -251,6 +300,8 @@ pub(crate) fn annotations_of(
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use format_spec::IndexLocation;
 
     use super::*;
@@ -265,11 +316,24 @@ mod tests {
     }
 
     fn open(directory: &Path) -> ConversionCache {
-        ConversionCache { directory: Some(directory.to_owned()), known: Mutex::default() }
+        ConversionCache { directory: Some(CacheDirectory::new(directory.join("cache"))), ..Default::default() }
     }
 
-    #[tokio::test]
-    async fn an_entry_counts_where_the_blob_is() {
+    /// A layer without content, as a conversion makes it.
+    fn converted() -> (LazyLayer, Vec<u8>) {
+        let made = crate::mount::empty_layer().unwrap();
+        let mut blob = vec![0; usize::try_from(made.layer.blob_len).unwrap()];
+        std::os::unix::fs::FileExt::read_exact_at(&*made.file, &mut blob, 0).unwrap();
+        (made.layer, blob)
+    }
+
+    struct Place {
+        directory: tempfile::TempDir,
+        here: ImageDestination,
+        there: ImageDestination,
+    }
+
+    fn place() -> Place {
         let directory = tempfile::tempdir().unwrap();
         let client = registry::Client::new(registry::ClientOptions::default());
         let destination = |name: &str| {
@@ -277,19 +341,53 @@ mod tests {
             ImageDestination::open(&location, &client, directory.path()).unwrap()
         };
         let (here, there) = (destination("here"), destination("there"));
-        let layer = layer(b"blob");
-        here.put_bytes(&layer.blob, &b"blob"[..].into()).await.unwrap();
+        Place { here, there, directory }
+    }
+
+    #[tokio::test]
+    async fn an_entry_counts_where_the_blob_is() {
+        let Place { directory, here, there } = place();
+        let (layer, blob) = converted();
+        here.put_bytes(&layer.blob, &blob.into()).await.unwrap();
         open(directory.path()).add(&key("a"), layer, &here);
         // Another process, which has read nothing yet.
         let cache = open(directory.path());
         assert_eq!(cache.find(&key("a"), &here).await.unwrap(), Some(layer));
         assert_eq!(cache.find(&key("b"), &here).await.unwrap(), None);
         assert_eq!(cache.find(&key("a"), &there).await.unwrap(), None);
-        let path = cache.entry_path(&key("a")).unwrap();
-        for damaged in [&b"{"[..], b"{}", &vec![b' '; 100_000]] {
-            fs::write(&path, damaged).unwrap();
-            assert_eq!(open(directory.path()).find(&key("a"), &here).await.unwrap(), None);
-        }
+    }
+
+    /// One wrong digit was believed, published, and learned again from what had been published.
+    #[tokio::test]
+    async fn an_entry_that_is_not_what_the_blob_says_is_dropped() {
+        let Place { directory, here, .. } = place();
+        let (layer, blob) = converted();
+        here.put_bytes(&layer.blob, &blob.into()).await.unwrap();
+        let index = format_spec::IndexLocation { digest: Digest::of(b"another"), ..layer.index };
+        open(directory.path()).add(&key("a"), LazyLayer { index, ..layer }, &here);
+        assert_eq!(open(directory.path()).find(&key("a"), &here).await.unwrap(), None);
+        assert_eq!(CacheDirectory::new(directory.path().join("cache")).read(&key("a")), None);
+    }
+
+    /// Whoever has an image converted could say that a public base layer becomes his.
+    #[tokio::test]
+    async fn what_an_image_says_is_believed_after_its_layer_was_read() {
+        let Place { directory, here, .. } = place();
+        let (layer, blob) = converted();
+        here.put_bytes(&layer.blob, &blob.into()).await.unwrap();
+        let learn = |cache: &ConversionCache, key: ConversionKey| {
+            let known = Known { layer, repositories: Vec::new() };
+            lock(&cache.learned).insert(key, known);
+        };
+        // The layer has another tar stream than the one that is wanted.
+        let cache = open(directory.path());
+        learn(&cache, key("a"));
+        assert_eq!(cache.find(&key("a"), &here).await.unwrap(), None);
+        // It has the right one, and serves this run, but nobody else.
+        let right = ConversionKey { diff_id: Digest::of(b""), ..key("a") };
+        learn(&cache, right.clone());
+        assert_eq!(cache.find(&right, &here).await.unwrap(), Some(layer));
+        assert_eq!(open(directory.path()).find(&right, &here).await.unwrap(), None);
     }
 
     #[test]

@@ -99,7 +99,11 @@ pub async fn check_image(
 }
 
 /// Checks one layer of any kind.
-async fn check_layer(source: &ImageSource, descriptor: &Descriptor, diff_id: Digest) -> Result<LayerCheck, CheckError> {
+pub(crate) async fn check_layer(
+    source: &ImageSource,
+    descriptor: &Descriptor,
+    diff_id: Digest,
+) -> Result<LayerCheck, CheckError> {
     let mut findings = Findings::default();
     let open = open_layer(source, descriptor, &mut findings).await;
     let is_lazy = open.is_lazy;

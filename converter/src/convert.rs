@@ -6,6 +6,7 @@
 use std::{num::NonZeroUsize, sync::Arc, time::Instant};
 
 use format_spec::{Digest, FormatError, annotation::FORMAT_VERSION};
+use tar_index::TREE_GENERATION;
 
 use crate::{
     cache::{CacheOptions, ConversionCache},
@@ -60,7 +61,9 @@ impl ConvertOptions {
             HotPackChoice::Profile { digest, .. } => digest.to_string(),
             HotPackChoice::None => "none".to_owned(),
         };
-        format!("format={FORMAT_VERSION} frames={FRAMES_GENERATION} level={level} hot={hot_pack}")
+        format!(
+            "format={FORMAT_VERSION} frames={FRAMES_GENERATION} tree={TREE_GENERATION} level={level} hot={hot_pack}"
+        )
     }
 }
 
@@ -90,6 +93,14 @@ pub enum ConvertError {
         expected: Digest,
         /// Digest of the tar stream.
         found: Digest,
+    },
+    /// The config says two things of one blob.
+    #[error("layer {digest}: the config says that its tar stream has digest {}, and elsewhere {}", .diff_ids[0], .diff_ids[1])]
+    TwoDiffIds {
+        /// The original blob.
+        digest: Digest,
+        /// The diff IDs.
+        diff_ids: [Digest; 2],
     },
     /// Finding out whether a layer is lazy already.
     #[error(transparent)]

@@ -47,6 +47,25 @@ struct PreparedLayer {
     started: Instant,
 }
 
+/// A layer that is at the destination.
+enum Finished {
+    /// As it was; what it says of itself, if it is lazy.
+    CarriedOver(Option<LazyLayer>),
+    /// It became this one.
+    Converted(LazyLayer, ConversionKey),
+}
+
+impl Finished {
+    /// What points to it now, where `original` pointed to the original: of two descriptors of one blob each keeps
+    /// its own annotations.
+    fn descriptor(&self, original: &Descriptor) -> Descriptor {
+        match self {
+            Self::CarriedOver(lazy) => annotate(original.clone(), *lazy),
+            Self::Converted(layer, key) => lazy_descriptor(original.clone(), layer, key),
+        }
+    }
+}
+
 enum Preparation {
     /// It stays as it is.
     CarriedOver {
@@ -62,15 +81,21 @@ enum Preparation {
 }
 
 /// Every different layer once; the largest first, so that it is not waited for alone.
-fn pending_layers(image: &ResolvedImage) -> Vec<PendingLayer> {
+fn pending_layers(image: &ResolvedImage) -> Result<Vec<PendingLayer>, ConvertError> {
     let mut pending: Vec<PendingLayer> = Vec::new();
     for (number, (layer, diff_id)) in image.manifest.layers.iter().zip(&image.diff_ids).enumerate() {
-        if pending.iter().all(|other| other.descriptor.digest != layer.digest) {
-            pending.push(PendingLayer { number, descriptor: layer.clone(), diff_id: *diff_id });
+        match pending.iter().find(|other| other.descriptor.digest == layer.digest) {
+            None => pending.push(PendingLayer { number, descriptor: layer.clone(), diff_id: *diff_id }),
+            // One blob has one tar stream, so one of the two is a lie.
+            Some(other) if other.diff_id != *diff_id => {
+                let (digest, diff_ids) = (layer.digest, [other.diff_id, *diff_id]);
+                return Err(ConvertError::TwoDiffIds { digest, diff_ids });
+            }
+            Some(_) => {}
         }
     }
     pending.sort_by_key(|layer| (std::cmp::Reverse(layer.descriptor.size), layer.number));
-    pending
+    Ok(pending)
 }
 
 impl Conversion<'_> {
@@ -79,28 +104,28 @@ impl Conversion<'_> {
         &self,
         mut image: ResolvedImage,
     ) -> Result<(NewManifest, ImageReport), ConvertError> {
-        let prepared: Vec<PreparedLayer> = stream::iter(pending_layers(&image))
+        let prepared: Vec<PreparedLayer> = stream::iter(pending_layers(&image)?)
             .map(|layer| self.prepare(layer))
             .buffer_unordered(self.layers_at_once)
             .try_collect()
             .await?;
         let (prepared, hot_pieces) = self.choose_hot_pieces(&image, prepared).await?;
-        let done: HashMap<Digest, (Descriptor, LayerReport)> = stream::iter(prepared)
+        let done: HashMap<Digest, (Finished, LayerReport)> = stream::iter(prepared)
             .map(|layer| {
                 let hot_pieces = hot_pieces.get(&layer.pending.descriptor.digest).cloned().unwrap_or_default();
                 self.finish(layer, hot_pieces)
             })
             .buffer_unordered(self.layers_at_once)
-            .map_ok(|(descriptor, report)| (report.source_digest, (descriptor, report)))
+            .map_ok(|(finished, report)| (report.source_digest, (finished, report)))
             .try_collect()
             .await?;
         let mut reports = Vec::with_capacity(image.manifest.layers.len());
         let mut has_new_blobs = false;
         for layer in &mut image.manifest.layers {
-            let (descriptor, report) = &done[&layer.digest];
-            has_new_blobs |= descriptor.digest != layer.digest;
+            let (finished, report) = &done[&layer.digest];
+            has_new_blobs |= report.target_digest != layer.digest;
             reports.push(report.clone());
-            *layer = descriptor.clone();
+            *layer = finished.descriptor(layer);
         }
         if has_new_blobs {
             for_new_layers(&mut image.manifest.annotations);
@@ -191,7 +216,7 @@ impl Conversion<'_> {
     }
 
     /// Reads one layer: writes its frames, or sends it on as it is where it cannot or need not be converted.
-    async fn prepare(&self, mut pending: PendingLayer) -> Result<PreparedLayer, ConvertError> {
+    async fn prepare(&self, pending: PendingLayer) -> Result<PreparedLayer, ConvertError> {
         let started = Instant::now();
         let digest = pending.descriptor.digest;
         self.observer.layer_starts(pending.number, &digest, pending.descriptor.size);
@@ -199,7 +224,6 @@ impl Conversion<'_> {
         let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&pending.descriptor.media_type.as_str());
         let state = if lazy.is_some() || !is_convertible {
             let uploaded = self.carry_over(pending.number, &pending.descriptor).await?;
-            pending.descriptor = annotate(pending.descriptor, lazy);
             Preparation::CarriedOver { uploaded, lazy }
         } else if let Some(layer) = self.cache.find(&self.key(&pending), self.destination).await? {
             Preparation::Cached(layer)
@@ -235,27 +259,28 @@ impl Conversion<'_> {
         Ok((spooled, upload))
     }
 
-    /// Brings a layer to the destination; returns its new descriptor.
+    /// Brings a layer to the destination.
     async fn finish(
         &self,
         layer: PreparedLayer,
         hot_pieces: Vec<HotPiece>,
-    ) -> Result<(Descriptor, LayerReport), ConvertError> {
+    ) -> Result<(Finished, LayerReport), ConvertError> {
         let PreparedLayer { pending, state, started } = layer;
         let key = self.key(&pending);
         let PendingLayer { number, descriptor, diff_id } = pending;
         let (source_digest, source_len) = (descriptor.digest, descriptor.size);
         let cached = matches!(state, Preparation::Cached(_));
-        let (target, content, uploaded) = match state {
-            Preparation::CarriedOver { uploaded, .. } => (descriptor, None, uploaded),
-            Preparation::Cached(layer) => (lazy_descriptor(descriptor, &layer, &key), None, false),
+        let (finished, content, uploaded) = match state {
+            Preparation::CarriedOver { uploaded, lazy } => (Finished::CarriedOver(lazy), None, uploaded),
+            Preparation::Cached(layer) => (Finished::Converted(layer, key), None, false),
             Preparation::Spooled(spooled, upload) => {
                 let (layer, content, uploaded) =
                     self.finish_spooled(number, source_digest, *spooled, upload, hot_pieces).await?;
                 self.cache.add(&key, layer, self.destination);
-                (lazy_descriptor(descriptor, &layer, &key), Some(content), uploaded)
+                (Finished::Converted(layer, key), Some(content), uploaded)
             }
         };
+        let target = finished.descriptor(&descriptor);
         let report = LayerReport {
             source_digest,
             source_len,
@@ -269,7 +294,7 @@ impl Conversion<'_> {
             seconds: started.elapsed().as_secs_f64(),
         };
         self.observer.layer_done(number, &report);
-        Ok((target, report))
+        Ok((finished, report))
     }
 
     async fn finish_spooled(

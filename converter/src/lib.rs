@@ -4,6 +4,7 @@ pub mod archive;
 pub mod blob_reader;
 mod blob_thread;
 pub mod cache;
+mod cache_directory;
 pub mod check;
 pub mod compress;
 mod contents;

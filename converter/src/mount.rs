@@ -83,7 +83,7 @@ async fn lazy_layers(source: &ImageSource, image: &ResolvedImage) -> Result<Vec<
 }
 
 /// A layer with nothing in it. An image without layers shows what one with this layer shows: an empty root.
-fn empty_layer() -> Result<ConvertedLayer, LayerError> {
+pub(crate) fn empty_layer() -> Result<ConvertedLayer, LayerError> {
     let compressor = Compressor::new(&FrameOptions::default(), 1, 1).map_err(LayerError::Write)?;
     let nothing = BlobReader::new(std::iter::empty(), Digest::of(b""), 0);
     let spool = Spool::new(tempfile::tempfile().map_err(LayerError::Write)?);

@@ -5,14 +5,15 @@
 //! Source: OCI image specification, image-layout.md.
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
-    io::{self, Write},
+    io::{self, Read, Write},
     os::{fd::AsRawFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
-use format_spec::Digest;
+use format_spec::{Digest, DigestHasher};
 use rustix::fs::{AtFlags, CWD, FlockOperation, flock, linkat};
 
 use crate::{
@@ -21,6 +22,8 @@ use crate::{
     manifest::{Descriptor, ImageIndex, IndexEntry},
 };
 
+/// Bytes read at once of a blob that is hashed.
+const READ_LEN: usize = 256 << 10;
 /// Content of the file `oci-layout`.
 const LAYOUT: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
 
@@ -37,6 +40,8 @@ pub struct OciDirectoryWriter {
     /// Entries of `index.json` besides that of the tag.
     entries: Mutex<Vec<Descriptor>>,
     made: Mutex<Made>,
+    /// Blobs that were hashed or written here.
+    verified: Mutex<HashSet<Digest>>,
 }
 
 #[derive(Debug, Default)]
@@ -62,6 +67,7 @@ impl OciDirectoryWriter {
             tag: tag.unwrap_or(TAG_DEFAULT).to_owned(),
             entries: Mutex::default(),
             made: Mutex::default(),
+            verified: Mutex::default(),
         };
         writer.make_directories(&directory.join("blobs/sha256"))?;
         Ok(writer)
@@ -100,9 +106,26 @@ impl OciDirectoryWriter {
         tempfile::tempfile_in(self.directory.join("blobs/sha256")).map_err(failed(&self.directory))
     }
 
-    /// Whether the layout has a blob of this length.
+    fn verified(&self) -> std::sync::MutexGuard<'_, HashSet<Digest>> {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the layout has a blob, as its digest says: a power cut may have left something else by its name.
+    ///
+    /// Blocks while it is hashed, once.
     pub(crate) fn has_blob(&self, digest: &Digest, len: u64) -> bool {
-        fs::metadata(blob_path(&self.directory, digest)).is_ok_and(|metadata| metadata.len() == len)
+        if self.verified().contains(digest) {
+            return true;
+        }
+        let path = blob_path(&self.directory, digest);
+        let is_there = fs::metadata(&path).is_ok_and(|metadata| metadata.is_file() && metadata.len() == len);
+        let is_right = is_there && hash_file(&path).is_ok_and(|found| found == *digest);
+        if is_right {
+            self.verified().insert(*digest);
+        } else if is_there {
+            tracing::warn!(path = %path.display(), "this blob is not what its name says: it is written again");
+        }
+        is_right
     }
 
     /// Gives a complete file its name.
@@ -113,6 +136,7 @@ impl OciDirectoryWriter {
         match linkat(CWD, &unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
             Ok(()) => {
                 self.made().files.push(path);
+                self.verified().insert(*digest);
                 Ok(())
             }
             // Not every file system can name a file later.
@@ -202,6 +226,18 @@ impl Drop for OciDirectoryWriter {
         }
         for directory in made.directories.into_iter().rev() {
             let _ = fs::remove_dir(directory);
+        }
+    }
+}
+
+fn hash_file(path: &Path) -> io::Result<Digest> {
+    let mut file = File::open(path)?;
+    let mut hasher = DigestHasher::default();
+    let mut buffer = vec![0; READ_LEN];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hasher.finish()),
+            len => hasher.update(&buffer[..len]),
         }
     }
 }

@@ -17,3 +17,6 @@ pub mod tree;
 pub mod walker;
 
 pub use pax::Time;
+
+/// Changes whenever equal tar streams begin to give other indexes: what was converted before is then converted again.
+pub const TREE_GENERATION: u32 = 1;
