@@ -26,6 +26,11 @@ use tracing_subscriber::EnvFilter;
 const WORKER_THREADS: usize = 2;
 /// Threads for what may block: writing files, merging trees, unmounting.
 const BLOCKING_THREADS_MAX: usize = 16;
+/// How long a reader waits for bytes, whatever the registries answer.
+const PATIENCE_SECONDS: u32 = 60;
+/// How long a request goes on by itself where it broke: who waits, how long, and where else to ask is decided in one
+/// place, which is `storage`.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
 /// Half of a link of 1 Gbit/s: a node of many images is complete within minutes, and what starts next finds room.
 const BACKGROUND_RATE_MIB: u32 = 64;
 /// The session's descriptor, as the service manager calls it.
@@ -55,6 +60,9 @@ struct Arguments {
     /// Between which layers content is copied instead of fetched: of one repository, one registry, or all of the node.
     #[arg(long, value_name = "SCOPE", default_value_t)]
     dedup: DedupScope,
+    /// Seconds that a read waits for bytes, whatever the registries answer; then it fails.
+    #[arg(long, value_name = "SECONDS", default_value_t = PATIENCE_SECONDS)]
+    patience: u32,
     /// Go on with the session whose /dev/fuse descriptor is standard input, if it is still there.
     #[arg(long)]
     take_over: bool,
@@ -89,15 +97,15 @@ fn main() -> ExitCode {
         cache: CacheOptions {
             rest: NonZeroU64::new(u64::from(arguments.background_rate) << 20).map(RestOptions::new),
             domain: arguments.dedup.domain(),
+            patience: Some(Duration::from_secs(arguments.patience.max(1).into())),
             ..CacheOptions::default()
         },
     };
     let environment = ClientOptions::from_environment();
-    // Restarted during an outage it waits as long as it would have without the restart.
-    let first_contact_patience = environment.patience;
     let client = Client::new(ClientOptions {
         plain_http: environment.plain_http || arguments.plain_http,
-        first_contact_patience,
+        patience: CLIENT_PATIENCE,
+        first_contact_patience: CLIENT_PATIENCE,
         ..environment
     });
     let runtime = Builder::new_multi_thread()

@@ -111,7 +111,9 @@ pub async fn mount_image(
     let mount_point = Session::check_mount_point(mount_point)?;
     let root = cache_root.to_owned();
     let runtime = Handle::current();
-    let service = blocking(move || Service::open(&root, runtime, sources, CacheOptions::default())).await?;
+    // A person waits for the command: the client's patience is enough.
+    let cache = CacheOptions { patience: None, ..CacheOptions::default() };
+    let service = blocking(move || Service::open(&root, runtime, sources, cache)).await?;
     let root = cache_root.to_owned();
     let chosen = blocking(move || choose(mode, || erofs::probe(&root))).await.map_err(Error::KernelMode)?;
     let tree = service.tree(&layers).await?;

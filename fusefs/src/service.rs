@@ -14,7 +14,7 @@ use format_spec::{Digest, LayerId, LazyLayer, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use futures_util::StreamExt;
 use serde_json::json;
-use storage::{Cache, CacheOptions, KnownLayer, Layer, Verdict};
+use storage::{Cache, CacheOptions, KnownLayer, Layer, Sources, Verdict};
 use tokio::{
     runtime::Handle,
     sync::{OnceCell, RwLock},
@@ -89,6 +89,7 @@ impl Service {
         sources: Arc<dyn SourceFactory>,
         cache: CacheOptions,
     ) -> Result<Self, Error> {
+        let cache = CacheOptions { sources: places(&sources), ..cache };
         Ok(Self(Arc::new(Inner {
             cache: Cache::open(&root.join("cache"), runtime, cache)?,
             store: TreeStore::open(root.join("trees"))?,
@@ -524,6 +525,15 @@ impl std::fmt::Debug for Service {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Service").field("namespace", &self.0.namespace).finish_non_exhaustive()
     }
+}
+
+/// Makes sources from the descriptions of layers that the cache keeps.
+fn places(sources: &Arc<dyn SourceFactory>) -> Sources {
+    let sources = sources.clone();
+    Sources::new(move |layer, description| {
+        let image = description.get(IMAGE)?.as_str()?.to_owned();
+        sources.source(&RemoteLayer { layer: *layer, image }).ok()
+    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -32,6 +32,11 @@ impl BlobSource {
 }
 
 impl Source for BlobSource {
+    /// The registry, as references name it: its mirrors answer for it.
+    fn origin(&self) -> Option<String> {
+        Some(self.reference.host().to_owned())
+    }
+
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
         Box::pin(async move { self.download(range)?.into_stream().await.map_err(|error| error.to_source_error()) })
     }

@@ -44,6 +44,8 @@ pub struct Settings {
     pub read_ahead: Option<u32>,
     /// MiB a second at which the rest of each layer is fetched after start-up, 0 for only what is read.
     pub background_rate: Option<u32>,
+    /// How long a read waits for bytes, whatever the registries answer, in seconds.
+    pub patience: Option<u32>,
     /// How long a container waits for its lazy layers, in seconds.
     pub start_timeout: Option<u32>,
     /// How long the first lazy layer of an image waits for a look at its registry, in seconds.
@@ -74,6 +76,9 @@ pub struct Config {
     /// MiB a second at which the rest of each layer is fetched after start-up; `None` for the default of
     /// `lazuli-fused`.
     pub background_rate: Option<u32>,
+    /// How long a read waits for bytes, whatever the registries answer, in seconds; `None` for the default of
+    /// `lazuli-fused`.
+    pub patience: Option<u32>,
     /// How long things may take.
     pub limits: Limits,
     /// What both programs log.
@@ -84,7 +89,12 @@ impl Config {
     /// What `lazuli-fused` is told besides its places.
     pub fn fused_arguments(&self) -> Vec<String> {
         let mut arguments = vec!["--mode".to_owned(), self.mode.to_string(), "--log".to_owned(), self.log.clone()];
-        for (flag, number) in [("--read-ahead", self.read_ahead), ("--background-rate", self.background_rate)] {
+        let numbers = [
+            ("--read-ahead", self.read_ahead),
+            ("--background-rate", self.background_rate),
+            ("--patience", self.patience),
+        ];
+        for (flag, number) in numbers {
             arguments.extend(number.into_iter().flat_map(|number| [flag.to_owned(), number.to_string()]));
         }
         arguments.extend(self.plain_http.then(|| "--plain-http".to_owned()));
@@ -133,6 +143,7 @@ impl Settings {
             mode: self.mode.or(file.mode).unwrap_or_default(),
             read_ahead: self.read_ahead.or(file.read_ahead),
             background_rate: self.background_rate.or(file.background_rate),
+            patience: self.patience.or(file.patience),
             limits: Limits {
                 start: seconds(self.start_timeout.or(file.start_timeout).unwrap_or(START_SECONDS)),
                 probe: seconds(self.probe_timeout.or(file.probe_timeout).unwrap_or(PROBE_SECONDS)),
@@ -151,7 +162,7 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\nhang_timeout = 0\nstart_timeout = 5\n";
+        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\npatience = 90\nhang_timeout = 0\nstart_timeout = 5\n";
         let file = Settings::parse(text).unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
         let expected = Config {
@@ -163,6 +174,7 @@ mod tests {
             mode: Mode::Fuse,
             read_ahead: None,
             background_rate: Some(0),
+            patience: Some(90),
             limits: Limits { start: seconds(5), probe: seconds(PROBE_SECONDS), hang: None },
             log: LOG.to_owned(),
         };
@@ -170,7 +182,7 @@ mod tests {
         assert_eq!(config, expected);
         assert_eq!(
             config.fused_arguments(),
-            ["--mode", "fuse", "--log", "info", "--background-rate", "0", "--plain-http"]
+            ["--mode", "fuse", "--log", "info", "--background-rate", "0", "--patience", "90", "--plain-http"]
         );
     }
 

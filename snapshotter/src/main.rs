@@ -59,6 +59,9 @@ struct Arguments {
     /// that of lazuli-fused]
     #[arg(long, value_name = "MIB")]
     background_rate: Option<u32>,
+    /// Seconds that a read waits for bytes, whatever the registries answer; then it fails [default: that of lazuli-fused]
+    #[arg(long, value_name = "SECONDS")]
+    patience: Option<u32>,
     /// Seconds that a container waits for its lazy layers; they are waited for all the same [default: 60]
     #[arg(long, value_name = "SECONDS")]
     start_timeout: Option<u32>,
@@ -120,7 +123,7 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         Err(error) => return Err(format!("configuration {}: {error}", path.display()).into()),
     };
     let program = std::env::current_exe()?;
-    let Arguments { address, root, fused, plain_http, mode, read_ahead, background_rate, .. } = arguments;
+    let Arguments { address, root, fused, plain_http, mode, read_ahead, background_rate, patience, .. } = arguments;
     let Arguments { start_timeout, probe_timeout, hang_timeout, log, .. } = arguments;
     let (plain_http, fused_is_service) = (plain_http.then_some(true), None);
     let flags = Settings {
@@ -132,6 +135,7 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         mode,
         read_ahead,
         background_rate,
+        patience,
         start_timeout,
         probe_timeout,
         hang_timeout,

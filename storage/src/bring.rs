@@ -3,7 +3,7 @@
 //! What is near is waited for: a look at what other layers have, a copy, the next part of a hot pack that is being
 //! received. It may fail to bring what it should; then, and for everything else, frames are fetched.
 
-use std::{ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc, time::Instant};
 
 use crate::{
     dedup::{Copies, CopyPlan},
@@ -34,13 +34,17 @@ struct Near {
 impl LayerInner {
     /// Brings what is missing of a plain range; `done` hears when it has come or one part failed.
     pub(crate) fn bring(self: &Arc<Self>, plain: Range<u64>, priority: Priority, done: Arrived) {
-        self.bring_in_rounds(plain, priority, UnkeptFrames::new(), NEAR_ROUNDS_MAX, done);
+        // A reader waits so long for everything together, whatever it turns out to be.
+        let patience = self.scheduler.patience().filter(|_| priority == Priority::Read);
+        let deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
+        self.bring_in_rounds(plain, priority, deadline, UnkeptFrames::new(), NEAR_ROUNDS_MAX, done);
     }
 
     fn bring_in_rounds(
         self: &Arc<Self>,
         plain: Range<u64>,
         priority: Priority,
+        deadline: Option<Instant>,
         mut unkept: UnkeptFrames,
         near_rounds_left: u32,
         done: Arrived,
@@ -63,10 +67,13 @@ impl LayerInner {
                 if is_last_round {
                     return done(Ok(unkept));
                 }
-                inner.bring_in_rounds(plain, priority, unkept, near_rounds_left - 1, done);
+                inner.bring_in_rounds(plain, priority, deadline, unkept, near_rounds_left - 1, done);
             }
         });
         near.join(self, &wait);
+        if !(is_last_round && frames.is_empty()) {
+            deadline.inspect(|deadline| self.scheduler.wait_until(*deadline, self, &wait));
+        }
         self.scheduler.want(self, frames, priority, Some(&wait));
         wait.end_of_parts();
     }

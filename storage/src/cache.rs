@@ -40,9 +40,10 @@ use crate::{
     disk::Disk,
     error::{CacheError, ReadError},
     frame_store::lock,
-    layer::{Layer, Origin},
-    scheduler::Scheduler,
-    source::Source,
+    layer::Layer,
+    places::{Place, Places},
+    scheduler::{RequestOptions, Scheduler},
+    source::{Source, Sources},
 };
 
 mod opening;
@@ -55,15 +56,19 @@ pub use rest::RestOptions;
 /// `f_type` of overlayfs (Linux include/uapi/linux/magic.h).
 const OVERLAYFS_SUPER_MAGIC: u64 = 0x794c_7630;
 
+/// Longer than a registry takes to restart, shorter than what watches a container takes to give it up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// How a cache behaves.
 #[derive(Debug, Clone)]
 pub struct CacheOptions {
-    /// Requests in flight for blocked reads.
-    pub read_requests_max: usize,
-    /// Requests in flight for what will be read soon.
-    pub hot_requests_max: usize,
-    /// Requests in flight for everything else.
-    pub background_requests_max: usize,
+    /// How many requests are made at once, and when somebody else is asked.
+    pub requests: RequestOptions,
+    /// How long a reader waits, and who opens a layer, whatever the places of the layer answer: only wrong bytes fail
+    /// at once. `None` passes a failure on as soon as every place was asked: then patience is the source's business.
+    pub patience: Option<Duration>,
+    /// Makes sources of the places that an earlier process has known.
+    pub sources: Sources,
     /// When and how fast the rest of every layer is fetched; `None` leaves it at the source.
     pub rest: Option<RestOptions>,
     /// Who may read a layer, by its description: content is copied between layers for which this says the same.
@@ -77,9 +82,9 @@ pub struct CacheOptions {
 impl Default for CacheOptions {
     fn default() -> Self {
         Self {
-            read_requests_max: 16,
-            hot_requests_max: 4,
-            background_requests_max: 2,
+            requests: RequestOptions::default(),
+            patience: Some(PATIENCE),
+            sources: Sources::default(),
             rest: None,
             domain: |_| String::new(),
             flush_interval: Duration::from_secs(3),
@@ -93,7 +98,7 @@ impl Default for CacheOptions {
 pub struct KnownLayer {
     /// What names it.
     pub layer: LazyLayer,
-    /// What the caller of [`Cache::layer`] gave last.
+    /// What a caller of [`Cache::layer`] gave for the newest of its places.
     pub description: Value,
 }
 
@@ -117,6 +122,7 @@ struct CacheInner {
     runtime: Handle,
     disk: Disk,
     scheduler: Arc<Scheduler>,
+    sources: Sources,
     /// Held for a look or a change, never over I/O.
     layers: Mutex<HashMap<Digest, Entry>>,
     layer_count: AtomicU64,
@@ -124,6 +130,7 @@ struct CacheInner {
     verifies: bool,
     domain: fn(&Value) -> String,
     flush_soon: Arc<Notify>,
+    place_count: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -141,6 +148,7 @@ struct OpeningEntry {
     result: Opening,
     task: AbortHandle,
     place: OpeningPlace,
+    places: Arc<Places>,
 }
 
 /// Where a layer is opened.
@@ -172,11 +180,13 @@ impl Cache {
             scheduler: Scheduler::new(runtime.clone(), &options),
             runtime,
             disk: options.disk,
+            sources: options.sources,
             layers: Mutex::default(),
             layer_count: AtomicU64::new(0),
             verifies: options.rest.is_some(),
             domain: options.domain,
             flush_soon: Arc::default(),
+            place_count: AtomicU64::new(0),
         });
         inner.disk.make_directory(&root.join("layers")).map_err(disk_error)?;
         inner.disk.sync_directory(root).map_err(disk_error)?;
@@ -196,8 +206,9 @@ impl Cache {
 
     /// Opens a layer, fetching its index if the cache does not have it. Concurrent calls share one request.
     ///
-    /// `description` is kept beside the layer for [`Self::known_layers`] of a later process. A call with another
-    /// description than the one before replaces it, and the source with it.
+    /// `source` is a place of the layer and `description` its name: a call with another description than those before
+    /// adds a place, which is asked when the others do not answer. Descriptions are kept beside the layer for a later
+    /// process ([`CacheOptions::sources`], [`Self::known_layers`]).
     ///
     /// # Errors
     ///
@@ -208,38 +219,61 @@ impl Cache {
         source: Arc<dyn Source>,
         description: Value,
     ) -> Result<Layer, CacheError> {
-        let origin = Origin { source, description };
+        let place = self.inner.new_place(source, description);
+        let (mut place, mut added_to) = (Some(place), None);
         let open = loop {
             let looked = {
                 let mut layers = lock(&self.inner.layers);
                 match layers.get(&layer.id()) {
-                    Some(Entry::Open(open)) => Ok(futures_util::future::ready(Ok(open.clone())).boxed().shared()),
-                    Some(Entry::Opening(opening)) => Ok(opening.result.clone()),
+                    Some(Entry::Open(open)) => {
+                        let is_new = place.take().is_some_and(|place| open.inner().places.add(place));
+                        added_to = is_new.then_some(open.inner().number).or(added_to);
+                        Ok(futures_util::future::ready(Ok(open.clone())).boxed().shared())
+                    }
+                    Some(Entry::Opening(opening)) => {
+                        let is_new = place.take().is_some_and(|place| opening.places.add(place));
+                        added_to = is_new.then_some(opening.number).or(added_to);
+                        Ok(opening.result.clone())
+                    }
                     Some(Entry::Leaving(left)) => Err(left.clone()),
                     None => {
-                        let first = Origin { source: origin.source.clone(), description: origin.description.clone() };
-                        let opening = self.inner.start_to_open(*layer, first);
+                        let Some(place) = place.take() else { return Err(CacheError::Stopped(layer.blob)) };
+                        let opening = self.inner.start_to_open(*layer, place);
                         let result = opening.result.clone();
                         layers.insert(layer.id(), Entry::Opening(opening));
                         Ok(result)
                     }
                 }
             };
+            if let Some(number) = added_to {
+                self.inner.scheduler.places_changed(number, layer.blob);
+            }
             match looked {
                 Ok(opening) => break opening.await?,
                 // Ends when the other side is dropped.
                 Err(mut left) => drop(left.changed().await),
             }
         };
-        if open.description() != origin.description {
-            let (layer, path) = (open.clone(), self.inner.directory(layer.id()).path().to_owned());
-            self.inner
-                .blocking(layer.lazy_layer().blob, move || {
-                    layer.replace_origin(origin).map_err(|error| disk_error(&path, error))
-                })
-                .await?;
+        if added_to.is_some() {
+            self.inner.keep_places(&open);
         }
         Ok(open)
+    }
+
+    /// Takes a place away from an open layer, as when the image that it belongs to is gone; the only one stays.
+    ///
+    /// Returns whether there is one less.
+    pub fn forget_place(&self, id: LayerId, description: &Value) -> bool {
+        let open = match lock(&self.inner.layers).get(&id) {
+            Some(Entry::Open(open)) => open.clone(),
+            _ => return false,
+        };
+        let is_forgotten = open.inner().places.forget(description);
+        if is_forgotten {
+            self.inner.scheduler.places_changed(open.inner().number, open.lazy_layer().blob);
+            self.inner.keep_places(&open);
+        }
+        is_forgotten
     }
 
     /// All layers that the directory holds, sorted by digest; damaged ones are left out.
@@ -255,7 +289,7 @@ impl Cache {
             let directory = LayerDirectory::new(entry.map_err(disk_error)?.path(), self.inner.disk.clone());
             let name = directory.path().file_name().unwrap_or_default().to_owned();
             match directory.read_record() {
-                Ok(Some(LayerRecord { layer, description })) if *name == *layer.id().hex() => {
+                Ok(Some(LayerRecord { layer, description, .. })) if *name == *layer.id().hex() => {
                     known.push(KnownLayer { layer, description });
                 }
                 Ok(_) => tracing::warn!(path = %directory.path().display(), "not a layer, or a damaged one"),
@@ -293,7 +327,10 @@ impl Cache {
             drop({ other }.changed().await);
         };
         match &entry {
-            Some(Entry::Opening(opening)) => opening.task.abort(),
+            Some(Entry::Opening(opening)) => {
+                opening.task.abort();
+                self.inner.scheduler.forget(opening.number);
+            }
             Some(Entry::Open(layer)) => layer.stop(),
             _ => {}
         }
@@ -356,13 +393,32 @@ impl CacheInner {
         open
     }
 
+    /// A place that no layer has yet.
+    fn new_place(&self, source: Arc<dyn Source>, description: Value) -> Place {
+        Place { number: self.place_count.fetch_add(1, Ordering::Relaxed), source, description }
+    }
+
+    /// Writes down the places of a layer, which may take as long as the disk takes: nobody waits for it.
+    ///
+    /// Who is killed before that is told of the place again by whoever uses it.
+    fn keep_places(&self, layer: &Layer) {
+        let layer = layer.clone();
+        self.runtime.spawn_blocking(move || {
+            if let Err(error) = layer.write_places() {
+                tracing::warn!(blob = %layer.lazy_layer().blob, %error, "places of a layer cannot be kept");
+            }
+        });
+    }
+
     /// Runs the opening as a task of its own: a caller that goes away does not end it for the others.
-    fn start_to_open(self: &Arc<Self>, layer: LazyLayer, origin: Origin) -> OpeningEntry {
+    fn start_to_open(self: &Arc<Self>, layer: LazyLayer, first: Place) -> OpeningEntry {
         let (id, number) = (layer.id(), self.layer_count.fetch_add(1, Ordering::Relaxed));
         let place = OpeningPlace { directory: self.directory(id), is_cancelled: Arc::default() };
-        let (inner, at) = (self.clone(), place.clone());
+        let places = Places::new(first);
+        self.scheduler.add_layer(number, layer.blob, &places);
+        let (inner, at, known) = (self.clone(), place.clone(), places.clone());
         let task = self.runtime.spawn(async move {
-            let opened = inner.open_layer(number, &layer, origin, &at).await;
+            let opened = inner.open_layer(number, &layer, known, &at).await;
             inner.note_opened(id, number, opened)
         });
         let (abort, cache) = (task.abort_handle(), Arc::downgrade(self));
@@ -372,11 +428,14 @@ impl CacheInner {
                 cache.upgrade().map_or(stopped.clone(), |inner| inner.note_opened(id, number, stopped))
             })
         };
-        OpeningEntry { number, result: task.map(ended).boxed().shared(), task: abort, place }
+        OpeningEntry { number, result: task.map(ended).boxed().shared(), task: abort, place, places }
     }
 
     /// An opening has ended; its result counts unless the layer was removed meanwhile.
     fn note_opened(&self, id: LayerId, number: u64, opened: Result<Layer, CacheError>) -> Result<Layer, CacheError> {
+        if opened.is_err() {
+            self.scheduler.forget(number);
+        }
         let mut layers = lock(&self.layers);
         let is_awaited = matches!(layers.get(&id), Some(Entry::Opening(opening)) if opening.number == number);
         if !is_awaited {

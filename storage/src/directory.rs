@@ -49,8 +49,24 @@ const TEMPORARY: &str = "new";
 pub(crate) struct LayerRecord {
     /// What names the layer.
     pub(crate) layer: LazyLayer,
-    /// Where it comes from, in the words of the caller.
+    /// Where it comes from, in the words of the caller: the newest of its places.
     pub(crate) description: Value,
+    /// Its other places, newest first. Files written before there were several do not have it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) older: Vec<Value>,
+}
+
+impl LayerRecord {
+    /// The record of a layer with these places, newest first.
+    pub(crate) fn new(layer: LazyLayer, descriptions: Vec<Value>) -> Self {
+        let mut descriptions = descriptions.into_iter();
+        Self { layer, description: descriptions.next().unwrap_or_default(), older: descriptions.collect() }
+    }
+
+    /// All places, newest first.
+    pub(crate) fn descriptions(&self) -> impl Iterator<Item = &Value> {
+        std::iter::once(&self.description).chain(&self.older)
+    }
 }
 
 /// The directory of one layer. Clones know of each other's [`Self::bury`].

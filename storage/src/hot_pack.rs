@@ -27,6 +27,7 @@ use crate::{
     ranges::without,
     scheduler::WAIT_LEN_MAX,
     source::{Incoming, SourceError},
+    transfer::Slot,
     wait::Wait,
 };
 
@@ -184,7 +185,7 @@ impl Drop for Ending<'_> {
 }
 
 /// Receives a hot pack into the cache; `first` is the answer that brought the index, if the pack comes in it.
-pub(crate) async fn receive(layer: Arc<LayerInner>, stream: Arc<HotStream>, first: Option<Incoming>) {
+pub(crate) async fn receive(layer: Arc<LayerInner>, stream: Arc<HotStream>, first: Option<(Incoming, Slot)>) {
     let ending = Ending { layer: &layer, stream: &stream };
     let received = receive_all(&layer, &stream, first).await;
     drop(ending);
@@ -199,43 +200,85 @@ pub(crate) async fn receive(layer: Arc<LayerInner>, stream: Arc<HotStream>, firs
 async fn receive_all(
     layer: &Arc<LayerInner>,
     stream: &Arc<HotStream>,
-    mut first: Option<Incoming>,
+    mut first: Option<(Incoming, Slot)>,
 ) -> Result<(), HotError> {
-    let start = layer.hot_start();
     let mut writer = Writer::default();
     for request in &stream.requests {
-        let mut incoming = match first.take() {
-            Some(mut incoming) => {
+        let mut frames = request.clone();
+        let mut tries_left = layer.places.tries();
+        while !frames.is_empty() {
+            let (slot, incoming) = match first.take() {
                 // Between the index and the pack.
-                let header_len = usize::try_from(SKIPPABLE_HEADER_LEN).expect("a few bytes");
-                incoming.take(header_len, |len| layer.count_fetched(len)).await?;
-                incoming
+                Some((incoming, slot)) => (slot, skip_header(layer, incoming).await),
+                None => ask(layer, stream, frames.clone()).await?,
+            };
+            let received = match incoming {
+                Ok(incoming) => receive_frames(layer, stream, &slot, incoming, &mut frames, &mut writer).await,
+                Err(error) => Err(error.into()),
+            };
+            match received {
+                Err(HotError::Source(error)) => {
+                    slot.fail(&error);
+                    tries_left -= 1;
+                    if tries_left == 0 {
+                        return Err(error.into());
+                    }
+                }
+                received => received?,
             }
-            None => {
-                let range = stream.layout.range_of(request);
-                tracing::debug!(blob = %layer.blob(), ?range, "hot pack requested");
-                Incoming::open(&*layer.source(), start.saturating_add(range.start)..start.saturating_add(range.end))
-                    .await?
-            }
-        };
-        for frame in request.clone() {
-            if layer.is_removed() {
-                return Err(HotError::Stopped);
-            }
-            let record = layer.store.index().hot_frames()[frame];
-            let len = record.compressed_len.get() as usize;
-            let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
-            stream.received_until.store(stream.layout.frame_ends[frame], Ordering::Release);
-            // One at a time: pieces may go on in the next frame, and the disk is no faster for two.
-            let (layer, stream) = (layer.clone(), stream.clone());
-            let kept = layer.runtime().clone().spawn_blocking(move || {
-                writer.keep(&layer.store, &stream.layout, frame, &record, &compressed)?;
-                layer.count_hot(len);
-                stream.note_kept(frame + 1);
-                Ok::<_, HotError>(writer)
-            });
-            writer = kept.await.unwrap_or(Err(HotError::Stopped))?;
         }
+    }
+    Ok(())
+}
+
+async fn skip_header(layer: &LayerInner, mut incoming: Incoming) -> Result<Incoming, SourceError> {
+    let header_len = usize::try_from(SKIPPABLE_HEADER_LEN).expect("a few bytes");
+    incoming.take(header_len, |len| layer.count_fetched(len)).await?;
+    Ok(incoming)
+}
+
+/// Asks for frames of a pack at the place whose turn it is.
+async fn ask(
+    layer: &LayerInner,
+    stream: &HotStream,
+    frames: Range<usize>,
+) -> Result<(Slot, Result<Incoming, SourceError>), HotError> {
+    let slot = layer.scheduler.slot(layer.number).await.ok_or(HotError::Stopped)?;
+    let (start, range) = (layer.hot_start(), stream.layout.range_of(&frames));
+    tracing::debug!(blob = %layer.blob(), ?range, place = %slot.place().description, "hot pack requested");
+    let opened = slot.open(start.saturating_add(range.start)..start.saturating_add(range.end)).await;
+    Ok((slot, opened))
+}
+
+/// Receives frames one after the other; `frames` is left with what did not come.
+async fn receive_frames(
+    layer: &Arc<LayerInner>,
+    stream: &Arc<HotStream>,
+    slot: &Slot,
+    mut incoming: Incoming,
+    frames: &mut Range<usize>,
+    writer: &mut Writer,
+) -> Result<(), HotError> {
+    while frames.start < frames.end {
+        if layer.is_removed() {
+            return Err(HotError::Stopped);
+        }
+        let frame = frames.start;
+        let record = layer.store.index().hot_frames()[frame];
+        let len = record.compressed_len.get() as usize;
+        let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
+        stream.received_until.store(stream.layout.frame_ends[frame], Ordering::Release);
+        // One at a time: pieces may go on in the next frame, and the disk is no faster for two.
+        let (layer, stream, mut taken) = (layer.clone(), stream.clone(), std::mem::take(writer));
+        let kept = layer.runtime().clone().spawn_blocking(move || {
+            taken.keep(&layer.store, &stream.layout, frame, &record, &compressed)?;
+            layer.count_hot(len);
+            stream.note_kept(frame + 1);
+            Ok::<_, HotError>(taken)
+        });
+        *writer = kept.await.unwrap_or(Err(HotError::Stopped))?;
+        slot.works();
+        frames.start += 1;
     }
     Ok(())
 }

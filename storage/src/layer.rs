@@ -5,7 +5,7 @@ use std::{
     ops::Range,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError, RwLock,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
@@ -23,11 +23,11 @@ use crate::{
     frame_store::{FrameStore, UnkeptFrames, lock},
     hot_pack::HotStream,
     mapping::Map,
+    places::Places,
     presence::{frame_runs, needed_frames},
     proof::Verdict,
     read_ahead::ReadAhead,
     scheduler::Scheduler,
-    source::Source,
 };
 
 /// Times a read fetches what it needs: more than once only if content vanishes between arrival and read.
@@ -85,7 +85,9 @@ pub(crate) struct LayerInner {
     pub(crate) number: u64,
     pub(crate) store: FrameStore,
     pub(crate) layer: LazyLayer,
-    origin: RwLock<Origin>,
+    pub(crate) places: Arc<Places>,
+    /// Held while the places are written down, so that the last ones are the last written. Never on the reactor.
+    places_writer: Mutex<()>,
     pub(crate) scheduler: Arc<Scheduler>,
     read_ahead: Mutex<ReadAhead>,
     /// The hot pack, while it is received.
@@ -97,37 +99,32 @@ pub(crate) struct LayerInner {
     is_removed: AtomicBool,
 }
 
-/// Where a layer comes from.
-pub(crate) struct Origin {
-    pub(crate) source: Arc<dyn Source>,
-    pub(crate) description: Value,
-}
-
 impl Layer {
     pub(crate) fn new(
         number: u64,
         layer: LazyLayer,
         store: FrameStore,
-        origin: Origin,
+        places: Arc<Places>,
         scheduler: Arc<Scheduler>,
         fetched_bytes: u64,
     ) -> Self {
-        Self {
-            inner: Arc::new(LayerInner {
-                number,
-                store,
-                layer,
-                origin: RwLock::new(origin),
-                scheduler,
-                read_ahead: Mutex::default(),
-                hot: Mutex::default(),
-                copies: Mutex::default(),
-                fetched_bytes: AtomicU64::new(fetched_bytes),
-                hot_bytes: AtomicU64::new(0),
-                copied_bytes: AtomicU64::new(0),
-                is_removed: AtomicBool::new(false),
-            }),
-        }
+        let inner = Arc::new(LayerInner {
+            number,
+            store,
+            layer,
+            places,
+            places_writer: Mutex::default(),
+            scheduler,
+            read_ahead: Mutex::default(),
+            hot: Mutex::default(),
+            copies: Mutex::default(),
+            fetched_bytes: AtomicU64::new(fetched_bytes),
+            hot_bytes: AtomicU64::new(0),
+            copied_bytes: AtomicU64::new(0),
+            is_removed: AtomicBool::new(false),
+        });
+        inner.scheduler.set_layer(&inner);
+        Self { inner }
     }
 
     pub(crate) fn inner(&self) -> &Arc<LayerInner> {
@@ -139,9 +136,14 @@ impl Layer {
         &self.inner.layer
     }
 
-    /// What the caller of [`crate::Cache::layer`] gave last.
+    /// What a caller of [`crate::Cache::layer`] gave for the newest place of this layer.
     pub fn description(&self) -> Value {
         self.inner.description()
+    }
+
+    /// What callers gave for all its places, newest first.
+    pub fn descriptions(&self) -> Vec<Value> {
+        self.inner.places.descriptions()
     }
 
     /// The index.
@@ -220,7 +222,7 @@ impl Layer {
     /// # Errors
     ///
     /// [`ReadError::Corrupt`] when a frame does not match its digest: never returns unverified bytes.
-    /// [`ReadError::Source`] when the source gave up; a later call may succeed.
+    /// [`ReadError::Source`] when no place of the layer answered as long as readers wait; a later call may succeed.
     pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, ReadError> {
         let (sender, receiver) = mpsc::sync_channel(1);
         self.read_then(offset, len, move |result| drop(sender.send(result)));
@@ -318,24 +320,17 @@ impl Layer {
         self.inner.store.flush().map_err(|error| ReadError::Disk { blob, error: Arc::new(error) })
     }
 
-    /// Takes another source when its description is another one, and keeps that for the next process.
-    pub(crate) fn replace_origin(&self, origin: Origin) -> io::Result<()> {
-        let record = {
-            let mut current = self.inner.origin.write().unwrap_or_else(PoisonError::into_inner);
-            if current.description == origin.description {
-                return Ok(());
-            }
-            *current = origin;
-            LayerRecord { layer: self.inner.layer, description: current.description.clone() }
-        };
-        // Not under the lock, which fetching needs, whatever the disk takes.
+    /// Keeps the places for the next process; blocks.
+    pub(crate) fn write_places(&self) -> io::Result<()> {
+        let _writing = lock(&self.inner.places_writer);
+        let record = LayerRecord::new(self.inner.layer, self.descriptions());
         self.inner.store.directory().write_record(&record)
     }
 
     /// Stops fetching, and ends every wait for what is not under way.
     pub(crate) fn stop(&self) {
         self.inner.is_removed.store(true, Ordering::Release);
-        self.inner.scheduler.forget(&self.inner);
+        self.inner.scheduler.forget(self.inner.number);
     }
 
     /// The layer's directory.
@@ -373,9 +368,9 @@ impl LayerInner {
         self.layer.blob
     }
 
-    /// What the caller of [`crate::Cache::layer`] gave last.
+    /// What a caller of [`crate::Cache::layer`] gave for the newest place.
     pub(crate) fn description(&self) -> Value {
-        self.origin.read().unwrap_or_else(PoisonError::into_inner).description.clone()
+        self.places.newest().map(|place| place.description.clone()).unwrap_or_default()
     }
 
     /// A refused layer shows nothing.
@@ -393,11 +388,6 @@ impl LayerInner {
     /// Compressed bytes that this process fetched.
     pub(crate) fn fetched_bytes(&self) -> u64 {
         self.fetched_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Where to fetch from now.
-    pub(crate) fn source(&self) -> Arc<dyn Source> {
-        self.origin.read().unwrap_or_else(PoisonError::into_inner).source.clone()
     }
 
     /// Whether the layer was removed from the cache.

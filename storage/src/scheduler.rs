@@ -1,91 +1,84 @@
-//! Who waits for which frame, and which request is made next.
+//! Carries out what the state machine of `scheduler/` decides: locks it, tells it the time, starts and ends requests,
+//! fails waits.
 //!
-//! A frame that is not in the cache is *pending* while somebody wants it: queued, or part of a running
-//! request. However many readers wait for it, it is pending once. Each [`Priority`] has requests of its
-//! own, so a blocked read never waits for a prefetch to end; one that wants a frame deep inside a
-//! running prefetch takes the frame out of it.
-//!
-//! One lock for the node: it is held for map operations only, and each of them belongs to a network
-//! request.
+//! One lock for the node: it is held for map operations only, and each of them belongs to a network request. Nothing of
+//! a caller runs under it, and no last handle of a layer is dropped there, which could write to the disk.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Instant,
+    collections::HashMap,
+    sync::{Arc, Mutex, Weak},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use format_spec::{Frame, index::FRAME_COMPRESSED_LEN_MAX};
-use tokio::{runtime::Handle, sync::Semaphore};
+use format_spec::Digest;
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, Semaphore, oneshot},
+};
 
 use crate::{
     cache::CacheOptions,
     error::ReadError,
     frame_store::lock,
     layer::{Activity, LayerInner, Priority},
-    transfer::{self, Request},
+    places::{Place, Places},
+    source::SourceError,
+    transfer::{self, Request, Slot},
     wait::Wait,
 };
 
-/// Longest range of one request, unless a single frame is longer; in compressed bytes. Long enough that the
-/// round trip does not show, short enough that several requests share a link fairly.
-const REQUEST_LEN_MAX: u64 = 4 << 20;
-/// A read takes a frame out of a running prefetch when more bytes than this come before it.
-pub(crate) const WAIT_LEN_MAX: u64 = 512 << 10;
-/// Times a frame is asked for again when the bytes were wrong or did not come.
-const RETRIES_MAX: u32 = 2;
-const PRIORITY_COUNT: usize = 3;
+mod health;
+mod link;
+mod machine;
+mod options;
+#[cfg(test)]
+mod tests;
+mod turns;
+mod watch;
+
+use machine::{Effect, Machine, Waiter};
+
+pub(crate) use health::PlaceRef;
+pub(crate) use link::Link;
+pub(crate) use machine::{Fetch, Grant, Outcome, WAIT_LEN_MAX};
+pub use options::{RequestLimits, RequestOptions};
+
+/// How often it is looked what time has changed, as long as anything is wanted.
+const TICK: Duration = Duration::from_millis(100);
+/// A layer's failing reads are told in the log once in this time.
+const LOG_PAUSE: Duration = Duration::from_secs(10);
 
 /// The pending frames of all layers of a cache.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
     runtime: Handle,
-    requests_max: [usize; PRIORITY_COUNT],
-    decoders: [Arc<Semaphore>; PRIORITY_COUNT],
+    patience: Option<Duration>,
+    decoders: [Arc<Semaphore>; 3],
     state: Mutex<State>,
+    /// Wakes [`watch`].
+    changed: Arc<Notify>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    pending: HashMap<FrameKey, Pending>,
-    /// Frames in the order they were wanted. An entry whose frame is no longer queued in this class is stale.
-    queues: [VecDeque<Queued>; PRIORITY_COUNT],
-    running: HashMap<u64, Running>,
-    running_count: [usize; PRIORITY_COUNT],
-    next_request: u64,
+    machine: Machine<Arc<Wait>>,
+    layers: HashMap<u64, Known>,
+    /// Who waits for a slot, by ticket: of which layer.
+    streams: HashMap<u64, (u64, oneshot::Sender<Slot>)>,
     is_dispatching: bool,
-    /// When something was last wanted, or came, that is more urgent than the rest.
-    last_urgent: Option<Instant>,
 }
 
-/// Number of a layer and number of a frame.
-type FrameKey = (u64, u32);
-
+/// What is known of a layer that is open or being opened.
 #[derive(Debug)]
-struct Queued {
-    layer: Arc<LayerInner>,
-    frame: u32,
+struct Known {
+    places: Arc<Places>,
+    layer: Weak<LayerInner>,
+    /// When its failures were told last, and how many were not since.
+    told: Option<(Instant, u64)>,
 }
 
-#[derive(Debug)]
-struct Pending {
-    priority: Priority,
-    waits: Vec<Arc<Wait>>,
-    retry_count: u32,
-    /// The running request that brings it; `None` while it is queued.
-    request: Option<u64>,
-}
-
-#[derive(Debug)]
-struct Running {
-    priority: Priority,
-    received_until: Arc<AtomicU64>,
-}
-
-/// A pending frame in the hands of a running request. Dropped, it fails.
+/// A received frame. Dropped, it fails.
 #[derive(Debug)]
 pub(crate) struct InFlight {
     scheduler: Arc<Scheduler>,
@@ -95,17 +88,69 @@ pub(crate) struct InFlight {
     is_settled: bool,
 }
 
+impl Waiter for Arc<Wait> {
+    fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(self, other)
+    }
+
+    fn is_over(&self) -> bool {
+        Wait::is_over(self)
+    }
+}
+
 impl Scheduler {
     /// A scheduler that makes its requests on `runtime`.
     pub(crate) fn new(runtime: Handle, options: &CacheOptions) -> Arc<Self> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Arc::new(Self {
+        let changed = Arc::new(Notify::new());
+        let state = State {
+            machine: Machine::new(options.requests.clone(), options.patience),
+            layers: HashMap::new(),
+            streams: HashMap::new(),
+            is_dispatching: false,
+        };
+        let scheduler = Arc::new(Self {
             runtime,
-            requests_max: [options.read_requests_max, options.hot_requests_max, options.background_requests_max]
-                .map(|count| count.max(1)),
+            patience: options.patience,
             decoders: [2 * processors, processors, processors].map(|count| Arc::new(Semaphore::new(count))),
-            state: Mutex::default(),
-        })
+            state: Mutex::new(state),
+            changed: changed.clone(),
+        });
+        scheduler.runtime.spawn(watch(Arc::downgrade(&scheduler), changed));
+        scheduler
+    }
+
+    /// How long a reader waits; `None` leaves that to the source.
+    pub(crate) fn patience(&self) -> Option<Duration> {
+        self.patience
+    }
+
+    /// A layer is going to be opened; frames can be wanted of it after [`Self::set_layer`].
+    pub(crate) fn add_layer(self: &Arc<Self>, number: u64, blob: Digest, places: &Arc<Places>) {
+        let known = Known { places: places.clone(), layer: Weak::new(), told: None };
+        let mut state = lock(&self.state);
+        state.layers.insert(number, known);
+        state.machine.set_places(number, blob, places.to_refs(), Instant::now());
+        drop(state);
+        self.dispatch();
+    }
+
+    /// The layer is open.
+    pub(crate) fn set_layer(&self, layer: &Arc<LayerInner>) {
+        if let Some(known) = lock(&self.state).layers.get_mut(&layer.number) {
+            known.layer = Arc::downgrade(layer);
+        }
+    }
+
+    /// A layer that is open, or being opened, has other places than before.
+    pub(crate) fn places_changed(self: &Arc<Self>, number: u64, blob: Digest) {
+        let mut state = lock(&self.state);
+        if let Some(known) = state.layers.get(&number) {
+            let places = known.places.to_refs();
+            state.machine.set_places(number, blob, places, Instant::now());
+        }
+        drop(state);
+        self.dispatch();
     }
 
     /// Wants frames of a layer; `wait` waits for those that are not there.
@@ -116,55 +161,75 @@ impl Scheduler {
         priority: Priority,
         wait: Option<&Arc<Wait>>,
     ) {
+        let records = layer.store.index().frames();
+        let frames = frames.into_iter().filter_map(|frame| Some((frame, records.get(frame as usize)?.blob_range())));
         let mut state = lock(&self.state);
         if layer.is_removed() {
             drop(state);
             wait.inspect(|wait| wait.fail(ReadError::Stopped(layer.blob())));
             return;
         }
-        for frame in frames {
-            state.want(layer, frame, priority, wait);
-        }
+        let is_present = |frame| layer.store.has_frame(frame);
+        let parts = state.machine.want(layer.number, frames, priority, wait, is_present, Instant::now());
+        // Under the lock: no frame arrives before it is counted.
+        wait.inspect(|wait| (0..parts).for_each(|_| wait.add_part()));
         drop(state);
         self.dispatch();
     }
 
-    /// Ends the waits for frames of a removed layer that no request brings yet; running requests notice themselves.
-    pub(crate) fn forget(&self, layer: &LayerInner) {
-        let mut state = lock(&self.state);
-        let is_forgotten = |key: &FrameKey, pending: &mut Pending| key.0 == layer.number && pending.request.is_none();
-        let forgotten: Vec<_> = state.pending.extract_if(|key, pending| is_forgotten(key, pending)).collect();
-        drop(state);
-        for wait in forgotten.iter().flat_map(|(_, pending)| &pending.waits) {
-            wait.fail(ReadError::Stopped(layer.blob()));
+    /// Lets `wait`, which waits for something of a layer, fail at `deadline`.
+    pub(crate) fn wait_until(&self, deadline: Instant, layer: &LayerInner, wait: &Arc<Wait>) {
+        lock(&self.state).machine.wait_until(deadline, layer.number, wait.clone());
+        self.changed.notify_one();
+    }
+
+    /// Waits for a slot for a request of the caller's own; `None` when the layer is no longer fetched.
+    pub(crate) async fn slot(self: &Arc<Self>, layer: u64) -> Option<Slot> {
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut state = lock(&self.state);
+            let ticket = state.machine.want_stream(layer, Instant::now())?;
+            state.streams.insert(ticket, (layer, sender));
         }
+        self.dispatch();
+        receiver.await.ok()
+    }
+
+    /// Ends what waits for a layer that is gone; what is being decoded arrives.
+    pub(crate) fn forget(self: &Arc<Self>, layer: u64) {
+        let mut state = lock(&self.state);
+        let streams: Vec<_> = state.streams.extract_if(|_, (of, _)| *of == layer).collect();
+        state.machine.forget(layer, Instant::now());
+        let known = state.layers.remove(&layer);
+        drop(state);
+        drop((streams, known));
+        self.dispatch();
+    }
+
+    /// Drops what only the fetching of the rest wants of a layer.
+    pub(crate) fn drop_background(self: &Arc<Self>, layer: u64) {
+        lock(&self.state).machine.drop_background(layer, Instant::now());
+        self.dispatch();
     }
 
     /// What is wanted of a layer at this moment.
     pub(crate) fn activity(&self, layer: &LayerInner) -> Activity {
-        let state = lock(&self.state);
-        let mut activity = Activity::default();
-        for ((_, frame), pending) in state.pending.iter().filter(|((number, _), _)| *number == layer.number) {
-            activity.frames_wanted += 1;
-            activity.frames_under_way += u64::from(pending.request.is_some());
-            if !pending.waits.is_empty() {
-                activity.frames_awaited.push(*frame);
-            }
-        }
-        activity.frames_awaited.sort_unstable();
-        activity
+        lock(&self.state).machine.activity(layer.number)
     }
 
     /// Whether nothing more urgent than the rest is under way, or was later than `since`.
     pub(crate) fn is_quiet_since(&self, since: Instant) -> bool {
-        let state = lock(&self.state);
-        let is_under_way = state.pending.values().any(|pending| pending.priority < Priority::Background);
-        !is_under_way && state.last_urgent.is_none_or(|last| last <= since)
+        lock(&self.state).machine.is_quiet_since(since)
     }
 
     /// Something more urgent than the rest has come, or has been begun, in another way than by frames.
     pub(crate) fn note_urgent(&self) {
-        lock(&self.state).note_urgent(Priority::HotPack);
+        lock(&self.state).machine.note_urgent_now(Instant::now());
+    }
+
+    /// What a layer would be fetched from now, as far as that is shared with others.
+    pub(crate) fn source_of(&self, layer: &LayerInner) -> Option<Arc<str>> {
+        lock(&self.state).machine.source_of(layer.number, Instant::now())
     }
 
     /// Permits to decode frames of a class: bounds the memory for them.
@@ -177,8 +242,33 @@ impl Scheduler {
         &self.runtime
     }
 
-    /// Starts requests as long as there are queued frames and free places.
-    pub(crate) fn dispatch(self: &Arc<Self>) {
+    /// Whether a request has still to bring a frame.
+    pub(crate) fn is_wanted(&self, request: u64, layer: &LayerInner, frame: u32) -> bool {
+        lock(&self.state).machine.is_wanted(request, layer.number, frame)
+    }
+
+    /// The bytes of a frame have come with a request; `None` if somebody else brings it by now.
+    pub(crate) fn receive(self: &Arc<Self>, request: u64, layer: &Arc<LayerInner>, frame: u32) -> Option<InFlight> {
+        let is_wanted = lock(&self.state).machine.receive(request, layer.number, frame, Instant::now());
+        self.dispatch();
+        let in_flight =
+            || InFlight { scheduler: self.clone(), layer: layer.clone(), frame, request, is_settled: false };
+        is_wanted.then(in_flight)
+    }
+
+    /// A stream has brought right bytes.
+    pub(crate) fn stream_works(&self, request: u64) {
+        lock(&self.state).machine.stream_works(request);
+    }
+
+    /// A request has ended.
+    pub(crate) fn end(self: &Arc<Self>, request: u64, outcome: Outcome) {
+        lock(&self.state).machine.end(request, outcome, Instant::now());
+        self.dispatch();
+    }
+
+    /// Does what the machine wants done.
+    fn dispatch(self: &Arc<Self>) {
         let mut state = lock(&self.state);
         // A runtime that is shutting down drops a request inside `spawn`, and its end comes back here: the loop
         // below sees to it, instead of a recursion.
@@ -186,227 +276,181 @@ impl Scheduler {
             return;
         }
         state.is_dispatching = true;
-        while let Some(request) = self.next_request(&mut state) {
-            drop(state);
-            self.runtime.spawn(transfer::run(request));
+        while let Some(effect) = state.machine.next_effect() {
+            match effect {
+                Effect::Fetch(fetch) => {
+                    let parts = state.layers.get(&fetch.layer).map(|known| known.parts(fetch.place));
+                    drop(state);
+                    self.start(fetch, parts.unwrap_or_default());
+                }
+                Effect::Grant { ticket, grant } => {
+                    let stream = state.streams.remove(&ticket);
+                    let place = stream.as_ref().and_then(|(layer, _)| state.layers.get(layer)?.places.get(grant.place));
+                    drop(state);
+                    match (stream, place) {
+                        // A slot that nobody takes ends when it is dropped.
+                        (Some((_, sender)), Some(place)) => drop(sender.send(Slot::new(self, place, grant))),
+                        _ => lock(&self.state).machine.end(grant.request, Outcome::Lost, Instant::now()),
+                    }
+                }
+                Effect::Cancel(link) => {
+                    drop(state);
+                    link.cancel();
+                }
+                Effect::Fail { layer, place, waits, error } => {
+                    let mut known = state.layers.get_mut(&layer).filter(|_| !waits.is_empty());
+                    let untold = known.as_mut().and_then(|known| known.tell(Instant::now()));
+                    let place = known.and_then(|known| known.places.get(place?));
+                    drop(state);
+                    if let Some(untold) = untold {
+                        log_failure(&error, place.as_deref(), waits.len(), untold);
+                    }
+                    self.fail(waits, error);
+                }
+            }
             state = lock(&self.state);
         }
         state.is_dispatching = false;
-    }
-
-    fn next_request(self: &Arc<Self>, state: &mut State) -> Option<Request> {
-        for priority in [Priority::Read, Priority::HotPack, Priority::Background] {
-            let class = priority as usize;
-            while state.running_count[class] < self.requests_max[class] {
-                let Some(Queued { layer, frame }) = state.queues[class].pop_front() else { break };
-                let number = state.next_request;
-                let frames = state.start_neighbours(&layer, frame, priority, number);
-                let Some(first) = frames.first() else { continue };
-                let received_until = Arc::new(AtomicU64::new(first.blob_offset.get()));
-                state.next_request += 1;
-                state.running_count[class] += 1;
-                state.running.insert(number, Running { priority, received_until: received_until.clone() });
-                let in_flight = (frame..)
-                    .zip(frames)
-                    .map(|(frame, record)| {
-                        let (scheduler, layer) = (self.clone(), layer.clone());
-                        (InFlight { scheduler, layer, frame, request: number, is_settled: false }, record)
-                    })
-                    .collect();
-                return Some(Request {
-                    scheduler: self.clone(),
-                    layer,
-                    priority,
-                    number,
-                    frames: in_flight,
-                    received_until,
-                });
-            }
-        }
-        None
-    }
-
-    /// A request has ended.
-    pub(crate) fn end_request(self: &Arc<Self>, number: u64) {
-        let mut state = lock(&self.state);
-        if let Some(running) = state.running.remove(&number) {
-            state.running_count[running.priority as usize] -= 1;
-            state.note_urgent(running.priority);
-        }
+        let is_idle = state.machine.is_idle();
         drop(state);
-        self.dispatch();
+        if !is_idle {
+            self.changed.notify_one();
+        }
     }
 
-    /// Queues frames again that a request did not bring.
-    ///
-    /// With an `error` this counts as a failure, and frames that failed too often end with it.
-    pub(crate) fn requeue(
-        self: &Arc<Self>,
-        frames: impl DoubleEndedIterator<Item = InFlight>,
-        error: Option<&ReadError>,
-    ) {
-        let (mut has_failed, mut failed_waits) = (false, Vec::new());
-        let mut state = lock(&self.state);
-        // The queue is filled at its front, last frame first: these have waited longest.
-        for mut in_flight in frames.rev() {
-            in_flight.is_settled = true;
-            let Some(pending) = state.pending_in(&in_flight) else { continue };
-            pending.retry_count += u32::from(error.is_some());
-            if pending.retry_count > RETRIES_MAX {
-                has_failed = true;
-                failed_waits.extend(state.settle(&in_flight));
-                continue;
+    fn start(self: &Arc<Self>, fetch: Fetch, parts: (Option<Arc<LayerInner>>, Option<Arc<Place>>)) {
+        let number = fetch.request;
+        match parts {
+            (Some(layer), Some(place)) => {
+                let request = Request::new(self, layer, place, fetch);
+                self.runtime.spawn(transfer::run(request));
             }
-            pending.request = None;
-            let class = pending.priority as usize;
-            state.queues[class].push_front(Queued { layer: in_flight.layer.clone(), frame: in_flight.frame });
+            _ => lock(&self.state).machine.end(number, Outcome::Lost, Instant::now()),
         }
-        drop(state);
-        if has_failed && let Some(error) = error {
-            self.fail_waits(failed_waits, error.clone());
-        }
-        self.dispatch();
     }
 
-    /// These frames will not come: everybody who waits gets the error.
-    ///
-    /// All of them at once, so that a read that comes when the error is known asks the source anew.
-    pub(crate) fn fail(&self, frames: impl IntoIterator<Item = InFlight>, error: ReadError) {
-        let mut waits = Vec::new();
-        let mut state = lock(&self.state);
-        for mut in_flight in frames {
-            in_flight.is_settled = true;
-            waits.extend(state.settle(&in_flight));
-        }
-        drop(state);
-        self.fail_waits(waits, error);
-    }
-
-    fn fail_waits(&self, waits: Vec<Arc<Wait>>, error: ReadError) {
-        match &error {
-            ReadError::Corrupt { blob, frame, expected, found } => {
-                tracing::error!(%blob, frame, %expected, %found, "frame refused: wrong digest");
-            }
-            ReadError::Undecodable { blob, frame, reason, .. } => {
-                tracing::error!(%blob, frame, reason, "frame refused: wrong content");
-            }
-            error => tracing::warn!(%error, wait_count = waits.len(), "frames not fetched"),
-        }
-        // This may be the reactor, where callers' code must not run.
-        self.runtime.spawn_blocking(move || waits.iter().for_each(|wait| wait.fail(error.clone())));
-    }
-}
-
-impl State {
-    fn want(&mut self, layer: &Arc<LayerInner>, frame: u32, priority: Priority, wait: Option<&Arc<Wait>>) {
-        let key = (layer.number, frame);
-        // A frame stops being pending after it became present: asked in this order, it is never missed.
-        if let Some(pending) = self.pending.get_mut(&key) {
-            pending.waits.extend(wait.cloned());
-            wait.inspect(|wait| wait.add_part());
-            if priority >= pending.priority {
-                return;
-            }
-            pending.priority = priority;
-            if let Some(request) = pending.request {
-                // A request that runs no longer has received it: it is being decoded.
-                let running = self.running.get(&request).filter(|_| priority == Priority::Read);
-                if !running.is_some_and(|running| running.is_far_from(layer, frame)) {
-                    return;
-                }
-                pending.request = None;
-            }
-        } else if layer.store.has_frame(frame) {
+    fn fail(&self, waits: Vec<Arc<Wait>>, error: ReadError) {
+        if waits.is_empty() {
             return;
-        } else {
-            wait.inspect(|wait| wait.add_part());
-            let waits = wait.cloned().into_iter().collect();
-            self.pending.insert(key, Pending { priority, waits, retry_count: 0, request: None });
         }
-        self.note_urgent(priority);
-        self.queues[priority as usize].push_back(Queued { layer: layer.clone(), frame });
-    }
-
-    fn note_urgent(&mut self, priority: Priority) {
-        if priority < Priority::Background {
-            self.last_urgent = Some(Instant::now());
-        }
-    }
-
-    /// What is known of a frame, unless a read has taken it over.
-    fn pending_in(&mut self, in_flight: &InFlight) -> Option<&mut Pending> {
-        self.pending.get_mut(&in_flight.key()).filter(|pending| pending.request == Some(in_flight.request))
-    }
-
-    /// Ends that a frame is pending; returns who waits for it.
-    fn settle(&mut self, in_flight: &InFlight) -> Vec<Arc<Wait>> {
-        if self.pending_in(in_flight).is_none() {
-            return Vec::new();
-        }
-        self.pending.remove(&in_flight.key()).map(|pending| pending.waits).unwrap_or_default()
-    }
-
-    /// Takes a queued frame and the queued ones right after it out of their queue, for one request.
-    ///
-    /// Empty if `first` is no longer queued in this class.
-    fn start_neighbours(
-        &mut self,
-        layer: &Arc<LayerInner>,
-        first: u32,
-        priority: Priority,
-        request: u64,
-    ) -> Vec<Frame> {
-        let mut frames: Vec<Frame> = Vec::new();
-        let mut len = 0;
-        for (number, record) in (first..).zip(layer.store.index().frames().iter().skip(first as usize)) {
-            let pending = self.pending.get_mut(&(layer.number, number));
-            let Some(pending) = pending.filter(|pending| pending.request.is_none() && pending.priority == priority)
-            else {
-                break;
-            };
-            len += u64::from(record.compressed_len.get().min(FRAME_COMPRESSED_LEN_MAX));
-            if len > REQUEST_LEN_MAX && !frames.is_empty() {
-                break;
-            }
-            pending.request = Some(request);
-            frames.push(*record);
-        }
-        frames
+        // This may be the reactor, where callers' code must not run. A runtime that has ended drops it.
+        let failing = Failing { waits, error };
+        self.runtime.spawn_blocking(move || drop(failing));
     }
 }
 
-impl Running {
-    fn is_far_from(&self, layer: &LayerInner, frame: u32) -> bool {
-        let frame_start = layer.store.index().frames().get(frame as usize).map_or(0, |frame| frame.blob_offset.get());
-        frame_start.saturating_sub(self.received_until.load(Ordering::Acquire)) > WAIT_LEN_MAX
+/// Fails waits when it is dropped.
+struct Failing {
+    waits: Vec<Arc<Wait>>,
+    error: ReadError,
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        self.waits.iter().for_each(|wait| wait.fail(self.error.clone()));
+    }
+}
+
+impl Known {
+    /// The layer, and the place with a number.
+    fn parts(&self, place: u64) -> (Option<Arc<LayerInner>>, Option<Arc<Place>>) {
+        (self.layer.upgrade(), self.places.get(place))
+    }
+
+    /// Whether a failure is told in the log now; then how many were not.
+    fn tell(&mut self, now: Instant) -> Option<u64> {
+        match &mut self.told {
+            Some((at, untold)) if now.duration_since(*at) < LOG_PAUSE => {
+                *untold += 1;
+                None
+            }
+            told => told.replace((now, 0)).map(|(_, untold)| untold).or(Some(0)),
+        }
+    }
+}
+
+fn log_failure(error: &ReadError, place: Option<&Place>, reads: usize, untold: u64) {
+    let place = place.map(|place| place.description.to_string()).unwrap_or_default();
+    match error {
+        ReadError::Corrupt { blob, frame, expected, found } => {
+            tracing::error!(%blob, frame, %expected, %found, place, untold, "frame refused: wrong digest");
+        }
+        ReadError::Undecodable { blob, frame, reason, .. } => {
+            tracing::error!(%blob, frame, reason, place, untold, "frame refused: wrong content");
+        }
+        ReadError::Stopped(_) => {}
+        error => tracing::warn!(%error, place, reads, untold, "reads fail"),
+    }
+}
+
+/// Tells the machine the time, as long as the scheduler is there.
+async fn watch(scheduler: Weak<Scheduler>, changed: Arc<Notify>) {
+    loop {
+        let is_idle = {
+            let Some(scheduler) = scheduler.upgrade() else { return };
+            let is_idle = {
+                let machine = &mut lock(&scheduler.state).machine;
+                machine.tick(Instant::now());
+                machine.is_idle()
+            };
+            scheduler.dispatch();
+            is_idle
+        };
+        match is_idle {
+            true => changed.notified().await,
+            false => tokio::time::sleep(TICK).await,
+        }
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        self.changed.notify_one();
     }
 }
 
 impl InFlight {
-    fn key(&self) -> FrameKey {
-        (self.layer.number, self.frame)
-    }
-
-    /// Whether its request still has to bring it: no read has taken it over.
-    pub(crate) fn is_wanted(&self) -> bool {
-        lock(&self.scheduler.state).pending_in(self).is_some()
-    }
-
     /// It is in the cache, or `unkept` when the disk did not take it. Call it on a thread that may block.
     pub(crate) fn arrived(mut self, unkept: Option<&Bytes>) {
         self.is_settled = true;
-        let waits = lock(&self.scheduler.state).settle(&self);
+        let waits =
+            lock(&self.scheduler.state).machine.arrive(self.request, self.layer.number, self.frame, Instant::now());
+        self.scheduler.dispatch();
         waits.iter().for_each(|wait| wait.frame_arrived(self.frame, unkept.cloned()));
+    }
+
+    /// Its digest is another one.
+    pub(crate) fn refuse(mut self, error: ReadError) {
+        self.is_settled = true;
+        let (request, layer, frame) = (self.request, self.layer.number, self.frame);
+        lock(&self.scheduler.state).machine.refuse(request, layer, frame, error, Instant::now());
+        self.scheduler.dispatch();
+    }
+
+    /// It will not come, however often it is asked for.
+    pub(crate) fn fail(mut self, error: ReadError) {
+        self.settle(error);
+    }
+
+    fn settle(&mut self, error: ReadError) {
+        self.is_settled = true;
+        let (request, layer, frame) = (self.request, self.layer.number, self.frame);
+        lock(&self.scheduler.state).machine.fail(request, layer, frame, error, Instant::now());
+        self.scheduler.dispatch();
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        if self.is_settled {
-            return;
+        if !self.is_settled {
+            self.settle(ReadError::Stopped(self.layer.blob()));
         }
-        let waits = lock(&self.scheduler.state).settle(self);
-        let error = ReadError::Stopped(self.layer.blob());
-        self.scheduler.runtime.spawn_blocking(move || waits.iter().for_each(|wait| wait.fail(error.clone())));
+    }
+}
+
+impl SourceError {
+    /// For a request that the scheduler ended.
+    pub(crate) fn cancelled() -> Self {
+        Self::passing("the request was given up")
     }
 }

@@ -2,10 +2,14 @@
 //!
 //! `registry` implements [`Source`] over HTTP ranges; tests implement it over memory.
 
-use std::{fmt, ops::Range, pin::Pin, time::Duration};
+use std::{fmt, ops::Range, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
+use format_spec::LazyLayer;
 use futures_util::{Stream, StreamExt};
+use serde_json::Value;
+
+use crate::scheduler::Link;
 
 /// The bytes of a range, in pieces of any size, as they arrive.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, SourceError>> + Send>>;
@@ -23,8 +27,15 @@ pub struct WideStream {
     pub stream: ByteStream,
 }
 
-/// One layer blob, readable by range. Retries and mirrors are the source's own business.
+/// One layer blob, readable by range. Mirrors are the source's own business.
 pub trait Source: Send + Sync + 'static {
+    /// What answers, as a host's name: sources with the same one share what one source may have.
+    ///
+    /// By default it is like no other.
+    fn origin(&self) -> Option<String> {
+        None
+    }
+
     /// Starts to fetch `range` (compressed bytes of the blob).
     ///
     /// The stream yields exactly the bytes of `range` in order, or ends with an error; nothing about
@@ -83,9 +94,40 @@ impl SourceError {
     }
 }
 
+/// Makes sources from the descriptions that a cache has kept of a layer's places. Any closure of that form is one.
+#[derive(Clone)]
+pub struct Sources(Arc<dyn Fn(&LazyLayer, &Value) -> Option<Arc<dyn Source>> + Send + Sync>);
+
+impl Sources {
+    /// `source` answers `None` for what it does not understand. It does no I/O.
+    pub fn new(source: impl Fn(&LazyLayer, &Value) -> Option<Arc<dyn Source>> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(source))
+    }
+
+    pub(crate) fn get(&self, layer: &LazyLayer, description: &Value) -> Option<Arc<dyn Source>> {
+        (self.0)(layer, description)
+    }
+}
+
+impl Default for Sources {
+    /// Understands nothing: each process is told all places anew.
+    fn default() -> Self {
+        Self::new(|_, _| None)
+    }
+}
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sources").finish_non_exhaustive()
+    }
+}
+
 /// A range that is being received: bytes are taken from its front in the lengths that they have a meaning in.
+///
+/// The scheduler sees its progress through a [`Link`], and may end it.
 pub(crate) struct Incoming {
     stream: ByteStream,
+    link: Arc<Link>,
     received: BytesMut,
     /// Bytes that the range has still to bring.
     left: u64,
@@ -93,29 +135,43 @@ pub(crate) struct Incoming {
 
 impl Incoming {
     /// Asks for a range.
-    pub(crate) async fn open(source: &dyn Source, range: Range<u64>) -> Result<Self, SourceError> {
+    pub(crate) async fn open(source: &dyn Source, range: Range<u64>, link: Arc<Link>) -> Result<Self, SourceError> {
         let left = range.end.saturating_sub(range.start);
-        Ok(Self { stream: source.fetch(range).await?, received: BytesMut::new(), left })
+        let stream = source_turn(&link, source.fetch(range)).await??;
+        Ok(Self { stream, link, received: BytesMut::new(), left })
     }
 
     /// The next `len` bytes; `on_arrival` hears of every piece that comes from the source.
     ///
     /// # Errors
     ///
-    /// When the source breaks off, or answers with more than the range.
+    /// When the source breaks off, answers with more than the range, or the scheduler ends the request.
     pub(crate) async fn take(&mut self, len: usize, mut on_arrival: impl FnMut(usize)) -> Result<Bytes, SourceError> {
         while self.received.len() < len {
-            let Some(piece) = self.stream.next().await.transpose()? else {
+            let Some(piece) = source_turn(&self.link, self.stream.next()).await?.transpose()? else {
                 return Err(SourceError::passing(format!("the source's answer ended {} bytes too early", self.left)));
             };
             let left = self.left.checked_sub(piece.len() as u64);
             self.left =
                 left.ok_or_else(|| SourceError::unusable("the source's answer is longer than the range asked for"))?;
+            self.link.count(piece.len());
             on_arrival(piece.len());
             self.received.extend_from_slice(&piece);
         }
         Ok(self.received.split_to(len).freeze())
     }
+}
+
+/// Waits for the source, unless the scheduler ends the request.
+async fn source_turn<T>(link: &Link, turn: impl Future<Output = T>) -> Result<T, SourceError> {
+    link.set_waiting(true);
+    let result = tokio::select! {
+        biased;
+        result = turn => Ok(result),
+        () = link.cancelled() => Err(SourceError::cancelled()),
+    };
+    link.set_waiting(false);
+    result
 }
 
 impl fmt::Debug for Incoming {

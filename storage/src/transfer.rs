@@ -1,16 +1,10 @@
-//! One request: a range of neighbouring frames, each checked, decompressed and kept as it arrives.
+//! One request: a range of neighbouring frames, each checked, decompressed and kept as it arrives; or a slot for a
+//! request that somebody else makes.
 //!
 //! Bytes are received on the runtime's reactor; hashing, decompressing and writing happen on its
 //! blocking threads, so that a burst of frames delays no other stream.
 
-use std::{
-    collections::VecDeque,
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{collections::VecDeque, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use format_spec::Frame;
@@ -19,42 +13,43 @@ use crate::{
     decode::{DecodeError, decode},
     error::ReadError,
     layer::{LayerInner, Priority},
-    scheduler::{InFlight, Scheduler},
+    places::Place,
+    scheduler::{Fetch, Grant, InFlight, Link, Outcome, Scheduler},
     source::{Incoming, SourceError},
 };
 
-/// Frames on their way.
+/// Frames on their way. Dropped before it has ended, they fail.
 #[derive(Debug)]
 pub(crate) struct Request {
-    pub(crate) scheduler: Arc<Scheduler>,
-    pub(crate) layer: Arc<LayerInner>,
-    pub(crate) priority: Priority,
-    pub(crate) number: u64,
+    scheduler: Arc<Scheduler>,
+    layer: Arc<LayerInner>,
+    place: Arc<Place>,
+    priority: Priority,
+    number: u64,
     /// Neighbours in the blob, first to last.
-    pub(crate) frames: VecDeque<(InFlight, Frame)>,
-    /// Offset in the blob up to which bytes have arrived.
-    pub(crate) received_until: Arc<AtomicU64>,
+    frames: VecDeque<(u32, Frame)>,
+    link: Arc<Link>,
 }
 
 impl Request {
+    pub(crate) fn new(scheduler: &Arc<Scheduler>, layer: Arc<LayerInner>, place: Arc<Place>, fetch: Fetch) -> Self {
+        let records = layer.store.index().frames();
+        let frames = fetch.frames.filter_map(|frame| Some((frame, *records.get(frame as usize)?))).collect();
+        let (scheduler, priority, number) = (scheduler.clone(), fetch.priority, fetch.request);
+        Self { scheduler, place, priority, number, frames, link: fetch.link, layer }
+    }
+
     fn blob_range(&self) -> Range<u64> {
         let first = self.frames.front().map_or(0..0, |(_, frame)| frame.blob_range());
         let last = self.frames.back().map_or(0..0, |(_, frame)| frame.blob_range());
         first.start..last.end
     }
-
-    fn take_frames(&mut self) -> impl DoubleEndedIterator<Item = InFlight> + use<> {
-        std::mem::take(&mut self.frames).into_iter().map(|(in_flight, _)| in_flight)
-    }
-
-    fn source_error(&self, error: SourceError) -> ReadError {
-        ReadError::Source { blob: self.layer.blob(), error }
-    }
 }
 
 impl Drop for Request {
     fn drop(&mut self) {
-        self.scheduler.end_request(self.number);
+        // No more than a look at a map if it has ended.
+        self.scheduler.end(self.number, Outcome::Lost);
     }
 }
 
@@ -62,63 +57,48 @@ impl Drop for Request {
 pub(crate) async fn run(mut request: Request) {
     let range = request.blob_range();
     tracing::debug!(blob = %request.layer.blob(), ?range, priority = ?request.priority, "frames requested");
-    let source = request.layer.source();
-    let mut incoming = match Incoming::open(&*source, range).await {
-        Ok(incoming) => incoming,
+    let outcome = match receive(&mut request, range).await {
+        Ok(()) => Outcome::Done,
         Err(error) => {
-            let error = request.source_error(error);
-            let frames = request.take_frames();
-            return request.scheduler.fail(frames, error);
+            tracing::debug!(blob = %request.layer.blob(), place = %request.place.description, %error, "request failed");
+            Outcome::Failed(error)
         }
     };
-    let (layer, received_until) = (request.layer.clone(), request.received_until.clone());
-    let count = |len| {
-        received_until.fetch_add(len as u64, Ordering::AcqRel);
-        layer.count_fetched(len);
-    };
-    while let Some((in_flight, record)) = request.frames.pop_front() {
-        if request.layer.is_removed() {
-            return;
-        }
-        if !in_flight.is_wanted() {
+    request.scheduler.end(request.number, outcome);
+}
+
+async fn receive(request: &mut Request, range: Range<u64>) -> Result<(), SourceError> {
+    let place = request.place.clone();
+    let mut incoming = Incoming::open(&*place.source, range, request.link.clone()).await?;
+    while let Some((frame, record)) = request.frames.pop_front() {
+        let (scheduler, layer) = (&request.scheduler, &request.layer);
+        if layer.is_removed() || !scheduler.is_wanted(request.number, layer, frame) {
             // A read has taken it over: what comes after it is cheaper asked for again than received twice.
-            let after = request.take_frames();
-            request.scheduler.requeue(after, None);
-            return;
+            return Ok(());
         }
         let len = record.compressed_len.get() as usize;
-        let compressed = match incoming.take(len, count).await {
-            Ok(compressed) => compressed,
-            Err(error) => {
-                let error = request.source_error(error);
-                tracing::debug!(%error, "request broke off");
-                request.frames.push_front((in_flight, record));
-                let missing = request.take_frames();
-                request.scheduler.requeue(missing, Some(&error));
-                return;
-            }
-        };
-        let Ok(permit) = request.scheduler.decoders(request.priority).acquire_owned().await else { return };
-        let scheduler = request.scheduler.clone();
-        request.scheduler.runtime().spawn_blocking(move || {
-            keep(&scheduler, in_flight, &record, &compressed);
+        let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
+        let Some(in_flight) = scheduler.receive(request.number, layer, frame) else { return Ok(()) };
+        let Ok(permit) = scheduler.decoders(request.priority).acquire_owned().await else { return Ok(()) };
+        scheduler.runtime().spawn_blocking(move || {
+            keep(in_flight, &record, &compressed);
             drop(permit);
         });
     }
+    Ok(())
 }
 
 /// Verifies, decompresses and writes a frame, and wakes who waits for it.
-fn keep(scheduler: &Arc<Scheduler>, in_flight: InFlight, record: &Frame, compressed: &[u8]) {
+fn keep(in_flight: InFlight, record: &Frame, compressed: &[u8]) {
     let (blob, frame) = (in_flight.layer.blob(), in_flight.frame);
     let plain_len = record.plain_len.get();
     let content = match decode(compressed, record.digest(), plain_len) {
         Ok(content) => content,
         Err(DecodeError::Digest { expected, found }) => {
-            let error = ReadError::Corrupt { blob, frame, expected, found };
-            return scheduler.requeue(std::iter::once(in_flight), Some(&error));
+            return in_flight.refuse(ReadError::Corrupt { blob, frame, expected, found });
         }
         Err(DecodeError::Content(reason)) => {
-            return scheduler.fail([in_flight], ReadError::Undecodable { blob, frame, plain_len, reason });
+            return in_flight.fail(ReadError::Undecodable { blob, frame, plain_len, reason });
         }
     };
     let layer = in_flight.layer.clone();
@@ -139,5 +119,46 @@ fn keep(scheduler: &Arc<Scheduler>, in_flight: InFlight, record: &Frame, compres
             layer.store.keep_in_memory(frame, content.clone());
             in_flight.arrived(Some(&content));
         }
+    }
+}
+
+/// A slot for a request that its holder makes at a place. It is given back when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    scheduler: Arc<Scheduler>,
+    place: Arc<Place>,
+    number: u64,
+    link: Arc<Link>,
+}
+
+impl Slot {
+    pub(crate) fn new(scheduler: &Arc<Scheduler>, place: Arc<Place>, grant: Grant) -> Self {
+        Self { scheduler: scheduler.clone(), place, number: grant.request, link: grant.link }
+    }
+
+    /// Asks for a range.
+    pub(crate) async fn open(&self, range: Range<u64>) -> Result<Incoming, SourceError> {
+        Incoming::open(&*self.place.source, range, self.link.clone()).await
+    }
+
+    /// The bytes that came were right.
+    pub(crate) fn works(&self) {
+        self.scheduler.stream_works(self.number);
+    }
+
+    /// The place that is asked.
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Gives the slot back: the request has failed.
+    pub(crate) fn fail(self, error: &SourceError) {
+        self.scheduler.end(self.number, Outcome::Failed(error.clone()));
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.scheduler.end(self.number, Outcome::Lost);
     }
 }

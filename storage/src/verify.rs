@@ -5,6 +5,7 @@
 //! that is missing included: the blob is read in long ranges, one after the other, past the queues of readers.
 
 use std::{
+    collections::VecDeque,
     num::NonZeroU64,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -19,7 +20,8 @@ use crate::{
     error::ReadError,
     layer::LayerInner,
     proof::{ProofError, Verdict},
-    source::Incoming,
+    source::SourceError,
+    transfer::Slot,
 };
 
 /// Compressed bytes of one request. A step that fails is asked for again as a whole.
@@ -155,33 +157,57 @@ pub(crate) async fn verify(under_way: UnderWay, rate: Option<NonZeroU64>) -> Res
     }
 }
 
+/// Fetches a step from the places of a layer in their turn.
 async fn fetch_step(layer: &Arc<LayerInner>, step: Step) -> Result<(), ReadError> {
     let blob = layer.blob();
-    let source_error = |error| ReadError::Source { blob, error };
-    let range = step.first().map_or(0, |(_, frame)| frame.blob_range().start)
-        ..step.last().map_or(0, |(_, frame)| frame.blob_range().end);
-    tracing::debug!(%blob, ?range, "frames requested for the proof");
-    let time_max = STEP_TIME_MAX + Duration::from_secs((range.end - range.start) / STEP_RATE_MIN);
-    let fetch = async {
-        let mut incoming = Incoming::open(&*layer.source(), range).await.map_err(source_error)?;
-        for (number, frame) in step {
-            let len = frame.compressed_len.get() as usize;
-            let compressed: Bytes = incoming.take(len, |len| layer.count_fetched(len)).await.map_err(source_error)?;
-            let kept = blocking(layer, move |layer| layer.keep_for_proof(number, &frame, &compressed)).await;
-            kept.ok_or(ReadError::Stopped(blob))??;
-            if layer.is_removed() {
-                return Err(ReadError::Stopped(blob));
+    let mut left: VecDeque<_> = step.into();
+    let mut tries_left = layer.places.tries();
+    loop {
+        let slot = layer.scheduler.slot(layer.number).await.ok_or(ReadError::Stopped(blob))?;
+        let bytes: u64 = left.iter().map(|(_, frame)| u64::from(frame.compressed_len.get())).sum();
+        let time_max = STEP_TIME_MAX + Duration::from_secs(bytes / STEP_RATE_MIN);
+        let fetched = tokio::time::timeout(time_max, fetch_frames(layer, &slot, &mut left)).await;
+        let fetched = fetched.unwrap_or_else(|_| {
+            let error = SourceError::passing(format!("it did not bring a step within {time_max:?}"));
+            Err(ReadError::Source { blob, error })
+        });
+        match fetched {
+            Err(ReadError::Source { error, .. }) => {
+                slot.fail(&error);
+                tries_left -= 1;
+                if tries_left == 0 {
+                    return Err(ReadError::Source { blob, error });
+                }
             }
-        }
-        Ok(())
-    };
-    match tokio::time::timeout(time_max, fetch).await {
-        Ok(fetched) => fetched,
-        Err(_) => {
-            let error = crate::source::SourceError::passing(format!("it did not bring a step within {time_max:?}"));
-            Err(source_error(error))
+            fetched => return fetched,
         }
     }
+}
+
+/// Fetches frames with one request; `left` is left with those that did not come.
+async fn fetch_frames(
+    layer: &Arc<LayerInner>,
+    slot: &Slot,
+    left: &mut VecDeque<(u32, Frame)>,
+) -> Result<(), ReadError> {
+    let blob = layer.blob();
+    let source_error = |error| ReadError::Source { blob, error };
+    let range = left.front().map_or(0, |(_, frame)| frame.blob_range().start)
+        ..left.back().map_or(0, |(_, frame)| frame.blob_range().end);
+    tracing::debug!(%blob, ?range, "frames requested for the proof");
+    let mut incoming = slot.open(range).await.map_err(source_error)?;
+    while let Some((number, frame)) = left.front().copied() {
+        let len = frame.compressed_len.get() as usize;
+        let compressed: Bytes = incoming.take(len, |len| layer.count_fetched(len)).await.map_err(source_error)?;
+        let kept = blocking(layer, move |layer| layer.keep_for_proof(number, &frame, &compressed)).await;
+        kept.ok_or(ReadError::Stopped(blob))??;
+        slot.works();
+        left.pop_front();
+        if layer.is_removed() {
+            return Err(ReadError::Stopped(blob));
+        }
+    }
+    Ok(())
 }
 
 /// Runs `work` where it may block; `None` when the runtime ends.

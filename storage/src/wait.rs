@@ -63,6 +63,11 @@ impl Wait {
         }
     }
 
+    /// Whether it has called back.
+    pub(crate) fn is_over(&self) -> bool {
+        lock(&self.done).is_none()
+    }
+
     fn count_down(&self) {
         if self.remaining.fetch_sub(1, Ordering::AcqRel) > 1 {
             return;

@@ -1,6 +1,6 @@
 //! How a layer is opened: from the directory, or with an index that is fetched and verified first.
 
-use std::{io, sync::Arc};
+use std::{io, ops::Range, sync::Arc};
 
 use format_spec::{FormatError, Index, LazyLayer, annotation::INDEX_LEN_MAX};
 
@@ -9,8 +9,10 @@ use crate::{
     directory::{LayerDirectory, LayerRecord},
     error::CacheError,
     frame_store::{FrameStore, lock},
-    layer::{Layer, LayerIndex, Origin},
-    source::{Incoming, Source},
+    layer::{Layer, LayerIndex},
+    places::Places,
+    source::{Incoming, SourceError, SourceErrorKind},
+    transfer::Slot,
 };
 
 /// Times an index is asked for when the bytes are wrong or break off.
@@ -21,6 +23,7 @@ struct FetchedIndex {
     index: Index<Vec<u8>>,
     /// Stands at the first byte behind the index.
     incoming: Incoming,
+    slot: Slot,
     fetched_bytes: u64,
 }
 
@@ -30,30 +33,43 @@ impl CacheInner {
         self: &Arc<Self>,
         number: u64,
         layer: &LazyLayer,
-        origin: Origin,
+        places: Arc<Places>,
         place: &OpeningPlace,
     ) -> Result<Layer, CacheError> {
         let (id, blob) = (layer.id(), layer.blob);
         let (inner, at) = (self.clone(), place.clone());
-        let domain = (self.domain)(&origin.description);
-        let look = move || Ok((inner.open_cached(&at)?, inner.has_peers(id, &domain)));
+        let domain = self.domain_of(&places.descriptions());
+        let look = move || Ok((inner.open_cached(&at)?, inner.has_peers(id, domain.as_deref())));
         let (cached, has_peers) = self.blocking(blob, look).await?;
         if let Some((record, store)) = cached {
-            let old = Origin { source: origin.source, description: record.description };
-            let layer = Layer::new(number, record.layer, store, old, self.scheduler.clone(), 0);
+            self.add_older_places(&places, &record);
+            self.scheduler.places_changed(number, blob);
+            let layer = Layer::new(number, record.layer, store, places, self.scheduler.clone(), 0);
+            if !layer.descriptions().iter().eq(record.descriptions()) {
+                self.keep_places(&layer);
+            }
             self.start_up(&layer, None, has_peers);
             return Ok(layer);
         }
         // Where other layers may have what the hot pack has, it is asked for when that is known.
         let with_hot_pack = layer.hot_range().filter(|_| !has_peers);
         let end = with_hot_pack.as_ref().map_or(layer.index.range().end, |hot| hot.end);
-        let FetchedIndex { index, incoming, fetched_bytes } = self.fetch_index(layer, end, &*origin.source).await?;
+        let fetched = self.fetch_index(number, layer, end, &places).await?;
+        let FetchedIndex { index, incoming, slot, fetched_bytes } = fetched;
         let (inner, at) = (self.clone(), place.clone());
-        let record = LayerRecord { layer: *layer, description: origin.description.clone() };
+        let record = LayerRecord::new(*layer, places.descriptions());
         let store = self.blocking(blob, move || inner.store_layer(&at, &record, &index)).await?;
-        let layer = Layer::new(number, *layer, store, origin, self.scheduler.clone(), fetched_bytes);
-        self.start_up(&layer, with_hot_pack.map(|_| incoming), has_peers);
+        let layer = Layer::new(number, *layer, store, places, self.scheduler.clone(), fetched_bytes);
+        self.start_up(&layer, with_hot_pack.map(|_| (incoming, slot)), has_peers);
         Ok(layer)
+    }
+
+    /// Adds the places that an earlier process knew.
+    fn add_older_places(&self, places: &Places, record: &LayerRecord) {
+        let sources =
+            record.descriptions().map(|description| (self.sources.get(&record.layer, description), description));
+        places
+            .add_older(sources.filter_map(|(source, description)| Some(self.new_place(source?, description.clone()))));
     }
 
     /// Opens what the directory holds; `None` without a whole record and index.
@@ -101,37 +117,112 @@ impl CacheInner {
     }
 
     /// Fetches and verifies an index, in a request that goes on up to `end` of the blob.
-    async fn fetch_index(&self, layer: &LazyLayer, end: u64, source: &dyn Source) -> Result<FetchedIndex, CacheError> {
+    ///
+    /// What is wrong or refused at one place is asked for at the next. What may pass is waited for as long as a reader
+    /// would.
+    async fn fetch_index(
+        &self,
+        number: u64,
+        layer: &LazyLayer,
+        end: u64,
+        places: &Places,
+    ) -> Result<FetchedIndex, CacheError> {
         let LazyLayer { blob, index: location, .. } = *layer;
-        let len = usize::try_from(location.compressed_len.min(INDEX_LEN_MAX + 1)).unwrap_or(usize::MAX);
         if location.compressed_len > INDEX_LEN_MAX {
             let (expected, found) = (INDEX_LEN_MAX, location.compressed_len);
             let error = FormatError::Length { what: "compressed index", expected, found };
             return Err(CacheError::Index { blob, error });
         }
-        let source_error = |error| CacheError::Source { blob, error };
+        let mut tries = IndexTries::default();
+        let fetch = self.try_index(number, layer, location.offset..end, places, &mut tries);
+        let fetched = match self.scheduler.patience() {
+            None => fetch.await,
+            Some(patience) => tokio::time::timeout(patience, fetch).await.unwrap_or_else(|_| {
+                let error = tries.last_failure.take();
+                let error = error.unwrap_or_else(|| SourceError::passing("nothing has come in time"));
+                Err(CacheError::Source { blob, error })
+            }),
+        };
+        fetched.inspect_err(|error| tracing::error!(%blob, %error, "index cannot be had"))
+    }
+
+    async fn try_index(
+        &self,
+        number: u64,
+        layer: &LazyLayer,
+        range: Range<u64>,
+        places: &Places,
+        tries: &mut IndexTries,
+    ) -> Result<FetchedIndex, CacheError> {
+        let LazyLayer { blob, index: location, .. } = *layer;
+        let len = usize::try_from(location.compressed_len).unwrap_or(usize::MAX);
         let mut fetched_bytes = 0;
-        let mut attempt = 1;
         loop {
-            let mut incoming = Incoming::open(source, location.offset..end).await.map_err(source_error)?;
-            let result = match incoming.take(len, |len| fetched_bytes += len as u64).await {
-                Err(error) => Err(source_error(error)),
-                Ok(compressed) => {
-                    let open = move || Index::from_compressed(&compressed, &location);
-                    self.blocking(blob, move || open().map_err(|error| CacheError::Index { blob, error })).await
-                }
+            let slot = self.scheduler.slot(number).await.ok_or(CacheError::Stopped(blob))?;
+            tries.asked.push(slot.place().number);
+            let before = fetched_bytes;
+            let take = async {
+                let mut incoming = slot.open(range.clone()).await?;
+                let compressed = incoming.take(len, |len| fetched_bytes += len as u64).await?;
+                Ok::<_, SourceError>((incoming, compressed))
             };
-            match result {
-                Ok(index) => return Ok(FetchedIndex { index, incoming, fetched_bytes }),
-                Err(error @ (CacheError::Index { .. } | CacheError::Source { .. })) if attempt < INDEX_ATTEMPTS => {
-                    tracing::debug!(%blob, %error, attempt, "index asked for again");
-                    attempt += 1;
+            let error = match take.await {
+                Ok((incoming, compressed)) => {
+                    let open = move || Index::from_compressed(&compressed, &location);
+                    let opened =
+                        self.blocking(blob, move || open().map_err(|error| CacheError::Index { blob, error })).await;
+                    match opened {
+                        Ok(index) => {
+                            slot.works();
+                            return Ok(FetchedIndex { index, incoming, slot, fetched_bytes });
+                        }
+                        Err(error @ CacheError::Index { .. }) => {
+                            slot.fail(&SourceError::unusable(error.to_string()));
+                            error
+                        }
+                        Err(error) => return Err(error),
+                    }
                 }
                 Err(error) => {
-                    tracing::error!(%blob, %error, "index refused");
-                    return Err(error);
+                    tries.bad_answers += u32::from(fetched_bytes > before);
+                    tries.last_failure = Some(error.clone());
+                    slot.fail(&error);
+                    CacheError::Source { blob, error }
                 }
+            };
+            let is_patient = self.scheduler.patience().is_some();
+            let has_other = places.to_refs().iter().any(|place| !tries.asked.contains(&place.number));
+            if !tries.is_asked_again(&error, is_patient, has_other) {
+                return Err(error);
             }
+            tracing::debug!(%blob, %error, "index asked for again");
+        }
+    }
+}
+
+/// What has been tried to get an index.
+#[derive(Debug, Default)]
+struct IndexTries {
+    /// The places that were asked.
+    asked: Vec<u64>,
+    /// Answers that were wrong, or broke off.
+    bad_answers: u32,
+    last_failure: Option<SourceError>,
+}
+
+impl IndexTries {
+    /// Whether there is a point in asking again after `error`; `has_other` says that some place was not asked yet.
+    fn is_asked_again(&mut self, error: &CacheError, is_patient: bool, has_other: bool) -> bool {
+        match error {
+            CacheError::Index { .. } => {
+                self.bad_answers += 1;
+                self.bad_answers < INDEX_ATTEMPTS || has_other
+            }
+            CacheError::Source { error, .. } if error.kind == SourceErrorKind::Passing => {
+                let has_begun = self.bad_answers > 0;
+                is_patient || has_other || has_begun && self.bad_answers < INDEX_ATTEMPTS
+            }
+            _ => has_other,
         }
     }
 }

@@ -1,8 +1,9 @@
 //! What nobody has asked for: fetched when nobody asks for anything else, so that no layer stays incomplete.
 //!
-//! One step at a time for the whole cache, at a bounded rate: of the layer that was opened first among those that do
-//! not fail. It begins when start-ups are over: when no reader has waited for a while, and no hot pack is on its way.
-//! A reader who comes during a step has requests of its own, and shares the link with what is left of one step.
+//! One step at a time for each source, a few for the whole cache, at a bounded rate: of the layer that was opened first
+//! among those that do not fail. A source that does not answer holds up its own layers only. It begins when start-ups
+//! are over: when no reader has waited for a while, and no hot pack is on its way. A reader who comes during a step has
+//! requests of its own, and shares the link with what is left of the steps.
 
 use std::{
     collections::HashMap,
@@ -13,13 +14,15 @@ use std::{
 };
 
 use format_spec::index::FRAME_PLAIN_LEN_MAX;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, task::JoinSet};
 
 use super::CacheInner;
 use crate::layer::{Layer, Priority};
 
 /// Plain bytes of a step: a request or two.
 const STEP_LEN: u64 = 8 << 20;
+/// Steps at the same time: one of each source, so that some may hang.
+const STEPS_MAX: usize = 4;
 /// The pause after a failed step grows to this many times its first length.
 const FAILURE_PAUSE_FACTOR_MAX: u32 = 64;
 
@@ -66,6 +69,10 @@ struct Plan {
     options: RestOptions,
     /// By the number of the layer.
     incomplete: HashMap<u64, Incomplete>,
+    /// The sources of the steps that run, by the number of the layer.
+    busy: HashMap<u64, Option<Arc<str>>>,
+    /// No step begins before: the rate.
+    not_before: Instant,
     /// Since when there was something to do and somebody was in the way.
     held_since: Option<Instant>,
 }
@@ -86,38 +93,60 @@ struct Step {
     missing: Range<u64>,
 }
 
+/// How a step went.
+struct EndedStep {
+    number: u64,
+    started: Instant,
+    has_arrived: bool,
+    fetched: u64,
+    missing: Range<u64>,
+}
+
 /// Fetches what is missing of every open layer, until the cache is gone.
 pub(super) async fn fetch_rest(cache: Weak<CacheInner>, runtime: Handle, options: RestOptions) {
-    let mut plan = Plan { incomplete: HashMap::new(), held_since: None, options: options.clone() };
+    let mut plan = Plan::new(options.clone(), Instant::now());
+    let mut steps = JoinSet::new();
     loop {
         // The last handle of the cache or of a layer may be ours: it must go where blocking is allowed.
         let Some(inner) = cache.upgrade() else { return };
         let chosen = runtime.spawn_blocking(move || {
-            let step = plan.next_step(&inner);
+            let step = plan.next_step(&inner, Instant::now());
             (plan, step)
         });
         let Ok((chosen_plan, step)) = chosen.await else { return };
         plan = chosen_plan;
-        let Some(Step { layer, missing }) = step else {
-            tokio::time::sleep(options.look_interval()).await;
+        if let Some(step) = step {
+            steps.spawn(take(step, runtime.clone(), options.step_max));
             continue;
-        };
-        let (started, number, before) = (Instant::now(), layer.inner().number, layer.inner().fetched_bytes());
-        let (sender, receiver) = tokio::sync::oneshot::channel();
-        let range = missing.start..missing.start.saturating_add(STEP_LEN);
-        layer.fetch(range, Priority::Background, move |arrived| drop(sender.send(arrived)));
-        let is_answered = tokio::time::timeout(options.step_max, receiver).await.is_ok();
-        let ended = runtime.spawn_blocking(move || {
-            // What came is looked at, not what was answered: a full disk is no error there.
-            let has_arrived = is_answered && layer.inner().store.has(&missing);
-            let fetched = layer.inner().fetched_bytes();
-            drop(layer);
-            (has_arrived, fetched.saturating_sub(before), missing)
-        });
-        let Ok((has_arrived, fetched, missing)) = ended.await else { return };
-        plan.note_step(number, has_arrived, missing.end);
-        tokio::time::sleep(step_time(fetched, options.bytes_per_second).saturating_sub(started.elapsed())).await;
+        }
+        tokio::select! {
+            Some(ended) = steps.join_next() => {
+                let Ok(Some(ended)) = ended else { return };
+                plan.note_step(ended, Instant::now());
+            }
+            () = tokio::time::sleep(options.look_interval()) => {}
+        }
     }
+}
+
+/// Fetches a step. One that takes too long is given up, and its requests with it.
+async fn take(Step { layer, missing }: Step, runtime: Handle, step_max: Duration) -> Option<EndedStep> {
+    let (started, number, before) = (Instant::now(), layer.inner().number, layer.inner().fetched_bytes());
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let range = missing.start..missing.start.saturating_add(STEP_LEN);
+    layer.fetch(range, Priority::Background, move |arrived| drop(sender.send(arrived)));
+    let is_answered = tokio::time::timeout(step_max, receiver).await.is_ok();
+    if !is_answered {
+        layer.inner().scheduler.drop_background(number);
+    }
+    let ended = runtime.spawn_blocking(move || {
+        // What came is looked at, not what was answered: a full disk is no error there.
+        let has_arrived = is_answered && layer.inner().store.has(&missing);
+        let fetched = layer.inner().fetched_bytes().saturating_sub(before);
+        drop(layer);
+        EndedStep { number, started, has_arrived, fetched, missing }
+    });
+    ended.await.ok()
 }
 
 /// How long fetching so many bytes takes at a rate.
@@ -126,9 +155,16 @@ fn step_time(bytes: u64, bytes_per_second: NonZeroU64) -> Duration {
 }
 
 impl Plan {
+    fn new(options: RestOptions, now: Instant) -> Self {
+        let (incomplete, busy) = (HashMap::new(), HashMap::new());
+        Self { options, incomplete, busy, not_before: now, held_since: None }
+    }
+
     /// What to fetch now, if now is the time.
-    fn next_step(&mut self, cache: &Arc<CacheInner>) -> Option<Step> {
-        let now = Instant::now();
+    fn next_step(&mut self, cache: &Arc<CacheInner>, now: Instant) -> Option<Step> {
+        if self.busy.len() >= STEPS_MAX || now < self.not_before {
+            return None;
+        }
         let mut open = cache.open_layers();
         self.note_complete(&open);
         open.retain(|layer| !layer.is_complete());
@@ -148,7 +184,8 @@ impl Plan {
             let known = self.incomplete.get_mut(&layer.inner().number)?;
             let has_started = now.duration_since(known.since) >= self.options.start_up_max;
             let quiet = if has_started { Duration::ZERO } else { self.options.quiet };
-            if now < known.not_before {
+            let source = cache.scheduler.source_of(layer.inner());
+            if now < known.not_before || self.busy.values().any(|busy| *busy == source) {
                 return None;
             }
             if is_starting_up || !cache.scheduler.is_quiet_since(now.checked_sub(quiet)?) {
@@ -164,7 +201,9 @@ impl Plan {
                 // What failed is tried again from the beginning.
                 known.from = 0;
             }
-            missing.map(|missing| Step { layer, missing })
+            let missing = missing?;
+            self.busy.insert(layer.inner().number, source);
+            Some(Step { layer, missing })
         })
     }
 
@@ -177,17 +216,19 @@ impl Plan {
         }
     }
 
-    fn note_step(&mut self, number: u64, has_arrived: bool, end: u64) {
-        let Some(known) = self.incomplete.get_mut(&number) else { return };
-        if has_arrived {
+    fn note_step(&mut self, step: EndedStep, now: Instant) {
+        self.busy.remove(&step.number);
+        self.not_before = self.not_before.max(step.started) + step_time(step.fetched, self.options.bytes_per_second);
+        let Some(known) = self.incomplete.get_mut(&step.number) else { return };
+        if step.has_arrived {
             known.failure_count = 0;
             return;
         }
-        known.from = end;
+        known.from = step.missing.end;
         let factor = 1u32
             .checked_shl(known.failure_count)
             .map_or(FAILURE_PAUSE_FACTOR_MAX, |factor| factor.min(FAILURE_PAUSE_FACTOR_MAX));
-        known.not_before = Instant::now() + self.options.failure_pause * factor;
+        known.not_before = now + self.options.failure_pause * factor;
         known.failure_count += 1;
     }
 }

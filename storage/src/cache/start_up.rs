@@ -11,21 +11,24 @@ use std::{
     sync::{Arc, Weak},
 };
 
+use bytes::Bytes;
 use format_spec::{
     FormatError, HotPiece, LayerId,
     annotation::INDEX_LEN_MAX,
     dedup::{self as section, DedupPiece},
     index::DedupLocation,
 };
+use serde_json::Value;
 
 use super::{CacheInner, Entry};
 use crate::{
     dedup::{self, Copies, CopyPlan, Peer},
-    directory::LayerDirectory,
+    directory::{LayerDirectory, LayerRecord},
     frame_store::lock,
     hot_pack::{self, HotStream},
     layer::{Layer, LayerIndex, LayerInner, Priority},
     source::{Incoming, SourceError},
+    transfer::Slot,
 };
 
 /// Longest dedup section, compressed, that reads wait for: what a container misses of it in a second on a slow link is
@@ -36,7 +39,7 @@ const COPY_STEP_LEN: u64 = 4 << 20;
 
 impl CacheInner {
     /// Begins what is to be done for a layer that was opened; `with_index` is the hot pack if it comes with the index.
-    pub(super) fn start_up(self: &Arc<Self>, layer: &Layer, with_index: Option<Incoming>, has_peers: bool) {
+    pub(super) fn start_up(self: &Arc<Self>, layer: &Layer, with_index: Option<(Incoming, Slot)>, has_peers: bool) {
         let inner = layer.inner().clone();
         inner.scheduler.note_urgent();
         if self.verifies {
@@ -79,24 +82,32 @@ impl CacheInner {
     }
 
     /// Whether another layer of the same domain has told what it holds.
-    pub(super) fn has_peers(&self, id: LayerId, domain: &str) -> bool {
+    pub(super) fn has_peers(&self, id: LayerId, domain: Option<&str>) -> bool {
         self.peer_directories(id, domain).next().is_some()
     }
 
     /// The other layers that content may be copied from: who may read this one may read them, and they have told what
     /// they hold. A copy from any other would show who knows a digest what it is the digest of.
-    fn peer_directories(&self, id: LayerId, domain: &str) -> impl Iterator<Item = LayerDirectory> {
+    fn peer_directories(&self, id: LayerId, domain: Option<&str>) -> impl Iterator<Item = LayerDirectory> {
         let entries = fs::read_dir(self.root.join("layers")).into_iter().flatten().flatten();
         let directories = entries.filter(move |entry| *entry.file_name() != *id.hex());
         directories.map(|entry| LayerDirectory::new(entry.path(), self.disk.clone())).filter(move |directory| {
             let has_told = matches!(directory.open_dedup(), Ok(Some(_))) && !directory.is_refused();
-            has_told
-                && matches!(directory.read_record(), Ok(Some(record)) if (self.domain)(&record.description) == domain)
+            let is_readable = |record: &LayerRecord| self.domain_of(record.descriptions()).as_deref() == domain;
+            has_told && domain.is_some() && matches!(directory.read_record(), Ok(Some(record)) if is_readable(&record))
         })
     }
 
+    /// The domain of a layer with these places; `None` if they belong to several. Anybody can name a place, so one of
+    /// another domain makes nothing readable for that.
+    pub(super) fn domain_of<'a>(&self, descriptions: impl IntoIterator<Item = &'a Value>) -> Option<String> {
+        let mut domains = descriptions.into_iter().map(|description| (self.domain)(description));
+        let first = domains.next()?;
+        domains.all(|other| other == first).then_some(first)
+    }
+
     /// Every other layer that has told what it holds. Those that cannot be read are left out: they only might help.
-    fn peers(&self, id: LayerId, domain: &str) -> impl Iterator<Item = Peer> {
+    fn peers(&self, id: LayerId, domain: Option<&str>) -> impl Iterator<Item = Peer> {
         self.peer_directories(id, domain).filter_map(|directory| {
             let dedup = directory.open_dedup().ok().flatten()?;
             let name = directory.path().file_name()?.to_str()?;
@@ -125,7 +136,7 @@ impl Drop for Seeking<'_> {
     }
 }
 
-async fn receive_hot_pack(layer: &Arc<LayerInner>, stream: Arc<HotStream>, first: Option<Incoming>) {
+async fn receive_hot_pack(layer: &Arc<LayerInner>, stream: Arc<HotStream>, first: Option<(Incoming, Slot)>) {
     *lock(&layer.hot) = Some(stream.clone());
     hot_pack::receive(layer.clone(), stream, first).await;
     *lock(&layer.hot) = None;
@@ -149,8 +160,8 @@ async fn copy_from_peers(
     let prepare = move |layer: &LayerInner| {
         let (store, cache) = (&layer.store, cache.upgrade());
         let find = |(wanted, cache): (_, Arc<CacheInner>)| {
-            let domain = (cache.domain)(&layer.description());
-            CopyPlan::find(store, wanted, cache.peers(layer.layer.id(), &domain))
+            let domain = cache.domain_of(&layer.places.descriptions());
+            CopyPlan::find(store, wanted, cache.peers(layer.layer.id(), domain.as_deref()))
         };
         let plan = wanted.as_deref().zip(cache).and_then(find).map(Arc::new);
         let missing_of = |plain: &Range<u64>| {
@@ -252,14 +263,32 @@ async fn fetch_section(layer: &Arc<LayerInner>, location: &DedupLocation) -> Res
     }
     let range = layer.dedup_range(compressed_len);
     tracing::debug!(blob = %layer.blob(), ?range, "dedup section requested");
-    let mut incoming = Incoming::open(&*layer.source(), range).await?;
-    let len = usize::try_from(compressed_len).map_err(|_| SectionError::Length(compressed_len))?;
-    let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
+    let compressed = fetch_range(layer, range).await?;
     let location = *location;
     let decompress =
         move |layer: &LayerInner| section::decompress(&compressed, &location, layer.store.index().space_len());
     let pieces = blocking(layer, decompress).await.ok_or(SectionError::Stopped)??;
     Ok(pieces.into())
+}
+
+/// Bytes that nobody waits for, from the places of a layer in their turn.
+async fn fetch_range(layer: &Arc<LayerInner>, range: Range<u64>) -> Result<Bytes, SectionError> {
+    let len = usize::try_from(range.end - range.start).map_err(|_| SectionError::Length(range.end - range.start))?;
+    let mut tries_left = layer.places.tries();
+    loop {
+        let slot = layer.scheduler.slot(layer.number).await.ok_or(SectionError::Stopped)?;
+        let take = async { slot.open(range.clone()).await?.take(len, |len| layer.count_fetched(len)).await };
+        match take.await {
+            Ok(bytes) => return Ok(bytes),
+            Err(error) => {
+                slot.fail(&error);
+                tries_left -= 1;
+                if tries_left == 0 {
+                    return Err(error.into());
+                }
+            }
+        }
+    }
 }
 
 /// Why there is no dedup section.

@@ -57,9 +57,13 @@ async fn a_later_process_knows_layers_and_their_last_description() {
     let new_source = MemorySource::new(&test);
     let layer = fixture.cache.layer(&test.lazy, new_source.clone(), json!({"image": "new"})).await.unwrap();
     assert_eq!(layer.description(), json!({"image": "new"}));
-    assert_eq!(open_again(), known(json!({"image": "new"})));
+    // Nobody waits for the disk here.
+    while open_again() != known(json!({"image": "new"})) {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    // The place that has worked is asked, not the newest one.
     check_read(&fixture.layer, &test, 0..10).await;
-    assert_eq!((fixture.source.requests().len(), new_source.requests().len()), (1, 1));
+    assert_eq!((fixture.source.requests().len(), new_source.requests().len()), (2, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]

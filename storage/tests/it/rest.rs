@@ -135,11 +135,11 @@ async fn a_reader_who_waits_for_ever_holds_up_the_rest_for_a_bounded_time() {
     let test = TestLayer::of_frames(5, 10_000);
     let fixture = Fixture::with_options(&test, with_rate(FAST)).await;
     fixture.source.hold_at(test.request_for(3..4).start);
+    let started = Instant::now();
     let (layer, plain) = (fixture.layer.clone(), test.plain_of_frame(3));
     let reader = tokio::spawn(async move { layer.read_async(plain.start, 100).await });
     let other_test = TestLayer::of_frames(6, 10_000);
     let other = fixture.cache.layer(&other_test.lazy, MemorySource::new(&other_test), json!("other")).await.unwrap();
-    let started = Instant::now();
     wait_until_complete(&other).await;
     assert!(started.elapsed() >= START_UP_MAX, "{:?}", started.elapsed());
     reader.abort();

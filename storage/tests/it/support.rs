@@ -18,7 +18,9 @@ use format_spec::{
 };
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
-use storage::{ByteStream, Cache, CacheOptions, FetchFuture, Layer, Source, SourceError, Verdict};
+use storage::{
+    ByteStream, Cache, CacheOptions, FetchFuture, Layer, RequestLimits, RequestOptions, Source, SourceError, Verdict,
+};
 use tokio::sync::watch;
 
 /// Bytes that hardly compress, different for every seed.
@@ -485,14 +487,18 @@ impl Drop for Ended {
     }
 }
 
-/// Options under which nothing is flushed by itself.
+/// Options under which nothing is flushed by itself, failures come from the source at once, and are soon forgotten.
 pub(crate) fn options() -> CacheOptions {
-    CacheOptions { flush_interval: Duration::from_secs(3600), ..CacheOptions::default() }
+    let (pause_min, failure_memory) = (Duration::from_millis(10), Duration::from_millis(10));
+    let requests = RequestOptions { pause_min, failure_memory, ..RequestOptions::default() };
+    CacheOptions { requests, patience: None, flush_interval: Duration::from_secs(3600), ..CacheOptions::default() }
 }
 
 /// Options under which requests of one class wait for each other.
 pub(crate) fn one_request_a_class() -> CacheOptions {
-    CacheOptions { read_requests_max: 1, hot_requests_max: 1, background_requests_max: 1, ..options() }
+    let one = RequestLimits { node: 1, source: 1, layer: 1 };
+    let requests = RequestOptions { read: one, hot: one, background: one, ..options().requests };
+    CacheOptions { requests, ..options() }
 }
 
 /// Opens a cache on the runtime of the calling test.

@@ -256,9 +256,18 @@ async fn content_for_its_digest_is_given_within_a_domain_only() {
     let claimed = Digest::of(&victim.space[..5000]);
     let claim = |pieces: &mut Vec<DedupPiece>| pieces[1].digest = *claimed.as_bytes();
     let oracle = LayerMaker { dedup: Some(&claim), changed_files: &[1], frame_lens: &[20_000], ..maker(&own) }.make();
-    for (whose, is_given) in [("mine", true), ("theirs", false)] {
+    // Who names a place of the victim's layer has not shown that he may read it.
+    for (whose, also_named_by, is_given) in
+        [("test", None, true), ("theirs", None, false), ("theirs", Some("theirs"), false)]
+    {
         let fixture = Fixture::with_options(&victim, CacheOptions { domain, ..options() }).await;
-        let mine = fixture.cache.layer(&victim.lazy, MemorySource::new(&victim), json!("mine")).await.unwrap();
+        let mine = fixture.layer.clone();
+        if let Some(name) = also_named_by {
+            fixture.cache.layer(&victim.lazy, MemorySource::new(&victim), json!(name)).await.unwrap();
+            while fixture.cache.known_layers().unwrap()[0].description != json!(name) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
         check_read(&mine, &victim, 0..victim.space.len() as u64).await;
         wait_for_dedup(fixture.directory.path(), &victim).await;
         mine.flush().unwrap();

@@ -1,0 +1,69 @@
+//! How many requests run at once, and how long anything is waited for.
+
+use std::time::Duration;
+
+/// How many requests of one class run at the same time.
+///
+/// A source that has none running may always have one, also beyond `node`: sources that do not answer never keep one
+/// that does from being asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// On the whole node.
+    pub node: usize,
+    /// At one source: whatever has the same [`crate::Source::origin`].
+    pub source: usize,
+    /// For one layer.
+    pub layer: usize,
+}
+
+/// The limits of each class, and the times that decide when somebody else is asked.
+#[derive(Debug, Clone)]
+pub struct RequestOptions {
+    /// Requests for blocked reads.
+    pub read: RequestLimits,
+    /// Requests that open a layer: its index, with its hot pack, and its dedup section.
+    pub opening: RequestLimits,
+    /// Requests for what will be read soon.
+    pub hot: RequestLimits,
+    /// Requests for everything else.
+    pub background: RequestLimits,
+    /// A place that refused, or failed twice, is left alone for this long, then twice as long each time.
+    pub pause_min: Duration,
+    /// The longest such pause.
+    pub pause_max: Duration,
+    /// A place that says when to come back is left alone for that long, but no longer than this.
+    pub retry_after_max: Duration,
+    /// A read that has waited so long for its first byte at one place is asked for at the next place too.
+    pub hedge_after: Duration,
+    /// A request without any answer after this time has failed.
+    pub answer_max: Duration,
+    /// The same for a layer that is being opened and has another place to ask.
+    pub opening_answer_max: Duration,
+    /// The time over which the rate of a request is measured.
+    pub rate_window: Duration,
+    /// How long a read that failed is remembered: whoever asks for the same at once again gets the same answer.
+    pub failure_memory: Duration,
+}
+
+impl Default for RequestOptions {
+    fn default() -> Self {
+        Self {
+            // A request holds a frame in memory, about a megabyte; twelve of them fill a link.
+            read: RequestLimits { node: 24, source: 16, layer: 12 },
+            // Images of thirty layers are opened at once, and nothing of them is kept in memory but what arrives.
+            opening: RequestLimits { node: 64, source: 32, layer: 4 },
+            hot: RequestLimits { node: 8, source: 4, layer: 4 },
+            background: RequestLimits { node: 4, source: 2, layer: 2 },
+            pause_min: Duration::from_millis(250),
+            pause_max: Duration::from_secs(4),
+            retry_after_max: Duration::from_secs(15),
+            hedge_after: Duration::from_millis(1500),
+            // A registry that fetches the blob from another one first is slow to answer.
+            answer_max: Duration::from_secs(30),
+            opening_answer_max: Duration::from_secs(3),
+            rate_window: Duration::from_secs(10),
+            // The kernel asks a second time for a page that could not be read.
+            failure_memory: Duration::from_secs(2),
+        }
+    }
+}
