@@ -13,7 +13,7 @@ mod source;
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use containerd_client::types::{Descriptor as ContainerdDescriptor, Mount};
-use format_spec::{Digest, annotation};
+use format_spec::Digest;
 use futures_util::TryStreamExt;
 use registry::{Client, Reference};
 
@@ -286,12 +286,7 @@ impl Pull<'_> {
         let annotations = layer.annotations.iter().flatten();
         let passed = annotations.filter(|(key, _)| key.starts_with(SNAPSHOT_PREFIX));
         let image = self.options.reference.to_string();
-        let own = [
-            (TARGET, name.to_string()),
-            (annotation::IMAGE, image.clone()),
-            (CRI_IMAGE, image),
-            (CRI_LAYER_DIGEST, layer.digest.to_string()),
-        ];
+        let own = [(TARGET, name.to_string()), (CRI_IMAGE, image), (CRI_LAYER_DIGEST, layer.digest.to_string())];
         let own = own.map(|(key, value)| (key.to_owned(), value));
         passed.map(|(key, value)| (key.clone(), value.clone())).chain(own).collect()
     }

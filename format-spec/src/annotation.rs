@@ -24,9 +24,6 @@ pub const INDEX_PLAIN_LEN: &str = "containerd.io/snapshot/lazuli/index.plain-len
 /// SHA-256 of the compressed index.
 pub const INDEX_DIGEST: &str = "containerd.io/snapshot/lazuli/index.digest";
 
-/// Image reference whose repository holds the blob: a snapshot label that `lazuli pull` adds, no annotation.
-pub const IMAGE: &str = "containerd.io/snapshot/lazuli/image";
-
 /// Length of the hot pack in bytes, decimal; absent without one. It lies directly behind the index.
 pub const HOT_LEN: &str = "containerd.io/snapshot/lazuli/hot.len";
 

@@ -124,7 +124,6 @@ fn sections_are_those_of_the_specification() {
 #[test]
 fn words_of_the_text_are_those_of_the_code() {
     assert!(SPEC.contains(&format!("one section of kind {} that holds `DedupPiece`", dedup::PIECES)));
-    assert!(SPEC.contains(&format!("`{}` is no annotation", annotation::IMAGE)));
     let reasons = [
         (index::hot_reason::PROFILE, "profile"),
         (index::hot_reason::COMMAND, "command"),

@@ -5,10 +5,13 @@ use std::{
     time::Duration,
 };
 
-use fusefs::Mode;
+use fusefs::{DedupScope, Mode};
 use serde::Deserialize;
 
-use crate::snapshotter::Limits;
+use crate::{
+    snapshotter::Limits,
+    trust::{Trust, TrustSettings},
+};
 
 /// Where the configuration lies unless a flag says otherwise; it need not exist.
 pub const CONFIG_PATH: &str = "/etc/lazuli/config.toml";
@@ -52,6 +55,10 @@ pub struct Settings {
     pub probe_timeout: Option<u32>,
     /// How long `lazuli-fused` may be silent, in seconds; 0 for ever.
     pub hang_timeout: Option<u32>,
+    /// Between which layers content is copied.
+    pub dedup: Option<DedupScope>,
+    /// Whose layers are believed before they are verified.
+    pub trust: Option<TrustSettings>,
     /// What both programs log.
     pub log: Option<String>,
 }
@@ -81,6 +88,10 @@ pub struct Config {
     pub patience: Option<u32>,
     /// How long things may take.
     pub limits: Limits,
+    /// Between which layers content is copied; `None` for the default of `lazuli-fused`.
+    pub dedup: Option<DedupScope>,
+    /// Whose layers are believed before they are verified.
+    pub trust: Trust,
     /// What both programs log.
     pub log: String,
 }
@@ -97,6 +108,7 @@ impl Config {
         for (flag, number) in numbers {
             arguments.extend(number.into_iter().flat_map(|number| [flag.to_owned(), number.to_string()]));
         }
+        arguments.extend(self.dedup.into_iter().flat_map(|scope| ["--dedup".to_owned(), scope.to_string()]));
         arguments.extend(self.plain_http.then(|| "--plain-http".to_owned()));
         arguments
     }
@@ -151,6 +163,8 @@ impl Settings {
                     .filter(|seconds| *seconds > 0)
                     .map(seconds),
             },
+            dedup: self.dedup.or(file.dedup),
+            trust: self.trust.or(file.trust).unwrap_or_default().into(),
             log: self.log.or(file.log).unwrap_or_else(|| LOG.to_owned()),
         }
     }
@@ -162,7 +176,7 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\npatience = 90\nhang_timeout = 0\nstart_timeout = 5\n";
+        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\npatience = 90\nhang_timeout = 0\nstart_timeout = 5\ndedup = 'node'\n[trust]\nrepositories = ['host/team']\n";
         let file = Settings::parse(text).unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
         let expected = Config {
@@ -176,13 +190,27 @@ mod tests {
             background_rate: Some(0),
             patience: Some(90),
             limits: Limits { start: seconds(5), probe: seconds(PROBE_SECONDS), hang: None },
+            dedup: Some(DedupScope::Node),
+            trust: TrustSettings { repositories: vec!["host/team".to_owned()], ..TrustSettings::default() }.into(),
             log: LOG.to_owned(),
         };
         let config = flags.or(file, None);
         assert_eq!(config, expected);
         assert_eq!(
             config.fused_arguments(),
-            ["--mode", "fuse", "--log", "info", "--background-rate", "0", "--patience", "90", "--plain-http"]
+            [
+                "--mode",
+                "fuse",
+                "--log",
+                "info",
+                "--background-rate",
+                "0",
+                "--patience",
+                "90",
+                "--dedup",
+                "node",
+                "--plain-http"
+            ]
         );
     }
 

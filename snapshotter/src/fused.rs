@@ -23,7 +23,7 @@ use std::{
 
 use format_spec::LayerId;
 use fusefs::{
-    control::{ErrorKind, LayerStatus, RemoteLayer, Request, Response, TreeId},
+    control::{ErrorKind, LayerStatus, RemoteLayer, Request, Response, TreeId, Verdict},
     descriptor,
 };
 use tokio::{
@@ -148,6 +148,27 @@ impl Fused {
     pub async fn probe_layer(&self, layer: RemoteLayer, within: Duration) -> Result<()> {
         let within_ms = u64::try_from(within.as_millis()).unwrap_or(u64::MAX);
         self.done(Request::ProbeLayer { layer, within_ms }).await
+    }
+
+    /// Has verdicts on layers found out at full speed, in the background.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached.
+    pub async fn verify(&self, layers: Vec<RemoteLayer>) -> Result<()> {
+        self.done(Request::Verify { layers }).await
+    }
+
+    /// The verdicts that there are, in the order of `layers`.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached.
+    pub async fn verdicts(&self, layers: Vec<LayerId>) -> Result<Vec<Option<Verdict>>> {
+        match self.request(&Request::Verdicts { layers }, ANSWER_WITHIN).await? {
+            Response::Verdicts { verdicts } => Ok(verdicts),
+            other => Err(FusedError::Answer(format!("{other:?}"))),
+        }
     }
 
     /// Makes a merged tree available and returns its directory; `layers` are lowest first, at least one.

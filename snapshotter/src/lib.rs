@@ -24,6 +24,8 @@ pub mod snapshotter;
 pub mod socket;
 mod system_calls;
 pub mod trees;
+pub mod trust;
+mod truth;
 pub mod usage;
 pub mod user_namespace;
 mod watching;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Parser;
-use fusefs::Mode;
+use fusefs::{DedupScope, Mode};
 use snapshotter::{
     api::snapshots_server::SnapshotsServer,
     config::{CONFIG_PATH, Config, Settings},
@@ -72,6 +72,10 @@ struct Arguments {
     /// Seconds that lazuli-fused may be silent before it is ended and started again; 0 for ever [default: 30]
     #[arg(long, value_name = "SECONDS")]
     hang_timeout: Option<u32>,
+    /// Between which layers lazuli-fused copies content instead of fetching it: of one repository, one registry, or all
+    /// of the node [default: that of lazuli-fused]
+    #[arg(long, value_name = "SCOPE")]
+    dedup: Option<DedupScope>,
     /// What both programs log: a level, or directives as snapshotter=debug,storage=info [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -108,7 +112,7 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let runtime = tokio::runtime::Runtime::new()?;
     let (path, arguments) = (config.fused.clone(), config.fused_arguments());
     let fused = FusedProgram { path, arguments, is_service: config.fused_is_service };
-    let snapshotter = Snapshotter::open(&config.root, fused, config.limits)?;
+    let snapshotter = Snapshotter::open(&config.root, fused, config.limits, config.trust.clone())?;
     runtime.block_on(serve(&config, snapshotter))?;
     // A request that waits for the registry is not waited for.
     runtime.shutdown_timeout(Duration::ZERO);
@@ -124,7 +128,7 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
     };
     let program = std::env::current_exe()?;
     let Arguments { address, root, fused, plain_http, mode, read_ahead, background_rate, patience, .. } = arguments;
-    let Arguments { start_timeout, probe_timeout, hang_timeout, log, .. } = arguments;
+    let Arguments { start_timeout, probe_timeout, hang_timeout, dedup, log, .. } = arguments;
     let (plain_http, fused_is_service) = (plain_http.then_some(true), None);
     let flags = Settings {
         address,
@@ -139,6 +143,8 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         start_timeout,
         probe_timeout,
         hang_timeout,
+        dedup,
+        trust: None,
         log,
     };
     Ok(flags.or(file, program.parent()))
@@ -191,7 +197,8 @@ mod tests {
         let documentation = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/NODE.md")).unwrap();
         for flag in command.get_arguments().filter(|flag| flag.get_id() != "config") {
             let (key, name) = (flag.get_id().as_str(), flag.get_long().unwrap());
-            let values = ["true", "1", "'text'", "'auto'"].map(|value| Settings::parse(&format!("{key} = {value}")));
+            let values =
+                ["true", "1", "'text'", "'auto'", "'node'"].map(|value| Settings::parse(&format!("{key} = {value}")));
             let errors: Vec<_> = values.iter().filter_map(|parsed| parsed.as_ref().err()).collect();
             assert!(errors.len() < values.len(), "{key} is no key: {errors:?}");
             assert!(documentation.contains(&format!("| `{key}` | `--{name}` |")), "{key} is not in docs/NODE.md");

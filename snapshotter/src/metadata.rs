@@ -18,7 +18,11 @@ use fusefs::control::{RemoteLayer, TreeId};
 use redb::{ReadTransaction, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
-use crate::{database::Database, id_map::UID_MAPPING};
+use crate::{
+    database::Database,
+    id_map::UID_MAPPING,
+    trust::{Truth, Vouchers},
+};
 
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 /// (parent, child): finds the children of a snapshot without reading all of them.
@@ -143,6 +147,23 @@ pub struct LazySnapshot {
     pub layer: RemoteLayer,
     /// The merged tree of this layer on top of its parents, which are all lazy.
     pub tree: TreeId,
+    /// Whether it is what the chain ID names.
+    #[serde(default)]
+    pub truth: Truth,
+    /// Repositories of further images that name this layer for this chain.
+    #[serde(default)]
+    pub further_vouchers: Vouchers,
+}
+
+/// What became of a lazy layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LazyInsert {
+    /// The snapshot shows this layer, or another one that is the same by its chain ID.
+    There,
+    /// The layer is an ordinary one: its parent is, or the name means something that is not lazy.
+    Ordinary,
+    /// The chain is recorded with another layer, and nobody knows yet which of them is right.
+    Claimed(Box<Snapshot>),
 }
 
 /// A snapshot with everything below it.
@@ -438,8 +459,8 @@ impl Metadata {
 
     /// Adds a committed snapshot for a lazy layer, which has no directory.
     ///
-    /// `parent` must be lazy too, since one tree holds a whole chain of lazy layers; `Ok(false)` when it
-    /// is not, or when `key` exists and means something else. `Ok(true)` also when it existed already.
+    /// `parent` must be lazy too, since one tree holds a whole chain of lazy layers. A chain that is recorded with
+    /// another layer stays so if that is verified; one that is refused makes way when nothing is built on it.
     ///
     /// # Errors
     ///
@@ -451,17 +472,33 @@ impl Metadata {
         labels: &Labels,
         layer: &RemoteLayer,
         now: Time,
-    ) -> Result<bool> {
+    ) -> Result<LazyInsert> {
         let id = self.take_id();
         self.database.change(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
             let below = match parent.map(|parent| existing(&snapshots, parent)).transpose()? {
                 None => None,
                 Some(Snapshot { lazy: Some(lazy), .. }) => Some(lazy.tree),
-                Some(_) => return Ok(false),
+                Some(_) => return Ok(LazyInsert::Ordinary),
             };
-            if let Some(existing) = find(&snapshots, key)? {
-                return Ok(existing.lazy.is_some() && existing.parent.as_ref() == parent);
+            if let Some(mut existing) = find(&snapshots, key)? {
+                let is_below_same = existing.parent.as_ref() == parent;
+                let Some(lazy) = existing.lazy.as_mut().filter(|_| is_below_same) else {
+                    return Ok(LazyInsert::Ordinary);
+                };
+                if lazy.layer.layer.id() == layer.layer.id() {
+                    if lazy.add_voucher(&layer.image) {
+                        put(&mut snapshots, &existing)?;
+                    }
+                    return Ok(LazyInsert::There);
+                }
+                let makes_way =
+                    matches!(lazy.truth, Truth::Refused { .. }) && !has_children(&change.open_table(CHILDREN)?, key)?;
+                match lazy.truth {
+                    Truth::Verified => return Ok(LazyInsert::There),
+                    _ if makes_way => forget(change, &mut snapshots, &existing)?,
+                    _ => return Ok(LazyInsert::Claimed(Box::new(existing))),
+                }
             }
             let tree = tree_above(below, layer.layer.id());
             let snapshot = Snapshot {
@@ -473,7 +510,12 @@ impl Metadata {
                 created: now,
                 updated: now,
                 usage: Usage::default(),
-                lazy: Some(LazySnapshot { layer: layer.clone(), tree }),
+                lazy: Some(LazySnapshot {
+                    layer: layer.clone(),
+                    tree,
+                    truth: Truth::default(),
+                    further_vouchers: Vouchers::new(),
+                }),
             };
             never_again(&mut change.open_table(NUMBERS)?, id)?;
             put(&mut snapshots, &snapshot)?;
@@ -482,7 +524,24 @@ impl Metadata {
                 users.insert((used.to_key().as_str(), id.0), ())?;
             }
             link(&mut change.open_table(CHILDREN)?, &snapshot)?;
-            Ok(true)
+            Ok(LazyInsert::There)
+        })
+    }
+
+    /// Notes whether a lazy snapshot is what its chain ID names; not of one that is gone or has another layer by now.
+    ///
+    /// # Errors
+    ///
+    /// When the database fails.
+    pub fn set_truth(&self, key: &SnapshotKey, layer: LayerId, truth: &Truth) -> Result<()> {
+        self.database.change(|change| {
+            let mut snapshots = change.open_table(SNAPSHOTS)?;
+            let Some(mut snapshot) = find(&snapshots, key)? else { return Ok(()) };
+            match &mut snapshot.lazy {
+                Some(lazy) if lazy.layer.layer.id() == layer => lazy.truth = truth.clone(),
+                _ => return Ok(()),
+            }
+            put(&mut snapshots, &snapshot)
         })
     }
 
@@ -503,21 +562,12 @@ impl Metadata {
             if has_children(&children, key)? {
                 return Err(MetadataError::HasChildren(key.clone()));
             }
-            snapshots.remove(key.as_str())?;
             let Some(removed) = removed else {
+                snapshots.remove(key.as_str())?;
                 return Ok(children.retain(|(_, child), ()| child != key.as_str())?);
             };
-            unlink(&mut children, &removed)?;
-            let mut unused = change.open_table(UNUSED)?;
-            let mut users = change.open_table(USERS)?;
-            for used in uses(&removed) {
-                users.remove((used.to_key().as_str(), removed.id.0))?;
-                unused.insert(used.to_key().as_str(), ())?;
-            }
-            if removed.lazy.is_none() {
-                unused.insert(Unused::Directory(removed.id).to_key().as_str(), ())?;
-            }
-            Ok(())
+            drop(children);
+            forget(change, &mut snapshots, &removed)
         })
     }
 
@@ -641,6 +691,26 @@ fn wanted_users(state: &ReadTransaction) -> Result<BTreeSet<(String, u64)>> {
 fn uses(snapshot: &Snapshot) -> impl Iterator<Item = Unused> {
     let lazy = snapshot.lazy.iter();
     lazy.flat_map(|lazy| [Unused::Tree(lazy.tree), Unused::Layer(lazy.layer.layer.id())])
+}
+
+/// Removes a record; what it had is to be deleted.
+fn forget(
+    change: &WriteTransaction,
+    snapshots: &mut redb::Table<'_, &'static str, &'static [u8]>,
+    removed: &Snapshot,
+) -> Result<()> {
+    snapshots.remove(removed.key.as_str())?;
+    unlink(&mut change.open_table(CHILDREN)?, removed)?;
+    let mut unused = change.open_table(UNUSED)?;
+    let mut users = change.open_table(USERS)?;
+    for used in uses(removed) {
+        users.remove((used.to_key().as_str(), removed.id.0))?;
+        unused.insert(used.to_key().as_str(), ())?;
+    }
+    if removed.lazy.is_none() {
+        unused.insert(Unused::Directory(removed.id).to_key().as_str(), ())?;
+    }
+    Ok(())
 }
 
 /// What `new` would be built on, nearest first.

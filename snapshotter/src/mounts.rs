@@ -154,7 +154,12 @@ mod tests {
             created: now,
             updated: now,
             usage: Usage::default(),
-            lazy: lazy.then_some(LazySnapshot { layer, tree: blob }),
+            lazy: lazy.then_some(LazySnapshot {
+                layer,
+                tree: blob,
+                truth: Default::default(),
+                further_vouchers: Default::default(),
+            }),
         }
     }
 

@@ -16,14 +16,29 @@ use crate::metadata::{Labels, SnapshotKey};
 
 /// The name under which containerd would commit the layer it prepares for: its chain ID.
 pub const TARGET: &str = "containerd.io/snapshot.ref";
-/// The image a layer is pulled for, as `lazuli pull` says it.
-pub const IMAGE: &str = format_spec::annotation::IMAGE;
-/// The image a layer is pulled for, as CRI and the transfer service say it.
+/// The image a layer is pulled for, as CRI, the transfer service and `lazuli pull` say it: each of them sets the label
+/// over an annotation of that name.
 pub const CRI_IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
 /// The digest of the layer blob, as CRI and the transfer service say it.
 pub const CRI_LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
 /// The ecosystem's mark of a snapshot that was prepared remotely, and its value.
 pub const REMOTE_MARK: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
+
+/// What containerd's names of snapshots begin with, behind its own prefix, that layers are unpacked into
+/// (`snapshots.UnpackKeyPrefix`).
+const EXTRACTION: &str = "extract";
+
+/// Whether a snapshot is made to unpack a layer into it. Only then are labels those of a layer: those of a container's
+/// snapshot are annotations of whoever describes it, as of a pod.
+pub fn is_extraction(key: &SnapshotKey) -> bool {
+    // NAMESPACE/NUMBER/KEY, or without containerd in between KEY alone.
+    let mut parts = key.as_str().splitn(3, '/');
+    let own = match (parts.next(), parts.next(), parts.next()) {
+        (_, Some(number), Some(own)) if number.bytes().all(|digit| digit.is_ascii_digit()) => own,
+        _ => key.as_str(),
+    };
+    own.starts_with(EXTRACTION)
+}
 
 /// A layer that needs no download now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,12 +72,15 @@ pub enum LabelError {
     },
 }
 
-/// The lazy layer that `labels` ask for, `None` for an ordinary one.
+/// The lazy layer that somebody asks for with a snapshot's key and labels, `None` for an ordinary one.
 ///
 /// # Errors
 ///
 /// When the annotations contradict themselves or what containerd says about the layer.
-pub fn remote_request(labels: &Labels) -> Result<Option<RemoteRequest>, LabelError> {
+pub fn remote_request(key: &SnapshotKey, labels: &Labels) -> Result<Option<RemoteRequest>, LabelError> {
+    if !is_extraction(key) {
+        return Ok(None);
+    }
     let label = |key: &str| labels.get(key).map(String::as_str);
     let Some(target) = label(TARGET).and_then(SnapshotKey::new) else { return Ok(None) };
     let layer = match LazyLayer::from_annotations(label) {
@@ -77,7 +95,7 @@ pub fn remote_request(labels: &Labels) -> Result<Option<RemoteRequest>, LabelErr
     if let Some(actual) = label(CRI_LAYER_DIGEST).filter(|actual| *actual != layer.blob.to_string()) {
         return Err(LabelError::AnotherBlob { target, described: layer.blob, actual: actual.to_owned() });
     }
-    let Some(image) = label(IMAGE).or_else(|| label(CRI_IMAGE)) else {
+    let Some(image) = label(CRI_IMAGE) else {
         warn!(%target, "labels name no image to fetch from, layer is pulled completely");
         return Ok(None);
     };
@@ -107,14 +125,37 @@ mod tests {
                 layer: RemoteLayer { layer: layer(), image: image.to_owned() },
             })
         });
-        assert_eq!(remote_request(&labels).map_err(|_| ()), expected, "{labels:?}");
+        let key = SnapshotKey::new("k8s.io/7/extract-1 sha256:chain").unwrap();
+        assert_eq!(remote_request(&key, &labels).map_err(|_| ()), expected, "{labels:?}");
     }
 
     #[test]
     fn annotations_target_and_image_ask_for_a_lazy_layer() {
         check(|_| {}, Ok(Some("host/repo:tag")));
         check(|labels| _ = labels.remove(CRI_LAYER_DIGEST), Ok(Some("host/repo:tag")));
-        check(|labels| _ = labels.insert(IMAGE.to_owned(), "own/repo:tag".to_owned()), Ok(Some("own/repo:tag")));
+    }
+
+    /// A manifest can set every annotation below `containerd.io/snapshot/`, and they become labels.
+    #[test]
+    fn no_annotation_of_a_manifest_chooses_the_repository() {
+        let own = "containerd.io/snapshot/lazuli/image";
+        check(|labels| _ = labels.insert(own.to_owned(), "private/repo:tag".to_owned()), Ok(Some("host/repo:tag")));
+        let alone = |labels: &mut Labels| {
+            labels.remove(CRI_IMAGE);
+            labels.insert(own.to_owned(), "private/repo:tag".to_owned());
+        };
+        check(alone, Ok(None));
+    }
+
+    /// The annotations of a pod become labels of its sandbox's snapshot.
+    #[test]
+    fn no_pod_asks_for_a_layer() {
+        let mut labels = layer().to_annotations();
+        labels.insert(TARGET.to_owned(), "sha256:chain".to_owned());
+        labels.insert(CRI_IMAGE.to_owned(), "private/repo:tag".to_owned());
+        for key in ["k8s.io/7/0123456789abcdef", "0123", "k8s.io/7/x/extract-1"] {
+            assert_eq!(remote_request(&SnapshotKey::new(key).unwrap(), &labels), Ok(None), "{key}");
+        }
     }
 
     #[test]

@@ -29,14 +29,15 @@ use crate::{
     id_map::{IdMap, IdMapError},
     id_mapped::{IdMappedError, IdMappedMounts, Part},
     metadata::{
-        Kind, LabelChange, Labels, Listed, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot, SnapshotId,
-        SnapshotKey, Time, Unused, Usage,
+        Kind, LabelChange, Labels, LazyInsert, Listed, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot,
+        SnapshotId, SnapshotKey, Time, Unused, Usage,
     },
     mounts::{Directories, Lower, mounts},
     not_lazy::NotLazyImages,
     probes::Probes,
     remote::{LabelError, REMOTE_MARK, RemoteRequest, remote_request},
     trees::{Tree, TreeError, Trees},
+    trust::{Asker, Trust, Unverified},
     usage::disk_usage,
 };
 
@@ -77,6 +78,9 @@ pub(crate) struct Inner {
     being_made: Mutex<HashSet<SnapshotId>>,
     pub(crate) work: Work,
     pub(crate) lazy_added: Notify,
+    /// There is a lazy layer to verify.
+    pub(crate) lazy_believed: Notify,
+    pub(crate) trust: Trust,
     /// Damaged records that were told of.
     told: Mutex<HashSet<String>>,
     _root: Root,
@@ -118,6 +122,28 @@ pub enum Error {
     /// What it is built on cannot be had, or not yet.
     #[error("snapshot {0}: {1}")]
     Tree(SnapshotKey, #[source] TreeError),
+    /// What it is built on is not what its chain ID names.
+    #[error("snapshot {snapshot}: its base {chain}, pulled as {image}, is refused: {reason}; remove that image")]
+    Untrue {
+        /// Its name.
+        snapshot: SnapshotKey,
+        /// The lazy snapshot.
+        chain: SnapshotKey,
+        /// The image that it was pulled for.
+        image: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// What it is built on was pulled for another image, and is not verified yet.
+    #[error("snapshot {snapshot}: its base {chain} comes from elsewhere and is not verified after {wait:?}: ask again")]
+    Unverified {
+        /// Its name.
+        snapshot: SnapshotKey,
+        /// The lazy snapshot.
+        chain: SnapshotKey,
+        /// How long was waited.
+        wait: Duration,
+    },
     /// The directory of a new snapshot could not be made.
     #[error("directory of snapshot {0}: {1}")]
     Directory(SnapshotKey, #[source] io::Error),
@@ -139,7 +165,7 @@ impl Snapshotter {
     /// # Errors
     ///
     /// When the root directory or the records cannot be used.
-    pub fn open(root: &Path, fused: FusedProgram, limits: Limits) -> Result<Self> {
+    pub fn open(root: &Path, fused: FusedProgram, limits: Limits, trust: Trust) -> Result<Self> {
         let root = Root::open(root)?;
         let fused = Arc::new(Fused::new(root.path(), fused));
         let inner = Inner {
@@ -156,6 +182,8 @@ impl Snapshotter {
             being_made: Mutex::default(),
             work: Work::default(),
             lazy_added: Notify::new(),
+            lazy_believed: Notify::new(),
+            trust,
             told: Mutex::default(),
             _root: root,
         };
@@ -169,7 +197,7 @@ impl Snapshotter {
     /// As [`Metadata::create`]; [`Error::Labels`] and [`Error::IdMap`]; [`Error::Tree`] when the parents' tree cannot be
     /// had, [`Error::IdMapped`] when it cannot be shown to a user namespace. Then there is no snapshot.
     pub async fn prepare(&self, new: NewSnapshot, now: Time) -> Result<Prepared> {
-        if let Some(request) = remote_request(&new.labels)?
+        if let Some(request) = remote_request(&new.key, &new.labels)?
             && self.prepare_remote(&request, &new, now).await?
         {
             return Ok(Prepared::Remote { target: request.target });
@@ -197,6 +225,7 @@ impl Snapshotter {
         if top.kind == Kind::Committed {
             return Err(Error::Committed(top.key));
         }
+        self.check_truth(&top.key, Asker::from_labels(&top.key, &top.labels), &chain.parents).await?;
         let tree = self.tree(&top.key, &chain.parents).await?;
         let id_map = id_map(&top.key, &top.labels)?;
         let lower = self.lower(&top.key, top.id, id_map, &chain.parents, tree.as_ref()).await?;
@@ -303,16 +332,19 @@ impl Snapshotter {
     async fn prepare_remote(&self, request: &RemoteRequest, new: &NewSnapshot, now: Time) -> Result<bool> {
         let (target, image, blob) = (&request.target, &request.layer.image, request.layer.layer.blob);
         let (key, parent) = (request.target.clone(), new.parent.clone());
-        let (is_there, parent) = self
+        let (is_there, parents) = self
             .blocking(move |inner| {
-                let parent = parent.map(|parent| inner.metadata.snapshot(&parent)).transpose()?;
-                Ok((!matches!(inner.metadata.snapshot(&key), Err(MetadataError::NotFound(_))), parent))
+                let chain = parent.map(|parent| inner.metadata.chain(&parent)).transpose()?;
+                let parents = chain.map_or(Vec::new(), |chain| [vec![chain.top], chain.parents].concat());
+                Ok((!matches!(inner.metadata.snapshot(&key), Err(MetadataError::NotFound(_))), parents))
             })
             .await?;
-        if parent.as_ref().is_some_and(|parent| parent.lazy.is_none()) {
+        let parent = parents.first();
+        if parent.is_some_and(|parent| parent.lazy.is_none()) {
             info!(%target, %blob, image, "layer lies on one that is not lazy, it is pulled completely");
             return Ok(false);
         }
+        self.check_truth(target, Asker::Image(image), &parents).await?;
         if !is_there {
             match self.inner.probes.can_read(&request.layer, self.inner.limits.probe).await {
                 Ok(()) => {}
@@ -337,19 +369,28 @@ impl Snapshotter {
         }
         let mut labels = new.labels.clone();
         labels.insert(REMOTE_MARK.0.to_owned(), REMOTE_MARK.1.to_owned());
-        let (key, parent, layer) = (request.target.clone(), new.parent.clone(), request.layer.clone());
-        let committed = self
-            .blocking(move |inner| {
-                let committed = inner.metadata.insert_lazy(&key, parent.as_ref(), &labels, &layer, now)?;
-                if committed {
-                    inner.not_lazy.remove(&layer.image);
-                }
-                Ok(committed)
-            })
-            .await?;
+        let mut inserted = self.insert_lazy(request, new, &labels, now).await?;
+        if let LazyInsert::Claimed(claimed) = &inserted {
+            let claimed = (**claimed).clone();
+            let other = claimed.lazy.as_ref().map_or("", |lazy| lazy.layer.image.as_str()).to_owned();
+            if claimed.lazy.as_ref().is_some_and(|lazy| self.inner.trust.may_see(Asker::UnknownImage, lazy)) {
+                inserted = LazyInsert::There;
+            } else {
+                warn!(%target, %blob, image, other, "another layer was pulled for this chain: it is verified first");
+                self.verify(vec![claimed], self.inner.trust.wait).await?;
+                inserted = self.insert_lazy(request, new, &labels, now).await?;
+            }
+        }
+        let committed = inserted == LazyInsert::There;
         if committed {
             info!(%target, %blob, image, "layer is lazy");
             self.inner.lazy_added.notify_one();
+            self.inner.lazy_believed.notify_one();
+            if self.inner.trust.unverified == Unverified::Wait {
+                self.begin_to_verify(vec![request.layer.clone()]);
+            }
+        } else if matches!(inserted, LazyInsert::Claimed(_)) {
+            warn!(%target, %blob, image, "which layer the chain names is not known yet, this one is pulled completely");
         } else {
             // What was announced is found by the next cleanup.
             info!(%target, %blob, image, "snapshot is there and means something else, the layer is pulled completely");
@@ -357,9 +398,29 @@ impl Snapshotter {
         Ok(committed)
     }
 
+    async fn insert_lazy(
+        &self,
+        request: &RemoteRequest,
+        new: &NewSnapshot,
+        labels: &Labels,
+        now: Time,
+    ) -> Result<LazyInsert> {
+        let RemoteRequest { target: key, layer } = request.clone();
+        let (parent, labels) = (new.parent.clone(), labels.clone());
+        self.blocking(move |inner| {
+            let inserted = inner.metadata.insert_lazy(&key, parent.as_ref(), &labels, &layer, now)?;
+            if inserted == LazyInsert::There {
+                inner.not_lazy.remove(&layer.image);
+            }
+            Ok(inserted)
+        })
+        .await
+    }
+
     async fn create(&self, new: NewSnapshot, now: Time) -> Result<Mount> {
         let id_map = id_map(&new.key, &new.labels)?;
         let (parents, new) = self.blocking(move |inner| Ok((inner.metadata.parents_of(&new)?, new))).await?;
+        self.check_truth(&new.key, Asker::of(&new), &parents).await?;
         let tree = self.tree(&new.key, &parents).await?;
         let owner = match (&id_map, parents.first(), &tree) {
             (Some(id_map), ..) => Some(Owner::Ids(id_map.root())),

@@ -25,6 +25,11 @@ impl Snapshotter {
             let this = watching.clone();
             async move { this.watch_lazy_layers().await }
         });
+        let truth = self.clone();
+        for_ever("watching what is verified", move || {
+            let this = truth.clone();
+            async move { this.watch_truth().await }
+        });
         for_ever("deleting directories", move || {
             let this = directories.clone();
             async move { this.free_directories().await }

@@ -15,11 +15,11 @@ use std::{
 
 use common::{Daemon, Mounted, code, to_labels};
 use containerd_client::services::v1::snapshots::Kind;
-use format_spec::{Digest, IndexLocation, LazyLayer};
+use format_spec::{Digest, IndexLocation, LayerId, LazyLayer};
 use fusefs::{
     control::{
         ErrorKind, LayerStatus, ModeStatus, Reading, RemoteLayer, Request, Response, TreeId, TreeMode, TreeStatus,
-        tree_id,
+        Verdict, tree_id,
     },
     descriptor,
 };
@@ -37,6 +37,7 @@ const UNMAPPABLE: &str = "/proc/sys";
 /// Stands in for `lazuli-fused`.
 struct Fused {
     asked: Arc<Mutex<Vec<Request>>>,
+    verdicts: Arc<Mutex<HashMap<LayerId, Verdict>>>,
     serving: tokio::task::JoinHandle<()>,
 }
 
@@ -50,14 +51,16 @@ impl Fused {
         let _stale = fs::remove_file(&socket);
         let listener = UnixListener::bind(socket).unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
+        let verdicts = Arc::new(Mutex::new(HashMap::new()));
+        let known = Arc::clone(&verdicts);
         let (trees, log) = (root.join("trees"), Arc::clone(&asked));
         let serving = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
-                connections.spawn(serve(stream, trees.clone(), Arc::clone(&log), holds.clone()));
+                connections.spawn(serve(stream, trees.clone(), Arc::clone(&log), holds.clone(), Arc::clone(&known)));
             }
         });
-        Self { asked, serving }
+        Self { asked, verdicts, serving }
     }
 
     fn take_asked(&self) -> Vec<Request> {
@@ -82,7 +85,13 @@ impl Drop for Fused {
     }
 }
 
-async fn serve(stream: UnixStream, trees: PathBuf, log: Arc<Mutex<Vec<Request>>>, holds: Vec<RemoteLayer>) {
+async fn serve(
+    stream: UnixStream,
+    trees: PathBuf,
+    log: Arc<Mutex<Vec<Request>>>,
+    holds: Vec<RemoteLayer>,
+    known: Arc<Mutex<HashMap<LayerId, Verdict>>>,
+) {
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
     while stream.read_line(&mut line).await.is_ok_and(|len| len > 0) {
@@ -100,6 +109,10 @@ async fn serve(stream: UnixStream, trees: PathBuf, log: Arc<Mutex<Vec<Request>>>
             continue;
         }
         let response = match &request {
+            Request::Verdicts { layers } => {
+                let known = known.lock().unwrap();
+                Response::Verdicts { verdicts: layers.iter().map(|layer| known.get(layer).cloned()).collect() }
+            }
             Request::MountTree { layers } if layers.iter().any(|layer| layer.image == "broken/image") => {
                 Response::Error { message: "index of the layer does not match".to_owned(), kind: ErrorKind::Damaged }
             }
@@ -256,7 +269,7 @@ async fn a_layer_without_annotations_or_image_is_ordinary() {
     for without in ["containerd.io/snapshot/lazuli/version", "containerd.io/snapshot/cri.image-ref"] {
         let mut labels = labels("one");
         labels.remove(without);
-        let mount = daemon.prepare_with(without, "", labels).await.unwrap();
+        let mount = daemon.prepare_with(&format!("extract {without}"), "", labels).await.unwrap();
         assert_eq!(mount.r#type, "bind", "{without}");
     }
     assert_eq!(fused.take_asked(), []);
@@ -281,7 +294,7 @@ async fn refuses_annotations_of_another_layer() {
 async fn an_unusable_index_fails_the_container_and_leaves_nothing() {
     let (daemon, _fused) = start().await;
     let mut broken = labels("one");
-    broken.insert("containerd.io/snapshot/lazuli/image".to_owned(), "broken/image".to_owned());
+    broken.insert("containerd.io/snapshot/cri.image-ref".to_owned(), "broken/image".to_owned());
     assert_eq!(code(daemon.prepare_with("extract", "", broken).await), Code::AlreadyExists);
     let failed = daemon.prepare("container", "one").await.unwrap_err();
     assert_eq!(failed.code(), Code::DataLoss);
@@ -306,7 +319,7 @@ async fn a_user_namespace_sees_tree_and_layers_with_its_own_owners() {
 async fn a_tree_that_cannot_have_other_owners_fails_the_container_and_leaves_nothing() {
     let (daemon, _fused) = start().await;
     let mut unmappable = labels("one");
-    unmappable.insert("containerd.io/snapshot/lazuli/image".to_owned(), "unmappable/image".to_owned());
+    unmappable.insert("containerd.io/snapshot/cri.image-ref".to_owned(), "unmappable/image".to_owned());
     assert_eq!(code(daemon.prepare_with("extract", "", unmappable).await), Code::AlreadyExists);
     let labels = common::user_namespace("0:100000:65536", "0:200000:65536");
     let failed = daemon.prepare_with("container", "one", labels).await.unwrap_err();
@@ -388,7 +401,7 @@ async fn an_image_that_cannot_be_read_is_pulled_completely_and_says_why() {
     fused.take_asked();
     let mut above = labels("two");
     above.insert("containerd.io/snapshot/cri.image-ref".to_owned(), "refused/image".to_owned());
-    assert_eq!(daemon.prepare_with("above", "one", above).await.unwrap().r#type, "overlay");
+    assert_eq!(daemon.prepare_with("extract above", "one", above).await.unwrap().r#type, "overlay");
     let asked = fused.take_asked();
     assert!(!asked.iter().any(|asked| matches!(asked, Request::ProbeLayer { .. } | Request::AnnounceLayer { .. })));
     let noted = fusefs::control::NotLazy::read(&daemon.root().join(fusefs::control::NOT_LAZY_FILE)).unwrap();
@@ -399,13 +412,14 @@ async fn an_image_that_cannot_be_read_is_pulled_completely_and_says_why() {
 #[tokio::test]
 async fn a_layer_that_cannot_be_read_lies_on_lazy_ones_as_an_ordinary_one() {
     let (daemon, _fused) = start().await;
-    prepare_lazy(&daemon, "base", "").await;
+    let base = labels_of("base", "base", "refused/image:base");
+    assert_eq!(code(daemon.prepare_with("extract base", "", base).await), Code::AlreadyExists);
     let mut refused = labels("one");
     refused.insert("containerd.io/snapshot/cri.image-ref".to_owned(), "refused/image".to_owned());
     let mount = daemon.prepare_with("extract", "base", refused).await.unwrap();
     assert_eq!(mount.r#type, "overlay");
     let view = Mounted::new(&mount);
-    assert_eq!(view.read(&file_of("base")).unwrap(), "host/repo:tag");
+    assert_eq!(view.read(&file_of("base")).unwrap(), "refused/image:base");
 }
 
 #[tokio::test]
@@ -435,4 +449,140 @@ async fn without_the_other_daemon_a_base_layer_is_pulled_completely() {
     assert_eq!(mount.r#type, "bind");
     daemon.commit("extract", "one").await.unwrap();
     assert_eq!(daemon.stat("one").await.unwrap().labels, HashMap::new());
+}
+
+/// The tar stream of the honest base, and the chain IDs of it and of a layer above it.
+fn chains() -> (Digest, String, String) {
+    let tar = Digest::of(b"tar stream of the base");
+    (tar, tar.to_string(), Digest::of(format!("{tar} {}", Digest::of(b"above")).as_bytes()).to_string())
+}
+
+/// The labels of the layer `name` for a chain, of an image.
+fn labels_of(name: &str, chain: &str, image: &str) -> HashMap<String, String> {
+    let mut labels = labels(name);
+    labels.insert("containerd.io/snapshot.ref".to_owned(), chain.to_owned());
+    labels.insert("containerd.io/snapshot/cri.image-ref".to_owned(), image.to_owned());
+    labels
+}
+
+impl Fused {
+    /// The tar stream of the layer `name` has been hashed.
+    fn hashed(&self, name: &str, tar: Digest) {
+        self.verdicts.lock().unwrap().insert(remote(name).layer.id(), Verdict::Verified { tar });
+    }
+
+    fn layers_of_last_tree(&self) -> Vec<LayerId> {
+        let asked = self.asked.lock().unwrap();
+        let last = asked.iter().rev().find_map(|asked| match asked {
+            Request::MountTree { layers } => Some(layers.iter().map(|layer| layer.layer.id()).collect()),
+            _ => None,
+        });
+        last.unwrap_or_default()
+    }
+}
+
+/// One image names the config of another, and a layer of its own.
+#[tokio::test]
+async fn a_chain_that_an_image_lies_about_is_never_shown_to_the_honest_one() {
+    let (daemon, fused) = start().await;
+    let (tar, chain, _) = chains();
+    let evil = labels_of("evil", &chain, "evil/trap:1");
+    assert_eq!(code(daemon.prepare_with("a/1/extract-1 x", "", evil).await), Code::AlreadyExists);
+    // Another namespace pulls the honest one: which of the two is right is not known, so it is pulled completely.
+    let honest = || labels_of("honest", &chain, "host/good:1");
+    let mount = daemon.prepare_with("b/2/extract-2 x", "", honest()).await.unwrap();
+    assert_eq!(mount.r#type, "bind");
+    fused
+        .wait_until_asked(&Request::Verify {
+            layers: vec![RemoteLayer { image: "evil/trap:1".to_owned(), ..remote("evil") }],
+        })
+        .await;
+    // Now it is known: the honest layer takes the place of the other one.
+    fused.hashed("evil", Digest::of(b"another tar stream"));
+    assert_eq!(code(daemon.prepare_with("b/3/extract-3 x", "", honest()).await), Code::AlreadyExists);
+    daemon.prepare("container", &chain).await.unwrap();
+    assert_eq!(fused.layers_of_last_tree(), [remote("honest").layer.id()]);
+    fused.hashed("honest", tar);
+}
+
+#[tokio::test]
+async fn a_layer_that_is_another_by_its_index_is_shared_once_it_is_verified() {
+    let (daemon, fused) = start().await;
+    let (tar, chain, _) = chains();
+    let first = labels_of("first", &chain, "host/good:1");
+    assert_eq!(code(daemon.prepare_with("extract-1 x", "", first).await), Code::AlreadyExists);
+    fused.hashed("first", tar);
+    let again = labels_of("converted again", &chain, "other/good:1");
+    assert_eq!(code(daemon.prepare_with("extract-2 x", "", again).await), Code::AlreadyExists);
+    daemon.prepare("container", &chain).await.unwrap();
+    assert_eq!(fused.layers_of_last_tree(), [remote("first").layer.id()]);
+}
+
+#[tokio::test]
+async fn a_layer_above_the_unverified_base_of_another_image_waits_for_the_verdict() {
+    let (daemon, fused) = start().await;
+    let (tar, chain, above) = chains();
+    let base = labels_of("base", &chain, "elsewhere/base:1");
+    assert_eq!(code(daemon.prepare_with("extract-1 x", "", base).await), Code::AlreadyExists);
+    // Lazy, ordinary with the image's name, and ordinary without it.
+    let lazy = || labels_of("above", &above, "host/app:1");
+    let named = || to_labels(&[("containerd.io/snapshot/cri.image-ref", "host/app:1")]);
+    for (number, labels) in [lazy(), named(), HashMap::new()].into_iter().enumerate() {
+        let refused = daemon.prepare_with(&format!("extract-2-{number} x"), &chain, labels).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unavailable, "{number}: {refused}");
+        assert!(refused.message().contains("ask again"), "{refused}");
+    }
+    let own = to_labels(&[("containerd.io/snapshot/cri.image-ref", "elsewhere/base:2")]);
+    assert!(daemon.prepare_with("extract-3 x", &chain, own).await.is_ok(), "its own repository");
+    fused.hashed("base", tar);
+    assert_eq!(code(daemon.prepare_with("extract-4 x", &chain, lazy()).await), Code::AlreadyExists);
+    for (number, labels) in [named(), HashMap::new()].into_iter().enumerate() {
+        assert!(daemon.prepare_with(&format!("extract-5-{number} x"), &chain, labels).await.is_ok(), "{number}");
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_built_on_a_refused_chain_and_the_daemon_remembers_it() {
+    let (mut daemon, fused) = start().await;
+    let (_, chain, _) = chains();
+    let evil = labels_of("evil", &chain, "evil/trap:1");
+    assert_eq!(code(daemon.prepare_with("extract-1 x", "", evil.clone()).await), Code::AlreadyExists);
+    daemon.prepare("early", &chain).await.unwrap();
+    fused.hashed("evil", Digest::of(b"another tar stream"));
+    // Nobody asks: it is found out all the same.
+    while daemon.mounts("early").await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for is_restarted in [false, true] {
+        if is_restarted {
+            fused.verdicts.lock().unwrap().clear();
+            daemon = daemon.restarted(Signal::TERM).await;
+        }
+        let refused = [
+            daemon.prepare(&format!("container {is_restarted}"), &chain).await,
+            daemon.view(&format!("view {is_restarted}"), &chain).await,
+            daemon.mounts("early").await,
+        ];
+        for refused in refused.map(Result::unwrap_err) {
+            assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+            assert!(refused.message().contains("evil/trap:1, is refused"), "{refused}");
+        }
+    }
+    // Something is built on it, so that no other layer takes its place.
+    let honest = labels_of("honest", &chain, "host/good:1");
+    assert_eq!(daemon.prepare_with("extract-2 x", "", honest.clone()).await.unwrap().r#type, "bind");
+    daemon.remove("early").await.unwrap();
+    assert_eq!(code(daemon.prepare_with("extract-3 x", "", honest).await), Code::AlreadyExists);
+    daemon.prepare("late", &chain).await.unwrap();
+}
+
+/// The annotations of a pod become labels of its sandbox's snapshot.
+#[tokio::test]
+async fn a_container_that_carries_the_labels_of_a_layer_records_none() {
+    let (daemon, fused) = start().await;
+    let (_, chain, _) = chains();
+    let mount = daemon.prepare_with("k8s.io/4/0123abcd", "", labels_of("evil", &chain, "private/app:1")).await.unwrap();
+    assert_eq!(mount.r#type, "bind");
+    assert_eq!(daemon.names(&[]).await, ["k8s.io/4/0123abcd"]);
+    assert_eq!(fused.take_asked(), []);
 }

@@ -74,7 +74,7 @@ func BenchmarkMemory(b *testing.B) {
 				labels, err := publish(manyFiles(b, number))
 				assert.NilError(b, err)
 				labels["containerd.io/snapshot.ref"] = image
-				_, err = snapshotter.Prepare(ctx, image+" lazy", "", snapshots.WithLabels(labels))
+				_, err = snapshotter.Prepare(ctx, "extract-"+image, "", snapshots.WithLabels(labels))
 				assert.Assert(b, errdefs.IsAlreadyExists(err), "%v", err)
 				mounts, err := snapshotter.Prepare(ctx, container, image)
 				assert.NilError(b, err)

@@ -63,7 +63,7 @@ func (l lazyLayers) Commit(ctx context.Context, name, key string, opts ...snapsh
 	}
 	labels["containerd.io/snapshot.ref"] = name
 	extra := append([]snapshots.Opt{snapshots.WithLabels(labels)}, opts...)
-	if _, err := l.Prepare(ctx, key+" lazy", active.Parent, extra...); !errdefs.IsAlreadyExists(err) {
+	if _, err := l.Prepare(ctx, "extract-"+key, active.Parent, extra...); !errdefs.IsAlreadyExists(err) {
 		return fmt.Errorf("a lazy layer was prepared as an ordinary one: %w", err)
 	}
 	return l.Remove(ctx, key)

@@ -68,7 +68,7 @@ fn with_index(mut blob: Vec<u8>, described: LazyLayer, change: impl FnOnce(&mut 
 async fn prepare_on(node: &Node, image: &str) -> Result<Status, String> {
     let channel = containerd_client::connect(node.snapshotter.socket()).await.map_err(|error| error.to_string())?;
     let mut snapshots = SnapshotsClient::new(channel);
-    let filters = vec![format!(r#"labels."containerd.io/snapshot/lazuli/image"=="{image}",parent!="""#)];
+    let filters = vec![format!(r#"labels."containerd.io/snapshot/cri.image-ref"=="{image}",parent!="""#)];
     let request = ListSnapshotsRequest { filters, ..ListSnapshotsRequest::default() };
     let mut listed = snapshots.list(request).await.map_err(|status| status.to_string())?.into_inner();
     let found = listed.message().await.map_err(|status| status.to_string())?;

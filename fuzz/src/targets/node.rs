@@ -4,8 +4,8 @@ use fusefs::control::{Request, Response};
 use snapshotter::{
     config::Settings,
     filter::{Fields, Filters},
-    metadata::Labels,
-    remote::{IMAGE, TARGET, remote_request},
+    metadata::{Labels, SnapshotKey},
+    remote::{CRI_IMAGE, TARGET, remote_request},
 };
 
 use super::{choose, one_line, text};
@@ -57,10 +57,11 @@ pub(crate) fn run(data: &[u8]) {
 fn labels(text: &str) {
     let pairs = text.lines().filter_map(|line| line.split_once('='));
     let labels: Labels = pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
-    match remote_request(&labels) {
+    let key = SnapshotKey::new("k8s.io/7/extract-1 sha256:ab").expect("a name");
+    match remote_request(&key, &labels) {
         Ok(Some(request)) => {
             assert_eq!(labels.get(TARGET).map(String::as_str), Some(request.target.as_str()));
-            assert!(labels.get(IMAGE).is_none_or(|image| *image == request.layer.image));
+            assert!(labels.get(CRI_IMAGE) == Some(&request.layer.image));
         }
         Ok(None) => {}
         Err(error) => one_line(&error),
