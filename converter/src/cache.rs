@@ -146,7 +146,7 @@ impl ConversionCache {
 
     fn learn_manifest(&self, source: &ImageSource, stored: &StoredManifest) {
         // Artifacts have no layers of ours.
-        let Ok(manifest) = serde_json::from_slice::<ImageManifest>(&stored.bytes) else { return };
+        let Ok(manifest) = parse::<ImageManifest>(stored) else { return };
         for layer in &manifest.layers {
             let lazy = LazyLayer::from_annotations(|key| layer.annotation(key)).ok().flatten();
             let lazy = lazy.filter(|lazy| lazy.blob == layer.digest && lazy.blob_len == layer.size);

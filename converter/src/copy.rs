@@ -10,6 +10,7 @@ use serde::Deserialize;
 use crate::{
     image::{ImageDestination, ImageError, ImageSource, StoredManifest},
     manifest::{Descriptor, null_is_empty},
+    resolve::parse,
 };
 
 /// The blobs that a manifest names. (`blobs` is what artifact manifests had before OCI 1.1.)
@@ -32,10 +33,7 @@ pub(crate) async fn copy_blobs(
     destination: &ImageDestination,
     manifest: &StoredManifest,
 ) -> Result<u64, ImageError> {
-    let blobs: Blobs = serde_json::from_slice(&manifest.bytes).map_err(|error| ImageError::Malformed {
-        what: format!("manifest {}", manifest.digest),
-        reason: error.to_string(),
-    })?;
+    let blobs: Blobs = parse(manifest)?;
     let mut moved_len = 0;
     for descriptor in blobs.config.iter().chain(&blobs.layers).chain(&blobs.blobs) {
         moved_len += copy_blob(source, destination, descriptor).await?;

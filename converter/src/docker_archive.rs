@@ -13,6 +13,7 @@ use serde::Deserialize;
 use crate::{
     archive::Archive,
     blob_reader::{Compression, MAGIC_LEN},
+    document,
     file_source::FileSource,
     image::{CONFIG_LEN_MAX, ImageError, StoredManifest},
     manifest::{Descriptor, ImageConfig, ImageManifest, media_type},
@@ -64,8 +65,8 @@ impl DockerArchive {
             serde_json::from_slice(&entries).map_err(|error| refuse(format!("{MANIFEST_NAME}: {error}")))?;
         let entry = find_entry(&entries, name).map_err(refuse)?;
         let config_bytes = archive.read(&entry.config, CONFIG_LEN_MAX)?.ok_or_else(|| missing(&entry.config))?;
-        let config: ImageConfig =
-            serde_json::from_slice(&config_bytes).map_err(|error| refuse(format!("{}: {error}", entry.config)))?;
+        let config: ImageConfig = document::parse(&config_bytes, document::Kind::Config)
+            .map_err(|error| refuse(format!("{}: {error}", entry.config)))?;
         let diff_ids = &config.rootfs.diff_ids;
         if diff_ids.len() != entry.layers().len() || diff_ids.len() > LAYER_COUNT_MAX {
             let (layers, diff_ids) = (entry.layers().len(), diff_ids.len());

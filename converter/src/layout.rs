@@ -12,6 +12,7 @@ use format_spec::Digest;
 
 use crate::{
     archive::Archive,
+    document,
     file_source::FileSource,
     image::ImageError,
     location::Selector,
@@ -177,8 +178,6 @@ pub(crate) fn read_index(directory: &Path) -> Result<Option<ImageIndex>, ImageEr
 }
 
 fn parse_index(path: &Path, bytes: &[u8]) -> Result<ImageIndex, ImageError> {
-    serde_json::from_slice(bytes).map_err(|error| ImageError::Malformed {
-        what: format!("{} ({INDEX_NAME})", path.display()),
-        reason: error.to_string(),
-    })
+    document::parse(bytes, document::Kind::Manifest)
+        .map_err(|reason| ImageError::Malformed { what: format!("{} ({INDEX_NAME})", path.display()), reason })
 }

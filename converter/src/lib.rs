@@ -14,6 +14,7 @@ mod convert_index;
 mod copy;
 pub mod destination;
 pub mod docker_archive;
+mod document;
 pub mod file_source;
 pub mod frame_reader;
 pub mod framer;

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use format_spec::{Digest, index::LAYER_COUNT_MAX};
 
 use crate::{
+    document,
     image::{ImageError, ImageSource, StoredManifest},
     manifest::{ConfigKind, Descriptor, ImageConfig, ImageIndex, ImageManifest, media_type},
     platform::{DescriptorPlatform, Platform},
@@ -147,7 +148,8 @@ pub(crate) async fn read_image(
         return Ok(None);
     }
     let config_bytes = source.config(&manifest.config).await?;
-    let (config, layer_count) = (serde_json::from_slice::<ImageConfig>(&config_bytes), manifest.layers.len());
+    let config = document::parse::<ImageConfig>(&config_bytes, document::Kind::Config);
+    let layer_count = manifest.layers.len();
     let is_complete = |config: &ImageConfig| config.rootfs.diff_ids.len() == layer_count;
     let config = match config {
         // Tars beside some other document are no image.
@@ -341,8 +343,6 @@ pub(crate) fn artifact_kind(stored: &StoredManifest) -> Option<String> {
 }
 
 pub(crate) fn parse<T: serde::de::DeserializeOwned>(stored: &StoredManifest) -> Result<T, ImageError> {
-    serde_json::from_slice(&stored.bytes).map_err(|error| ImageError::Malformed {
-        what: format!("manifest {}", stored.digest),
-        reason: error.to_string(),
-    })
+    document::parse(&stored.bytes, document::Kind::Manifest)
+        .map_err(|reason| ImageError::Malformed { what: format!("manifest {}", stored.digest), reason })
 }
