@@ -86,12 +86,14 @@ pub async fn check_image(
     if let Some(original) = &original {
         original::compare(&image, &layers, original, &mut findings).await?;
     }
-    let is_sound = findings.is_empty() && layers.iter().all(|layer| layer.finding_count() == 0);
+    let is_complete = layers.iter().all(|layer| layer.not_checked.is_empty());
+    let is_sound = is_complete && findings.is_empty() && layers.iter().all(|layer| layer.finding_count() == 0);
     Ok(CheckReport {
         digest: image.digest,
         config_digest: image.manifest.config.digest,
         platform: image.platform.to_string(),
         is_sound,
+        is_complete,
         layers,
         findings: findings.list,
         further_findings: findings.further,
@@ -107,7 +109,7 @@ pub(crate) async fn check_layer(
     let mut findings = Findings::default();
     let open = open_layer(source, descriptor, &mut findings).await;
     let is_lazy = open.is_lazy;
-    let passed = read_layer(source, descriptor, open.layer).await?;
+    let passed = read_layer(source, descriptor, is_lazy, open.layer).await?;
     findings.append(passed.findings);
     if let Some((found, _)) = passed.tar
         && found != diff_id
@@ -133,13 +135,15 @@ pub(crate) async fn check_layer(
 async fn read_layer(
     source: &ImageSource,
     descriptor: &Descriptor,
+    is_lazy: bool,
     open: Option<OpenLayer>,
 ) -> Result<Passed, CheckError> {
     let (digest, len) = (descriptor.digest, descriptor.size);
-    let is_tar = media_type::CONVERTIBLE_LAYERS.contains(&descriptor.media_type.as_str());
+    // Those that must not be redistributed are unpacked as any others.
+    let is_tar = media_type::is_file_system(&descriptor.media_type);
     let mut passed = Passed::default();
-    // A layer that lies elsewhere, as those of Windows do, need not be here.
-    if descriptor.is_elsewhere() {
+    // A layer that lies elsewhere, as those of Windows do, need not be here. A lazy one is: a node reads it here.
+    if descriptor.is_elsewhere() && !is_lazy {
         passed.findings.skip(format!("the blob, since it lies elsewhere: {}", descriptor.media_type));
         return Ok(passed);
     }

@@ -1,5 +1,7 @@
 //! `lazuli check`: flags in, one line for everything that is wrong.
 
+use std::process::ExitCode;
+
 use clap::Args;
 use converter::{
     check::{CheckError, CheckReport, LayerCheck, check_image},
@@ -25,14 +27,20 @@ pub(crate) struct CheckArguments {
     platform: Option<Platform>,
     #[command(flatten)]
     registries: RegistryArguments,
+    /// Succeed although something of the file system could not be checked, such as layers that lie elsewhere
+    #[arg(long)]
+    allow_unchecked: bool,
     /// Print a report as JSON
     #[arg(long)]
     json: bool,
 }
 
+/// Says that nothing was found in what could be checked, but that something could not.
+const INCOMPLETE: u8 = 3;
+
 /// Checks, and prints what was found; an image with findings is an error.
-pub(crate) async fn run(arguments: CheckArguments) -> Result<(), String> {
-    let CheckArguments { image, against, platform, registries, json } = arguments;
+pub(crate) async fn run(arguments: CheckArguments) -> Result<ExitCode, String> {
+    let CheckArguments { image, against, platform, registries, allow_unchecked, json } = arguments;
     let client = registries.into_client();
     let named = image.to_string();
     let spool = std::env::temp_dir();
@@ -65,10 +73,12 @@ pub(crate) async fn run(arguments: CheckArguments) -> Result<(), String> {
     }
     match report.finding_count() {
         0 => {
+            let verdict = if report.is_complete { "is sound" } else { "has nothing wrong in what was checked of it" };
             if !json {
-                println!("{named} {} {} is sound", report.platform, report.digest);
+                println!("{named} {} {} {verdict}", report.platform, report.digest);
             }
-            Ok(())
+            let is_enough = report.is_complete || allow_unchecked;
+            Ok(if is_enough { ExitCode::SUCCESS } else { ExitCode::from(INCOMPLETE) })
         }
         1 => Err(format!("{named}: 1 finding")),
         count => Err(format!("{named}: {count} findings")),
@@ -85,7 +95,8 @@ fn print_layer(layer: &LayerCheck) {
         words.push(format!("{} hot pieces, {} dedup pieces", counts.hot_pieces, counts.dedup_pieces));
     }
     let verdict = match layer.finding_count() {
-        0 => "sound".to_owned(),
+        0 if layer.not_checked.is_empty() => "sound".to_owned(),
+        0 => "not checked".to_owned(),
         1 => "1 finding".to_owned(),
         count => format!("{count} findings"),
     };

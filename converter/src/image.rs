@@ -102,8 +102,9 @@ pub enum ImageError {
     Aborted(Location),
 }
 
-/// Text of which an image may be the author, for a message: names of members and tags may hold anything.
-fn one_line(text: &str) -> String {
+/// Text of which an image may be the author, for a message: names of members and tags may hold anything, also what a
+/// terminal takes for a command.
+pub(crate) fn one_line(text: &str) -> String {
     text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 

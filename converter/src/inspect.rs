@@ -269,7 +269,7 @@ fn lazy_facts(open: &OpenLayer, descriptor: &Descriptor, with_hot_files: bool) -
     LazyFacts {
         plain_len,
         ratio: descriptor.size as f64 / plain_len.max(1) as f64,
-        content_len: index.extents().iter().map(|extent| extent.len.get()).sum(),
+        content_len: index.extents().iter().map(|extent| extent.len.get()).fold(0, u64::saturating_add),
         files,
         frames: FrameFacts {
             count: frames.len() as u64,
@@ -296,18 +296,20 @@ fn spread(values: impl Iterator<Item = u64>) -> Spread {
 
 fn total(layers: &[LayerFacts]) -> Total {
     let mut total = Total::default();
+    // Lengths that manifests and indexes say are a stranger's numbers.
+    let add = |sum: &mut u64, len: u64| *sum = sum.saturating_add(len);
     for layer in layers {
-        total.compressed_len += layer.compressed_len;
+        add(&mut total.compressed_len, layer.compressed_len);
         let Some(lazy) = &layer.lazy else { continue };
         total.lazy_layers += 1;
-        total.lazy_compressed_len += layer.compressed_len;
-        total.lazy_plain_len += lazy.plain_len;
-        total.index_len += lazy.index.compressed_len;
-        total.hot_pack_len += lazy.hot_pack.as_ref().map_or(0, |hot_pack| hot_pack.compressed_len);
-        total.hidden_len += lazy.hidden.content_len;
+        add(&mut total.lazy_compressed_len, layer.compressed_len);
+        add(&mut total.lazy_plain_len, lazy.plain_len);
+        add(&mut total.index_len, lazy.index.compressed_len);
+        add(&mut total.hot_pack_len, lazy.hot_pack.as_ref().map_or(0, |hot_pack| hot_pack.compressed_len));
+        add(&mut total.hidden_len, lazy.hidden.content_len);
         let dedup = lazy.dedup.unwrap_or_default();
-        total.duplicate_len += dedup.duplicate_len;
-        total.duplicate_of_lower_len += dedup.duplicate_of_lower_len;
+        add(&mut total.duplicate_len, dedup.duplicate_len);
+        add(&mut total.duplicate_of_lower_len, dedup.duplicate_of_lower_len);
     }
     total
 }

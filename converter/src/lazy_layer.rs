@@ -122,7 +122,9 @@ pub fn dedup_range<B: AsRef<[u8]>>(lazy: &LazyLayer, index: &Index<B>) -> Option
 /// Where the footer stands in a blob that may have one.
 fn footer_start(descriptor: &Descriptor) -> Option<u64> {
     let is_zstd = media_type::ZSTD_LAYERS.contains(&descriptor.media_type.as_str());
-    descriptor.size.checked_sub(FOOTER_FRAME_LEN).filter(|_| is_zstd)
+    // What lies elsewhere need not be here.
+    let may_have_one = is_zstd && !descriptor.is_elsewhere();
+    descriptor.size.checked_sub(FOOTER_FRAME_LEN).filter(|_| may_have_one)
 }
 
 fn footer_layer(descriptor: &Descriptor, frame: &[u8]) -> Result<Option<LazyLayer>, LazyLayerError> {

@@ -1,6 +1,10 @@
 //! The `lazuli` command.
 //!
-//! Exit codes: 0 done, 1 the image or the world is at fault (one line on standard error), 2 wrong usage.
+//! Exit codes: 0 done, 1 the image or the world is at fault (one line on standard error), 2 wrong usage, 3 nothing
+//! is wrong with what could be checked of an image, but that was not all.
+
+#[macro_use]
+mod output;
 
 mod check_command;
 mod convert_command;
@@ -54,7 +58,7 @@ enum Action {
 fn main() -> ExitCode {
     let command = Command::parse();
     let filter = EnvFilter::try_from_env("LAZULI_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false).init();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.to_string()),
@@ -67,7 +71,7 @@ fn main() -> ExitCode {
                 () = interrupted => Err("interrupted".to_owned()),
             },
             Action::Check(arguments) => tokio::select! {
-                result = check_command::run(arguments) => result,
+                result = check_command::run(arguments) => return result,
                 () = interrupted => Err("interrupted".to_owned()),
             },
             Action::Inspect(arguments) => tokio::select! {
@@ -80,18 +84,22 @@ fn main() -> ExitCode {
                 result = status_command::run(arguments) => result,
                 () = interrupted => Err("interrupted".to_owned()),
             },
-        }
+        }?;
+        Ok(ExitCode::SUCCESS)
     });
     // Threads may still work on what nobody waits for any more.
     runtime.shutdown_background();
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(_) if output::has_failed() => fail("standard output cannot be written"),
+        Ok(code) => code,
         Err(message) => fail(&message),
     }
 }
 
 fn fail(message: &str) -> ExitCode {
-    eprintln!("lazuli: {}", message.replace(['\n', '\r'], " "));
+    // Words of an image may stand in it, also such as a terminal takes for commands.
+    let line: String = message.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
+    eprintln!("lazuli: {line}");
     ExitCode::FAILURE
 }
 
@@ -99,10 +107,15 @@ fn fail(message: &str) -> ExitCode {
 fn interruption() -> std::io::Result<impl Future<Output = ()>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    // A terminal that is closed, and one that says so loudly.
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let mut quit = signal(SignalKind::quit())?;
     Ok(async move {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
+            _ = hang_up.recv() => {}
+            _ = quit.recv() => {}
         }
     })
 }

@@ -9,6 +9,8 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::image::one_line;
+
 /// A minor version of arm64's ninth that follows its eighth: v9.0 knows all of v8.5.
 const ARM64_V9_KNOWS: usize = 5;
 /// The lowest variant of arm that images are made for.
@@ -52,7 +54,8 @@ impl fmt::Display for DescriptorPlatform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let words = [&self.os, &self.architecture, &self.variant].map(|word| word.as_deref().unwrap_or_default());
         let words: Vec<_> = words.into_iter().filter(|word| !word.is_empty()).collect();
-        f.write_str(&if words.is_empty() { "unknown".to_owned() } else { words.join("/") })
+        // An image may be the author.
+        f.write_str(&if words.is_empty() { "unknown".to_owned() } else { one_line(&words.join("/")) })
     }
 }
 

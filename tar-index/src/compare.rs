@@ -282,10 +282,26 @@ fn differences<L: AsRef<[u8]>, R: AsRef<[u8]>>(
     check("mode", permissions(left), permissions(right));
     let time = |inode: &Inode| format!("{}.{:09}", inode.mtime_seconds(), inode.mtime_nanoseconds.get());
     check("modification time", time(left), time(right));
-    check("target", shown(left_index.symlink_target(left)), shown(right_index.symlink_target(right)));
     check("flags", flags(left), flags(right));
-    check("xattrs", xattrs(left_index, left), xattrs(right_index, right));
+    let (left_target, right_target) = (left_index.symlink_target(left), right_index.symlink_target(right));
+    // Bytes are compared, not what is shown of them: four letters may look like one byte, two attributes like one.
+    if left_target != right_target {
+        let exact = || [left_target, right_target].map(|bytes| bytes.escape_ascii().to_string());
+        let [left, right] = told_apart([left_target, right_target].map(shown), exact);
+        check("target", left, right);
+    }
+    let (left_pairs, right_pairs) = (xattrs(left_index, left), xattrs(right_index, right));
+    if left_pairs != right_pairs {
+        let exact = || [&left_pairs, &right_pairs].map(exact_list);
+        let [left, right] = told_apart([&left_pairs, &right_pairs].map(|pairs| list(pairs, shown, "=")), exact);
+        check("xattrs", left, right);
+    }
     found
+}
+
+/// The `short` form of two values that differ, or the exact one where the short ones look the same.
+fn told_apart(short: [String; 2], exact: impl FnOnce() -> [String; 2]) -> [String; 2] {
+    if short[0] == short[1] { exact() } else { short }
 }
 
 fn flags(inode: &Inode) -> String {
@@ -295,12 +311,23 @@ fn flags(inode: &Inode) -> String {
     if names.is_empty() { "none".to_owned() } else { names }
 }
 
-fn xattrs<B: AsRef<[u8]>>(index: &Index<B>, inode: &Inode) -> String {
-    if inode.xattrs == NO_XATTRS {
-        return "none".to_owned();
-    }
-    let texts = index.xattrs(inode).map(|(name, value)| format!("{}={}", shown(name), value.escape_ascii()));
+/// The attributes of an inode as they are stored.
+fn xattrs<'a, B: AsRef<[u8]>>(index: &'a Index<B>, inode: &Inode) -> Xattrs<'a> {
+    (inode.xattrs != NO_XATTRS).then(|| index.xattrs(inode).collect())
+}
+
+/// Names and values; `None` where an inode has none.
+type Xattrs<'a> = Option<Vec<(&'a [u8], &'a [u8])>>;
+
+fn list(xattrs: &Xattrs<'_>, show: fn(&[u8]) -> String, between: &str) -> String {
+    let Some(pairs) = xattrs else { return "none".to_owned() };
+    let texts = pairs.iter().map(|(name, value)| format!("{}{between}{}", show(name), value.escape_ascii()));
     texts.collect::<Vec<_>>().join(", ")
+}
+
+/// The same, so that no other list looks like it.
+fn exact_list(xattrs: &Xattrs<'_>) -> String {
+    list(xattrs, |name| format!("\"{}\"", name.escape_ascii()), " with the value ")
 }
 
 /// Offset in the file, offset in the tar stream and length of each extent of a file.
@@ -315,4 +342,78 @@ fn extents_of(extents: &[Extent], inode: &Inode) -> Vec<(u64, u64, u64)> {
 fn first_difference<T: PartialEq>(left: &[T], right: &[T]) -> Option<usize> {
     let len = left.len().max(right.len());
     (0..len).find(|number| left.get(*number) != right.get(*number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A stream in memory.
+    struct Memory {
+        bytes: Vec<u8>,
+        position: usize,
+    }
+
+    impl TarInput for Memory {
+        fn peek(&mut self, len: usize) -> io::Result<&[u8]> {
+            let rest = &self.bytes[self.position..];
+            Ok(&rest[..len.min(rest.len())])
+        }
+
+        fn consume(&mut self, len: usize) -> io::Result<()> {
+            self.position += len;
+            Ok(())
+        }
+
+        fn position(&self) -> u64 {
+            self.position as u64
+        }
+    }
+
+    /// What the stream of a symbolic link with these attributes says.
+    fn side(target: &[u8], xattrs: &[(&str, &str)]) -> TarSide {
+        let mut builder = tar::Builder::new(Vec::new());
+        let keys: Vec<_> = xattrs.iter().map(|(name, value)| (format!("SCHILY.xattr.{name}"), *value)).collect();
+        builder.append_pax_extensions(keys.iter().map(|(key, value)| (key.as_str(), value.as_bytes()))).unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.as_old_mut().name[..4].copy_from_slice(b"link");
+        header.as_old_mut().linkname[..target.len()].copy_from_slice(target);
+        header.set_size(0);
+        header.set_mode(0o777);
+        header.set_mtime(1);
+        header.set_cksum();
+        builder.append(&header, io::empty()).unwrap();
+        let bytes = builder.into_inner().unwrap();
+        let mut input = Memory { bytes, position: 0 };
+        let skip = |input: &mut Memory, len: u64| {
+            input.position += usize::try_from(len).unwrap();
+            Ok(())
+        };
+        // Without content there is nothing that frames would have to cover.
+        TarSide::new(read_tree(&mut input, skip).unwrap(), 0, &[]).unwrap()
+    }
+
+    fn problems(index: &TarSide, tar: &TarSide) -> Vec<String> {
+        let mut problems = Vec::new();
+        compare(&index.tree, tar, &mut |path, problem| problems.push(format!("{path}: {problem}")));
+        problems
+    }
+
+    /// Four letters may look like one byte, two attributes like one with a comma in its value.
+    #[test]
+    fn values_that_look_the_same_are_told_apart() {
+        let byte = side(b"a\x01", &[]);
+        let letters = side(br"a\x01", &[]);
+        assert_eq!(problems(&byte, &byte), [] as [String; 0]);
+        assert_eq!(problems(&byte, &letters), [r"/link: target is a\x01 by the index, a\\x01 by the tar stream"]);
+
+        let one = side(b"a", &[("security.a", "1, security.b=evil")]);
+        let two = side(b"a", &[("security.a", "1"), ("security.b", "evil")]);
+        assert_eq!(problems(&two, &two), [] as [String; 0]);
+        let expected =
+            r#"/link: xattrs is "security.a" with the value 1, "security.b" with the value evil by the index, "#;
+        let found = problems(&two, &one);
+        assert!(found.len() == 1 && found[0].starts_with(expected), "{found:?}");
+    }
 }

@@ -1,8 +1,8 @@
 //! An image against the one it was converted from: config, platform, tar streams, annotations.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use format_spec::Digest;
+use format_spec::{Digest, annotation};
 use serde_json::Value;
 
 use super::{
@@ -52,7 +52,7 @@ pub(crate) async fn compare(
     let blobs = |image: &ResolvedImage| image.manifest.layers.iter().map(|layer| layer.digest).collect::<Vec<_>>();
     let are_new = blobs(image) != blobs(source);
     compare_notes("manifest", notes, their_notes, |key| are_new && describes_layers(key), findings);
-    compare_fields(&image.manifest.rest, &source.manifest.rest, findings);
+    compare_fields("manifest", &image.manifest.rest, &source.manifest.rest, findings);
     let (our_count, their_count) = (layers.len(), source.manifest.layers.len());
     if our_count != their_count {
         findings.add(Part::Manifest, "manifest", format!("it has {our_count} layers, the original {their_count}"));
@@ -63,6 +63,13 @@ pub(crate) async fn compare(
         let is_new = ours.digest != theirs.digest;
         let may_be_gone = |key: &str| is_new && describes_blob(key);
         compare_notes(&place, ours.annotations.as_ref(), theirs.annotations.as_ref(), may_be_gone, findings);
+        compare_origin(&place, ours, *diff_id, findings);
+        if is_new {
+            // What else a descriptor says is about the blob, and that is another one.
+            compare_fields(&place, &ours.rest, &BTreeMap::new(), findings);
+        } else {
+            compare_fields(&place, &ours.rest, &theirs.rest, findings);
+        }
         if checked.diff_id != *diff_id {
             let problem = format!("its diff ID is {}, that of the original {diff_id}", checked.diff_id);
             findings.add(Part::Config, place.clone(), problem);
@@ -80,13 +87,18 @@ async fn compare_layer(
     theirs: &Descriptor,
     findings: &mut Findings,
 ) -> Result<(), CheckError> {
-    let is_tar = media_type::CONVERTIBLE_LAYERS.contains(&theirs.media_type.as_str());
-    if !is_tar {
-        if checked.digest != theirs.digest {
-            let problem = format!("the original has {}, which is no file system and must stay as it is", theirs.digest);
-            findings.add(Part::Manifest, place, problem);
-        }
+    // The same bytes have been looked at already.
+    if checked.digest == theirs.digest {
         return Ok(());
+    }
+    let may_change = media_type::CONVERTIBLE_LAYERS.contains(&theirs.media_type.as_str()) && !theirs.is_elsewhere();
+    if !may_change {
+        let problem = format!("the original has {}, which must stay as it is", theirs.digest);
+        findings.add(Part::Manifest, place, problem);
+        return Ok(());
+    }
+    if checked.tar_digest.is_none() && checked.findings.is_empty() {
+        findings.add(Part::Tar, place, "it has no tar stream, but the original has");
     }
     let (digest, len) = (theirs.digest, theirs.size);
     let stream = match original.blob_stream(&digest).await {
@@ -116,7 +128,7 @@ fn tar_problem(found: Digest, expected: Digest) -> String {
 type Notes = BTreeMap<String, String>;
 
 /// Annotations of the original are carried over as they are, but for those that describe bytes which were replaced:
-/// of these none may be left. Conversion only adds some.
+/// of these none may be left. Conversion adds those of this format, and no others.
 fn compare_notes(
     place: &str,
     ours: Option<&Notes>,
@@ -141,22 +153,45 @@ fn compare_notes(
             findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
         }
     }
+    let is_of_this_format = |key: &str| annotation::ALL.contains(&key) || SOURCE_NOTES.contains(&key);
+    for (key, found) in ours.into_iter().flatten() {
+        let is_theirs = theirs.is_some_and(|theirs| theirs.contains_key(key));
+        if !is_theirs && !is_of_this_format(key) {
+            let problem = format!("it is {found:?}, in the original nothing");
+            findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
+        }
+    }
 }
+
+/// What a converted layer says of its origin.
+const SOURCE_NOTES: [&str; 3] = [annotation::SOURCE_DIGEST, annotation::SOURCE_DIFF_ID, annotation::SOURCE_OPTIONS];
 
 /// Annotations of this format.
 const LAZULI_PREFIX: &str = "containerd.io/snapshot/lazuli/";
 
-/// What else stands in the manifest, like its subject.
-fn compare_fields(ours: &BTreeMap<String, Value>, theirs: &BTreeMap<String, Value>, findings: &mut Findings) {
-    for (key, expected) in theirs {
-        let found = ours.get(key);
-        if found != Some(expected) {
-            let found = found.map_or("nothing".to_owned(), Value::to_string);
-            findings.add(
-                Part::Manifest,
-                format!("manifest, {key}"),
-                format!("it is {found}, in the original {expected}"),
-            );
+/// A layer that says from what it was made says the tar stream that it has.
+fn compare_origin(place: &str, ours: &Descriptor, diff_id: Digest, findings: &mut Findings) {
+    let said = ours.annotation(annotation::SOURCE_DIFF_ID);
+    if let Some(said) = said.filter(|said| *said != diff_id.to_string()) {
+        let problem = format!("it is {said:?}, the diff ID is {diff_id}");
+        findings.add(Part::Annotation, format!("{place}, annotation {}", annotation::SOURCE_DIFF_ID), problem);
+    }
+}
+
+/// What else stands in a document, like the subject of a manifest: the same on both sides, and nothing more.
+fn compare_fields(
+    place: &str,
+    ours: &BTreeMap<String, Value>,
+    theirs: &BTreeMap<String, Value>,
+    findings: &mut Findings,
+) {
+    let keys: BTreeSet<&String> = ours.keys().chain(theirs.keys()).collect();
+    for key in keys {
+        let (found, expected) = (ours.get(key), theirs.get(key));
+        if found != expected {
+            let [found, expected] = [found, expected].map(|value| value.map_or("nothing".to_owned(), Value::to_string));
+            let problem = format!("it is {found}, in the original {expected}");
+            findings.add(Part::Manifest, format!("{place}, {key}"), problem);
         }
     }
 }

@@ -5,6 +5,8 @@ use std::fmt;
 use format_spec::Digest;
 use serde::Serialize;
 
+use crate::image::one_line;
+
 /// What a finding is about; the words are those of the JSON report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -102,8 +104,10 @@ pub struct CheckReport {
     pub config_digest: Digest,
     /// `os/architecture[/variant]`.
     pub platform: String,
-    /// Whether nothing was found.
+    /// Whether nothing was found and everything of the file system was looked at.
     pub is_sound: bool,
+    /// Whether everything of the file system was looked at.
+    pub is_complete: bool,
     /// The layers, lowest first.
     pub layers: Vec<LayerCheck>,
     /// What is wrong beside the layers, and in what it differs from the original.
@@ -143,8 +147,8 @@ impl Findings {
     const PROBLEM_LEN_MAX: usize = 1000;
 
     pub(crate) fn add(&mut self, part: Part, place: impl Into<String>, problem: impl fmt::Display) {
-        let problem = problem.to_string().chars().take(Self::PROBLEM_LEN_MAX).collect();
-        self.push(Finding { part, place: place.into(), problem });
+        let problem: String = problem.to_string().chars().take(Self::PROBLEM_LEN_MAX).collect();
+        self.push(Finding { part, place: one_line(&place.into()), problem: one_line(&problem) });
     }
 
     fn push(&mut self, finding: Finding) {
@@ -162,7 +166,7 @@ impl Findings {
     }
 
     pub(crate) fn skip(&mut self, what: impl Into<String>) {
-        self.not_checked.push(what.into());
+        self.not_checked.push(one_line(&what.into()));
     }
 
     pub(crate) fn is_empty(&self) -> bool {
