@@ -17,7 +17,7 @@ use crate::{
     lazy_layer::LazyLayerError,
     platform::Platform,
     referrers::carry_referrers,
-    report::{Observer, Report},
+    report::{LayerReport, Observer, Report},
     resolve::{ResolveError, find_manifest},
     start_up::{HotPackChoice, StartUpError},
 };
@@ -173,14 +173,16 @@ pub async fn convert(
     let digest = root.descriptor().digest;
     destination.publish(&root.media_type, root.bytes).await?;
     let layers = || made.images.iter().flat_map(|image| &image.layers);
+    // Lengths of layers that nobody reads are a stranger's numbers.
+    let sum = |len: fn(&LayerReport) -> u64| layers().map(len).fold(0, u64::saturating_add);
     Ok(Report {
         destination: destination.name(),
         digest,
         source_digest,
-        source_len: layers().map(|layer| layer.source_len).sum(),
-        target_len: layers().map(|layer| layer.target_len).sum(),
-        plain_len: layers().map(|layer| layer.content.map_or(0, |content| content.plain_len)).sum(),
-        uploaded_len: layers().map(|layer| if layer.uploaded { layer.target_len } else { 0 }).sum(),
+        source_len: sum(|layer| layer.source_len),
+        target_len: sum(|layer| layer.target_len),
+        plain_len: sum(|layer| layer.content.map_or(0, |content| content.plain_len)),
+        uploaded_len: sum(|layer| if layer.uploaded { layer.target_len } else { 0 }),
         images: made.images,
         artifacts: made.artifacts,
         referrers,

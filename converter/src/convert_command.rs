@@ -164,7 +164,7 @@ fn print(report: &Report, json: bool) {
     }
     for referrer in &report.referrers {
         let attached = if referrer.attached.is_some() { ", attached to the new image" } else { "" };
-        eprintln!("referrer {} ({}): carried along{attached}", referrer.digest, referrer.kind);
+        eprintln!("referrer {} ({}): carried along{attached}", referrer.digest, referrer.kind.escape_debug());
     }
     if !report.images.is_empty() {
         eprintln!(

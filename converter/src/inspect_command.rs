@@ -43,7 +43,9 @@ pub(crate) async fn run(arguments: InspectArguments) -> Result<(), String> {
     if json {
         println!("{}", serde_json::to_string_pretty(&facts).expect("facts have no maps"));
     } else {
-        print!("{}", describe(&named, &facts));
+        // Words of an image stand in it; a terminal takes some for commands.
+        let text = describe(&named, &facts);
+        print!("{}", text.replace(|letter: char| letter.is_control() && letter != '\n', " "));
     }
     Ok(())
 }

@@ -35,10 +35,16 @@ impl OciArchiveWriter {
     ///
     /// When nothing can be written there.
     pub(crate) fn open(path: &Path, tag: Option<&str>) -> Result<Self, ImageError> {
-        if path.is_dir() {
-            let reason = "a directory: write into it as oci:DIR".to_owned();
-            return Err(ImageError::Archive { path: path.to_owned(), reason });
-        }
+        let refuse = |reason: &str| ImageError::Archive { path: path.to_owned(), reason: reason.to_owned() };
+        // Through a link, what it points to is replaced. A device or a pipe must not be.
+        let path = match fs::canonicalize(path) {
+            Ok(real) if real.is_dir() => return Err(refuse("a directory: write into it as oci:DIR")),
+            Ok(real) if real.is_file() => real,
+            Ok(_) => return Err(refuse("no regular file: an archive would take its place")),
+            Err(_) if path.is_symlink() => return Err(refuse("a link to nothing")),
+            Err(_) => path.to_owned(),
+        };
+        let path = path.as_path();
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let hidden = tempfile::Builder::new().prefix(".lazuli-").tempdir_in(parent);
         let directory = hidden.map_err(|error| ImageError::File { path: path.to_owned(), error })?;

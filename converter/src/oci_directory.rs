@@ -1,14 +1,19 @@
 //! An OCI image layout to write, in a directory.
 //!
 //! Writing leaves nothing behind unless it is published: blobs appear complete under their final name,
-//! `index.json` is replaced last, and what was made for a conversion that fails is removed again.
+//! `index.json` is replaced last, and what was made for a conversion that fails is removed again, unless another
+//! conversion into the same layout may rely on it.
 //! Source: OCI image specification, image-layout.md.
 
 use std::{
     collections::HashSet,
+    ffi::OsStr,
     fs::{self, File},
     io::{self, Read, Write},
-    os::{fd::AsRawFd, unix::fs::PermissionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -22,6 +27,10 @@ use crate::{
     manifest::{Descriptor, ImageIndex, IndexEntry},
 };
 
+/// The file that says that a directory is a layout.
+const LAYOUT_NAME: &str = "oci-layout";
+/// Times that the directories are made again because somebody who gives up has removed them.
+const ENTER_COUNT_MAX: usize = 100;
 /// Bytes read at once of a blob that is hashed.
 const READ_LEN: usize = 256 << 10;
 /// Content of the file `oci-layout`.
@@ -42,6 +51,10 @@ pub struct OciDirectoryWriter {
     made: Mutex<Made>,
     /// Blobs that were hashed or written here.
     verified: Mutex<HashSet<Digest>>,
+    /// `index.json` as it was; `None` where there was none.
+    index_before: Option<Vec<u8>>,
+    /// Holds a shared lock as long as this writer is there: others may rely on what it makes, and it on theirs.
+    presence: Mutex<Option<File>>,
 }
 
 #[derive(Debug, Default)]
@@ -57,9 +70,11 @@ impl OciDirectoryWriter {
     ///
     /// When the directory holds something else, or cannot be written.
     pub(crate) fn open(directory: &Path, tag: Option<&str>) -> Result<Self, ImageError> {
-        let is_layout = directory.join("oci-layout").exists();
-        let is_empty = fs::read_dir(directory).map_or(true, |mut entries| entries.next().is_none());
-        if !is_layout && !is_empty {
+        // Without the file that says so, what another conversion has begun, or one that was killed.
+        let is_ours = |name: &OsStr| name == "blobs" || name.as_encoded_bytes().starts_with(b".");
+        let is_begun = fs::read_dir(directory)
+            .map_or(true, |mut entries| entries.all(|entry| entry.is_ok_and(|entry| is_ours(&entry.file_name()))));
+        if !is_begun && !directory.join(LAYOUT_NAME).exists() {
             return Err(ImageError::NoLayout(directory.to_owned()));
         }
         let writer = Self {
@@ -68,9 +83,37 @@ impl OciDirectoryWriter {
             entries: Mutex::default(),
             made: Mutex::default(),
             verified: Mutex::default(),
+            index_before: fs::read(index_path(directory)).ok(),
+            presence: Mutex::default(),
         };
-        writer.make_directories(&directory.join("blobs/sha256"))?;
+        let presence = writer.enter()?;
+        *writer.presence.lock().unwrap_or_else(PoisonError::into_inner) = Some(presence);
         Ok(writer)
+    }
+
+    /// Makes the directories that are missing, and shows others that somebody writes here.
+    fn enter(&self) -> Result<File, ImageError> {
+        let blobs = self.directory.join("blobs");
+        for _ in 0..ENTER_COUNT_MAX {
+            self.make_directories(&blobs.join("sha256"))?;
+            let Ok(presence) = File::open(&blobs) else { continue };
+            flock(&presence, FlockOperation::LockShared).map_err(|error| failed(&blobs)(error.into()))?;
+            // Who gave up meanwhile may have removed what was opened.
+            let is_same = |found: fs::Metadata| presence.metadata().is_ok_and(|own| own.ino() == found.ino());
+            if fs::metadata(&blobs).is_ok_and(is_same) && blobs.join("sha256").is_dir() {
+                return Ok(presence);
+            }
+        }
+        Err(failed(&blobs)(io::Error::other("others remove this directory again and again")))
+    }
+
+    /// Whether nobody else relies on what was made here: no other conversion is under way, and none has ended since
+    /// this one began.
+    fn is_alone(&self) -> bool {
+        let presence = self.presence.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(presence) = presence.as_ref() else { return true };
+        let is_only_one = flock(presence, FlockOperation::NonBlockingLockExclusive).is_ok();
+        is_only_one && fs::read(index_path(&self.directory)).ok() == self.index_before
     }
 
     fn made(&self) -> std::sync::MutexGuard<'_, Made> {
@@ -80,8 +123,12 @@ impl OciDirectoryWriter {
     fn make_directories(&self, path: &Path) -> Result<(), ImageError> {
         let missing: Vec<_> = path.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
         for path in missing.into_iter().rev().filter(|path| !path.as_os_str().is_empty()) {
-            fs::create_dir(&path).map_err(failed(&path))?;
-            self.made().directories.push(path);
+            match fs::create_dir(&path) {
+                Ok(()) => self.made().directories.push(path),
+                // Another conversion was first.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(failed(&path)(error)),
+            }
         }
         Ok(())
     }
@@ -182,7 +229,11 @@ impl OciDirectoryWriter {
     /// Writes the manifest and makes the tag point to it.
     pub(crate) fn publish(&self, media_type: &str, bytes: &[u8]) -> Result<(), ImageError> {
         self.add_manifest(Descriptor::of(media_type, bytes), Some(&self.tag), bytes)?;
-        let layout = self.directory.join("oci-layout");
+        // Before a name says that they are there.
+        for path in &self.made().files {
+            File::open(path).and_then(|file| file.sync_data()).map_err(failed(path))?;
+        }
+        let layout = self.directory.join(LAYOUT_NAME);
         if !layout.exists() {
             self.write_file(&layout, |file| file.write_all(LAYOUT.as_bytes()))?;
         }
@@ -220,6 +271,9 @@ fn enter(index: &mut ImageIndex, entry: Descriptor) {
 impl Drop for OciDirectoryWriter {
     fn drop(&mut self) {
         let made = std::mem::take(&mut *self.made());
+        if made.files.is_empty() && made.directories.is_empty() || !self.is_alone() {
+            return;
+        }
         // Best effort: the command has failed already and says why.
         for file in made.files {
             let _ = fs::remove_file(file);

@@ -12,7 +12,7 @@ use fusefs::merge::{MergeError, merge};
 
 use crate::{
     frame_reader::FrameReader,
-    hot_set::{ConfigError, FileContent, HotRange, Profile, StartConfig, derive},
+    hot_set::{FileContent, HotRange, Profile, StartConfig, derive},
 };
 
 /// Where it is known from what a start reads.
@@ -49,9 +49,6 @@ pub enum StartUpError {
     /// The layers make no tree.
     #[error(transparent)]
     Merge(#[from] MergeError),
-    /// The config says nothing that can be understood.
-    #[error("config: {0}")]
-    Config(#[from] ConfigError),
 }
 
 /// The hot pieces of each layer, by the digest of its original blob, in the order of first access.
@@ -60,7 +57,7 @@ pub enum StartUpError {
 ///
 /// # Errors
 ///
-/// When the layers make no tree or the config cannot be read.
+/// When the layers make no tree.
 pub fn choose_hot_pieces(
     layers: Vec<ReadableLayer<'_>>,
     choice: &HotPackChoice,
@@ -81,8 +78,14 @@ pub fn choose_hot_pieces(
             profile.hot_set(&tree)
         }
         HotPackChoice::Derived => {
-            let config = StartConfig::from_json(config)?;
-            derive(&tree, &mut ImageFiles(layers), &config)
+            // A hot pack is a hint: an image whose start cannot be told goes without.
+            match StartConfig::from_json(config) {
+                Ok(config) => derive(&tree, &mut ImageFiles(layers), &config),
+                Err(error) => {
+                    tracing::warn!(%error, "no hot packs: the config does not say how the image starts");
+                    Vec::new()
+                }
+            }
         }
     };
     Ok(place(&tree, &hot))
