@@ -4,17 +4,25 @@
 //! *record*: the tree's slot among the node numbers, and its layers. The record is written last, so a tree
 //! without one does not exist. `next-slot` holds the slot for the next tree; it only grows. In kernel mode there is
 //! a file `<hex ID>.erofs` too: the tree as an EROFS image, made from its bytes when it is first mounted.
+//!
+//! Bytes and image are read whole and compared with a checksum before they are used: that of the bytes is in the
+//! record, that of the image in `<hex ID>.erofs-sum`. What the disk has changed or lost is made again, in a new file
+//! and for the same slot, so that node numbers stay.
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use format_spec::Index;
+use format_spec::{Index, LayerId};
 use serde::{Deserialize, Serialize};
-use storage::{create_private_directory, mapping::Map};
+use storage::{
+    create_private_directory,
+    mapping::{FileChecksum, Map},
+};
 use tracing::warn;
 
 use crate::{
@@ -27,6 +35,7 @@ use crate::{
 
 const RECORD_SUFFIX: &str = ".json";
 const IMAGE_SUFFIX: &str = ".erofs";
+const IMAGE_CHECKSUM_SUFFIX: &str = ".erofs-sum";
 const NEXT_SLOT: &str = "next-slot";
 
 /// The directory of trees.
@@ -34,6 +43,8 @@ const NEXT_SLOT: &str = "next-slot";
 pub(crate) struct TreeStore {
     directory: PathBuf,
     next_slot: Mutex<u32>,
+    /// Trees whose image this process has made or compared.
+    known_images: Mutex<HashSet<TreeId>>,
 }
 
 /// What is known about a tree besides its bytes.
@@ -45,6 +56,8 @@ pub(crate) struct TreeRecord {
     pub(crate) layers: Vec<RemoteLayer>,
     /// Blocks of its regular files.
     block_count: u64,
+    /// Of its bytes; an older version kept none, and the tree is made again.
+    checksum: Option<FileChecksum>,
 }
 
 /// A tree from the store.
@@ -63,7 +76,8 @@ impl TreeStore {
     /// When the disk refuses.
     pub(crate) fn open(directory: PathBuf) -> Result<Self, Error> {
         create_private_directory(&directory).map_err(Error::disk(&directory))?;
-        let store = Self { directory, next_slot: Mutex::new(Slot::FIRST.number()) };
+        let next_slot = Mutex::new(Slot::FIRST.number());
+        let store = Self { directory, next_slot, known_images: Mutex::default() };
         let mut next_slot = store.read_next_slot();
         for (_, record) in store.records()? {
             next_slot = next_slot.max(record.slot.saturating_add(1));
@@ -108,7 +122,7 @@ impl TreeStore {
 
     /// A tree that was made before; `None` if there is none, or if it is damaged.
     ///
-    /// Takes constant time: the content was checked when it was made.
+    /// Compares all its bytes with their checksum; what they mean was checked when they were made.
     ///
     /// # Errors
     ///
@@ -119,7 +133,7 @@ impl TreeStore {
             return Err(Error::OtherLayers(id));
         }
         let path = self.path(id);
-        let opened = map(&path).map_err(|error| error.to_string()).and_then(|bytes| {
+        let opened = map_checked(&path, record.checksum).and_then(|bytes| {
             let index = Index::open(bytes).map_err(|error| error.to_string())?;
             let slot = Slot::new(record.slot).ok_or("its slot is out of range")?;
             let is_ours = index.layers().eq(layers.iter().map(|layer| layer.layer.id()));
@@ -134,7 +148,7 @@ impl TreeStore {
         }
     }
 
-    /// Keeps a new tree (open form, checked) and gives it a slot.
+    /// Keeps a tree (open form, checked) and gives it a slot: that of its record, if it was there before.
     ///
     /// # Errors
     ///
@@ -142,13 +156,17 @@ impl TreeStore {
     pub(crate) fn create(&self, id: TreeId, layers: &[RemoteLayer], bytes: &[u8]) -> Result<StoredTree, Error> {
         let path = self.path(id);
         // Of what was there before.
-        remove_if_there(&self.image_path(id))?;
+        self.remove_image(id)?;
+        let slot = match self.record(id).and_then(|record| Slot::new(record.slot)) {
+            Some(slot) => slot,
+            None => self.take_slot()?,
+        };
         self.write(&path, |file| file.write_all(bytes))?;
         let mapped = map(&path).map_err(Error::disk(&path))?;
+        let checksum = Some(FileChecksum::of_bytes(bytes));
         let index = Index::open(mapped).map_err(|error| Error::Tree { path, error })?;
         let block_count = tree::block_count(&index);
-        let slot = self.take_slot()?;
-        let record = TreeRecord { slot: slot.number(), layers: layers.to_vec(), block_count };
+        let record = TreeRecord { slot: slot.number(), layers: layers.to_vec(), block_count, checksum };
         let record = serde_json::to_vec(&record).expect("a record has text keys only");
         self.write(&self.record_path(id), |file| file.write_all(&record))?;
         Ok(StoredTree { slot, index, block_count })
@@ -162,24 +180,71 @@ impl TreeStore {
     pub(crate) fn image(&self, id: TreeId, index: &Index<Map>) -> Result<PathBuf, Error> {
         let path = self.image_path(id);
         let layers: Vec<_> = index.layers().collect();
-        match File::open(&path).and_then(|file| erofs::is_image_of(&file, &layers)) {
-            Ok(true) => return Ok(path),
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Disk { path, error }),
-            Ok(false) | Err(_) => {}
+        if self.is_image_whole(id, &layers) {
+            return Ok(path);
         }
-        let mut refused = None;
-        let written = self.write(&path, |file| match erofs::write_image(index, file) {
-            Ok(_) => Ok(()),
+        self.remove_image(id)?;
+        let (mut refused, mut checksum) = (None, None);
+        let written = self.write(&path, |file| match erofs::write_image(index, &mut *file) {
+            Ok(_) => {
+                checksum = Some(FileChecksum::of(file)?);
+                Ok(())
+            }
             Err(erofs::WriteError::Io(error)) => Err(error),
             Err(error) => {
                 refused = Some(error);
                 Err(io::ErrorKind::Unsupported.into())
             }
         });
+        // After the image: who finds it finds an image.
+        let written = written.and_then(|()| {
+            let checksum = serde_json::to_vec(&checksum).expect("two numbers");
+            self.write(&self.image_checksum_path(id), |file| file.write_all(&checksum))?;
+            lock(&self.known_images).insert(id);
+            Ok(())
+        });
         match refused {
             Some(error) => Err(Error::Image(id, error)),
             None => written.map(|()| path),
         }
+    }
+
+    /// Whether the image of a tree is there, of these layers, and what was written; one that cannot be read is not.
+    fn is_image_whole(&self, id: TreeId, layers: &[LayerId]) -> bool {
+        let path = self.image_path(id);
+        let compare = || -> io::Result<bool> {
+            let file = File::open(&path)?;
+            if !erofs::is_image_of(&file, layers)? {
+                return Ok(false);
+            }
+            if lock(&self.known_images).contains(&id) {
+                return Ok(true);
+            }
+            let expected: Option<FileChecksum> =
+                serde_json::from_slice(&fs::read(self.image_checksum_path(id))?).map_err(io::Error::other)?;
+            Ok(expected == Some(FileChecksum::of(&file)?))
+        };
+        match compare() {
+            Ok(true) => {
+                lock(&self.known_images).insert(id);
+                true
+            }
+            Ok(false) => {
+                warn!(path = %path.display(), "image is made again: it is not what was written");
+                false
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => {
+                warn!(path = %path.display(), %error, "image is made again");
+                false
+            }
+        }
+    }
+
+    fn remove_image(&self, id: TreeId) -> Result<(), Error> {
+        lock(&self.known_images).remove(&id);
+        remove_if_there(&self.image_checksum_path(id))?;
+        remove_if_there(&self.image_path(id))
     }
 
     /// Deletes a tree; unknown ones are deleted already.
@@ -188,12 +253,14 @@ impl TreeStore {
     ///
     /// When the disk refuses.
     pub(crate) fn remove(&self, id: TreeId) -> Result<(), Error> {
-        [self.record_path(id), self.path(id), self.image_path(id)].iter().try_for_each(|path| remove_if_there(path))
+        remove_if_there(&self.record_path(id))?;
+        remove_if_there(&self.path(id))?;
+        self.remove_image(id)
     }
 
     /// The slot is taken on disk before anybody can see it.
     fn take_slot(&self) -> Result<Slot, Error> {
-        let mut next_slot = self.next_slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next_slot = lock(&self.next_slot);
         let path = self.directory.join(NEXT_SLOT);
         let exhausted = || Error::Disk { path: path.clone(), error: io::Error::other("no slots are left") };
         let slot = Slot::new(*next_slot).ok_or_else(exhausted)?;
@@ -226,6 +293,15 @@ impl TreeStore {
     fn image_path(&self, id: TreeId) -> PathBuf {
         self.directory.join(id.hex() + IMAGE_SUFFIX)
     }
+
+    fn image_checksum_path(&self, id: TreeId) -> PathBuf {
+        self.directory.join(id.hex() + IMAGE_CHECKSUM_SUFFIX)
+    }
+}
+
+/// A panic elsewhere leaves what these protect whole, as it is changed in one step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn remove_if_there(path: &Path) -> Result<(), Error> {
@@ -240,8 +316,24 @@ fn map(path: &Path) -> io::Result<Map> {
     Map::of(&File::open(path)?)
 }
 
+/// Maps a file whose bytes were compared with their checksum; else says why not.
+fn map_checked(path: &Path, expected: Option<FileChecksum>) -> Result<Map, String> {
+    let open = || -> io::Result<(File, FileChecksum)> {
+        let file = File::open(path)?;
+        let found = FileChecksum::of(&file)?;
+        Ok((file, found))
+    };
+    let (file, found) = open().map_err(|error| error.to_string())?;
+    if expected != Some(found) {
+        return Err("its bytes are not those that were written".to_owned());
+    }
+    Map::of(&file).map_err(|error| error.to_string())
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+
     use format_spec::{Digest, IndexBuilder, IndexLocation, LazyLayer, builder::implicit_directory};
 
     use super::*;
@@ -287,6 +379,56 @@ mod tests {
         elsewhere[0].layer.blob = Digest::of(b"another blob with the same index");
         assert!(store.load(id, &elsewhere).unwrap().is_some(), "what counts is the index");
         assert_eq!(store.records().unwrap().len(), 1);
+    }
+
+    /// Flips one bit of a file, as a disk does: in the same inode.
+    fn flip(path: &Path, position: u64) {
+        let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, position).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], position).unwrap();
+    }
+
+    #[test]
+    fn a_tree_with_a_flipped_bit_is_made_again_under_its_number() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = TreeStore::open(directory.path().to_owned()).unwrap();
+        let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
+        let bytes = tree(&layers);
+        let slot = store.create(id, &layers, &bytes).unwrap().slot.number();
+        for position in (0..bytes.len() as u64).step_by(31) {
+            flip(&store.path(id), position);
+            assert!(store.load(id, &layers).unwrap().is_none(), "byte {position}");
+            assert_eq!(store.create(id, &layers, &bytes).unwrap().slot.number(), slot);
+            assert_eq!(store.load(id, &layers).unwrap().unwrap().slot.number(), slot);
+        }
+    }
+
+    #[test]
+    fn an_image_with_a_flipped_bit_is_made_again_in_a_new_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
+        let image = || {
+            // A new process: one that has made or compared an image does not do it again.
+            let store = TreeStore::open(directory.path().to_owned()).unwrap();
+            let stored = match store.load(id, &layers).unwrap() {
+                Some(stored) => stored,
+                None => store.create(id, &layers, &tree(&layers)).unwrap(),
+            };
+            store.image(id, &stored.index).unwrap()
+        };
+        let path = image();
+        let (right, inode) = (fs::read(&path).unwrap(), fs::metadata(&path).unwrap().ino());
+        assert_eq!(fs::metadata(image()).unwrap().ino(), inode, "nothing is wrong with it");
+        for position in (0..right.len() as u64).step_by(997) {
+            flip(&path, position);
+            let mounted = File::open(&path).unwrap();
+            let new = image();
+            assert!(fs::read(new).unwrap() == right, "byte {position}");
+            let mut old = vec![0; right.len()];
+            mounted.read_exact_at(&mut old, 0).unwrap();
+            assert!(old != right, "a file that may be mounted was written to");
+        }
     }
 
     #[test]
