@@ -601,6 +601,16 @@ impl<B: AsRef<[u8]>> Index<B> {
     pub fn check(&self) -> Result<(), FormatError> {
         let (_, entries) = table::parse(self.bytes.as_ref())?;
         table::check_sections(self.bytes.as_ref(), entries)?;
+        self.check_rules()
+    }
+
+    /// The same of an index whose sections were compared with their checksums
+    /// ([`crate::table::WireIndex::to_open`]).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::check`].
+    pub fn check_rules(&self) -> Result<(), FormatError> {
         self.check_strings()?;
         self.check_directories()?;
         self.check_inodes()?;

@@ -26,6 +26,13 @@ pub const VERSION: u32 = 1;
 pub const FEATURES_INCOMPATIBLE_KNOWN: u64 = 0;
 /// Most sections an index may have.
 pub const SECTION_COUNT_MAX: u32 = 64;
+/// Longest header and section table.
+pub const HEAD_LEN_MAX: usize = size_of::<Header>() + SECTION_COUNT_MAX as usize * size_of::<SectionEntry>();
+/// Binary logarithm of the longest window that the zstd frame of an index or dedup section may have (SPEC.md 9): what
+/// a reader needs to decompress it, however long it is.
+pub const WINDOW_LOG_MAX: u32 = 23;
+/// Bytes of records that are brought from one form to the other at once.
+const PART_LEN: usize = 256 << 10;
 /// Sections start at multiples of this.
 const SECTION_ALIGN: usize = 8;
 
@@ -197,6 +204,11 @@ fn header_checksum(header: &Header, table: &[SectionEntry]) -> u32 {
 
 /// Reads header and section table and checks them, not the sections.
 pub(crate) fn parse(bytes: &[u8]) -> Result<(&Header, &[SectionEntry]), FormatError> {
+    parse_head(bytes, bytes.len() as u64)
+}
+
+/// The same of the first bytes of an index that has so many in all.
+fn parse_head(bytes: &[u8], index_len: u64) -> Result<(&Header, &[SectionEntry]), FormatError> {
     let short =
         |expected: usize| FormatError::Length { what: "index", expected: expected as u64, found: bytes.len() as u64 };
     let (header, rest) = Header::ref_from_prefix(bytes).map_err(|_| short(size_of::<Header>()))?;
@@ -221,8 +233,8 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<(&Header, &[SectionEntry]), FormatEr
     if found != header.crc32.get() {
         return Err(FormatError::Checksum { what: "index header", expected: header.crc32.get(), found });
     }
-    if header.index_len.get() != bytes.len() as u64 {
-        return Err(FormatError::Length { what: "index", expected: header.index_len.get(), found: bytes.len() as u64 });
+    if header.index_len.get() != index_len {
+        return Err(FormatError::Length { what: "index", expected: header.index_len.get(), found: index_len });
     }
     let mut end = size_of::<Header>() + table_len;
     let mut previous_kind = None;
@@ -235,7 +247,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<(&Header, &[SectionEntry]), FormatEr
             return Err(rule(number, "length is no multiple of the record length"));
         }
         let range = section_range(entry).ok_or_else(|| rule(number, "lies outside the index"))?;
-        if range.start % SECTION_ALIGN != 0 || range.start < end || range.end > bytes.len() {
+        if range.start % SECTION_ALIGN != 0 || range.start < end || range.end as u64 > index_len {
             return Err(rule(number, "overlaps another, is not aligned or lies outside the index"));
         }
         if previous_kind >= Some(entry.kind.get()) {
@@ -278,7 +290,8 @@ pub(crate) fn decompress(compressed: &[u8], plain_len: u64) -> Result<Vec<u8>, F
     }
     // Grows with what arrives: a length that lies allocates nothing.
     let failed = |error: io::Error| FormatError::Compression(error.to_string());
-    let decoder = zstd::stream::read::Decoder::with_buffer(compressed).map_err(failed)?;
+    let mut decoder = zstd::stream::read::Decoder::with_buffer(compressed).map_err(failed)?;
+    decoder.window_log_max(WINDOW_LOG_MAX).map_err(failed)?;
     let mut bytes = Vec::new();
     decoder.take(plain_len + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 != plain_len {
@@ -329,6 +342,110 @@ pub(crate) fn from_wire(wire: &mut [u8]) -> Result<(), FormatError> {
     })
 }
 
+/// An index in wire form that is too long to be in memory: header and section table, which are the same in both forms.
+#[derive(Debug)]
+pub struct WireIndex {
+    table: Vec<SectionEntry>,
+    len: u64,
+}
+
+impl WireIndex {
+    /// Looks at the first bytes of an index: [`HEAD_LEN_MAX`], or all of a shorter one. `len` is its length.
+    ///
+    /// # Errors
+    ///
+    /// When they do not begin an index of this length.
+    pub fn parse(head: &[u8], len: u64) -> Result<Self, FormatError> {
+        if len > INDEX_LEN_MAX {
+            return Err(FormatError::Length { what: "index", expected: INDEX_LEN_MAX, found: len });
+        }
+        let (_, table) = parse_head(head, len)?;
+        Ok(Self { table: table.to_vec(), len })
+    }
+
+    /// Writes the open form front to back, in a memory that does not grow with it. `read_at` fills a buffer from an
+    /// offset of the wire form.
+    ///
+    /// # Errors
+    ///
+    /// What reading and writing fail with, and [`FormatError::Checksum`] when a section is not what the table says.
+    pub fn to_open<E: From<FormatError>>(
+        &self,
+        mut read_at: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+        mut write: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut position = 0;
+        for entry in &self.table {
+            let (start, len) = (entry.offset.get(), entry.len.get());
+            copy(position..start, &mut read_at, &mut write)?;
+            let mut hasher = crc32fast::Hasher::new();
+            let mut hash_and_write = |bytes: &[u8]| {
+                hasher.update(bytes);
+                write(bytes)
+            };
+            match entry.record_len.get() as usize {
+                1 => copy(start..start + len, &mut read_at, &mut hash_and_write)?,
+                _ => records_to_open(entry, &mut read_at, &mut hash_and_write)?,
+            }
+            let (expected, found) = (entry.crc32.get(), hasher.finalize());
+            if found != expected {
+                return Err(FormatError::Checksum { what: "index section", expected, found }.into());
+            }
+            position = start + len;
+        }
+        copy(position..self.len, &mut read_at, &mut write)
+    }
+}
+
+/// Copies what is the same in both forms.
+fn copy<E>(
+    range: Range<u64>,
+    read_at: &mut impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    write: &mut impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut position = range.start;
+    while position < range.end {
+        let len = usize::try_from(range.end - position).map_or(PART_LEN, |left| left.min(PART_LEN));
+        let mut bytes = vec![0; len];
+        read_at(position, &mut bytes)?;
+        write(&bytes)?;
+        position += len as u64;
+    }
+    Ok(())
+}
+
+/// Brings the records of a section, which stand in columns of single bytes, into rows.
+fn records_to_open<E>(
+    entry: &SectionEntry,
+    read_at: &mut impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    write: &mut impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let record_len = entry.record_len.get() as usize;
+    let count = entry.len.get() / record_len as u64;
+    let mut previous = vec![0u32; record_len / 4];
+    let mut first = 0;
+    while first < count {
+        let part_count = usize::try_from(count - first).map_or(PART_LEN, |left| left.min(PART_LEN / record_len));
+        let mut columns = vec![0; part_count * record_len];
+        for (number, column) in (0u64..).zip(columns.chunks_exact_mut(part_count)) {
+            read_at(entry.offset.get() + number * count + first, column)?;
+        }
+        let mut records = vec![0; part_count * record_len];
+        for (number, record) in records.chunks_exact_mut(record_len).enumerate() {
+            for (word, previous) in previous.iter_mut().enumerate() {
+                let column = |byte: usize| columns[(word * 4 + byte) * part_count + number];
+                let stored = u32::from_le_bytes([column(0), column(1), column(2), column(3)]);
+                let is_delta = entry.delta_words.get() >> word & 1 == 1;
+                *previous = if is_delta { stored.wrapping_add(*previous) } else { stored };
+                record[word * 4..word * 4 + 4].copy_from_slice(&previous.to_le_bytes());
+            }
+        }
+        write(&records)?;
+        first += part_count as u64;
+    }
+    Ok(())
+}
+
 fn word_at(record: &[u8], word: usize) -> u32 {
     let bytes = &record[word * 4..word * 4 + 4];
     u32::from_le_bytes(bytes.try_into().expect("four bytes"))
@@ -363,7 +480,51 @@ mod tests {
         )
     }
 
+    fn to_open(wire: &[u8]) -> Result<Vec<u8>, FormatError> {
+        let index = WireIndex::parse(&wire[..wire.len().min(HEAD_LEN_MAX)], wire.len() as u64)?;
+        let mut open = Vec::new();
+        let read_at = |offset: u64, buffer: &mut [u8]| {
+            let start = usize::try_from(offset).expect("in memory");
+            buffer.copy_from_slice(&wire[start..start + buffer.len()]);
+            Ok(())
+        };
+        index.to_open(read_at, |bytes| {
+            open.extend_from_slice(bytes);
+            Ok::<_, FormatError>(())
+        })?;
+        Ok(open)
+    }
+
+    #[test]
+    fn an_index_of_many_parts_is_opened_as_one_in_memory() {
+        let records: Vec<u8> = (0..3 * PART_LEN as u32).flat_map(|number| (number * number).to_le_bytes()).collect();
+        let open = sample(&records[..records.len() / 12 * 12], &records[..PART_LEN + 7], 5);
+        let mut wire = open.clone();
+        to_wire(&mut wire).expect("an index");
+        assert!(to_open(&wire) == Ok(open));
+    }
+
+    #[test]
+    fn a_section_that_is_not_what_its_table_says_is_refused_while_it_is_opened() {
+        let mut wire = sample(&[3; 36], b"text", 1);
+        to_wire(&mut wire).expect("an index");
+        *wire.last_mut().expect("not empty") ^= 1;
+        assert!(matches!(to_open(&wire), Err(FormatError::Checksum { what: "index section", .. })));
+    }
+
     proptest! {
+        #[test]
+        fn wire_form_is_opened_in_parts_as_in_memory(
+            records in proptest::collection::vec(any::<[u8; 12]>(), 0..50),
+            text in proptest::collection::vec(any::<u8>(), 0..50),
+            delta_words in 0u32..8,
+        ) {
+            let open = sample(&records.concat(), &text, delta_words);
+            let mut wire = open.clone();
+            to_wire(&mut wire)?;
+            prop_assert_eq!(to_open(&wire), Ok(open));
+        }
+
         #[test]
         fn wire_form_is_reversible(
             records in proptest::collection::vec(any::<[u8; 12]>(), 0..50),

@@ -160,6 +160,7 @@ fn limits_are_those_of_the_specification() {
     let spec: Vec<_> = rows("## 9. Limits").iter().map(|cells| cells[1].to_owned()).collect();
     let code = [
         format!("{} GiB", annotation::INDEX_LEN_MAX >> 30),
+        (1 << table::WINDOW_LOG_MAX).to_string(),
         index::FRAME_PLAIN_LEN_MAX.to_string(),
         index::FRAME_COMPRESSED_LEN_MAX.to_string(),
         table::SECTION_COUNT_MAX.to_string(),

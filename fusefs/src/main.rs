@@ -33,6 +33,8 @@ const PATIENCE_SECONDS: u32 = 60;
 const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
 /// Half of a link of 1 Gbit/s: a node of many images is complete within minutes, and what starts next finds room.
 const BACKGROUND_RATE_MIB: u32 = 64;
+/// Six large indexes at a time; more wait for each other.
+const INDEX_MEMORY_MIB: u32 = 64;
 /// The session's descriptor, as the service manager calls it.
 const STORED_SESSION: &str = "session";
 
@@ -57,6 +59,9 @@ struct Arguments {
     /// MiB a second at which the rest of each layer is fetched after start-up; 0 fetches only what is read.
     #[arg(long, value_name = "MIB", default_value_t = BACKGROUND_RATE_MIB)]
     background_rate: u32,
+    /// MiB of memory for all indexes that are being opened, whatever they claim.
+    #[arg(long, value_name = "MIB", default_value_t = INDEX_MEMORY_MIB)]
+    index_memory: u32,
     /// Between which layers content is copied instead of fetched: of one repository, one registry, or all of the node.
     #[arg(long, value_name = "SCOPE", default_value_t)]
     dedup: DedupScope,
@@ -96,6 +101,7 @@ fn main() -> ExitCode {
         mode: arguments.mode,
         cache: CacheOptions {
             rest: NonZeroU64::new(u64::from(arguments.background_rate) << 20).map(RestOptions::new),
+            index_memory: u64::from(arguments.index_memory) << 20,
             domain: arguments.dedup.domain(),
             patience: Some(Duration::from_secs(arguments.patience.max(1).into())),
             ..CacheOptions::default()

@@ -49,6 +49,8 @@ pub struct Settings {
     pub background_rate: Option<u32>,
     /// How long a read waits for bytes, whatever the registries answer, in seconds.
     pub patience: Option<u32>,
+    /// MiB of memory for all indexes that are being opened.
+    pub index_memory: Option<u32>,
     /// How long a container waits for its lazy layers, in seconds.
     pub start_timeout: Option<u32>,
     /// How long the first lazy layer of an image waits for a look at its registry, in seconds.
@@ -86,6 +88,8 @@ pub struct Config {
     /// How long a read waits for bytes, whatever the registries answer, in seconds; `None` for the default of
     /// `lazuli-fused`.
     pub patience: Option<u32>,
+    /// MiB of memory for all indexes that are being opened; `None` for the default of `lazuli-fused`.
+    pub index_memory: Option<u32>,
     /// How long things may take.
     pub limits: Limits,
     /// Between which layers content is copied; `None` for the default of `lazuli-fused`.
@@ -104,6 +108,7 @@ impl Config {
             ("--read-ahead", self.read_ahead),
             ("--background-rate", self.background_rate),
             ("--patience", self.patience),
+            ("--index-memory", self.index_memory),
         ];
         for (flag, number) in numbers {
             arguments.extend(number.into_iter().flat_map(|number| [flag.to_owned(), number.to_string()]));
@@ -156,6 +161,7 @@ impl Settings {
             read_ahead: self.read_ahead.or(file.read_ahead),
             background_rate: self.background_rate.or(file.background_rate),
             patience: self.patience.or(file.patience),
+            index_memory: self.index_memory.or(file.index_memory),
             limits: Limits {
                 start: seconds(self.start_timeout.or(file.start_timeout).unwrap_or(START_SECONDS)),
                 probe: seconds(self.probe_timeout.or(file.probe_timeout).unwrap_or(PROBE_SECONDS)),
@@ -176,7 +182,7 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\npatience = 90\nhang_timeout = 0\nstart_timeout = 5\ndedup = 'node'\n[trust]\nrepositories = ['host/team']\n";
+        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\npatience = 90\nindex_memory = 32\nhang_timeout = 0\nstart_timeout = 5\ndedup = 'node'\n[trust]\nrepositories = ['host/team']\n";
         let file = Settings::parse(text).unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
         let expected = Config {
@@ -189,6 +195,7 @@ mod tests {
             read_ahead: None,
             background_rate: Some(0),
             patience: Some(90),
+            index_memory: Some(32),
             limits: Limits { start: seconds(5), probe: seconds(PROBE_SECONDS), hang: None },
             dedup: Some(DedupScope::Node),
             trust: TrustSettings { repositories: vec!["host/team".to_owned()], ..TrustSettings::default() }.into(),
@@ -207,6 +214,8 @@ mod tests {
                 "0",
                 "--patience",
                 "90",
+                "--index-memory",
+                "32",
                 "--dedup",
                 "node",
                 "--plain-http"

@@ -62,6 +62,9 @@ struct Arguments {
     /// Seconds that a read waits for bytes, whatever the registries answer; then it fails [default: that of lazuli-fused]
     #[arg(long, value_name = "SECONDS")]
     patience: Option<u32>,
+    /// MiB of memory for all indexes that are being opened [default: that of lazuli-fused]
+    #[arg(long, value_name = "MIB")]
+    index_memory: Option<u32>,
     /// Seconds that a container waits for its lazy layers; they are waited for all the same [default: 60]
     #[arg(long, value_name = "SECONDS")]
     start_timeout: Option<u32>,
@@ -128,7 +131,7 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
     };
     let program = std::env::current_exe()?;
     let Arguments { address, root, fused, plain_http, mode, read_ahead, background_rate, patience, .. } = arguments;
-    let Arguments { start_timeout, probe_timeout, hang_timeout, dedup, log, .. } = arguments;
+    let Arguments { index_memory, start_timeout, probe_timeout, hang_timeout, dedup, log, .. } = arguments;
     let (plain_http, fused_is_service) = (plain_http.then_some(true), None);
     let flags = Settings {
         address,
@@ -140,6 +143,7 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         read_ahead,
         background_rate,
         patience,
+        index_memory,
         start_timeout,
         probe_timeout,
         hang_timeout,

@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/layers/<64 hex digits of the index digest>/   see directory.rs
 //! <root>/removed/                                      what is being deleted
+//! <root>/incoming/                                     indexes that are being unpacked, see unpack.rs
 //! ```
 //!
 //! A layer is known by the digest of its index: it covers all that is believed of a layer that is read in
@@ -44,6 +45,7 @@ use crate::{
     places::{Place, Places},
     scheduler::{RequestOptions, Scheduler},
     source::{Source, Sources},
+    unpack::Unpacker,
 };
 
 mod opening;
@@ -75,6 +77,8 @@ pub struct CacheOptions {
     pub domain: fn(&Value) -> String,
     /// Time between two writes of what arrived to the disk.
     pub flush_interval: Duration,
+    /// Bytes of memory that all indexes together use while they are opened, whatever they claim.
+    pub index_memory: u64,
     /// Where files are changed.
     pub disk: Disk,
 }
@@ -88,6 +92,7 @@ impl Default for CacheOptions {
             rest: None,
             domain: |_| String::new(),
             flush_interval: Duration::from_secs(3),
+            index_memory: 64 << 20,
             disk: Disk::default(),
         }
     }
@@ -131,6 +136,8 @@ struct CacheInner {
     domain: fn(&Value) -> String,
     flush_soon: Arc<Notify>,
     place_count: AtomicU64,
+    unpacker: Arc<Unpacker>,
+    refusals: opening::Refusals,
 }
 
 #[derive(Debug)]
@@ -175,7 +182,10 @@ impl Cache {
         if u64::try_from(magic) == Ok(OVERLAYFS_SUPER_MAGIC) {
             return Err(CacheError::OnOverlay(root.to_owned()));
         }
+        let unpacker = Unpacker::open(root.join("incoming"), options.disk.clone(), options.index_memory);
         let inner = Arc::new(CacheInner {
+            unpacker: Arc::new(unpacker.map_err(disk_error)?),
+            refusals: opening::Refusals::default(),
             root: root.to_owned(),
             scheduler: Scheduler::new(runtime.clone(), &options),
             runtime,
@@ -188,8 +198,10 @@ impl Cache {
             flush_soon: Arc::default(),
             place_count: AtomicU64::new(0),
         });
-        inner.disk.make_directory(&root.join("layers")).map_err(disk_error)?;
-        inner.disk.sync_directory(root).map_err(disk_error)?;
+        if !root.join("layers").exists() {
+            inner.disk.make_directory(&root.join("layers")).map_err(disk_error)?;
+            inner.disk.sync_directory(root).map_err(disk_error)?;
+        }
         match fs::remove_dir_all(inner.graveyard()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk_error(error)),
             _ => inner.disk.make_directory(&inner.graveyard()).map_err(disk_error)?,
@@ -440,7 +452,9 @@ impl CacheInner {
         let is_awaited = matches!(layers.get(&id), Some(Entry::Opening(opening)) if opening.number == number);
         if !is_awaited {
             drop(layers);
-            opened.inspect(Layer::stop)?;
+            if let Ok(layer) = opened {
+                layer.stop();
+            }
             return Err(CacheError::Stopped(id));
         }
         match &opened {

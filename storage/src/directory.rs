@@ -39,6 +39,7 @@ use crate::{
     mapping::{FileChecksum, Map},
     presence::{Counts, PresenceBits},
     proof::VerdictRecord,
+    unpack::NewIndex,
 };
 
 /// Extension of files that are not whole yet.
@@ -118,11 +119,14 @@ impl LayerDirectory {
 
     /// Writes `verdict`; the content that it speaks of is durable.
     pub(crate) fn write_verdict(&self, record: &VerdictRecord) -> io::Result<()> {
-        self.replace("verdict", &serde_json::to_vec(record)?)
+        self.replace(&[("verdict", &serde_json::to_vec(record)?)])
     }
 
     /// Makes the directory if it is not there.
     pub(crate) fn create(&self) -> io::Result<()> {
+        if self.path.exists() {
+            return Ok(());
+        }
         self.disk.make_directory(&self.path)?;
         self.path.parent().map_or(Ok(()), |parent| self.disk.sync_directory(parent))
     }
@@ -133,9 +137,12 @@ impl LayerDirectory {
         Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
     }
 
-    /// Writes `layer.json`.
+    /// Writes `layer.json`, unless that is what it says.
     pub(crate) fn write_record(&self, record: &LayerRecord) -> io::Result<()> {
-        self.replace("layer.json", &serde_json::to_vec(record)?)
+        if self.read_record()?.as_ref() == Some(record) {
+            return Ok(());
+        }
+        self.replace(&[("layer.json", &serde_json::to_vec(record)?)])
     }
 
     /// Maps `index`; `None` if it is missing or damaged.
@@ -158,10 +165,12 @@ impl LayerDirectory {
         Ok(Index::open(Map::of(&file)?).ok())
     }
 
-    /// Writes `layer.json` and `index`; `open_form` was verified to be the index that the record names.
-    pub(crate) fn write_index(&self, record: &LayerRecord, open_form: &[u8]) -> io::Result<()> {
-        self.write_record(record)?;
-        self.replace("index", open_form)
+    /// Writes `layer.json`, and gives `index` its name: it was verified to be the index that the record names.
+    pub(crate) fn place_index(&self, record: &LayerRecord, index: NewIndex) -> io::Result<LayerIndex> {
+        let NewIndex { index, mut file } = index;
+        self.replace_and_move(&[("layer.json", &serde_json::to_vec(record)?)], &[(&file.path, "index")])?;
+        file.is_named = true;
+        Ok(index)
     }
 
     /// Opens `data` with this length, and what `presence` says is in it.
@@ -182,8 +191,10 @@ impl LayerDirectory {
             return Ok((data, bits));
         }
         // In this order: no `presence` may speak of a file that it does not know.
-        self.disk.remove_if_there(&self.path.join("presence"))?;
-        self.disk.sync_directory(&self.path)?;
+        if self.path.join("presence").exists() {
+            self.disk.remove_if_there(&self.path.join("presence"))?;
+            self.disk.sync_directory(&self.path)?;
+        }
         self.disk.remove_if_there(&self.data_path())?;
         let data = self.disk.create(&self.data_path())?;
         data.set_len(space_len)?;
@@ -199,7 +210,7 @@ impl LayerDirectory {
 
     /// Writes `presence`; the data of every set bit is durable.
     pub(crate) fn write_presence(&self, bits: &PresenceBits, counts: Counts, index: &Digest) -> io::Result<()> {
-        self.replace("presence", &bits.encode(counts, index))
+        self.replace(&[("presence", &bits.encode(counts, index))])
     }
 
     /// Opens `data` and `presence` of a layer that is not open, to copy from; `None` where they are missing or damaged.
@@ -218,7 +229,7 @@ impl LayerDirectory {
 
     /// Writes `dedup`.
     pub(crate) fn write_dedup(&self, content: &[u8]) -> io::Result<()> {
-        self.replace("dedup", content)
+        self.replace(&[("dedup", content)])
     }
 
     fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
@@ -226,35 +237,42 @@ impl LayerDirectory {
         unless_lost(&path, self.disk.read_if_there(&path))
     }
 
-    /// Replaces a file so that a crash leaves the old or the new content, and this one is durable on return. Nothing
-    /// happens where the directory was moved away.
-    fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let temporary = self.temporary(name);
-        let written = self.disk.create(&temporary).and_then(|file| {
-            file.write_all_at(bytes, 0)?;
-            file.sync_data()
-        });
-        let named = written.and_then(|()| self.name(&temporary, name));
-        if named.is_err() {
-            // Best effort: the error that counts is there already.
-            let _ = self.disk.remove_if_there(&temporary);
-        }
-        match named {
-            // Moved away, and deleted perhaps.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && *lock(&self.is_buried) => Ok(()),
-            named => named,
-        }
+    /// Replaces files, each so that a crash leaves the old or the new content; all are durable on return. Nothing happens
+    /// where the directory was moved away.
+    fn replace(&self, files: &[(&str, &[u8])]) -> io::Result<()> {
+        self.replace_and_move(files, &[])
     }
 
-    /// Gives a file its name, in the place of the one before.
-    fn name(&self, temporary: &Path, name: &str) -> io::Result<()> {
-        let is_buried = lock(&self.is_buried);
-        if *is_buried {
-            return self.disk.remove_if_there(temporary);
+    /// The same, and moves files here whose content is durable.
+    fn replace_and_move(&self, files: &[(&str, &[u8])], moved: &[(&Path, &str)]) -> io::Result<()> {
+        let files: Vec<_> = files.iter().map(|(name, bytes)| (self.temporary(name), *name, *bytes)).collect();
+        let write = |(temporary, _, bytes): &(PathBuf, &str, &[u8])| {
+            let file = self.disk.create(temporary)?;
+            file.write_all_at(bytes, 0)?;
+            file.sync_data()
+        };
+        let replaced = files.iter().try_for_each(write).and_then(|()| {
+            let is_buried = lock(&self.is_buried);
+            if *is_buried {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            let renamed = files.iter().map(|(temporary, name, _)| (temporary.as_path(), *name));
+            let mut renamed = renamed.chain(moved.iter().copied());
+            renamed.try_for_each(|(from, name)| self.disk.rename(from, &self.path.join(name)))?;
+            drop(is_buried);
+            self.disk.sync_directory(&self.path)
+        });
+        if replaced.is_err() {
+            for (temporary, ..) in &files {
+                // Best effort: the error that counts is there already, and the next opening tries again.
+                let _ = self.disk.remove_if_there(temporary);
+            }
         }
-        self.disk.rename(temporary, &self.path.join(name))?;
-        drop(is_buried);
-        self.disk.sync_directory(&self.path)
+        match replaced {
+            // Moved away, and deleted perhaps.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && *lock(&self.is_buried) => Ok(()),
+            replaced => replaced,
+        }
     }
 
     /// Removes what an earlier process did not bring to its name.

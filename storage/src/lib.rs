@@ -12,7 +12,7 @@
 //! `layer.rs` is the way of a read, `bring.rs` decides how what it misses comes: `dedup.rs` copies it from
 //! another layer, `hot_pack.rs` receives what a start-up reads, `scheduler.rs` decides what else is requested
 //! and `transfer.rs` carries a request out. `frame_store.rs` keeps it all, `presence.rs` knows what is there,
-//! `directory.rs` keeps the files and `disk.rs` changes them.
+//! `unpack.rs` makes indexes of what is fetched, `directory.rs` keeps the files and `disk.rs` changes them.
 
 mod bitmap;
 mod bring;
@@ -35,6 +35,7 @@ mod read_ahead;
 mod scheduler;
 pub mod source;
 mod transfer;
+mod unpack;
 mod verify;
 mod wait;
 

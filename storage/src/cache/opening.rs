@@ -1,8 +1,15 @@
 //! How a layer is opened: from the directory, or with an index that is fetched and verified first.
 
-use std::{io, ops::Range, sync::Arc};
+use std::{
+    collections::HashMap,
+    io::{self, Write},
+    ops::Range,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use format_spec::{FormatError, Index, LazyLayer, annotation::INDEX_LEN_MAX};
+use format_spec::{Digest, FormatError, IndexLocation, LazyLayer, annotation::INDEX_LEN_MAX};
+use tokio::time::Instant;
 
 use super::{CacheInner, OpeningPlace, disk_error};
 use crate::{
@@ -13,14 +20,51 @@ use crate::{
     places::Places,
     source::{Incoming, SourceError, SourceErrorKind},
     transfer::Slot,
+    unpack::{NewIndex, UnpackError},
 };
 
 /// Times an index is asked for when the bytes are wrong or break off.
 const INDEX_ATTEMPTS: u32 = 3;
 
+/// Bytes of an index that are in memory while it is received.
+const RECEIVED_LEN_MAX: usize = 128 << 10;
+/// How long it is remembered that an index breaks the format: whoever asks again gets the same answer without a fetch.
+const REFUSAL_TIME: Duration = Duration::from_secs(600);
+/// Most refusals that are remembered.
+const REFUSALS_MAX: usize = 1024;
+
+/// Indexes that are what their digest says, and break the format.
+#[derive(Debug, Default)]
+pub(super) struct Refusals(Mutex<HashMap<RefusedIndex, (Instant, CacheError)>>);
+
+/// Digest, compressed and plain length.
+type RefusedIndex = (Digest, u64, u64);
+
+impl Refusals {
+    fn find(&self, layer: &LazyLayer) -> Option<CacheError> {
+        let mut known = lock(&self.0);
+        known.retain(|_, (since, _)| since.elapsed() < REFUSAL_TIME);
+        known.get(&key_of(layer)).map(|(_, error)| error.clone())
+    }
+
+    fn note(&self, layer: &LazyLayer, error: &CacheError) {
+        let mut known = lock(&self.0);
+        if known.len() >= REFUSALS_MAX {
+            known.clear();
+        }
+        known.insert(key_of(layer), (Instant::now(), error.clone()));
+    }
+}
+
+/// What was refused: another place or length for the same digest may be right.
+fn key_of(layer: &LazyLayer) -> RefusedIndex {
+    let IndexLocation { compressed_len, plain_len, digest, .. } = layer.index;
+    (digest, compressed_len, plain_len)
+}
+
 /// An index that was verified, and what follows it in the same answer.
 struct FetchedIndex {
-    index: Index<Vec<u8>>,
+    index: NewIndex,
     /// Stands at the first byte behind the index.
     incoming: Incoming,
     slot: Slot,
@@ -51,6 +95,9 @@ impl CacheInner {
             self.start_up(&layer, None, has_peers);
             return Ok(layer);
         }
+        if let Some(error) = self.refusals.find(layer) {
+            return Err(error);
+        }
         // Where other layers may have what the hot pack has, it is asked for when that is known.
         let with_hot_pack = layer.hot_range().filter(|_| !has_peers);
         let end = with_hot_pack.as_ref().map_or(layer.index.range().end, |hot| hot.end);
@@ -58,7 +105,7 @@ impl CacheInner {
         let FetchedIndex { index, incoming, slot, fetched_bytes } = fetched;
         let (inner, at) = (self.clone(), place.clone());
         let record = LayerRecord::new(*layer, places.descriptions());
-        let store = self.blocking(blob, move || inner.store_layer(&at, &record, &index)).await?;
+        let store = self.blocking(blob, move || inner.store_layer(&at, &record, index)).await?;
         let layer = Layer::new(number, *layer, store, places, self.scheduler.clone(), fetched_bytes);
         self.start_up(&layer, with_hot_pack.map(|_| (incoming, slot)), has_peers);
         Ok(layer)
@@ -91,14 +138,12 @@ impl CacheInner {
         &self,
         place: &OpeningPlace,
         record: &LayerRecord,
-        index: &Index<Vec<u8>>,
+        index: NewIndex,
     ) -> Result<FrameStore, CacheError> {
         let directory = &place.directory;
         self.unless_cancelled(place, || {
             directory.create()?;
-            directory.write_index(record, index.as_bytes())?;
-            let index = directory.open_index()?;
-            let index = index.ok_or_else(|| io::Error::other("index is damaged right after it was written"))?;
+            let index = directory.place_index(record, index)?;
             self.open_store(directory, index, record)
         })
     }
@@ -154,40 +199,39 @@ impl CacheInner {
         places: &Places,
         tries: &mut IndexTries,
     ) -> Result<FetchedIndex, CacheError> {
-        let LazyLayer { blob, index: location, .. } = *layer;
-        let len = usize::try_from(location.compressed_len).unwrap_or(usize::MAX);
+        let blob = layer.blob;
         let mut fetched_bytes = 0;
         loop {
             let slot = self.scheduler.slot(number).await.ok_or(CacheError::Stopped(blob))?;
             tries.asked.push(slot.place().number);
             let before = fetched_bytes;
-            let take = async {
-                let mut incoming = slot.open(range.clone()).await?;
-                let compressed = incoming.take(len, |len| fetched_bytes += len as u64).await?;
-                Ok::<_, SourceError>((incoming, compressed))
+            let receive = async {
+                let incoming = slot.open(range.clone()).await;
+                let mut incoming = incoming.map_err(|error| CacheError::Source { blob, error })?;
+                let index = self.receive_index(layer, &mut incoming, &mut fetched_bytes).await?;
+                Ok((incoming, index))
             };
-            let error = match take.await {
-                Ok((incoming, compressed)) => {
-                    let open = move || Index::from_compressed(&compressed, &location);
-                    let opened =
-                        self.blocking(blob, move || open().map_err(|error| CacheError::Index { blob, error })).await;
-                    match opened {
-                        Ok(index) => {
-                            slot.works();
-                            return Ok(FetchedIndex { index, incoming, slot, fetched_bytes });
-                        }
-                        Err(error @ CacheError::Index { .. }) => {
-                            slot.fail(&SourceError::unusable(error.to_string()));
-                            error
-                        }
-                        Err(error) => return Err(error),
-                    }
+            let error = match receive.await {
+                Ok((incoming, index)) => {
+                    slot.works();
+                    return Ok(FetchedIndex { index, incoming, slot, fetched_bytes });
                 }
-                Err(error) => {
+                Err(error @ CacheError::Index { error: FormatError::Digest { .. }, .. }) => {
+                    slot.fail(&SourceError::unusable(error.to_string()));
+                    error
+                }
+                Err(CacheError::Source { error, .. }) => {
                     tries.bad_answers += u32::from(fetched_bytes > before);
                     tries.last_failure = Some(error.clone());
                     slot.fail(&error);
                     CacheError::Source { blob, error }
+                }
+                Err(error) => {
+                    // The bytes are right, and will be as wrong again.
+                    if matches!(error, CacheError::Index { .. }) {
+                        self.refusals.note(layer, &error);
+                    }
+                    return Err(error);
                 }
             };
             let is_patient = self.scheduler.patience().is_some();
@@ -197,6 +241,41 @@ impl CacheInner {
             }
             tracing::debug!(%blob, %error, "index asked for again");
         }
+    }
+
+    /// Receives, verifies and unpacks an index.
+    async fn receive_index(
+        &self,
+        layer: &LazyLayer,
+        incoming: &mut Incoming,
+        fetched_bytes: &mut u64,
+    ) -> Result<NewIndex, CacheError> {
+        let LazyLayer { blob, index: location, .. } = *layer;
+        let path = self.unpacker.directory().to_owned();
+        let disk_error = move |error| disk_error(&path, error);
+        let (unpacker, failed) = (self.unpacker.clone(), disk_error.clone());
+        let mut file = self.blocking(blob, move || unpacker.nameless().map_err(failed)).await?;
+        let mut left = usize::try_from(location.compressed_len).unwrap_or(usize::MAX);
+        while left > 0 {
+            let taken = incoming.take(left.min(RECEIVED_LEN_MAX), |len| *fetched_bytes += len as u64).await;
+            let part = taken.map_err(|error| CacheError::Source { blob, error })?;
+            left -= part.len();
+            let failed = disk_error.clone();
+            let write = move || file.write_all(&part).map(|()| file).map_err(failed);
+            file = self.blocking(blob, write).await?;
+        }
+        // Not before everything is here: a source that is slow holds no memory that others wait for.
+        let memory = self.unpacker.memory_for(&location).await.ok_or(CacheError::Stopped(layer.id()))?;
+        let unpacker = self.unpacker.clone();
+        let unpack = move || {
+            let unpacked = unpacker.unpack(&mut file, &location);
+            drop(memory);
+            unpacked.map_err(|error| match error {
+                UnpackError::Disk(error) => disk_error(error),
+                UnpackError::Format(error) => CacheError::Index { blob, error },
+            })
+        };
+        self.blocking(blob, unpack).await
     }
 }
 

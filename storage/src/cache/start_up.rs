@@ -14,13 +14,14 @@ use std::{
 use bytes::Bytes;
 use format_spec::{
     FormatError, HotPiece, LayerId,
-    annotation::INDEX_LEN_MAX,
     dedup::{self as section, DedupPiece},
     index::DedupLocation,
 };
 use serde_json::Value;
 
 use super::{CacheInner, Entry};
+use tokio::sync::Semaphore;
+
 use crate::{
     dedup::{self, Copies, CopyPlan, Peer},
     directory::{LayerDirectory, LayerRecord},
@@ -34,6 +35,10 @@ use crate::{
 /// Longest dedup section, compressed, that reads wait for: what a container misses of it in a second on a slow link is
 /// less than what it saves.
 const SECTION_WAIT_LEN_MAX: u64 = 2 << 20;
+/// Longest dedup section, plain, that is made use of: 48 bytes a piece, some 700,000 pieces.
+const SECTION_PLAIN_LEN_MAX: u64 = 32 << 20;
+/// Bytes of all dedup sections that are in memory, in KiB: a layer for whose section there is no room is fetched.
+static SECTION_MEMORY: Semaphore = Semaphore::const_new(256 << 10);
 /// Bytes copied before the thread is given back.
 const COPY_STEP_LEN: u64 = 4 << 20;
 
@@ -151,7 +156,13 @@ async fn copy_from_peers(
     location: &DedupLocation,
     had_hot_pack: bool,
 ) {
-    let pieces = fetch_section(layer, location).await;
+    // Compressed, plain and as pieces.
+    let len = location.compressed_len.get().saturating_add(location.plain_len.get().saturating_mul(2));
+    let memory = SECTION_MEMORY.try_acquire_many(u32::try_from(len >> 10).unwrap_or(u32::MAX).saturating_add(1));
+    let pieces = match &memory {
+        Ok(_) => fetch_section(layer, location).await,
+        Err(_) => Err(SectionError::Memory),
+    };
     let pieces = pieces.inspect_err(
         |error| tracing::warn!(blob = %layer.blob(), %error, "dedup section ignored: all content is fetched"),
     );
@@ -258,8 +269,8 @@ async fn copy_all(layer: &Arc<LayerInner>, plan: Arc<CopyPlan>) {
 /// A dedup section, verified.
 async fn fetch_section(layer: &Arc<LayerInner>, location: &DedupLocation) -> Result<Arc<[DedupPiece]>, SectionError> {
     let compressed_len = location.compressed_len.get();
-    if compressed_len > INDEX_LEN_MAX {
-        return Err(SectionError::Length(compressed_len));
+    if compressed_len.max(location.plain_len.get()) > SECTION_PLAIN_LEN_MAX {
+        return Err(SectionError::Length(compressed_len.max(location.plain_len.get())));
     }
     let range = layer.dedup_range(compressed_len);
     tracing::debug!(blob = %layer.blob(), ?range, "dedup section requested");
@@ -294,8 +305,10 @@ async fn fetch_range(layer: &Arc<LayerInner>, range: Range<u64>) -> Result<Bytes
 /// Why there is no dedup section.
 #[derive(Debug, thiserror::Error)]
 enum SectionError {
-    #[error("it has {0} bytes, at most {INDEX_LEN_MAX} are allowed")]
+    #[error("it has {0} bytes, at most {SECTION_PLAIN_LEN_MAX} are made use of")]
     Length(u64),
+    #[error("sections of other layers take all memory that there is for them")]
+    Memory,
     #[error("{0}")]
     Source(#[from] SourceError),
     #[error("{0}")]

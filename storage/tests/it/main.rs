@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod copies;
+mod disk_order;
 mod durability;
 mod faults;
 mod hot_pack;

@@ -44,7 +44,7 @@ async fn removal_ends_an_opening_whose_index_does_not_come() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_layer_that_is_removed_while_it_is_written_leaves_nothing() {
-    for held in ["/layer.json", "/index"] {
+    for held in ["/layer.json", "/incoming/"] {
         let test = Arc::new(TestLayer::of_frames(1, 1000));
         let directory = tempfile::tempdir().unwrap();
         let disk = Arc::new(WatchedDisk::default());

@@ -61,6 +61,11 @@ impl WatchedDisk {
         self.state.lock().unwrap().changes.clone()
     }
 
+    /// Something was changed that the cache did not do.
+    pub(crate) fn note(&self, change: Change) {
+        self.state.lock().unwrap().changes.push(change);
+    }
+
     /// Operations on files whose path has this part, when they are opened, fail with this error of the system.
     pub(crate) fn fail(&self, kind: Kind, path_part: &str, errno: i32) {
         self.state.lock().unwrap().failing.push((kind, path_part.to_owned(), errno));

@@ -1,0 +1,116 @@
+//! Indexes that claim a lot. Alone in its process, whose peak of memory it looks at.
+
+// A failed unwrap is a failed test.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    io::{self, Read},
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use format_spec::{Digest, IndexLocation, LazyLayer, index::section, table};
+use futures_util::{FutureExt, StreamExt, stream};
+use serde_json::json;
+use storage::{ByteStream, Cache, CacheError, CacheOptions, FetchFuture, Source};
+use zerocopy::IntoBytes;
+
+/// The budget of the openings, and what else a process needs: threads, zstd, this test.
+const BUDGET: u64 = 64 << 20;
+const SMALL_CHANGE: u64 = 16 << 20;
+
+#[derive(Debug)]
+struct Blob(Bytes, AtomicUsize);
+
+impl Source for Blob {
+    fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        let bytes = self.0.slice(range.start as usize..range.end as usize);
+        async { Ok(stream::iter([Ok(bytes)]).boxed() as ByteStream) }.boxed()
+    }
+}
+
+/// A layer whose blob is an index that decompresses to `head` and zeros.
+fn claim(head: &[u8], plain_len: u64) -> (LazyLayer, Bytes) {
+    let zeros = io::repeat(0).take(plain_len - head.len() as u64);
+    let compressed: Bytes = zstd::encode_all(head.chain(zeros), 1).unwrap().into();
+    let (compressed_len, digest) = (compressed.len() as u64, Digest::of(&compressed));
+    let index = IndexLocation { offset: 0, compressed_len, plain_len, digest };
+    (LazyLayer { blob: digest, blob_len: compressed_len, index, hot_len: 0 }, compressed)
+}
+
+/// Header and section table that promise names of this length, all zeros.
+fn head_of_names(len: u64) -> Vec<u8> {
+    let (mut hasher, part) = (crc32fast::Hasher::new(), vec![0; 1 << 20]);
+    (0..len >> 20).for_each(|_| hasher.update(&part));
+    let entry = table::SectionEntry {
+        kind: section::NAMES.into(),
+        record_len: 1.into(),
+        offset: 96.into(),
+        len: len.into(),
+        crc32: hasher.finalize().into(),
+        delta_words: 0.into(),
+    };
+    let mut header = table::Header {
+        magic: table::MAGIC,
+        version: table::VERSION.into(),
+        section_count: 1.into(),
+        features_compatible: 0.into(),
+        features_incompatible: 0.into(),
+        tar_len: 0.into(),
+        space_len: 0.into(),
+        index_len: (96 + len).into(),
+        reserved: 0.into(),
+        crc32: 0.into(),
+    };
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&header.as_bytes()[..60]);
+    hasher.update(entry.as_bytes());
+    header.crc32 = hasher.finalize().into();
+    [header.as_bytes(), entry.as_bytes()].concat()
+}
+
+/// Peak of this process's memory, in bytes.
+fn peak() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn indexes_that_claim_gigabytes_take_no_more_memory_than_their_budget() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = CacheOptions { index_memory: BUDGET, ..CacheOptions::default() };
+    let cache = Cache::open(directory.path(), tokio::runtime::Handle::current(), options).unwrap();
+    // No index at all; and one whose header and checksums are right, which is decompressed to its end.
+    let mut claims: Vec<_> = (0..6).map(|number| claim(&[number], 1 << 30)).collect();
+    claims.extend((0..3).map(|number| claim(&head_of_names((200 + number) << 20), 96 + ((200 + number) << 20))));
+    assert!(claims.iter().all(|(layer, _)| layer.blob_len < 64 << 10));
+    let before = peak();
+    let sources: Vec<_> = claims.iter().map(|(_, blob)| Arc::new(Blob(blob.clone(), AtomicUsize::new(0)))).collect();
+    let openings = claims.iter().zip(&sources).map(|((layer, _), source)| {
+        let (cache, layer, source) = (cache.clone(), *layer, source.clone());
+        tokio::spawn(async move { cache.layer(&layer, source, json!(null)).await.map(drop) })
+    });
+    for opening in openings.collect::<Vec<_>>() {
+        let error = opening.await.unwrap().unwrap_err();
+        assert!(matches!(error, CacheError::Index { .. }), "{error}");
+    }
+    let taken = peak() - before;
+    assert!(taken < BUDGET + SMALL_CHANGE, "{} MiB", taken >> 20);
+
+    // Their bytes were right, so nobody asks for them again.
+    for ((layer, _), source) in claims.iter().zip(&sources) {
+        let error = cache.layer(layer, source.clone(), json!(null)).await.unwrap_err();
+        assert!(matches!(error, CacheError::Index { .. }), "{error}");
+        assert_eq!(source.1.load(Ordering::SeqCst), 1);
+    }
+    for name in ["layers", "incoming"] {
+        assert_eq!(fs::read_dir(directory.path().join(name)).unwrap().count(), 0, "{name}");
+    }
+}
