@@ -265,7 +265,7 @@ impl Client {
             }
         };
         let token_host = host_shown(endpoint, &url);
-        let mut request = endpoint.http(&url, self)?.request(method, url);
+        let mut request = endpoint.http(&what, &url, self)?.request(method, url);
         if let Some(form) = body {
             request = request.header(header::CONTENT_TYPE, "application/x-www-form-urlencoded").body(form);
         }

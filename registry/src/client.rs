@@ -19,6 +19,7 @@ use crate::{
     hosts_dir::{HostSettings, read_hosts},
     options::ClientOptions,
     redirects::Redirects,
+    resolver::LookUps,
 };
 
 /// How long the files of [`ClientOptions::hosts_dir`] are taken as read.
@@ -33,6 +34,7 @@ pub struct Client(Arc<Inner>);
 struct Inner {
     options: ClientOptions,
     files: FileThread,
+    look_ups: LookUps,
     credentials: Credentials,
     auth: AuthCache,
     redirects: Redirects,
@@ -55,6 +57,7 @@ impl Client {
     pub fn new(options: ClientOptions) -> Self {
         Self(Arc::new(Inner {
             files: FileThread::default(),
+            look_ups: LookUps::default(),
             credentials: Credentials::new(options.docker_config.clone()),
             options,
             auth: AuthCache::default(),
@@ -73,6 +76,10 @@ impl Client {
 
     pub(crate) fn files(&self) -> &FileThread {
         &self.0.files
+    }
+
+    pub(crate) fn look_ups(&self) -> &LookUps {
+        &self.0.look_ups
     }
 
     pub(crate) fn credentials(&self) -> &Credentials {

@@ -19,6 +19,7 @@ use crate::{
     hosts_dir::HostSettings,
     http::{Connections, is_loopback},
     options::ClientOptions,
+    resolver::leads_near,
 };
 
 /// How long a mirror that failed is asked last: a dead one must not slow down every read.
@@ -126,8 +127,19 @@ impl Endpoint {
     }
 
     /// The HTTP client for `url`, the endpoint's own or one that it redirects to.
-    pub(crate) fn http(&self, url: &Url, client: &Client) -> Result<reqwest::Client, Error> {
-        self.connections.to(url, client.options(), &self.settings)
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Redirects`] where a host elsewhere redirects to this machine or its link.
+    pub(crate) fn http(&self, what: &str, url: &Url, client: &Client) -> Result<reqwest::Client, Error> {
+        let own = Url::parse(&self.root).ok();
+        let is_own = own.as_ref().is_some_and(|own| own.host_str() == url.host_str());
+        let is_far = !is_own && !own.is_some_and(|own| leads_near(&own)) && !client.options().near_redirects;
+        if is_far && leads_near(url) {
+            let reason = format!("to {}, which is this machine or its link", url.host_str().unwrap_or_default());
+            return Err(Error::Redirects { what: what.to_owned(), host: self.name.clone(), reason });
+        }
+        self.connections.to(url, is_far, client.options(), &self.settings, client.look_ups())
     }
 
     /// Notes that TLS with it has failed.

@@ -138,13 +138,15 @@ pub enum Error {
         /// The limit.
         limit_bytes: u64,
     },
-    /// Redirects without end, or to nowhere.
-    #[error("{what}: {host} redirects without end")]
+    /// Redirects that are not followed.
+    #[error("{what}: {host} redirects {reason}")]
     Redirects {
         /// What was attempted.
         what: String,
         /// The registry.
         host: String,
+        /// Without end, or where nobody follows.
+        reason: String,
     },
     /// An answer that breaks the protocol.
     #[error("{what}: unusable answer of {host}: {reason}")]

@@ -14,37 +14,53 @@ use reqwest::{Certificate, Identity, Proxy, Url, redirect};
 
 use tokio::time::Instant;
 
-use crate::{error::Error, hosts_dir::HostSettings, options::ClientOptions};
+use crate::{
+    error::Error,
+    hosts_dir::HostSettings,
+    options::ClientOptions,
+    resolver::{LookUps, Resolver},
+};
 
 /// How long the system's CA certificates count as read after TLS has failed: they may have been replaced.
 const CERTIFICATES_LIFE: Duration = Duration::from_secs(10);
 
+/// What makes connections of a host differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Kind {
+    /// Whether they go past any proxy of the environment: to loopback hosts.
+    is_direct: bool,
+    /// Whether they must not lead to this machine or its link.
+    is_far: bool,
+    /// The number of the client certificate.
+    identity: usize,
+}
+
 /// The connections to one host, and to where it redirects.
 #[derive(Default)]
 pub(crate) struct Connections {
-    /// By whether they go past any proxy of the environment, to loopback hosts, and by the number of the client
-    /// certificate.
-    clients: Mutex<HashMap<(bool, usize), (Instant, reqwest::Client)>>,
+    clients: Mutex<HashMap<Kind, (Instant, reqwest::Client)>>,
     /// The client certificate in use.
     identity: AtomicUsize,
 }
 
 impl Connections {
-    /// The HTTP client for `url`, made on first use.
+    /// The HTTP client for `url`, made on first use; `is_far` forbids it to lead to this machine or its link.
     pub(crate) fn to(
         &self,
         url: &Url,
+        is_far: bool,
         options: &ClientOptions,
         settings: &HostSettings,
+        look_ups: &LookUps,
     ) -> Result<reqwest::Client, Error> {
         let is_direct = url.host_str().is_some_and(is_loopback) && settings.config.proxy.is_none();
-        let identity = self.identity();
+        let kind = Kind { is_direct, is_far, identity: self.identity() };
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, client)) = clients.get(&(is_direct, identity)) {
+        if let Some((_, client)) = clients.get(&kind) {
             return Ok(client.clone());
         }
-        let built = build(options, settings, identity, is_direct)?;
-        clients.insert((is_direct, identity), (Instant::now(), built.clone()));
+        let built = build(options, settings, kind, look_ups)?;
+        clients.insert(kind, (Instant::now(), built.clone()));
         Ok(built)
     }
 
@@ -70,8 +86,8 @@ impl Connections {
 fn build(
     options: &ClientOptions,
     settings: &HostSettings,
-    identity: usize,
-    is_direct: bool,
+    kind: Kind,
+    look_ups: &LookUps,
 ) -> Result<reqwest::Client, Error> {
     // Fails when a provider is there already: then that one is used.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -81,18 +97,20 @@ fn build(
         let found = Certificate::from_pem_bundle(pem).ok().filter(|found| !found.is_empty());
         ca.extend(found.ok_or_else(|| Error::Setup(format!("{}: no certificate in it", file.display())))?);
     }
-    let identity = settings.identities.get(identity).map(|pem| Identity::from_pem(pem)).transpose().map_err(refuse)?;
+    let identity =
+        settings.identities.get(kind.identity).map(|pem| Identity::from_pem(pem)).transpose().map_err(refuse)?;
     let proxy = settings.config.proxy.clone().map(Proxy::all).transpose().map_err(refuse)?;
     let builder = || {
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("lazuli/", env!("CARGO_PKG_VERSION")))
+            .dns_resolver(Resolver { look_ups: look_ups.clone(), is_far: kind.is_far })
             .connect_timeout(settings.config.dial_timeout.unwrap_or(options.connect_timeout))
             .tls_danger_accept_invalid_certs(settings.config.skip_verify)
             // `transport` follows them: it knows what may be shown to whom.
             .redirect(redirect::Policy::none())
             // An identity token or password in a redirected address must not show up elsewhere.
             .referer(false);
-        if is_direct {
+        if kind.is_direct {
             builder = builder.no_proxy();
         }
         if let Some(proxy) = &proxy {

@@ -38,6 +38,7 @@ mod race;
 mod redirects;
 mod reference;
 mod referrers;
+mod resolver;
 mod retry;
 mod source;
 mod transport;

@@ -116,7 +116,8 @@ impl Client {
             }
             is_trusted &= url.origin() == request.url.origin();
         }
-        Err(Error::Redirects { what: request.what.to_owned(), host: request.endpoint.name().to_owned() })
+        let (what, host) = (request.what.to_owned(), request.endpoint.name().to_owned());
+        Err(Error::Redirects { what, host, reason: "without end".to_owned() })
     }
 
     async fn send_once(
@@ -127,7 +128,7 @@ impl Client {
         is_trusted: bool,
     ) -> Result<Response, Error> {
         let endpoint = request.endpoint;
-        let mut built = endpoint.http(url, self)?.request(request.method.clone(), url.clone());
+        let mut built = endpoint.http(request.what, url, self)?.request(request.method.clone(), url.clone());
         for (name, value) in &request.headers {
             built = built.header(name, value);
         }

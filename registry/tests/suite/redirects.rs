@@ -3,8 +3,8 @@
 use std::{collections::HashMap, sync::Mutex};
 
 use format_spec::Digest;
-use registry::{BlobSource, Client};
-use storage::Source;
+use registry::{BlobSource, Client, ClientOptions};
+use storage::{Source, SourceErrorKind};
 
 use crate::{
     client, collect,
@@ -125,4 +125,22 @@ async fn a_session_outlives_its_tokens_and_addresses() {
     let tokens = registry.requests().iter().filter(|request| request.starts_with("GET /token")).count();
     assert!(tokens > 1, "{:?}", registry.requests());
     assert!(store.headers("authorization").iter().all(String::is_empty));
+}
+
+/// The registry has another name than loopback's, as one elsewhere has: its address comes from a proxy.
+#[tokio::test]
+async fn a_registry_elsewhere_cannot_redirect_to_this_machine() {
+    let store = store(|_, _| None).await;
+    let host = store.host().to_owned();
+    let proxy = FaultServer::start(move |_, _| Reply::full(307, &[&format!("Location: http://{host}/0")], b"")).await;
+    let text = format!("server = \"http://r.example\"\nproxy = \"http://{}\"\n", proxy.host());
+    let hosts = crate::hosts_dir(&[("r.example", &text)]);
+    let options = ClientOptions { hosts_dir: Some(hosts.path().to_owned()), ..crate::options() };
+    let digest = Digest::of(&pattern(LEN));
+    let source = BlobSource::new(Client::new(options), "r.example/a".parse().unwrap(), digest, u64::from(LEN));
+    let error = source.fetch(10..20).await.err().unwrap();
+    assert_eq!(error.kind, SourceErrorKind::Unusable);
+    let error = error.to_string();
+    assert!(error.ends_with("r.example redirects to 127.0.0.1, which is this machine or its link"), "{error}");
+    assert_eq!((proxy.requests().len(), store.requests().len()), (1, 0));
 }
