@@ -10,7 +10,7 @@ use bytes::Bytes;
 use format_spec::Digest;
 use futures_util::stream;
 use reqwest::Url;
-use storage::ByteStream;
+use storage::{ByteStream, WideStream};
 use tracing::debug;
 
 use crate::{
@@ -77,16 +77,16 @@ impl Download {
         Ok(self.stream())
     }
 
-    /// The same; where the registry sends all of the blob instead of a range, all of it is in the stream. Returns
-    /// where in the blob the stream begins, too.
-    pub(crate) async fn into_wide_stream(mut self) -> Result<(u64, ByteStream), Error> {
+    /// The same; where the registry sends all of the blob instead of a range, all of it is in the stream.
+    pub(crate) async fn into_wide_stream(mut self) -> Result<WideStream, Error> {
         self.begin().await?;
         if let Some(answer) = self.answer.as_mut().filter(|answer| answer.part.is_whole) {
             self.wanted.next -= answer.part.skip;
             answer.part.skip = 0;
             self.wanted.end = self.wanted.blob_len.or(self.wanted.end);
         }
-        Ok((self.wanted.next, self.stream()))
+        let range = self.wanted.next..self.wanted.end.unwrap_or(u64::MAX);
+        Ok(WideStream { range, stream: self.stream() })
     }
 
     fn stream(self) -> ByteStream {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use format_spec::Digest;
-use storage::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
+use storage::{FetchFuture, FetchWideFuture, Source, SourceError};
 
 use crate::{client::Client, download::Download, reference::Reference};
 
@@ -42,10 +42,6 @@ impl Source for BlobSource {
     }
 
     fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
-        Box::pin(async move {
-            let (start, stream) =
-                self.download(range)?.into_wide_stream().await.map_err(|error| error.to_source_error())?;
-            Ok(WideStream { start, stream })
-        })
+        Box::pin(async move { self.download(range)?.into_wide_stream().await.map_err(|error| error.to_source_error()) })
     }
 }

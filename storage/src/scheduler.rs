@@ -247,6 +247,14 @@ impl Scheduler {
         lock(&self.state).machine.is_wanted(request, layer.number, frame)
     }
 
+    /// A request brings all of a layer: what is missing comes with it from now on.
+    pub(crate) fn take_all(self: &Arc<Self>, request: u64, layer: &Arc<LayerInner>) {
+        let frames = (0..).zip(layer.store.index().frames()).map(|(frame, record)| (frame, record.blob_range()));
+        let is_present = |frame| layer.store.has_frame(frame);
+        lock(&self.state).machine.take_all(request, frames, is_present, Instant::now());
+        self.dispatch();
+    }
+
     /// The bytes of a frame have come with a request; `None` if somebody else brings it by now.
     pub(crate) fn receive(self: &Arc<Self>, request: u64, layer: &Arc<LayerInner>, frame: u32) -> Option<InFlight> {
         let is_wanted = lock(&self.state).machine.receive(request, layer.number, frame, Instant::now());

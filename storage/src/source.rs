@@ -21,9 +21,9 @@ pub type FetchWideFuture<'a> = Pin<Box<dyn Future<Output = Result<WideStream, So
 
 /// Bytes of a blob that hold a range and may begin before it and end behind it.
 pub struct WideStream {
-    /// Offset in the blob of the first byte.
-    pub start: u64,
-    /// The bytes from there on.
+    /// Where the bytes lie in the blob.
+    pub range: Range<u64>,
+    /// The bytes.
     pub stream: ByteStream,
 }
 
@@ -45,8 +45,7 @@ pub trait Source: Send + Sync + 'static {
     /// The same, from a source that may have the blob as a whole only: then the stream is all of it, so that whoever
     /// can use what passes by need not have it sent again. Otherwise it is exactly the range.
     fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
-        let start = range.start;
-        Box::pin(async move { Ok(WideStream { start, stream: self.fetch(range).await? }) })
+        Box::pin(async move { Ok(WideStream { range: range.clone(), stream: self.fetch(range).await? }) })
     }
 }
 
@@ -129,16 +128,34 @@ pub(crate) struct Incoming {
     stream: ByteStream,
     link: Arc<Link>,
     received: BytesMut,
+    /// Bytes that pass by before the next ones are taken.
+    skip: u64,
     /// Bytes that the range has still to bring.
     left: u64,
+    /// Where the range begins, if it is more than was asked for.
+    whole_start: Option<u64>,
 }
 
 impl Incoming {
     /// Asks for a range.
     pub(crate) async fn open(source: &dyn Source, range: Range<u64>, link: Arc<Link>) -> Result<Self, SourceError> {
-        let left = range.end.saturating_sub(range.start);
-        let stream = source_turn(&link, source.fetch(range)).await??;
-        Ok(Self { stream, link, received: BytesMut::new(), left })
+        let WideStream { range: found, stream } = source_turn(&link, source.fetch_wide(range.clone())).await??;
+        let skip = range.start.checked_sub(found.start).filter(|_| found.end >= range.end);
+        let skip = skip.ok_or_else(|| SourceError::unusable(format!("bytes {found:?} in place of {range:?}")))?;
+        let whole_start = (found != range).then_some(found.start);
+        let left = found.end.saturating_sub(found.start);
+        Ok(Self { stream, link, received: BytesMut::new(), skip, left, whole_start })
+    }
+
+    /// Where the source begins, if it sends all of the blob. From then on that is what is taken first; without this
+    /// call it is what was asked for.
+    pub(crate) fn take_whole(&mut self) -> Option<u64> {
+        self.whole_start.inspect(|_| self.skip = 0)
+    }
+
+    /// Lets bytes pass by before the next ones are taken.
+    pub(crate) fn skip(&mut self, len: u64) {
+        self.skip = self.skip.saturating_add(len);
     }
 
     /// The next `len` bytes; `on_arrival` hears of every piece that comes from the source.
@@ -147,7 +164,13 @@ impl Incoming {
     ///
     /// When the source breaks off, answers with more than the range, or the scheduler ends the request.
     pub(crate) async fn take(&mut self, len: usize, mut on_arrival: impl FnMut(usize)) -> Result<Bytes, SourceError> {
-        while self.received.len() < len {
+        loop {
+            let passed = usize::try_from(self.skip).unwrap_or(usize::MAX).min(self.received.len());
+            self.skip -= passed as u64;
+            drop(self.received.split_to(passed));
+            if self.skip == 0 && self.received.len() >= len {
+                return Ok(self.received.split_to(len).freeze());
+            }
             let Some(piece) = source_turn(&self.link, self.stream.next()).await?.transpose()? else {
                 return Err(SourceError::passing(format!("the source's answer ended {} bytes too early", self.left)));
             };
@@ -158,7 +181,6 @@ impl Incoming {
             on_arrival(piece.len());
             self.received.extend_from_slice(&piece);
         }
-        Ok(self.received.split_to(len).freeze())
     }
 }
 

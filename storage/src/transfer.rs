@@ -70,22 +70,62 @@ pub(crate) async fn run(mut request: Request) {
 async fn receive(request: &mut Request, range: Range<u64>) -> Result<(), SourceError> {
     let place = request.place.clone();
     let mut incoming = Incoming::open(&*place.source, range, request.link.clone()).await?;
+    if let Some(start) = incoming.take_whole() {
+        return receive_whole(request, incoming, start).await;
+    }
     while let Some((frame, record)) = request.frames.pop_front() {
         let (scheduler, layer) = (&request.scheduler, &request.layer);
         if layer.is_removed() || !scheduler.is_wanted(request.number, layer, frame) {
             // A read has taken it over: what comes after it is cheaper asked for again than received twice.
             return Ok(());
         }
-        let len = record.compressed_len.get() as usize;
-        let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
-        let Some(in_flight) = scheduler.receive(request.number, layer, frame) else { return Ok(()) };
-        let Ok(permit) = scheduler.decoders(request.priority).acquire_owned().await else { return Ok(()) };
-        scheduler.runtime().spawn_blocking(move || {
-            keep(in_flight, &record, &compressed);
-            drop(permit);
-        });
+        if !receive_frame(request, &mut incoming, frame, record).await? {
+            return Ok(());
+        }
     }
     Ok(())
+}
+
+/// The same from a source that sends all of the blob whatever is asked for: each frame that is missing is kept as it
+/// passes by, so that the blob is sent once.
+async fn receive_whole(request: &mut Request, mut incoming: Incoming, start: u64) -> Result<(), SourceError> {
+    let layer = request.layer.clone();
+    let mut position = start;
+    request.scheduler.take_all(request.number, &layer);
+    request.frames.clear();
+    for (frame, record) in (0..).zip(layer.store.index().frames()) {
+        if layer.is_removed() {
+            return Ok(());
+        }
+        let Some(gap) = record.blob_offset.get().checked_sub(position) else { continue };
+        if !request.scheduler.is_wanted(request.number, &layer, frame) {
+            continue;
+        }
+        incoming.skip(gap);
+        position = record.blob_range().end;
+        // Where somebody else has brought it meanwhile, it has passed by.
+        receive_frame(request, &mut incoming, frame, *record).await?;
+    }
+    Ok(())
+}
+
+/// Receives a frame and has it decoded; false where nobody wants it, or the process ends.
+async fn receive_frame(
+    request: &Request,
+    incoming: &mut Incoming,
+    frame: u32,
+    record: Frame,
+) -> Result<bool, SourceError> {
+    let (scheduler, layer) = (&request.scheduler, &request.layer);
+    let len = record.compressed_len.get() as usize;
+    let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
+    let Some(in_flight) = scheduler.receive(request.number, layer, frame) else { return Ok(false) };
+    let Ok(permit) = scheduler.decoders(request.priority).acquire_owned().await else { return Ok(false) };
+    scheduler.runtime().spawn_blocking(move || {
+        keep(in_flight, &record, &compressed);
+        drop(permit);
+    });
+    Ok(true)
 }
 
 /// Verifies, decompresses and writes a frame, and wakes who waits for it.

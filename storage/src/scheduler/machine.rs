@@ -184,6 +184,8 @@ pub(super) struct Running {
     pub(super) sample: (Instant, u64),
     /// Whether the next place is asked too, or this is that.
     pub(super) is_hedged: bool,
+    /// Whether it brings all of the layer: see [`Machine::take_all`].
+    is_whole: bool,
 }
 
 impl<W: Waiter> Machine<W> {
@@ -314,6 +316,45 @@ impl<W: Waiter> Machine<W> {
         {
             layer.work(running.place.number);
         }
+    }
+
+    /// A request brings all of its layer, because its source gives nothing less: whatever is missing comes with it,
+    /// also what was to come otherwise, so that nobody has the blob sent again.
+    pub(crate) fn take_all(
+        &mut self,
+        request: u64,
+        frames: impl IntoIterator<Item = (u32, Range<u64>)>,
+        is_present: impl Fn(u32) -> bool,
+        now: Instant,
+    ) {
+        let Some(running) = self.running.get_mut(&request) else { return };
+        running.is_whole = true;
+        let layer = running.layer;
+        let mut others = Vec::new();
+        for (frame, blob) in frames {
+            let key = (layer, frame);
+            // In this order no frame is missed that is just arriving.
+            if !self.pending.contains_key(&key) {
+                if is_present(frame) {
+                    continue;
+                }
+                // Nobody waits for it; but it comes, so that nothing of the rest need be asked for meanwhile.
+                let (priority, wrong_places, state) = (Priority::HotPack, Vec::new(), FrameState::Queued);
+                self.pending.insert(key, Pending { priority, waits: Vec::new(), blob, wrong_places, state });
+            }
+            let Some(pending) = self.pending.get_mut(&key) else { continue };
+            match pending.state {
+                FrameState::Received { .. } => continue,
+                FrameState::Coming { request, hedge } => others.extend([Some(request), hedge].into_iter().flatten()),
+                FrameState::Queued => {}
+            }
+            pending.state = FrameState::Coming { request, hedge: None };
+            running.frames = 0..running.frames.end.max(frame.saturating_add(1));
+        }
+        others.sort_unstable();
+        others.dedup();
+        others.into_iter().filter(|other| *other != request).for_each(|other| self.cancel_if_idle(other));
+        self.advance(now);
     }
 
     /// Whether a request has still to bring a frame: no other has taken it over.
@@ -643,8 +684,18 @@ impl<W: Waiter> Machine<W> {
             state.last_turn = request;
         }
         let (sample, is_hedged) = ((now, 0), false);
-        let running =
-            Running { class, layer, place, frames, blob_start, link: link.clone(), started: now, sample, is_hedged };
+        let running = Running {
+            class,
+            layer,
+            place,
+            frames,
+            blob_start,
+            link: link.clone(),
+            started: now,
+            sample,
+            is_hedged,
+            is_whole: false,
+        };
         self.running.insert(request, running);
         (request, link)
     }
@@ -795,6 +846,6 @@ impl LayerState {
 impl Running {
     fn is_far_from(&self, frame_start: u64) -> bool {
         let received_until = self.blob_start.saturating_add(self.link.received());
-        frame_start.saturating_sub(received_until) > WAIT_LEN_MAX
+        !self.is_whole && frame_start.saturating_sub(received_until) > WAIT_LEN_MAX
     }
 }

@@ -407,6 +407,31 @@ fn a_read_without_an_answer_is_asked_for_at_the_next_place_too_and_the_first_ans
 }
 
 #[test]
+fn a_source_that_sends_all_of_a_blob_is_asked_once_for_all_of_it() {
+    let mut world = World::with_layers(&["a"]);
+    let waits: Vec<TestWait> = [7..9, 30..31].into_iter().map(|frames| world.want(0, frames, Priority::Read)).collect();
+    let (first, second) = (world.last_of(0) - 1, world.last_of(0));
+    assert_eq!(world.running(Class::Frames(Priority::Read)), 2);
+    let frames = (0..40).map(|frame| (frame, u64::from(frame) * FRAME_LEN..u64::from(frame + 1) * FRAME_LEN));
+    world.machine.take_all(first, frames, |frame| frame == 3, world.now);
+    world.drain();
+    // The other request has nothing left to bring, and what is wanted from now on comes with the first.
+    assert_eq!((world.cancelled, world.live.contains_key(&second)), (1, false));
+    let late = world.want(0, 39..40, Priority::Read);
+    assert_eq!(world.asked.len(), 2);
+    assert!(!world.machine.is_wanted(first, 0, 3) && world.machine.is_wanted(first, 0, 0));
+    for frame in [0, 7, 8, 30, 39] {
+        assert!(world.machine.receive(first, 0, frame, world.now), "{frame}");
+        world.received.push((first, 0, frame));
+        world.decode(0, true);
+    }
+    assert!(waits.iter().chain([&late]).all(TestWait::is_over));
+    // What did not pass by is asked for again.
+    world.end(first, Outcome::Done);
+    assert!(world.asked.len() > 2);
+}
+
+#[test]
 fn when_one_of_two_fails_the_other_goes_on() {
     let mut world = World::with_layers(&["slow"]);
     world.set_places(0, &[(0, "slow"), (1, "quick")]);

@@ -162,3 +162,25 @@ async fn refuses_overlayfs() {
     let error = Cache::open(&merged, tokio::runtime::Handle::current(), options()).unwrap_err();
     assert!(matches!(&error, CacheError::OnOverlay(path) if *path == merged), "{error}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_ignores_ranges_sends_a_blob_once_for_the_index_and_once_for_all_frames() {
+    let test = TestLayer::of_frames(28, 100 << 10);
+    let source = MemorySource::sending_whole(&test);
+    let fixture = Fixture::with_source(&test, source, options()).await;
+    // Backwards: what comes first in the blob has passed by when it is read.
+    for frame in (0..28).rev() {
+        check_read(&fixture.layer, &test, test.plain_of_frame(frame)).await;
+    }
+    let whole = 0..test.blob.len() as u64;
+    assert_eq!(fixture.source.requests(), [whole.clone(), whole]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_did_not_pass_by_of_a_whole_blob_is_asked_for_again() {
+    let test = TestLayer::of_frames(28, 100 << 10);
+    let fixture = Fixture::with_source(&test, MemorySource::sending_whole(&test), options()).await;
+    fixture.source.fail_next([Fault::BreakAt(test.frames[10].blob_offset.get() + 5)]);
+    check_read(&fixture.layer, &test, 0..test.space.len() as u64).await;
+    assert_eq!(fixture.source.requests(), vec![0..test.blob.len() as u64; 3]);
+}

@@ -4,7 +4,10 @@ use std::{
     collections::BTreeSet,
     ops::Range,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,7 +22,8 @@ use format_spec::{
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
 use storage::{
-    ByteStream, Cache, CacheOptions, FetchFuture, Layer, RequestLimits, RequestOptions, Source, SourceError, Verdict,
+    ByteStream, Cache, CacheOptions, FetchFuture, FetchWideFuture, Layer, RequestLimits, RequestOptions, Source,
+    SourceError, Verdict, WideStream,
 };
 use tokio::sync::watch;
 
@@ -366,6 +370,7 @@ pub(crate) struct MemorySource {
     requests: watch::Sender<Vec<Range<u64>>>,
     ended_count: watch::Sender<usize>,
     holds: watch::Sender<BTreeSet<u64>>,
+    sends_whole: AtomicBool,
 }
 
 impl MemorySource {
@@ -377,7 +382,15 @@ impl MemorySource {
             requests: watch::Sender::default(),
             ended_count: watch::Sender::default(),
             holds: watch::Sender::default(),
+            sends_whole: AtomicBool::new(false),
         })
+    }
+
+    /// One that sends all of its blob, whatever is asked for.
+    pub(crate) fn sending_whole(layer: &TestLayer) -> Arc<Self> {
+        let source = Self::new(layer);
+        source.sends_whole.store(true, Ordering::Relaxed);
+        source
     }
 
     /// The requests so far.
@@ -472,6 +485,11 @@ impl Source for MemorySource {
         });
         async { Ok(Box::pin(answer.inspect(move |_| ended.note_open())) as ByteStream) }.boxed()
     }
+
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
+        let range = if self.sends_whole.load(Ordering::Relaxed) { 0..self.blob.len() as u64 } else { range };
+        async move { Ok(WideStream { range: range.clone(), stream: self.fetch(range).await? }) }.boxed()
+    }
 }
 
 /// Counts when it is dropped.
@@ -520,9 +538,12 @@ impl Fixture {
     }
 
     pub(crate) async fn with_options(layer: &TestLayer, options: CacheOptions) -> Self {
+        Self::with_source(layer, MemorySource::new(layer), options).await
+    }
+
+    pub(crate) async fn with_source(layer: &TestLayer, source: Arc<MemorySource>, options: CacheOptions) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let cache = Cache::open(directory.path(), tokio::runtime::Handle::current(), options).unwrap();
-        let source = MemorySource::new(layer);
         let open = cache.layer(&layer.lazy, source.clone(), json!("test")).await.unwrap();
         Self { layer: open, cache, source, directory }
     }
