@@ -100,7 +100,7 @@ pub enum ConvertError {
         /// The original blob.
         digest: Digest,
         /// The diff IDs.
-        diff_ids: [Digest; 2],
+        diff_ids: Box<[Digest; 2]>,
     },
     /// Finding out whether a layer is lazy already.
     #[error(transparent)]

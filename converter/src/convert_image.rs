@@ -88,7 +88,7 @@ fn pending_layers(image: &ResolvedImage) -> Result<Vec<PendingLayer>, ConvertErr
             None => pending.push(PendingLayer { number, descriptor: layer.clone(), diff_id: *diff_id }),
             // One blob has one tar stream, so one of the two is a lie.
             Some(other) if other.diff_id != *diff_id => {
-                let (digest, diff_ids) = (layer.digest, [other.diff_id, *diff_id]);
+                let (digest, diff_ids) = (layer.digest, Box::new([other.diff_id, *diff_id]));
                 return Err(ConvertError::TwoDiffIds { digest, diff_ids });
             }
             Some(_) => {}

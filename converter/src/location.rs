@@ -87,7 +87,7 @@ impl LayoutName {
         };
         let found = readings().find(|(path, _)| is_there(path));
         let found = found.or_else(|| readings().find(|(path, _)| can_be_made(path)));
-        let (path, image) = found.or_else(|| readings().last()).unwrap_or((text, None));
+        let (path, image) = found.or_else(|| readings().next_back()).unwrap_or((text, None));
         (path.into(), image.map_or(Selector::Only, Selector::of))
     }
 }

@@ -29,7 +29,7 @@ use crate::{frame_store::lock, layer::LayerIndex};
 
 /// First eight bytes of the file.
 const MAGIC: [u8; 8] = *b"LAZULIGP";
-const FILE_HEADER_LEN: u64 = 8 + 32;
+const FILE_HEADER_LEN: usize = 8 + 32;
 const RECORD_HEADER_LEN: usize = 16;
 /// Headers compress to a tenth at any level: the fastest one.
 const LEVEL: i32 = 1;
@@ -115,7 +115,7 @@ impl Gaps {
         let mut state = lock(&self.state);
         if state.end == 0 {
             file.write_all_at(&[&MAGIC[..], self.index_digest.as_bytes()].concat(), 0)?;
-            state.end = FILE_HEADER_LEN;
+            state.end = FILE_HEADER_LEN as u64;
         }
         file.write_all_at(&record, state.end)?;
         let offset = state.end + RECORD_HEADER_LEN as u64;
@@ -173,11 +173,11 @@ impl State {
         let len = file.metadata()?.len();
         let mut reader = BufReader::with_capacity(1 << 16, file);
         reader.seek(SeekFrom::Start(0))?;
-        let mut header = [0; FILE_HEADER_LEN as usize];
+        let mut header = [0; FILE_HEADER_LEN];
         if !fill(&mut reader, &mut header)? || header[..8] != MAGIC || header[8..] != *index_digest.as_bytes() {
             return Ok(());
         }
-        self.end = FILE_HEADER_LEN;
+        self.end = FILE_HEADER_LEN as u64;
         let mut compressed = Vec::new();
         loop {
             let mut header = [0; RECORD_HEADER_LEN];

@@ -95,7 +95,9 @@ impl SourceError {
 
 /// Makes sources from the descriptions that a cache has kept of a layer's places. Any closure of that form is one.
 #[derive(Clone)]
-pub struct Sources(Arc<dyn Fn(&LazyLayer, &Value) -> Option<Arc<dyn Source>> + Send + Sync>);
+pub struct Sources(Arc<MakeSource>);
+
+type MakeSource = dyn Fn(&LazyLayer, &Value) -> Option<Arc<dyn Source>> + Send + Sync;
 
 impl Sources {
     /// `source` answers `None` for what it does not understand. It does no I/O.

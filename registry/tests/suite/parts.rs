@@ -93,8 +93,11 @@ async fn a_part_without_the_byte_asked_for_is_an_error() {
     check(&["Content-Range: bytes 200-299/20000"], 99, "99 bytes for 200..300", 1).await;
 }
 
-/// Every answer that is none, and what it means for another try.
-fn failures() -> Vec<(&'static str, SourceErrorKind, fn() -> Reply)> {
+/// A name, what the answer means for another try, and the answer.
+type Failure = (&'static str, SourceErrorKind, fn() -> Reply);
+
+/// Every answer that is none.
+fn failures() -> Vec<Failure> {
     use SourceErrorKind::{Passing, Refused, Unusable};
     vec![
         ("401", Refused, || Reply::status(401)),

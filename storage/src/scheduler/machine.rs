@@ -479,7 +479,9 @@ impl<W: Waiter> Machine<W> {
             |key: &FrameKey, state: FrameState| key.0 == layer && !matches!(state, FrameState::Received { .. });
         let forgotten = self.pending.extract_if(|key, pending| is_forgotten(key, pending.state));
         let waits: Vec<W> = forgotten.flat_map(|(_, pending)| pending.waits).collect();
-        for (_, running) in self.running.extract_if(.., |_, running| running.layer == layer) {
+        let ended: Vec<u64> =
+            self.running.iter().filter(|(_, running)| running.layer == layer).map(|(number, _)| *number).collect();
+        for running in ended.iter().filter_map(|number| self.running.remove(number)) {
             self.effects.push_back(Effect::Cancel(running.link));
         }
         self.given_up.retain(|key, _| key.0 != layer);

@@ -618,10 +618,14 @@ impl World {
             }
             Step::Fail { which, kind } => {
                 let error = [SourceError::passing("p"), SourceError::refused("r"), SourceError::unusable("u")];
-                pick(&which).map(|request| self.fail(request, error[kind].clone()));
+                if let Some(request) = pick(&which) {
+                    self.fail(request, error[kind].clone());
+                }
             }
             Step::End { which } => {
-                pick(&which).map(|request| self.end(request, Outcome::Lost));
+                if let Some(request) = pick(&which) {
+                    self.end(request, Outcome::Lost);
+                }
             }
             Step::Decode { which, is_right } => {
                 if !self.received.is_empty() {

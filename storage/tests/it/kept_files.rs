@@ -143,7 +143,7 @@ async fn content_that_comes_late_never_replaces_what_is_there() {
 
     let mut pages: Vec<u64> = Vec::new();
     for (file, offset, len) in writes_to_data(&disk) {
-        let whole = offset.next_multiple_of(4096) / 4096..(offset + len) / 4096;
+        let whole = offset.div_ceil(4096)..(offset + len) / 4096;
         pages.extend(whole.map(|page| page + (file << 32)));
     }
     let count = pages.len();

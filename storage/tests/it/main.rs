@@ -1,7 +1,7 @@
 //! The cache against a source in memory that counts requests, and fails or waits on demand.
 
-// Helpers of tests may unwrap like tests; layers made here are small.
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+// Helpers of tests may unwrap like tests; layers made here are small, and a hot pack may be one range.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::single_range_in_vec_init)]
 
 mod copies;
 mod disk_order;
