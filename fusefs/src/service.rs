@@ -4,7 +4,7 @@
 //! `cache/` (storage's) and `trees/` (`store.rs`).
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap, HashSet},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
@@ -73,6 +73,8 @@ struct Mounts {
 }
 
 struct PendingTree {
+    /// The images that it was asked for by, each a place of all its layers.
+    images: Mutex<BTreeSet<String>>,
     layers: Vec<LazyLayer>,
     tree: OnceCell<Arc<Tree>>,
 }
@@ -260,9 +262,20 @@ impl Service {
         let lazy_layers: Vec<LazyLayer> = layers.iter().map(|layer| layer.layer).collect();
         let pending = {
             let _not_removing = self.0.removing.read().await;
-            let new = || Arc::new(PendingTree { layers: lazy_layers.clone(), tree: OnceCell::new() });
+            let new = || {
+                let (layers, images) = (lazy_layers.clone(), Mutex::default());
+                Arc::new(PendingTree { images, layers, tree: OnceCell::new() })
+            };
             self.trees().entry(id).or_insert_with(new).clone()
         };
+        let is_made = pending.tree.get().is_some();
+        let named_before = lock(&pending.images).clone();
+        lock(&pending.images).extend(layers.iter().map(|remote| remote.image.clone()));
+        if is_made {
+            // Another image of the same layers is another place of them.
+            let new = layers.iter().filter(|remote| !named_before.contains(&remote.image));
+            new.for_each(|remote| self.announce(remote.clone()));
+        }
         let made = pending.tree.get_or_try_init(|| self.make_tree(id, layers)).await.cloned();
         if made.is_err() {
             self.forget_failed(id, pending);
@@ -405,7 +418,8 @@ impl Service {
                 if is_wanted {
                     return Ok(());
                 }
-                trees.remove(&id);
+                let released = trees.remove(&id);
+                released.inspect(|released| service.forget_places(released, &trees));
             }
             let removed = service.0.namespace.remove_tree(id);
             let kernel = &service.mounts().kernel;
@@ -417,6 +431,21 @@ impl Service {
             Ok(())
         })
         .await
+    }
+
+    /// Takes the images of a released tree away as places of its layers, where no other tree is of them.
+    ///
+    /// An image that was pulled and never started loses its place with another tree of its name; it says it again when
+    /// it is started, and nothing loses its only place.
+    fn forget_places(&self, released: &PendingTree, others: &HashMap<TreeId, Arc<PendingTree>>) {
+        for image in &*lock(&released.images) {
+            let is_of_image = |other: &&Arc<PendingTree>| lock(&other.images).contains(image);
+            let kept: HashSet<LayerId> =
+                others.values().filter(is_of_image).flat_map(|other| &other.layers).map(LazyLayer::id).collect();
+            for id in released.layers.iter().map(LazyLayer::id).filter(|id| !kept.contains(id)) {
+                self.0.cache.forget_place(id, &json!({ IMAGE: image }));
+            }
+        }
     }
 
     /// Deletes the cache of a layer; unknown ones are deleted already.

@@ -10,9 +10,37 @@
 //! a layer are called (`fusefs` reads the index), and who decides that a layer is no longer needed.
 //!
 //! `layer.rs` is the way of a read, `bring.rs` decides how what it misses comes: `dedup.rs` copies it from
-//! another layer, `hot_pack.rs` receives what a start-up reads, `scheduler.rs` decides what else is requested
-//! and `transfer.rs` carries a request out. `frame_store.rs` keeps it all, `presence.rs` knows what is there,
-//! `unpack.rs` makes indexes of what is fetched, `directory.rs` keeps the files and `disk.rs` changes them.
+//! another layer, `hot_pack.rs` receives what a start-up reads, `scheduler/` decides what else is requested, and when
+//! and where, and `transfer.rs` carries a request out. `places.rs` holds where a layer comes from. `frame_store.rs` keeps
+//! it all, `presence.rs` knows what is there, `unpack.rs` makes indexes of what is fetched, `directory.rs` keeps the
+//! files and `disk.rs` changes them.
+//!
+//! # Who tries again
+//!
+//! - A [`Source`] goes on where a connection broke, and asks the mirrors of its registry. On a node it has a second for
+//!   that (`fusefs/src/main.rs`); it waits for nobody's sake.
+//! - The scheduler's machine does everything else for frames: it asks for a frame again when a request failed, was too
+//!   slow or brought wrong bytes, at the next place of the layer, after the pause of a place that failed, until its
+//!   readers' patience is over. What nobody is blocked for fails with its places.
+//! - Whoever opens a layer (`cache/opening.rs`), receives a hot pack, a dedup section or frames for a proof takes a slot
+//!   for each request; the machine chooses the place and keeps the pauses, and they decide how often they come back: an
+//!   opening as long as a reader would, the others once, or twice at each of several places.
+//! - `layer.rs` begins a read again only when content has vanished between arrival and read, `bring.rs` when what was near
+//!   did not bring what it should. `cache/rest.rs` and `cache/verifying.rs` come back to a layer after pauses of their own.
+//!
+//! # Locks
+//!
+//! In this order; who holds one takes only those after it:
+//!
+//! 1. the places' writer, the opening's cancellation, and `durable` of a store: held over writes to the disk, and taken
+//!    only where blocking is allowed;
+//! 2. the map of layers of a [`Cache`];
+//! 3. copies, hot pack and read-ahead of a layer;
+//! 4. the scheduler's state, in which frames are looked up and waits counted;
+//! 5. the places of a layer, a stream's state, the parts of a wait.
+//!
+//! Those from 2 on are taken by threads of the reactor and of FUSE sessions, and held for map operations only. Callbacks
+//! of readers run under none of them.
 
 mod bitmap;
 mod bring;

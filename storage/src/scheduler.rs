@@ -126,13 +126,12 @@ impl Scheduler {
     }
 
     /// A layer is going to be opened; frames can be wanted of it after [`Self::set_layer`].
-    pub(crate) fn add_layer(self: &Arc<Self>, number: u64, blob: Digest, places: &Arc<Places>) {
+    pub(crate) fn add_layer(&self, number: u64, blob: Digest, places: &Arc<Places>) {
         let known = Known { places: places.clone(), layer: Weak::new(), told: None };
         let mut state = lock(&self.state);
         state.layers.insert(number, known);
+        // Nothing is wanted of it yet, so there is nothing to do.
         state.machine.set_places(number, blob, places.to_refs(), Instant::now());
-        drop(state);
-        self.dispatch();
     }
 
     /// The layer is open.

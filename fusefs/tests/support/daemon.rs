@@ -95,7 +95,8 @@ pub fn options(root: &Path) -> DaemonOptions {
         session: SessionOptions::default(),
         mode: Mode::Fuse,
         take_over: None,
-        cache: CacheOptions::default(),
+        // What fails fails at once.
+        cache: CacheOptions { patience: None, ..CacheOptions::default() },
     }
 }
 

@@ -10,6 +10,8 @@ mod faults;
 mod hot_pack;
 mod kept_files;
 mod layers;
+mod patience;
+mod places;
 mod reads;
 mod removal;
 mod rest;

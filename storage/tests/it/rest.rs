@@ -144,3 +144,24 @@ async fn a_reader_who_waits_for_ever_holds_up_the_rest_for_a_bounded_time() {
     assert!(started.elapsed() >= START_UP_MAX, "{:?}", started.elapsed());
     reader.abort();
 }
+
+/// Two steps that stalled stopped the fetching of the rest of all layers.
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_whose_sources_hang_hold_up_no_other_and_steps_that_are_given_up_end_their_requests() {
+    let test = TestLayer::of_frames(5, 10_000);
+    let fixture = Fixture::with_options(&test, with_rate(FAST)).await;
+    fixture.source.hold_at(0);
+    let hanging: Vec<_> = (7..9).map(|count| TestLayer::of_frames(count, 10_000)).collect();
+    for (number, test) in hanging.iter().enumerate() {
+        let source = MemorySource::new(test);
+        source.hold_at(0);
+        fixture.cache.layer(&test.lazy, source, json!(number)).await.unwrap();
+    }
+    fixture.source.wait_for_frame_requests(1).await;
+    let other_test = TestLayer::of_frames(6, 10_000);
+    let other = fixture.cache.layer(&other_test.lazy, MemorySource::new(&other_test), json!("other")).await.unwrap();
+    wait_until_complete(&other).await;
+    // That of the index, and that of the step.
+    fixture.source.wait_for_ended(2).await;
+    assert_eq!(fixture.layer.progress().frames_present, 0);
+}

@@ -366,6 +366,8 @@ pub(crate) enum Fault {
 pub(crate) struct MemorySource {
     blob: Bytes,
     faults: Mutex<Vec<Fault>>,
+    /// What every request is answered with.
+    outage: Mutex<Option<SourceError>>,
     range_faults: Mutex<Vec<(Range<u64>, Fault)>>,
     requests: watch::Sender<Vec<Range<u64>>>,
     ended_count: watch::Sender<usize>,
@@ -378,6 +380,7 @@ impl MemorySource {
         Arc::new(Self {
             blob: layer.blob.clone().into(),
             faults: Mutex::default(),
+            outage: Mutex::default(),
             range_faults: Mutex::default(),
             requests: watch::Sender::default(),
             ended_count: watch::Sender::default(),
@@ -427,6 +430,11 @@ impl MemorySource {
         self.faults.lock().unwrap().extend(faults);
     }
 
+    /// Every request fails from now on, or none.
+    pub(crate) fn set_outage(&self, error: Option<SourceError>) {
+        *self.outage.lock().unwrap() = error;
+    }
+
     /// The request for exactly this range meets a fault.
     pub(crate) fn fail_at(&self, range: &Range<u64>, fault: Fault) {
         self.range_faults.lock().unwrap().push((range.clone(), fault));
@@ -451,6 +459,9 @@ impl Source for MemorySource {
         /// Odd on purpose: pieces end nowhere near the frames.
         const PIECE_LEN: u64 = 7919;
         self.requests.send_modify(|requests| requests.push(range.clone()));
+        if let Some(error) = self.outage.lock().unwrap().clone() {
+            return async { Err(error) }.boxed();
+        }
         let mut faults = self.faults.lock().unwrap();
         let fault = if faults.is_empty() { None } else { Some(faults.remove(0)) };
         drop(faults);
