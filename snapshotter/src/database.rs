@@ -14,7 +14,10 @@ use std::{
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use redb::{Builder, Durability, ReadTransaction, ReadableDatabase, StorageBackend, WriteTransaction};
@@ -28,7 +31,8 @@ type Result<T, E = MetadataError> = std::result::Result<T, E>;
 /// Memory for pages: a few thousand records with their index.
 const CACHE_BYTES: usize = 8 << 20;
 /// Room that is allocated for the file, as a multiple of its length: redb doubles it when it grows, and a removal that
-/// makes it grow must not find the disk full.
+/// makes it grow must not find the disk full. Without that room nothing is added, so what additions left of it is there
+/// for removals.
 const RESERVED_LENGTHS: u64 = 2;
 
 /// Opens what the database lies in; called again after each failure.
@@ -39,7 +43,9 @@ pub(crate) struct Database {
     open_backend: OpenBackend,
     opened: RwLock<Opened>,
     syncing: Mutex<Syncing>,
-    synced: Condvar,
+    /// Something in [`Syncing`] went on.
+    went_on: Condvar,
+    room: Arc<Room>,
 }
 
 /// What is open now.
@@ -53,6 +59,10 @@ struct Opened {
 /// Which changes are durable.
 #[derive(Default)]
 struct Syncing {
+    /// Changes begun so far,
+    begun: u64,
+    /// and ended, in whatever way.
+    ended: u64,
     /// Changes committed so far.
     committed: u64,
     /// Of these, how many are on disk.
@@ -82,8 +92,11 @@ impl Database {
     ///
     /// When it cannot be read, or is no database.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let path = path.to_owned();
-        Self::open_on(Box::new(move || Ok(Box::new(DatabaseFile::open(&path)?))))
+        let room = Arc::new(Room { path: path.to_owned(), is_missing: AtomicBool::new(false) });
+        let of_file = Arc::clone(&room);
+        let open =
+            move || -> io::Result<Box<dyn StorageBackend>> { Ok(Box::new(DatabaseFile::open(of_file.clone())?)) };
+        Self::open_with(Box::new(open), room)
     }
 
     /// Opens the database in what `open_backend` opens.
@@ -91,10 +104,24 @@ impl Database {
     /// # Errors
     ///
     /// As [`Self::open`].
+    #[cfg(test)]
     pub(crate) fn open_on(open_backend: OpenBackend) -> Result<Self> {
+        Self::open_with(open_backend, Arc::default())
+    }
+
+    fn open_with(open_backend: OpenBackend, room: Arc<Room>) -> Result<Self> {
         let database = Some(open_database(&open_backend)?);
         let opened = RwLock::new(Opened { database, generation: 0 });
-        Ok(Self { open_backend, opened, syncing: Mutex::default(), synced: Condvar::new() })
+        Ok(Self { open_backend, opened, syncing: Mutex::default(), went_on: Condvar::new(), room })
+    }
+
+    /// Whether there is room left for what removals may need; who adds something asks before.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub(crate) fn require_room(&self) -> Result<()> {
+        self.room.require().map_err(io_error)
     }
 
     /// Calls `look` with a consistent state.
@@ -136,6 +163,7 @@ impl Database {
 
     /// What `change` returned, and the number of the commit, for which somebody waits now.
     fn committed<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<(T, u64)> {
+        let _begun = Begun::new(self);
         self.healing(|database| {
             let mut transaction = database.begin_write()?;
             transaction.set_durability(Durability::None).expect("there are no savepoints");
@@ -159,10 +187,14 @@ impl Database {
                 return Ok(());
             }
             if syncing.is_under_way {
-                syncing = self.synced.wait(syncing).unwrap_or_else(PoisonError::into_inner);
+                syncing = self.went_on.wait(syncing).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             syncing.is_under_way = true;
+            // Who has begun is covered too: they change memory only.
+            let begun = syncing.begun;
+            let is_behind = |syncing: &mut Syncing| syncing.ended < begun;
+            syncing = self.went_on.wait_while(syncing, is_behind).unwrap_or_else(PoisonError::into_inner);
             let covered = syncing.committed;
             drop(syncing);
             let synced = self.sync_all();
@@ -171,7 +203,7 @@ impl Database {
             if synced.is_ok() {
                 syncing.durable = syncing.durable.max(covered);
             }
-            self.synced.notify_all();
+            self.went_on.notify_all();
             synced?;
         }
     }
@@ -231,7 +263,7 @@ impl Database {
             }
             // What is lost is not waited for any longer.
             syncing.durable = up_to;
-            self.synced.notify_all();
+            self.went_on.notify_all();
         }
         match open_database(&self.open_backend) {
             Ok(database) => {
@@ -245,6 +277,23 @@ impl Database {
     fn syncing(&self) -> MutexGuard<'_, Syncing> {
         // Numbers that are changed one by one: a panic elsewhere leaves them whole.
         self.syncing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A change that is not committed yet.
+struct Begun<'a>(&'a Database);
+
+impl<'a> Begun<'a> {
+    fn new(database: &'a Database) -> Self {
+        database.syncing().begun += 1;
+        Self(database)
+    }
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        self.0.syncing().ended += 1;
+        self.0.went_on.notify_all();
     }
 }
 
@@ -320,32 +369,63 @@ impl StorageBackend for AnyBackend {
     }
 }
 
+/// Room on the disk that is kept for the file: up to its next length.
+#[derive(Debug, Default)]
+struct Room {
+    path: PathBuf,
+    is_missing: AtomicBool,
+}
+
+impl Room {
+    /// Allocates it; not to get it is no error here.
+    fn reserve(&self, file: &File) -> io::Result<()> {
+        let len = file.metadata()?.len();
+        let is_missing = match allocate(file, len * RESERVED_LENGTHS) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => true,
+            allocated => allocated.map(|()| false)?,
+        };
+        if is_missing && !self.is_missing.swap(is_missing, Ordering::Relaxed) {
+            warn!(path = %self.path.display(), "the disk is full: nothing is added until there is room again");
+        }
+        self.is_missing.store(is_missing, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn require(&self) -> io::Result<()> {
+        if !self.is_missing.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.reserve(&File::options().write(true).open(&self.path)?)?;
+        match self.is_missing.load(Ordering::Relaxed) {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Blocks up to `len`, without changing the length; where the file system cannot, they come when they are written.
+fn allocate(file: &File, len: u64) -> io::Result<()> {
+    match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, 0, len) {
+        Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+        allocated => Ok(allocated?),
+    }
+}
+
 /// A file whose blocks are all allocated, and more behind its end: writing to it needs no room on the disk. Two
 /// processes are kept apart by the lock of the root directory.
 #[derive(Debug)]
 struct DatabaseFile {
     file: File,
-    path: PathBuf,
+    room: Arc<Room>,
 }
 
 impl DatabaseFile {
-    fn open(path: &Path) -> io::Result<Self> {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
-        let opened = Self { file, path: path.to_owned() };
-        let len = opened.file.metadata()?.len();
-        if len > 0 && !opened.reserve(len)? {
-            warn!(path = %opened.path.display(), "no room for what removals may need: the disk is full");
+    fn open(room: Arc<Room>) -> io::Result<Self> {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(&room.path)?;
+        if file.metadata()?.len() > 0 {
+            room.reserve(&file)?;
         }
-        Ok(opened)
-    }
-
-    /// False when there is no room; true also where the file system cannot reserve.
-    fn reserve(&self, len: u64) -> io::Result<bool> {
-        match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, len * RESERVED_LENGTHS) {
-            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(true),
-            Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
+        Ok(Self { file, room })
     }
 }
 
@@ -360,15 +440,11 @@ impl StorageBackend for DatabaseFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         if len > self.len()? {
-            // Blocks that an earlier call reserved are used; where there are none the file stays as it is.
-            match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, len) {
-                Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
-                Err(error) => return Err(error.into()),
-            }
+            // What is kept is used; where that is not enough the file stays as it is.
+            allocate(&self.file, len)?;
         }
         self.file.set_len(len)?;
-        // The next growth is refused, not this one.
-        self.reserve(len).map(drop)
+        self.room.reserve(&self.file)
     }
 
     fn sync_data(&self) -> io::Result<()> {

@@ -387,6 +387,7 @@ impl Metadata {
     /// [`MetadataError::NotFound`] for the parent, [`MetadataError::ParentNotCommitted`],
     /// [`MetadataError::AlreadyExists`].
     pub fn create(&self, new: &NewSnapshot, id: SnapshotId, now: Time) -> Result<Chain> {
+        self.database.require_room()?;
         self.database.change(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
             let parents = parents_of(&snapshots, new)?;
@@ -473,6 +474,7 @@ impl Metadata {
         layer: &RemoteLayer,
         now: Time,
     ) -> Result<LazyInsert> {
+        self.database.require_room()?;
         let id = self.take_id();
         self.database.change(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
@@ -819,6 +821,9 @@ fn without_empty(mut labels: Labels) -> Labels {
     labels
 }
 
+#[cfg(test)]
+#[path = "crash_tests.rs"]
+mod crash_tests;
 #[cfg(test)]
 #[path = "metadata_tests.rs"]
 mod tests;
