@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, IdMapping, ImageSpec,
+    AuthConfig, ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, IdMapping, ImageSpec,
     LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
     NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemoveImageRequest,
     RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopPodSandboxRequest,
@@ -77,6 +77,18 @@ impl Cri {
     pub fn pull_image(&self, reference: &str) -> Result<String> {
         let mut images = self.images.clone();
         let request = PullImageRequest { image: Some(image(reference)), ..Default::default() };
+        Ok(self.call("PullImage", images.pull_image(request))?.image_ref)
+    }
+
+    /// Pulls an image with a secret, as kubelet does for a pod that names one.
+    ///
+    /// # Errors
+    ///
+    /// When containerd refuses.
+    pub fn pull_image_as(&self, reference: &str, (user, password): (&str, &str)) -> Result<String> {
+        let mut images = self.images.clone();
+        let auth = AuthConfig { username: user.to_owned(), password: password.to_owned(), ..Default::default() };
+        let request = PullImageRequest { image: Some(image(reference)), auth: Some(auth), ..Default::default() };
         Ok(self.call("PullImage", images.pull_image(request))?.image_ref)
     }
 

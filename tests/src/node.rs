@@ -271,6 +271,19 @@ impl Node {
         Self::with_cri(Snapshotter::start_with(flags, scratch)?, scratch, registry, Release::default(), LAZULI)
     }
 
+    /// As [`Self::start_with_cri`], with these options of the snapshotter.
+    ///
+    /// # Errors
+    ///
+    /// When something that it consists of does not start.
+    pub fn start_as_with_cri(
+        options: SnapshotterOptions,
+        scratch: &Scratch,
+        registry: &TestRegistry,
+    ) -> Result<(Self, Cri)> {
+        Self::with_cri(Snapshotter::start_as(options, scratch)?, scratch, registry, Release::default(), LAZULI)
+    }
+
     /// As [`Self::start_with_cri`], with another version of containerd, or pods on another snapshotter.
     ///
     /// # Errors

@@ -18,6 +18,11 @@ use crate::{
     scratch::Scratch,
 };
 
+/// User and password of a private registry.
+pub const USER: (&str, &str) = ("aladdin", "open sesame");
+/// bcrypt of that.
+const PASSWORDS: &str = "aladdin:$2y$05$abcdefghijklmnopqrstuupx2xBUC4954936wVIjyyPHmUBFu0wCW\n";
+
 /// A registry on a free port of the loopback interface.
 #[derive(Debug)]
 pub struct TestRegistry {
@@ -70,6 +75,18 @@ impl TestRegistry {
         Self::start_with(scratch, &format!("{authentication}{}\n", passwords.display()))
     }
 
+    /// Starts a second one over what this one has, for [`USER`] only.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start`].
+    pub fn start_private_door(&self, scratch: &Scratch) -> Result<Self> {
+        let passwords = scratch.join("private.passwords");
+        fs::write(&passwords, PASSWORDS).at("writing", &passwords)?;
+        let authentication = format!("auth:\n  htpasswd:\n    realm: cave\n    path: {}\n", passwords.display());
+        Self::start_in(&scratch.directory("private")?, self.storage.clone(), scratch.log("private"), &authentication)
+    }
+
     /// Starts one that speaks TLS with this certificate and its key.
     ///
     /// # Errors
@@ -82,13 +99,15 @@ impl TestRegistry {
     }
 
     fn start_with(scratch: &Scratch, more: &str) -> Result<Self> {
-        require_program("docker-registry")?;
         let directory = scratch.directory("registry")?;
-        let storage = directory.join("storage");
+        Self::start_in(&directory, directory.join("storage"), scratch.log("registry"), more)
+    }
+
+    fn start_in(directory: &Path, storage: PathBuf, log: PathBuf, more: &str) -> Result<Self> {
+        require_program("docker-registry")?;
         let address = free_address()?;
         let config = directory.join("config.yml");
         fs::write(&config, configuration(&storage, &address) + more).at("writing", &config)?;
-        let log = scratch.log("registry");
         let mut serve = command("docker-registry", ["serve"]);
         serve.arg(&config);
         let service = Service::start("docker-registry", &mut serve, &log, || TcpStream::connect(&address).is_ok())?;
