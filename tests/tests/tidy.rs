@@ -165,3 +165,23 @@ fn every_test_that_the_promises_name_exists() {
     }
     assert!(tests > 40 && rows_named > 15, "{tests} tests, {rows_named} rows");
 }
+
+/// Between backticks, `docs/TRUST.md` has names of options and of tests; the latter are sentences.
+#[test]
+fn every_test_that_the_page_on_trust_names_exists() {
+    let text = fs::read_to_string(root().join("docs/TRUST.md")).expect("readable");
+    let directories =
+        ["storage/tests", "fusefs/src", "fusefs/tests", "snapshotter/src", "snapshotter/tests", "tests/tests"];
+    let sources = directories.iter().flat_map(|directory| sources(&root().join(directory)));
+    let code: String = sources.map(|source| fs::read_to_string(source).expect("readable")).collect();
+    let is_test_name = |word: &&str| {
+        let is_name =
+            |character: char| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '_';
+        word.chars().all(is_name) && word.matches('_').count() > 2
+    };
+    let names: Vec<_> = text.split('`').skip(1).step_by(2).filter(is_test_name).collect();
+    assert!(names.len() > 25, "{names:?}");
+    for name in names {
+        assert!(code.contains(&format!("fn {name}()")), "{name}");
+    }
+}

@@ -133,9 +133,7 @@ impl Snapshots {
     /// The topmost lazy snapshot of an image that was pulled.
     pub(crate) fn top_of(&self, image: &str) -> Result<String> {
         let names = self.names_with("containerd.io/snapshot/cri.image-ref", image)?;
-        let by_own = self.names_with("containerd.io/snapshot/lazuli/image", image)?;
-        let found = names.into_iter().chain(by_own).next_back();
-        found.ok_or_else(|| HarnessError::Unexpected(format!("{image} has no lazy snapshot")))
+        names.into_iter().next_back().ok_or_else(|| HarnessError::Unexpected(format!("{image} has no lazy snapshot")))
     }
 }
 
