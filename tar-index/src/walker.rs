@@ -302,6 +302,8 @@ fn read_sparse_map(input: &mut impl TarInput, entry: &mut Entry) -> Result<Vec<u
     let malformed = |reason| TarError::Malformed { start: entry.start, reason };
     let mut text = Vec::new();
     let mut line_start = 0;
+    // A line may be long: what was searched for its end is not searched again.
+    let mut searched_len = 0;
     let mut expected_len = None;
     let mut map = Vec::new();
     let mut read_len = 0;
@@ -319,11 +321,15 @@ fn read_sparse_map(input: &mut impl TarInput, entry: &mut Entry) -> Result<Vec<u
         }
         text.extend_from_slice(block);
         input.consume(BLOCK_LEN)?;
-        while let Some(line_len) = text[line_start..].iter().position(|byte| *byte == b'\n')
-            && expected_len.is_none_or(|expected| map.len() < expected)
-        {
-            let value = unsigned(&text[line_start..line_start + line_len]).map_err(malformed)?;
-            line_start += line_len + 1;
+        while expected_len.is_none_or(|expected| map.len() < expected) {
+            let Some(found) = text[searched_len..].iter().position(|byte| *byte == b'\n') else {
+                searched_len = text.len();
+                break;
+            };
+            let line_end = searched_len + found;
+            let value = unsigned(&text[line_start..line_end]).map_err(malformed)?;
+            line_start = line_end + 1;
+            searched_len = line_start;
             match expected_len {
                 None => expected_len = Some(usize::try_from(value).unwrap_or(usize::MAX).saturating_mul(2)),
                 Some(_) => map.push(value),

@@ -343,7 +343,9 @@ fn an_artifact_is_copied_as_it_is() -> Result<()> {
     let finished = lazuli(["convert", &layout.reference(), &copy])?;
     assert_eq!(finished.code, Some(0), "{finished:?}");
     let digest = descriptor["digest"].as_str().unwrap_or_default();
-    assert!(finished.stderr.contains(&format!("{digest}: no container image, copied as it is")), "{finished:?}");
+    let told = format!("{digest}: no container image (application/vnd.cncf.helm.config.v1+json), copied as it is");
+    assert!(finished.stderr.contains(&told), "{finished:?}");
+    assert!(finished.stderr.contains("warning: nothing was converted"), "{finished:?}");
     assert_eq!(finished.stdout, format!("{copy} {digest}\n"));
     let stored = fs::read(registry.blob_file(digest_in(&chart)?)).context("reading the chart")?;
     assert_eq!(stored, noise(3, 5000));

@@ -18,8 +18,9 @@ const READ_LEN_MAX: u64 = 512 << 20;
 /// Most reads for it.
 const READ_COUNT_MAX: u32 = 100_000;
 
-/// Most look-ups of paths for it, each counted once for every this many bytes of the path.
-const LOOK_UP_COUNT_MAX: u64 = 50_000_000;
+/// Most steps of the search: look-ups of paths, each counted once for every so many bytes of the path, and names of
+/// directories. Some seconds of a processor, whatever an image says.
+const STEP_COUNT_MAX: u64 = 10_000_000;
 const LOOK_UP_UNIT_LEN: u64 = 16;
 
 /// The tree of an image and what can be read of its files.
@@ -28,7 +29,7 @@ pub(super) struct Files<'a> {
     content: &'a mut dyn FileContent,
     read_len: u64,
     read_count: u32,
-    look_up_count: Cell<u64>,
+    step_count: Cell<u64>,
 }
 
 /// A file or directory, and its one path without links.
@@ -42,7 +43,7 @@ pub(super) struct Found {
 
 impl<'a> Files<'a> {
     pub(super) fn new(tree: Index<&'a [u8]>, content: &'a mut dyn FileContent) -> Self {
-        Self { tree, content, read_len: 0, read_count: 0, look_up_count: Cell::new(0) }
+        Self { tree, content, read_len: 0, read_count: 0, step_count: Cell::new(0) }
     }
 
     pub(super) fn inode(&self, number: u32) -> Option<&Inode> {
@@ -51,12 +52,20 @@ impl<'a> Files<'a> {
 
     /// What an absolute path names, links followed; relative ones start at the root.
     pub(super) fn find(&self, path: &[u8]) -> Option<Found> {
-        let count = self.look_up_count.get() + 1 + path.len() as u64 / LOOK_UP_UNIT_LEN;
-        self.look_up_count.set(count);
-        if count > LOOK_UP_COUNT_MAX {
+        self.count_steps(1 + path.len() as u64 / LOOK_UP_UNIT_LEN);
+        if self.is_over() {
             return None;
         }
         find(&self.tree, path)
+    }
+
+    fn count_steps(&self, count: u64) {
+        self.step_count.set(self.step_count.get().saturating_add(count));
+    }
+
+    /// Whether the search has taken all the steps that it may: loops end then, since nothing more is found.
+    pub(super) fn is_over(&self) -> bool {
+        self.step_count.get() > STEP_COUNT_MAX
     }
 
     /// The regular file under a path, links followed.
@@ -78,6 +87,7 @@ impl<'a> Files<'a> {
     pub(super) fn names(&self, path: &[u8]) -> Vec<Vec<u8>> {
         let Some(directory) = self.find_directory(path) else { return Vec::new() };
         let Some(inode) = self.inode(directory.inode) else { return Vec::new() };
+        self.count_steps(inode.size.get());
         let entries = self.tree.children(inode).filter(|(_, number)| *number != WHITEOUT);
         entries.map(|(name, _)| name.to_vec()).collect()
     }
@@ -201,6 +211,15 @@ pub(super) fn base_name(path: &[u8]) -> &[u8] {
 mod tests {
     use super::{super::test_image::TestImage, *};
 
+    /// Nothing is read.
+    struct NoContent;
+
+    impl FileContent for NoContent {
+        fn read_at(&mut self, _: &Inode, _: u64, _: usize) -> std::io::Result<Vec<u8>> {
+            Err(std::io::ErrorKind::NotFound.into())
+        }
+    }
+
     fn found(image: &TestImage, path: &str) -> Option<String> {
         find(&image.tree(), path.as_bytes()).map(|found| String::from_utf8(found.path).unwrap())
     }
@@ -218,6 +237,21 @@ mod tests {
         }
         assert_eq!(found(&image, "/../..").as_deref(), Some("/"));
         assert_eq!(found(&image, "/bin/").as_deref(), Some("/usr/bin"));
+    }
+
+    /// Budgets made look-ups fail; loops over words of a config and directories of its PATH went on for minutes.
+    #[test]
+    fn a_search_that_has_taken_its_steps_is_over() {
+        let image = TestImage::new().file("/bin/tool", "x").file("/lib/a", "").file("/lib/b", "");
+        let tree = image.tree();
+        let mut content = NoContent;
+        let files = Files::new(Index::open(tree.as_bytes()).unwrap(), &mut content);
+        assert!(files.find(b"/bin/tool").is_some());
+        let before = files.step_count.get();
+        assert_eq!(files.names(b"/lib").len(), 2);
+        assert!(files.step_count.get() >= before + 3, "each name is a step");
+        files.count_steps(STEP_COUNT_MAX);
+        assert!(files.is_over() && files.find(b"/bin/tool").is_none() && files.names(b"/lib").is_empty());
     }
 
     #[test]

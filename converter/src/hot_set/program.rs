@@ -98,7 +98,9 @@ fn look_up(search: &Search<'_>, directory: &[u8], name: &[u8]) -> Option<(Vec<u8
     if name.contains(&b'/') {
         return candidate(join(directory, name));
     }
-    search.config.search_path().find_map(|place| candidate(join(&join(directory, place), name)))
+    let places = search.config.search_path().take_while(|_| !search.files.is_over());
+    let mut found = places.map(|place| candidate(join(&join(directory, place), name)));
+    found.find_map(|found| found)
 }
 
 /// Runs the interpreter of a script as Linux does: with at most one argument of its own, then the script.
@@ -168,6 +170,9 @@ fn env_command(arguments: &[Vec<u8>]) -> Vec<Vec<u8>> {
 /// small files before it are configuration.
 pub(super) fn run_arguments(search: &mut Search<'_>, command: &Command, arguments: &[Vec<u8>]) {
     for (place, argument) in arguments.iter().enumerate() {
+        if search.files.is_over() {
+            return;
+        }
         let value = match argument.iter().position(|byte| *byte == b'=') {
             Some(equals) if argument.starts_with(b"-") => &argument[equals + 1..],
             _ => argument,

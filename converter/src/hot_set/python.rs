@@ -247,7 +247,7 @@ impl Python {
         let mut reason = reason;
         let mut pending: Vec<String> = names.into_iter().collect();
         pending.reverse();
-        while let Some(name) = pending.pop() {
+        while let Some(name) = pending.pop().filter(|_| !search.files.is_over()) {
             let is_known = self.seen.contains(&name) || name.len() > NAME_LEN_MAX;
             if is_known || self.seen.len() >= NAME_COUNT_MAX {
                 continue;

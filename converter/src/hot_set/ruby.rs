@@ -145,7 +145,7 @@ impl Ruby {
     fn load_all(&mut self, search: &mut Search<'_>, process: &mut Process, required: Vec<Required>) {
         let mut pending = required;
         pending.reverse();
-        while let Some(required) = pending.pop() {
+        while let Some(required) = pending.pop().filter(|_| !search.files.is_over()) {
             let Some(found) = self.resolve(&search.files, &required) else { continue };
             let mut inner = self.load(search, process, &found, hot_reason::RUNTIME);
             inner.reverse();
@@ -164,7 +164,7 @@ impl Ruby {
         };
         match &required.relative_to {
             Some(directory) => find(directory),
-            None => self.path.iter().find_map(find),
+            None => self.path.iter().take_while(|_| !files.is_over()).find_map(find),
         }
     }
 
