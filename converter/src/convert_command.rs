@@ -22,7 +22,7 @@ use format_spec::Digest;
 use indicatif::HumanBytes;
 use registry::Client;
 
-use crate::{fail_with, progress, registry_arguments::RegistryArguments};
+use crate::{fail_with, progress, registry_arguments::RegistryArguments, user_directories};
 
 /// What `lazuli convert` is told.
 #[derive(Debug, Args)]
@@ -109,7 +109,7 @@ pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
         let cache = match no_cache {
             true => None,
             false => Some(CacheOptions {
-                directory: cache.or_else(default_cache),
+                directory: cache.or_else(|| user_directories::cache("lazuli/conversions")),
                 images: open_all(cache_from, &client).await?,
             }),
         };
@@ -141,13 +141,6 @@ async fn open_all(locations: Vec<Location>, client: &Client) -> Result<Vec<Image
         opened.push(ImageSource::open(location, client, &std::env::temp_dir()).await?);
     }
     Ok(opened)
-}
-
-/// Source: XDG Base Directory Specification.
-fn default_cache() -> Option<PathBuf> {
-    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
-    let base = std::env::var_os("XDG_CACHE_HOME").filter(|base| !base.is_empty()).map(PathBuf::from).or_else(home)?;
-    Some(base.join("lazuli/conversions"))
 }
 
 fn print(report: &Report, json: bool) {

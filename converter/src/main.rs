@@ -14,6 +14,7 @@ mod progress;
 mod pull_command;
 mod registry_arguments;
 mod status_command;
+mod user_directories;
 
 use std::process::ExitCode;
 

@@ -12,7 +12,7 @@ use converter::{
 };
 use fusefs::Mode;
 
-use crate::{fail_with, registry_arguments::RegistryArguments};
+use crate::{fail_with, registry_arguments::RegistryArguments, user_directories};
 
 /// What `lazuli mount` is told.
 #[derive(Debug, Args)]
@@ -40,7 +40,7 @@ pub(crate) struct MountArguments {
 pub(crate) async fn run(arguments: MountArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
     let MountArguments { image, mount_point, cache, mode, platform, registries } = arguments;
     let client = registries.into_client();
-    let cache_root = cache.unwrap_or_else(default_cache);
+    let cache_root = cache.or_else(|| user_directories::cache("lazuli")).unwrap_or_else(|| "/var/cache/lazuli".into());
     let named = image.to_string();
     let mounting = async {
         let source = ImageSource::open(image, &client, &std::env::temp_dir()).await.map_err(ResolveError::from)?;
@@ -58,11 +58,4 @@ pub(crate) async fn run(arguments: MountArguments, interrupted: impl Future<Outp
     };
     let unmounted = mounted.unmount().await;
     ended.and(unmounted).map_err(|error| fail_with(&named, &error))
-}
-
-/// Source: XDG Base Directory Specification.
-fn default_cache() -> PathBuf {
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
-    base.unwrap_or_else(|| PathBuf::from("/var/cache")).join("lazuli")
 }

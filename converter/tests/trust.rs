@@ -19,7 +19,7 @@ use rustix::{
     fs::{CWD, FileType, Mode, mknodat},
     process::{Pid, Signal, kill_process},
 };
-use scene::{Scene, gzip, layer_type, tar};
+use scene::{Scene, gzip, layer_type, list, tar};
 use serde_json::{Value, json};
 
 /// An image of one ordinary layer with this tar stream, as `src`.
@@ -367,4 +367,21 @@ fn a_closed_pipe_ends_no_conversion_and_a_full_disk_is_said() {
     for layout in ["one", "two"] {
         assert!(scene.lazuli(&["check", &format!("oci:{layout}")]).status.success());
     }
+}
+
+/// Empty and relative paths in the environment name no directory.
+#[test]
+fn a_cache_lies_in_the_directory_of_a_user_or_nowhere() {
+    let scene = Scene::new();
+    let home = scene.path("home");
+    for (cache, home, expected) in [("", "", None), (".cache", "", None), ("", home.to_str().unwrap(), Some(".cache"))]
+    {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli"));
+        command.args(["convert", "oci:src", "oci:dst"]).current_dir(scene.directory.path());
+        let output = command.env("XDG_CACHE_HOME", cache).env("HOME", home).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let expected = expected.map(|name| format!("{home}/{name}/lazuli/conversions/key"));
+        assert!(expected.is_none_or(|path| fs::exists(path).unwrap()));
+    }
+    assert_eq!(list(scene.directory.path()), ["dst", "home", "src"]);
 }
