@@ -23,7 +23,6 @@ use crate::{
     frame_store::lock,
     layer::{Activity, LayerInner, Priority},
     places::{Place, Places},
-    source::SourceError,
     transfer::{self, Request, Slot},
     wait::Wait,
 };
@@ -452,12 +451,5 @@ impl Drop for InFlight {
         if !self.is_settled {
             self.settle(ReadError::Stopped(self.layer.blob()));
         }
-    }
-}
-
-impl SourceError {
-    /// For a request that the scheduler ended.
-    pub(crate) fn cancelled() -> Self {
-        Self::passing("the request was given up")
     }
 }

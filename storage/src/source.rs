@@ -192,7 +192,7 @@ async fn source_turn<T>(link: &Link, turn: impl Future<Output = T>) -> Result<T,
     let result = tokio::select! {
         biased;
         result = turn => Ok(result),
-        () = link.cancelled() => Err(SourceError::cancelled()),
+        reason = link.cancelled() => Err(reason),
     };
     link.set_waiting(false);
     result

@@ -1,8 +1,13 @@
 //! What a running request and the scheduler know of each other.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{
+    OnceLock,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
 
 use tokio::sync::Notify;
+
+use crate::source::SourceError;
 
 /// Shared by a request, which counts what it receives, and the scheduler, which may end it.
 #[derive(Debug, Default)]
@@ -11,6 +16,8 @@ pub(crate) struct Link {
     /// Whether the request waits for its source at this moment, not for the disk or a processor.
     is_waiting: AtomicBool,
     cancelled: Notify,
+    /// Why it is ended, where that is the source's fault.
+    reason: OnceLock<SourceError>,
 }
 
 impl Link {
@@ -39,8 +46,15 @@ impl Link {
         self.cancelled.notify_one();
     }
 
-    /// Waits for [`Self::cancel`].
-    pub(crate) async fn cancelled(&self) {
+    /// Says why the request is going to be ended.
+    pub(crate) fn set_reason(&self, reason: SourceError) {
+        // The first reason is the one.
+        let _ = self.reason.set(reason);
+    }
+
+    /// Waits for [`Self::cancel`]; returns why.
+    pub(crate) async fn cancelled(&self) -> SourceError {
         self.cancelled.notified().await;
+        self.reason.get().cloned().unwrap_or_else(|| SourceError::passing("the request was given up"))
     }
 }

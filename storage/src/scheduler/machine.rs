@@ -221,7 +221,8 @@ impl<W: Waiter> Machine<W> {
         self.advance(now);
     }
 
-    /// Wants frames of a layer, each with its range in the blob; returns for how many of them `wait` waits now.
+    /// Wants frames of a layer, each with its range in the blob; returns for how many of them `wait` waits now, with one
+    /// for a failure that it is going to hear of.
     ///
     /// `is_present` says what is in the cache: it is asked about frames that are not pending, and a frame stops being
     /// pending after it became present, so that it is never missed.
@@ -239,6 +240,8 @@ impl<W: Waiter> Machine<W> {
             match self.want_frame((layer, frame), blob, priority, wait, &is_present, now) {
                 Ok(is_pending) => parts += usize::from(is_pending && wait.is_some()),
                 Err((place, error)) => {
+                    // One part that never ends: the wait fails a moment later, and is not complete before.
+                    parts += usize::from(wait.is_some());
                     let waits = wait.cloned().into_iter().collect();
                     self.effects.push_back(Effect::Fail { layer, place, waits, error });
                     break;

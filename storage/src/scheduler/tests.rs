@@ -121,6 +121,9 @@ impl World {
         let is_present = |frame| present.contains(&(layer, frame));
         let parts = self.machine.want(layer, ranges, priority, Some(&wait), is_present, self.now);
         wait.0.borrow_mut().parts_left = parts;
+        let is_going_to_fail = |effect: &Effect<TestWait>| matches!(effect, Effect::Fail { waits, .. } if waits.iter().any(|failing| failing.is_same(&wait)));
+        // Found by `a_reader_waits_for_patience_once_whatever_happens`: a wait that was to fail was complete before it did.
+        assert!(parts > 0 || !self.machine.effects.iter().any(is_going_to_fail));
         self.waits.push(wait.clone());
         self.drain();
         wait

@@ -78,6 +78,10 @@ impl<W: Waiter> Machine<W> {
             if let Some(running) = self.running.get_mut(&request) {
                 running.sample = (now, running.link.received());
                 if let Some(outcome) = verdict {
+                    running.link.set_reason(match &outcome {
+                        Outcome::Failed(error) => error.clone(),
+                        _ => SourceError::passing("bytes came too slowly"),
+                    });
                     self.effects.push_back(Effect::Cancel(running.link.clone()));
                     self.end(request, outcome, now);
                 }

@@ -2,6 +2,7 @@
 
 use std::{fs, sync::Arc};
 
+use futures_util::FutureExt;
 use serde_json::json;
 use storage::{Cache, CacheError};
 
@@ -22,15 +23,15 @@ async fn removal_ends_an_opening_whose_index_does_not_come() {
     let cache = open_cache(directory.path());
     let source = MemorySource::new(&test);
     source.hold_at(test.lazy.index.offset);
-    let open = || {
-        let (cache, source, test) = (cache.clone(), source.clone(), test.clone());
-        tokio::spawn(async move { cache.layer(&test.lazy, source, json!(null)).await.map(drop) })
-    };
-    let waiting = [open(), open()];
+    let mut waiting = [(); 2].map(|()| cache.layer(&test.lazy, source.clone(), json!(null)).boxed());
+    for waiting in &mut waiting {
+        // Both have asked before the removal begins.
+        assert!(waiting.now_or_never().is_none());
+    }
     source.wait_for_frame_requests(0).await;
     cache.remove(test.lazy.id()).await.unwrap();
     for waiting in waiting {
-        let error = waiting.await.unwrap().unwrap_err();
+        let error = waiting.await.map(drop).unwrap_err();
         assert!(matches!(error, CacheError::Stopped(_)), "{error}");
     }
     // The request went with the opening.
