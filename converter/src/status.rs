@@ -72,6 +72,8 @@ pub struct ImageLayer {
     pub fetched_bytes: u64,
     /// Bytes that it takes on disk.
     pub disk_bytes: u64,
+    /// Pages of 4 KiB that `lazuli-fused` found damaged on disk since it started, and fetches again.
+    pub healed_pages: u64,
     /// Whether everything has arrived.
     pub is_complete: bool,
     /// Whether the kernel reads it from its cache file, without any daemon.
@@ -193,6 +195,7 @@ fn image_layer(layer: &LayerStatus, is_direct: bool) -> ImageLayer {
         frames_total: layer.frames_total,
         fetched_bytes: layer.fetched_bytes,
         disk_bytes: layer.disk_bytes,
+        healed_pages: layer.healed_pages,
         is_complete: layer.is_complete,
         is_direct,
         verdict: layer.verdict.clone(),
@@ -239,6 +242,7 @@ mod tests {
             is_complete: name == "complete",
             verdict: None,
             disk_bytes: 4096,
+            healed_pages: 0,
             reading: Reading { frames_awaited: 1, files: vec![format!("/{name}")], ..Reading::default() },
         }
     }

@@ -76,6 +76,10 @@ fn lines_of(image: &ImageStatus) -> String {
     for reason in verdicts().flatten().filter_map(Verdict::refusal) {
         text += &format!("  REFUSED, nothing of it is shown: {reason}\n");
     }
+    let healed: u64 = image.layers.iter().map(|layer| layer.healed_pages).sum();
+    if healed > 0 {
+        text += &format!("  {} pages of 4 KiB were damaged on disk and are fetched again\n", HumanCount(healed));
+    }
     let unverified = verdicts().filter(|verdict| verdict.is_none()).count();
     if unverified > 0 {
         text += &format!("  {} layers believed, not verified yet\n", HumanCount(unverified as u64));

@@ -259,6 +259,9 @@ pub struct LayerStatus {
     pub verdict: Option<Verdict>,
     /// Bytes that the cache takes on disk, index and data.
     pub disk_bytes: u64,
+    /// Pages of 4 KiB that were found damaged on disk since the daemon started, and are fetched again.
+    #[serde(default)]
+    pub healed_pages: u64,
     /// What is being fetched now.
     pub reading: Reading,
 }

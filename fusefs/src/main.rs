@@ -33,6 +33,8 @@ const PATIENCE_SECONDS: u32 = 60;
 const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
 /// Half of a link of 1 Gbit/s: a node of many images is complete within minutes, and what starts next finds room.
 const BACKGROUND_RATE_MIB: u32 = 64;
+/// 100 GiB in four hours, and hardly to be seen on any disk.
+const SCRUB_RATE_MIB: u32 = 8;
 /// Six large indexes at a time; more wait for each other.
 const INDEX_MEMORY_MIB: u32 = 64;
 /// The session's descriptor, as the service manager calls it.
@@ -62,6 +64,9 @@ struct Arguments {
     /// MiB of memory for all indexes that are being opened, whatever they claim.
     #[arg(long, value_name = "MIB", default_value_t = INDEX_MEMORY_MIB)]
     index_memory: u32,
+    /// MiB a second at which cached content is compared with its checksums when nobody waits; 0 for never.
+    #[arg(long, value_name = "MIB", default_value_t = SCRUB_RATE_MIB)]
+    scrub_rate: u32,
     /// Between which layers content is copied instead of fetched: of one repository, one registry, or all of the node.
     #[arg(long, value_name = "SCOPE", default_value_t)]
     dedup: DedupScope,
@@ -102,6 +107,7 @@ fn main() -> ExitCode {
         cache: CacheOptions {
             rest: NonZeroU64::new(u64::from(arguments.background_rate) << 20).map(RestOptions::new),
             index_memory: u64::from(arguments.index_memory) << 20,
+            scrub_rate: NonZeroU64::new(u64::from(arguments.scrub_rate) << 20),
             domain: arguments.dedup.domain(),
             patience: Some(Duration::from_secs(arguments.patience.max(1).into())),
             ..CacheOptions::default()

@@ -591,6 +591,7 @@ fn layer_status(known: &KnownLayer, open: Option<&Layer>, disk_bytes: u64) -> La
         is_complete: open.is_some_and(Layer::is_settled),
         verdict: open.and_then(Layer::verdict),
         disk_bytes,
+        healed_pages: progress.healed_pages,
         reading: open.map(reading).unwrap_or_default(),
     }
 }

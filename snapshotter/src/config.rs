@@ -51,6 +51,8 @@ pub struct Settings {
     pub patience: Option<u32>,
     /// MiB of memory for all indexes that are being opened.
     pub index_memory: Option<u32>,
+    /// MiB a second at which cached content is compared with its checksums, 0 for never.
+    pub scrub_rate: Option<u32>,
     /// How long a container waits for its lazy layers, in seconds.
     pub start_timeout: Option<u32>,
     /// How long the first lazy layer of an image waits for a look at its registry, in seconds.
@@ -90,6 +92,8 @@ pub struct Config {
     pub patience: Option<u32>,
     /// MiB of memory for all indexes that are being opened; `None` for the default of `lazuli-fused`.
     pub index_memory: Option<u32>,
+    /// MiB a second at which cached content is compared with its checksums; `None` for the default of `lazuli-fused`.
+    pub scrub_rate: Option<u32>,
     /// How long things may take.
     pub limits: Limits,
     /// Between which layers content is copied; `None` for the default of `lazuli-fused`.
@@ -109,6 +113,7 @@ impl Config {
             ("--background-rate", self.background_rate),
             ("--patience", self.patience),
             ("--index-memory", self.index_memory),
+            ("--scrub-rate", self.scrub_rate),
         ];
         for (flag, number) in numbers {
             arguments.extend(number.into_iter().flat_map(|number| [flag.to_owned(), number.to_string()]));
@@ -162,6 +167,7 @@ impl Settings {
             background_rate: self.background_rate.or(file.background_rate),
             patience: self.patience.or(file.patience),
             index_memory: self.index_memory.or(file.index_memory),
+            scrub_rate: self.scrub_rate.or(file.scrub_rate),
             limits: Limits {
                 start: seconds(self.start_timeout.or(file.start_timeout).unwrap_or(START_SECONDS)),
                 probe: seconds(self.probe_timeout.or(file.probe_timeout).unwrap_or(PROBE_SECONDS)),
@@ -182,7 +188,7 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\npatience = 90\nindex_memory = 32\nhang_timeout = 0\nstart_timeout = 5\ndedup = 'node'\n[trust]\nrepositories = ['host/team']\n";
+        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\npatience = 90\nindex_memory = 32\nscrub_rate = 0\nhang_timeout = 0\nstart_timeout = 5\ndedup = 'node'\n[trust]\nrepositories = ['host/team']\n";
         let file = Settings::parse(text).unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
         let expected = Config {
@@ -196,6 +202,7 @@ mod tests {
             background_rate: Some(0),
             patience: Some(90),
             index_memory: Some(32),
+            scrub_rate: Some(0),
             limits: Limits { start: seconds(5), probe: seconds(PROBE_SECONDS), hang: None },
             dedup: Some(DedupScope::Node),
             trust: TrustSettings { repositories: vec!["host/team".to_owned()], ..TrustSettings::default() }.into(),
@@ -216,6 +223,8 @@ mod tests {
                 "90",
                 "--index-memory",
                 "32",
+                "--scrub-rate",
+                "0",
                 "--dedup",
                 "node",
                 "--plain-http"

@@ -65,6 +65,10 @@ struct Arguments {
     /// MiB of memory for all indexes that are being opened [default: that of lazuli-fused]
     #[arg(long, value_name = "MIB")]
     index_memory: Option<u32>,
+    /// MiB a second at which cached content is compared with its checksums when nobody waits; 0 for never [default: that
+    /// of lazuli-fused]
+    #[arg(long, value_name = "MIB")]
+    scrub_rate: Option<u32>,
     /// Seconds that a container waits for its lazy layers; they are waited for all the same [default: 60]
     #[arg(long, value_name = "SECONDS")]
     start_timeout: Option<u32>,
@@ -131,7 +135,7 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
     };
     let program = std::env::current_exe()?;
     let Arguments { address, root, fused, plain_http, mode, read_ahead, background_rate, patience, .. } = arguments;
-    let Arguments { index_memory, start_timeout, probe_timeout, hang_timeout, dedup, log, .. } = arguments;
+    let Arguments { index_memory, scrub_rate, start_timeout, probe_timeout, hang_timeout, dedup, log, .. } = arguments;
     let (plain_http, fused_is_service) = (plain_http.then_some(true), None);
     let flags = Settings {
         address,
@@ -144,6 +148,7 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         background_rate,
         patience,
         index_memory,
+        scrub_rate,
         start_timeout,
         probe_timeout,
         hang_timeout,

@@ -157,6 +157,7 @@ fn status(layer: RemoteLayer) -> LayerStatus {
         is_complete: false,
         verdict: None,
         disk_bytes: 0,
+        healed_pages: 0,
         reading: Reading::default(),
     }
 }

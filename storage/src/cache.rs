@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/layers/<64 hex digits of the index digest>/   see directory.rs
 //! <root>/removed/                                      what is being deleted
+//! <root>/boots                                         see boots.rs
 //! <root>/incoming/                                     indexes that are being unpacked, see unpack.rs
 //! ```
 //!
@@ -15,6 +16,7 @@
 use std::{
     collections::HashMap,
     fs, io,
+    num::NonZeroU64,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, Weak,
@@ -37,6 +39,7 @@ use tokio::{
 };
 
 use crate::{
+    boots::Boots,
     directory::{LayerDirectory, LayerRecord},
     disk::Disk,
     error::{CacheError, ReadError},
@@ -50,6 +53,7 @@ use crate::{
 
 mod opening;
 mod rest;
+mod scrub;
 mod start_up;
 mod verifying;
 
@@ -79,6 +83,10 @@ pub struct CacheOptions {
     pub flush_interval: Duration,
     /// Bytes of memory that all indexes together use while they are opened, whatever they claim.
     pub index_memory: u64,
+    /// Bytes a second at which cached content is compared with its checksums when nobody waits; `None` for never.
+    pub scrub_rate: Option<NonZeroU64>,
+    /// What tells one boot of the machine from another; `None` asks the kernel.
+    pub boot: Option<String>,
     /// Where files are changed.
     pub disk: Disk,
 }
@@ -93,6 +101,8 @@ impl Default for CacheOptions {
             domain: |_| String::new(),
             flush_interval: Duration::from_secs(3),
             index_memory: 64 << 20,
+            scrub_rate: None,
+            boot: None,
             disk: Disk::default(),
         }
     }
@@ -137,6 +147,7 @@ struct CacheInner {
     flush_soon: Arc<Notify>,
     place_count: AtomicU64,
     unpacker: Arc<Unpacker>,
+    boots: Boots,
     refusals: opening::Refusals,
 }
 
@@ -185,6 +196,7 @@ impl Cache {
         let unpacker = Unpacker::open(root.join("incoming"), options.disk.clone(), options.index_memory);
         let inner = Arc::new(CacheInner {
             unpacker: Arc::new(unpacker.map_err(disk_error)?),
+            boots: Boots::open(root, options.boot.clone()).map_err(disk_error)?,
             refusals: opening::Refusals::default(),
             root: root.to_owned(),
             scheduler: Scheduler::new(runtime.clone(), &options),
@@ -208,6 +220,9 @@ impl Cache {
         }
         let soon = inner.flush_soon.clone();
         inner.runtime.spawn(flush_now_and_then(Arc::downgrade(&inner), soon, options.flush_interval));
+        if let Some(rate) = options.scrub_rate {
+            inner.runtime.spawn(scrub::scrub_layers(Arc::downgrade(&inner), inner.runtime.clone(), rate));
+        }
         if let Some(rest) = options.rest {
             let (weak, runtime) = (Arc::downgrade(&inner), inner.runtime.clone());
             inner.runtime.spawn(verifying::verify_layers(weak.clone(), runtime.clone(), rest.clone()));
@@ -476,10 +491,15 @@ impl CacheInner {
 impl Drop for Ending {
     fn drop(&mut self) {
         // Not left to the layers: requests that are just ending may hold them a little longer.
+        let mut is_durable = true;
         for layer in self.0.open_layers() {
             if let Err(error) = layer.flush() {
+                is_durable = false;
                 tracing::warn!(%error, "what arrived last is fetched again");
             }
+        }
+        if is_durable && let Err(error) = self.0.boots.note_end() {
+            tracing::debug!(%error, "after a power cut everything will be verified");
         }
     }
 }

@@ -70,6 +70,13 @@ impl LayerRecord {
     }
 }
 
+/// A file with content from another one. What is left of it by an error goes with the next opening.
+#[derive(Debug)]
+pub(crate) struct NewData {
+    pub(crate) file: DiskFile,
+    path: PathBuf,
+}
+
 /// The directory of one layer. Clones know of each other's [`Self::bury`].
 #[derive(Debug, Clone)]
 pub(crate) struct LayerDirectory {
@@ -183,7 +190,7 @@ impl LayerDirectory {
         index: &Digest,
     ) -> io::Result<(DiskFile, PresenceBits)> {
         self.remove_temporary()?;
-        let bits = self.read("presence")?.and_then(|bytes| PresenceBits::decode(&bytes, counts, index));
+        let bits = self.read_presence(counts, index)?;
         if let Some(bits) = bits
             && let Some(data) = self.open_writable_data()?
             && data.len()? == space_len
@@ -199,6 +206,32 @@ impl LayerDirectory {
         let data = self.disk.create(&self.data_path())?;
         data.set_len(space_len)?;
         Ok((data, PresenceBits::empty(counts)))
+    }
+
+    /// What `presence` says; `None` where it does not fit.
+    pub(crate) fn read_presence(&self, counts: Counts, index: &Digest) -> io::Result<Option<PresenceBits>> {
+        Ok(self.read("presence")?.and_then(|bytes| PresenceBits::decode(&bytes, counts, index)))
+    }
+
+    /// A file that may become `data`.
+    pub(crate) fn new_data(&self, space_len: u64) -> io::Result<NewData> {
+        let path = self.temporary("data");
+        let file = self.disk.create(&path)?;
+        let new = NewData { file, path };
+        new.file.set_len(space_len)?;
+        Ok(new)
+    }
+
+    /// Puts a file whose content is durable in the place of `data`. What `presence` says of that goes first.
+    pub(crate) fn replace_data(&self, new: NewData) -> io::Result<DiskFile> {
+        let is_buried = lock(&self.is_buried);
+        if *is_buried {
+            return Err(io::Error::other("layer was removed"));
+        }
+        self.disk.remove_if_there(&self.path.join("presence"))?;
+        self.disk.sync_directory(&self.path)?;
+        self.disk.rename(&new.path, &self.data_path())?;
+        Ok(new.file)
     }
 
     fn open_writable_data(&self) -> io::Result<Option<DiskFile>> {

@@ -12,7 +12,7 @@ use std::{
     ops::Range,
     path::PathBuf,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -23,11 +23,12 @@ use format_spec::{Digest, index::PLAIN_ALIGN};
 use tokio::sync::Notify;
 
 use crate::{
+    boots::Boots,
     dedup::CopySource,
     directory::LayerDirectory,
     disk::DiskFile,
     layer::LayerIndex,
-    presence::{Counts, Presence, PresenceBits, needed_frames},
+    presence::{Counts, Presence, PresenceBits, frame_runs, needed_frames},
     proof::Proof,
 };
 
@@ -44,13 +45,20 @@ pub(crate) struct Epoch(u64);
 /// Frames by number with their plain bytes, which the disk did not take.
 pub(crate) type UnkeptFrames = Vec<(u32, Bytes)>;
 
+/// What is known of content while it is written.
+#[derive(Debug, Default)]
+pub(crate) struct Writing {
+    /// One a page, 0 where the page is not there or has no content; none at all once the layer is sealed.
+    pub(crate) checksums: Vec<u32>,
+}
+
 /// The content of one layer.
 #[derive(Debug)]
 pub(crate) struct FrameStore {
     directory: LayerDirectory,
     index: LayerIndex,
     index_digest: Digest,
-    data: DiskFile,
+    data: RwLock<Arc<DiskFile>>,
     presence: Presence,
     proof: Proof,
     has_unwritten_bits: AtomicBool,
@@ -58,7 +66,7 @@ pub(crate) struct FrameStore {
     has_unkept: AtomicBool,
     is_disk_refusing: AtomicBool,
     /// Held from the look at what is there until what was written is said to be.
-    writing: Mutex<()>,
+    writing: Mutex<Writing>,
     /// Changes when content is given up, while `writing` is held.
     epoch: AtomicU64,
     /// The bits of the file `presence`; held while content is made durable.
@@ -68,43 +76,112 @@ pub(crate) struct FrameStore {
     sealed: Condvar,
     /// Hears that everything is there, and that nothing but a flush is missing.
     flush_soon: Arc<Notify>,
+    boot: u64,
+    /// Pages that were damaged, since the layer was opened.
+    pub(crate) healed_pages: AtomicU64,
 }
 
 impl FrameStore {
     /// Opens the files beside an index that was verified against `index_digest`.
     ///
-    /// `flush_soon` is notified when a flush would seal the layer.
+    /// `flush_soon` is notified when a flush would seal the layer. Content of a boot that `boots` does not trust is
+    /// compared with its checksums.
     pub(crate) fn open(
         directory: LayerDirectory,
         index: LayerIndex,
         index_digest: Digest,
         flush_soon: Arc<Notify>,
+        boots: &Boots,
     ) -> io::Result<Self> {
-        let (data, bits) = directory.open_data(index.space_len(), Counts::of(&index), &index_digest)?;
+        let (data, mut bits) = directory.open_data(index.space_len(), Counts::of(&index), &index_digest)?;
         let presence = Presence::new(&index, bits.clone());
         let proof = Proof::open(&directory, &index, index_digest, presence.is_complete())?;
         // Bits of content that needs no bytes may be set here alone.
-        let is_sealed = presence.is_complete() && presence.snapshot() == bits;
+        let is_sealed = presence.is_complete() && presence.snapshot().pages == bits.pages;
+        let has_content = bits.checksums.iter().any(|checksum| *checksum != 0);
+        let is_trusted = !has_content || boots.is_trusted(bits.boot);
+        let mut checksums = std::mem::take(&mut bits.checksums);
+        if is_sealed && is_trusted {
+            checksums = Vec::new();
+        } else {
+            checksums.resize(usize::try_from(Counts::of(&index).pages).map_err(io::Error::other)?, 0);
+        }
         let store = Self {
             proof,
             directory,
             index_digest,
-            data,
-            has_unwritten_bits: AtomicBool::new(presence.is_complete() && !is_sealed),
+            data: RwLock::new(Arc::new(data)),
+            has_unwritten_bits: AtomicBool::new(presence.is_complete() && !is_sealed && is_trusted),
             unkept: Mutex::default(),
             has_unkept: AtomicBool::new(false),
             is_disk_refusing: AtomicBool::new(false),
-            writing: Mutex::default(),
+            writing: Mutex::new(Writing { checksums }),
             epoch: AtomicU64::new(0),
             flushed: Mutex::new(presence.snapshot()),
             seal: Mutex::new(is_sealed),
             sealed: Condvar::new(),
             flush_soon,
+            boot: boots.current(),
+            healed_pages: AtomicU64::new(0),
             presence,
             index,
         };
+        if !is_trusted {
+            let damaged = store.find_damaged(&(0..store.index.space_len()))?;
+            store.heal(&damaged)?;
+            // Not before: what could not be verified must not be said to be, not even by dropping it.
+            store.note_change();
+        }
         store.ask_for_seal();
         Ok(store)
+    }
+
+    /// The file with the content, as it is now.
+    pub(crate) fn data(&self) -> Arc<DiskFile> {
+        self.data.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Another file has the content from now on. What it lacks is missing already.
+    pub(crate) fn set_data(&self, data: DiskFile) {
+        *self.data.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(data);
+    }
+
+    pub(crate) fn index_digest(&self) -> &Digest {
+        &self.index_digest
+    }
+
+    pub(crate) fn writing(&self) -> &Mutex<Writing> {
+        &self.writing
+    }
+
+    pub(crate) fn flushed(&self) -> &Mutex<PresenceBits> {
+        &self.flushed
+    }
+
+    /// Content is given up; the caller holds `writing`.
+    pub(crate) fn next_epoch(&self) {
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Pages are missing from now on.
+    pub(crate) fn clear_pages(&self, pages: &[u64]) {
+        self.presence.clear_pages(&self.index, pages);
+    }
+
+    /// The file is not known to be whole any longer.
+    pub(crate) fn unseal(&self) {
+        *lock(&self.seal) = false;
+    }
+
+    /// There is something to flush.
+    pub(crate) fn note_change(&self) {
+        self.has_unwritten_bits.store(true, Ordering::Release);
+        self.ask_for_seal();
+    }
+
+    /// Whether a page is there by its own bit.
+    pub(crate) fn has_page(&self, page: u64) -> bool {
+        self.presence.has_pages(&(page * PLAIN_ALIGN..page * PLAIN_ALIGN + 1))
     }
 
     /// The index.
@@ -196,12 +273,12 @@ impl FrameStore {
 
     /// Reads content that is there, and zeros where none is.
     pub(crate) fn read_content(&self, plain_offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.data.read_sparse(plain_offset, buffer)
+        self.data().read_sparse(plain_offset, buffer)
     }
 
     /// Where the file holds something from an offset on: in between it reads as zeros.
     pub(crate) fn next_stored(&self, plain_offset: u64) -> io::Result<u64> {
-        self.data.next_stored(plain_offset)
+        self.data().next_stored(plain_offset)
     }
 
     /// Cuts a plain range where the space ends.
@@ -220,6 +297,8 @@ impl FrameStore {
         extra: &UnkeptFrames,
     ) -> io::Result<Option<usize>> {
         let plain = self.clip(offset, buffer.len());
+        // The file before the bits: what a new file lacks is missing before it is here.
+        let data = self.data();
         let mut from_memory = UnkeptFrames::new();
         if !self.presence.has_pages(&plain) {
             for frame in self.missing_frames(&plain) {
@@ -231,7 +310,11 @@ impl FrameStore {
         }
         let len = usize::try_from(plain.end - plain.start).map_err(io::Error::other)?;
         let buffer = &mut buffer[..len];
-        self.data.read_sparse(plain.start, buffer)?;
+        data.read_sparse(plain.start, buffer)?;
+        if !Arc::ptr_eq(&data, &self.data()) {
+            // Its place was taken meanwhile, for a reason.
+            return Ok(None);
+        }
         for (frame, content) in &from_memory {
             self.for_each_piece(*frame, content, |piece_offset, piece| {
                 copy_overlap(piece_offset, piece, plain.start, buffer);
@@ -247,7 +330,7 @@ impl FrameStore {
     pub(crate) fn write_frame(&self, frame: u32, content: &[u8]) -> io::Result<()> {
         let mut run: Vec<u8> = Vec::new();
         let mut run_offset = 0;
-        let writing = lock(&self.writing);
+        let mut writing = lock(&self.writing);
         self.for_each_piece(frame, content, |piece_offset, piece| {
             // Files follow each other in both orders, so nothing but zeros lies between two pieces. Gaps shorter
             // than a block take no more disk when written, and save a system call a file.
@@ -267,6 +350,7 @@ impl FrameStore {
         })?;
         self.write_missing(run_offset, &run)?;
         self.presence.note_frame(&self.index, frame);
+        self.take_checksums(&mut writing, frame_runs(&self.index, frame));
         drop(writing);
         self.note_disk_took_it();
         Ok(())
@@ -278,9 +362,10 @@ impl FrameStore {
     pub(crate) fn write_pages(&self, plain_offset: u64, content: &[u8]) -> io::Result<()> {
         let plain = plain_offset..plain_offset.saturating_add(content.len() as u64);
         if !self.presence.has_pages(&plain) {
-            let writing = lock(&self.writing);
+            let mut writing = lock(&self.writing);
             self.write_missing(plain_offset, content)?;
             self.presence.note_pages(&plain);
+            self.take_checksums(&mut writing, std::iter::once(plain));
             drop(writing);
             self.note_disk_took_it();
         }
@@ -298,11 +383,14 @@ impl FrameStore {
     /// `written_until` says where the bytes end that were written at an offset, these included. All of them were since
     /// `epoch`; if content was given up meanwhile, nothing is known of them.
     pub(crate) fn note_written(&self, epoch: Epoch, plain: &Range<u64>, written_until: impl Fn(u64) -> Option<u64>) {
-        let writing = lock(&self.writing);
+        let mut writing = lock(&self.writing);
         if epoch != self.epoch() {
             return;
         }
         self.presence.note_written(&self.index, plain, written_until);
+        // A frame that has become whole has pages elsewhere too.
+        let frames = needed_frames(&self.index, plain.clone()).flat_map(|frame| frame_runs(&self.index, frame));
+        self.take_checksums(&mut writing, frames.chain(std::iter::once(plain.clone())));
         drop(writing);
         self.note_disk_took_it();
     }
@@ -319,7 +407,7 @@ impl FrameStore {
     fn write_missing(&self, offset: u64, content: &[u8]) -> io::Result<()> {
         let position = |at: u64| usize::try_from(at - offset).map_err(io::Error::other);
         for run in self.presence.missing_runs(&(offset..offset.saturating_add(content.len() as u64))) {
-            self.data.write_all_at(&content[position(run.start)?..position(run.end)?], run.start)?;
+            self.data().write_all_at(&content[position(run.start)?..position(run.end)?], run.start)?;
         }
         Ok(())
     }
@@ -340,7 +428,7 @@ impl FrameStore {
 
     /// What other layers may copy from this one.
     pub(crate) fn copy_source(&self) -> io::Result<CopySource> {
-        Ok(CopySource { data: self.data.try_clone()?, pages: self.presence.snapshot().pages })
+        Ok(CopySource { data: self.data().try_clone()?, pages: self.presence.snapshot().pages })
     }
 
     /// Keeps a frame in memory for a while because the disk did not take it.
@@ -376,15 +464,18 @@ impl FrameStore {
         if !self.has_unwritten_bits.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        let snapshot = || {
-            let _writing = lock(&self.writing);
-            self.presence.snapshot()
+        let (mut bits, data) = {
+            let writing = lock(&self.writing);
+            let bits = self.presence.snapshot();
+            (PresenceBits { checksums: writing.checksums.clone(), boot: self.boot, ..bits }, self.data())
         };
-        let bits = snapshot();
-        if let Err(error) = self.data.sync_data() {
-            let _writing = lock(&self.writing);
-            self.epoch.fetch_add(1, Ordering::AcqRel);
+        if let Err(error) = data.sync_data() {
+            let mut writing = lock(&self.writing);
+            self.next_epoch();
             self.presence.forget(&self.index, &flushed);
+            for (page, checksum) in (0..).zip(&mut writing.checksums) {
+                *checksum = if self.has_page(page) { *checksum } else { 0 };
+            }
             return Err(error);
         }
         if let Err(error) = self.directory.write_presence(&bits, Counts::of(&self.index), &self.index_digest) {
@@ -392,8 +483,11 @@ impl FrameStore {
             return Err(error);
         }
         let is_complete = bits.page_count() == Counts::of(&self.index).pages;
+        bits.checksums = Vec::new();
         *flushed = bits;
         if is_complete {
+            // They are in the file.
+            lock(&self.writing).checksums = Vec::new();
             *lock(&self.seal) = true;
             self.sealed.notify_all();
         }

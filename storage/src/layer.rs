@@ -19,6 +19,7 @@ use tokio::runtime::Handle;
 use crate::{
     dedup::Copies,
     directory::{LayerDirectory, LayerRecord},
+    disk::is_lost,
     error::ReadError,
     frame_store::{FrameStore, UnkeptFrames, lock},
     hot_pack::HotStream,
@@ -60,6 +61,8 @@ pub struct Progress {
     pub hot_bytes: u64,
     /// Bytes of content that this process copied from other layers.
     pub copied_bytes: u64,
+    /// Pages of 4 KiB that this process found damaged in the cache, and gave up to be fetched again.
+    pub healed_pages: u64,
 }
 
 /// What is being fetched of a layer at one moment, frame by frame; not what its hot pack brings.
@@ -162,7 +165,11 @@ impl Layer {
     /// When the cache file cannot be read, or the layer is refused.
     pub fn read_at_if_present(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         self.inner.check_not_refused().map_err(io::Error::other)?;
-        let read = self.inner.store.read_present(offset, buffer, &UnkeptFrames::new())?;
+        let read = match self.inner.store.read_present(offset, buffer, &UnkeptFrames::new()) {
+            // Whoever waits for it has it fetched again.
+            Err(error) if is_lost(&error) => return Ok(None),
+            read => read?,
+        };
         if let Some(len) = read {
             self.read_ahead(offset..offset.saturating_add(len as u64));
         }
@@ -193,6 +200,17 @@ impl Layer {
         let mut bytes = vec![0; usize::try_from(plain.end - plain.start).unwrap_or(len)];
         let disk_error = |error| ReadError::Disk { blob: self.inner.blob(), error: Arc::new(error) };
         match self.inner.store.read_present(plain.start, &mut bytes, &unkept) {
+            Err(error) if is_lost(&error) && attempts_left > 0 => {
+                let layer = self.clone();
+                self.inner.runtime().spawn_blocking(move || {
+                    if let Err(error) = layer.inner.heal(plain) {
+                        let blob = layer.inner.blob();
+                        return done(Err(ReadError::Disk { blob, error: Arc::new(error) }));
+                    }
+                    layer.read_attempt(offset, len, unkept, attempts_left - 1, done);
+                });
+                return;
+            }
             Err(error) => return done(Err(disk_error(error))),
             Ok(Some(_)) => {
                 if attempts_left == READ_ATTEMPTS_MAX {
@@ -363,6 +381,17 @@ impl Layer {
 }
 
 impl LayerInner {
+    /// Compares the content of a plain range with its checksums; what is damaged counts as missing afterwards. Blocks.
+    pub(crate) fn heal(&self, plain: Range<u64>) -> io::Result<()> {
+        // Copies that are under way say what they have written.
+        if self.is_removed() || self.is_starting_up() {
+            return Ok(());
+        }
+        let plain = plain.start..plain.end.min(self.store.index().space_len());
+        let damaged = self.store.find_damaged(&plain)?;
+        self.store.heal(&damaged)
+    }
+
     /// Digest of the blob.
     pub(crate) fn blob(&self) -> Digest {
         self.layer.blob
@@ -431,6 +460,7 @@ impl LayerInner {
             fetched_bytes: self.fetched_bytes(),
             hot_bytes: self.hot_bytes.load(Ordering::Relaxed),
             copied_bytes: self.copied_bytes.load(Ordering::Relaxed),
+            healed_pages: self.store.healed_pages.load(Ordering::Relaxed),
         }
     }
 

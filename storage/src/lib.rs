@@ -43,6 +43,7 @@
 //! of readers run under none of them.
 
 mod bitmap;
+mod boots;
 mod bring;
 pub mod cache;
 mod decode;
@@ -52,6 +53,7 @@ pub mod disk;
 pub mod error;
 mod frame_store;
 mod gaps;
+mod health;
 mod hot_pack;
 pub mod layer;
 pub mod mapping;

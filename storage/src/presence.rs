@@ -5,8 +5,9 @@
 //! beginning where there is none. The bit of a *frame* is set when all content of the frame is there, however it came:
 //! frames end in the middle of pages, and such a page is there when all frames are that have bytes in it.
 //!
-//! Both are kept in the file `presence`, bound to the layer's index by its digest and closed by a CRC-32. Whatever does
-//! not fit is treated as "nothing there": the price is bytes fetched again, never a wrong byte.
+//! Both are kept in the file `presence`, with the checksums of pages ([`crate::health`]) and the boot of the kernel
+//! under which they were written ([`crate::boots`]), bound to the layer's index by its digest and closed by a CRC-32.
+//! Whatever does not fit is treated as "nothing there": the price is bytes fetched again, never a wrong byte.
 
 use std::ops::Range;
 
@@ -18,9 +19,10 @@ use crate::{
 };
 
 /// First eight bytes of the file `presence`.
-const MAGIC: [u8; 8] = *b"LAZULIPR";
+const MAGIC: [u8; 8] = *b"LAZULIP2";
 /// Magic number, index digest, number of frames, number of pages.
 const HEADER_LEN: usize = 8 + 32 + 8 + 8;
+const BOOT_LEN: usize = 8;
 const CRC_LEN: usize = 4;
 
 /// What is there. All methods may be called from many threads at once.
@@ -36,6 +38,10 @@ pub(crate) struct Presence {
 pub(crate) struct PresenceBits {
     pub(crate) frames: Vec<u64>,
     pub(crate) pages: Vec<u64>,
+    /// One a page, 0 for those without content; or none at all.
+    pub(crate) checksums: Vec<u32>,
+    /// Under which they were written.
+    pub(crate) boot: u64,
 }
 
 /// How many frames and pages a layer has.
@@ -192,7 +198,7 @@ impl Presence {
     pub(crate) fn snapshot(&self) -> PresenceBits {
         // Frames first: a page that only its frames tell of is found through them, whatever its own bit says.
         let frames = self.frames.snapshot();
-        PresenceBits { frames, pages: self.pages.snapshot() }
+        PresenceBits { frames, pages: self.pages.snapshot(), checksums: Vec::new(), boot: 0 }
     }
 
     /// Clears what is set and not in `flushed`, and every frame of which a page is cleared.
@@ -202,8 +208,18 @@ impl Presence {
         };
         let now = self.snapshot();
         let pages = added(&now.pages, &flushed.pages);
-        let frames = Bitmap::new(added(&now.frames, &flushed.frames));
-        let lost = Bitmap::new(pages.clone());
+        self.clear(index, &pages, added(&now.frames, &flushed.frames));
+    }
+
+    /// Clears pages, and every frame that has content in them.
+    pub(crate) fn clear_pages(&self, index: &LayerIndex, pages: &[u64]) {
+        let lost = Bitmap::new(bitmap::empty(self.page_count));
+        pages.iter().for_each(|page| lost.set(*page..page + 1));
+        self.clear(index, &lost.snapshot(), bitmap::empty(Counts::of(index).frames));
+    }
+
+    fn clear(&self, index: &LayerIndex, pages: &[u64], frames: Vec<u64>) {
+        let (frames, lost) = (Bitmap::new(frames), Bitmap::new(pages.to_vec()));
         for (frame, _) in (0..).zip(index.frames()) {
             if frame_runs(index, frame).any(|run| lost.find(pages_of(&run), true).is_some()) {
                 frames.set(frame.into()..u64::from(frame) + 1);
@@ -211,14 +227,27 @@ impl Presence {
         }
         // Frames first: who sees a page missing asks for all of its frames.
         self.frames.clear_all(&frames.snapshot());
-        self.pages.clear_all(&pages);
+        self.pages.clear_all(pages);
     }
 }
 
 impl PresenceBits {
     /// Nothing is there.
     pub(crate) fn empty(counts: Counts) -> Self {
-        Self { frames: bitmap::empty(counts.frames), pages: bitmap::empty(counts.pages) }
+        Self {
+            frames: bitmap::empty(counts.frames),
+            pages: bitmap::empty(counts.pages),
+            checksums: Vec::new(),
+            boot: 0,
+        }
+    }
+
+    /// Clears pages.
+    pub(crate) fn clear_pages(&mut self, pages: &[u64]) {
+        for page in pages {
+            let word = usize::try_from(page / u64::from(u64::BITS)).ok().and_then(|word| self.pages.get_mut(word));
+            word.into_iter().for_each(|word| *word &= !(1 << (page % u64::from(u64::BITS))));
+        }
     }
 
     /// Number of pages that are there.
@@ -228,9 +257,14 @@ impl PresenceBits {
 
     /// The content of the file `presence`.
     pub(crate) fn encode(&self, counts: Counts, index: &Digest) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(HEADER_LEN + (self.frames.len() + self.pages.len()) * 8 + CRC_LEN);
+        let page_count = usize::try_from(counts.pages).unwrap_or(usize::MAX);
+        let words_len = (self.frames.len() + self.pages.len()) * 8 + page_count * 4;
+        let mut bytes = Vec::with_capacity(HEADER_LEN + BOOT_LEN + words_len + CRC_LEN);
         bytes.extend_from_slice(&header(counts, index));
+        bytes.extend_from_slice(&self.boot.to_le_bytes());
         self.frames.iter().chain(&self.pages).for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+        let checksums = self.checksums.iter().copied().chain(std::iter::repeat(0)).take(page_count);
+        checksums.for_each(|checksum| bytes.extend_from_slice(&checksum.to_le_bytes()));
         bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
         bytes
     }
@@ -243,13 +277,16 @@ impl PresenceBits {
     /// The same for who does not know how many frames and pages the layer has.
     pub(crate) fn decode_any(bytes: &[u8], index: &Digest) -> Option<(Counts, Self)> {
         let (content, crc32) = bytes.split_at_checked(bytes.len().checked_sub(CRC_LEN)?)?;
-        let (found, words) = content.split_at_checked(HEADER_LEN)?;
+        let (found, rest) = content.split_at_checked(HEADER_LEN)?;
+        let (boot, rest) = rest.split_first_chunk::<BOOT_LEN>()?;
         let number = |at: usize| Some(u64::from_le_bytes(found.get(at..at + 8)?.try_into().ok()?));
         let counts = Counts { frames: number(40)?, pages: number(48)? };
         let word_count = |count: u64| usize::try_from(count.div_ceil(u64::BITS.into())).ok();
         let frame_word_count = word_count(counts.frames)?;
         let is_ours = crc32fast::hash(content).to_le_bytes() == crc32 && found == header(counts, index);
-        if !is_ours || words.len() != frame_word_count.checked_add(word_count(counts.pages)?)?.checked_mul(8)? {
+        let words_len = frame_word_count.checked_add(word_count(counts.pages)?)?.checked_mul(8)?;
+        let (words, checksums) = rest.split_at_checked(words_len)?;
+        if !is_ours || checksums.len() != usize::try_from(counts.pages).ok()?.checked_mul(4)? {
             return None;
         }
         let mut frames: Vec<u64> =
@@ -257,7 +294,10 @@ impl PresenceBits {
         let pages = frames.split_off(frame_word_count);
         let is_whole =
             bitmap::has_no_spare_bits(&frames, counts.frames) && bitmap::has_no_spare_bits(&pages, counts.pages);
-        is_whole.then_some((counts, Self { frames, pages }))
+        let checksums =
+            checksums.chunks_exact(4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")));
+        let (checksums, boot) = (checksums.collect(), u64::from_le_bytes(*boot));
+        is_whole.then_some((counts, Self { frames, pages, checksums, boot }))
     }
 }
 
@@ -316,7 +356,8 @@ mod tests {
             (0..count).step_by(3).for_each(|bit| bitmap.set(bit..bit + 1));
             bitmap.snapshot()
         });
-        PresenceBits { frames, pages }
+        let checksums = (0..counts.pages).map(|page| page as u32 * 7).collect();
+        PresenceBits { frames, pages, checksums, boot: 9 }
     }
 
     #[test]
@@ -347,7 +388,7 @@ mod tests {
     fn refuses_bits_past_the_count() {
         let counts = Counts { frames: 5, pages: 6 };
         for (frames, pages) in [(1 << 5, 0), (0, 1 << 6)] {
-            let bits = PresenceBits { frames: vec![frames], pages: vec![pages] };
+            let bits = PresenceBits { frames: vec![frames], pages: vec![pages], checksums: Vec::new(), boot: 0 };
             assert_eq!(PresenceBits::decode(&bits.encode(counts, &INDEX), counts, &INDEX), None);
         }
     }

@@ -1,12 +1,15 @@
 //! Sources that lie or break off, and disks that refuse.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use format_spec::Digest;
 use serde_json::json;
 use storage::{Cache, CacheError, ReadError};
 
-use crate::support::{Fault, Fixture, MemorySource, TestFile, TestLayer, check_read, open_cache, options};
+use crate::{
+    support::{Fault, Fixture, MemorySource, TestFile, TestLayer, check_read, open_cache, options},
+    watched::{Kind, WatchedDisk},
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_corrupt_frame_is_never_returned_or_kept() {
@@ -151,6 +154,27 @@ async fn a_full_disk_fails_no_read() {
     let present = layer.progress().frames_present;
     assert!(present < 3, "{present} frames fit on the disk");
     assert_eq!(source.frame_requests(), [test.request_for(0..8)]);
+}
+
+/// A disk that was full takes what comes again as soon as it has room, and says until then what it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_full_disk_everything_is_kept_again() {
+    let test = TestLayer::of_frames(4, 20_000);
+    let disk = Arc::new(WatchedDisk::default());
+    let fixture = Fixture::with_options(&test, disk.options()).await;
+    let full = rustix::io::Errno::NOSPC.raw_os_error();
+    disk.fail(Kind::Write, "/data", full);
+    check_read(&fixture.layer, &test, test.plain_of_frame(0)).await;
+    assert_eq!(fixture.layer.progress().frames_present, 0);
+    disk.recover();
+    check_read(&fixture.layer, &test, test.plain_of_frame(1)).await;
+    disk.fail(Kind::Write, "/presence", full);
+    let error = fixture.layer.flush().unwrap_err();
+    assert!(matches!(&error, ReadError::Disk { error, .. } if error.raw_os_error() == Some(full)), "{error}");
+    disk.recover();
+    check_read(&fixture.layer, &test, 0..test.space.len() as u64).await;
+    fixture.layer.flush().unwrap();
+    assert!(fixture.layer.complete_file().is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -66,7 +66,7 @@ impl WatchedDisk {
         self.state.lock().unwrap().changes.push(change);
     }
 
-    /// Operations on files whose path has this part, when they are opened, fail with this error of the system.
+    /// Operations on files whose path has this part, or this end before a `$`, when they are opened, fail with this error of the system.
     pub(crate) fn fail(&self, kind: Kind, path_part: &str, errno: i32) {
         self.state.lock().unwrap().failing.push((kind, path_part.to_owned(), errno));
     }
@@ -125,7 +125,11 @@ impl Observer for WatchedDisk {
             state.paths.insert(*file, path.clone());
         }
         let is_meant = |wanted: Kind, part: &str| {
-            kind == Some(wanted) && path.as_deref().is_some_and(|path: &Path| path.to_string_lossy().contains(part))
+            let fits = |path: &Path| match part.strip_suffix('$') {
+                Some(end) => path.to_string_lossy().ends_with(end),
+                None => path.to_string_lossy().contains(part),
+            };
+            kind == Some(wanted) && path.as_deref().is_some_and(fits)
         };
         if state.held.iter().any(|(kind, part)| is_meant(*kind, part)) {
             state.waiting += 1;
