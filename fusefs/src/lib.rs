@@ -20,6 +20,7 @@ pub mod factory;
 mod fs;
 pub mod id_mapped;
 mod kernel_mounts;
+pub mod log;
 pub mod merge;
 pub mod mode;
 pub mod mount;

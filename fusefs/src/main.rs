@@ -4,7 +4,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, Write as _},
     num::NonZeroU64,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
@@ -14,7 +14,12 @@ use std::{
 };
 
 use clap::Parser;
-use fusefs::{Daemon, DaemonOptions, DedupScope, Ended, Error, Mode, SessionOptions, control::RemoteLayer, descriptor};
+use fusefs::{
+    Daemon, DaemonOptions, DedupScope, Ended, Error, Mode, SessionOptions,
+    control::RemoteLayer,
+    descriptor,
+    log::{Log, LogTarget},
+};
 use registry::{BlobSource, Client, ClientOptions, Reference};
 use sd_notify::NotifyState;
 use storage::{CacheOptions, RestOptions, Source, SourceError};
@@ -82,11 +87,21 @@ struct Arguments {
     /// What to log: a level, or directives as `fusefs=debug,storage=info`.
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: EnvFilter,
+    /// Log to this file instead of standard error, and keep it short.
+    #[arg(long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    tracing_subscriber::fmt().with_env_filter(arguments.log).with_writer(std::io::stderr).with_ansi(false).init();
+    let log = match start_log(arguments.log, arguments.log_file) {
+        Ok(log) => log,
+        Err(error) => {
+            // There is nobody else to tell.
+            _ = writeln!(io::stderr(), "lazuli-fused: log: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let inherited = match arguments.take_over {
         true => take_standard_input().map(Some),
         false => descriptor::take_from_service_manager(STORED_SESSION),
@@ -129,6 +144,7 @@ fn main() -> ExitCode {
         Ok(runtime) => {
             let result = runtime.block_on(run(options, client)).map_err(|error| error.to_string());
             if result == Ok(Ended::SessionLeft) {
+                drop(log);
                 std::process::exit(0);
             }
             // The next process may be waiting for this one to end.
@@ -144,6 +160,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Where a file cannot be had, standard error is as good.
+fn start_log(filter: EnvFilter, file: Option<PathBuf>) -> io::Result<Log> {
+    let Some(file) = file else { return Log::start(filter, LogTarget::StandardError, false) };
+    Log::start(filter.clone(), LogTarget::File(file.clone()), false).or_else(|error| {
+        let log = Log::start(filter, LogTarget::StandardError, false)?;
+        warn!(file = %file.display(), %error, "log goes to standard error");
+        Ok(log)
+    })
 }
 
 /// Takes the descriptor from there, so that it is closed with the session's last one.

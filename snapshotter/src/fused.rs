@@ -333,7 +333,7 @@ impl Fused {
     }
 
     async fn spawn_and_connect(&self) -> Result<UnixStream> {
-        let log = self.root.join("fused.log");
+        let log = self.log();
         let mut child = self.spawn(&log).map_err(|error| FusedError::Start(self.program.path.clone(), error))?;
         let give_up_at = Instant::now() + START_WITHIN;
         let started = loop {
@@ -355,6 +355,10 @@ impl Fused {
         info!(pid = child.id(), log = %log.display(), "lazuli-fused started");
         wait_in_background(child);
         started
+    }
+
+    fn log(&self) -> PathBuf {
+        self.root.join("fused.log")
     }
 
     async fn await_service(&self) -> Result<UnixStream> {
@@ -388,6 +392,9 @@ impl Fused {
             .arg(&self.root)
             .arg("--address")
             .arg(&self.address)
+            // It keeps the file short; what it says before that, or instead, goes there as well.
+            .arg("--log-file")
+            .arg(self.log())
             .args(&self.program.arguments)
             .args(session.is_some().then_some("--take-over"))
             // It is no part of the service that this process may be.

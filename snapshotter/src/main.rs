@@ -9,7 +9,10 @@ use std::{
 };
 
 use clap::Parser;
-use fusefs::{DedupScope, Mode};
+use fusefs::{
+    DedupScope, Mode,
+    log::{Log, LogTarget},
+};
 use snapshotter::{
     api::snapshots_server::SnapshotsServer,
     config::{CONFIG_PATH, Config, Settings},
@@ -109,13 +112,7 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let config = configuration(arguments)?;
     let filter = EnvFilter::try_new(&config.log).map_err(|error| format!("log {:?}: {error}", config.log))?;
     let color = io::IsTerminal::is_terminal(&io::stderr());
-    // A line that cannot be written is lost; told of, it would end the thread that wrote it.
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(color)
-        .with_writer(io::stderr)
-        .log_internal_errors(false)
-        .init();
+    let _log = Log::start(filter, LogTarget::StandardError, color).map_err(|error| format!("log: {error}"))?;
     let runtime = tokio::runtime::Runtime::new()?;
     let (path, arguments) = (config.fused.clone(), config.fused_arguments());
     let fused = FusedProgram { path, arguments, is_service: config.fused_is_service };
