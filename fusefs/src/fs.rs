@@ -35,9 +35,11 @@ use crate::{
 const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// Longest name of a directory entry (`NAME_MAX`).
 const NAME_LEN_MAX: u32 = 255;
-/// Requests that nobody waits for, read-ahead above all, which the kernel may have open. Its default of 12 is made
-/// for local disks; each may wait for a registry here.
-const BACKGROUND_REQUESTS_MAX: u16 = 256;
+/// Requests that nobody waits for, read-ahead and EROFS's reads above all, which the kernel may have open: as many as
+/// the protocol can say. All images share the session, each of these may wait for a registry, and with the last of them
+/// taken even what lies on the disk would be read no longer. One that waits takes some hundred bytes here; its pages the
+/// kernel keeps all the same, in its own queue.
+const BACKGROUND_REQUESTS_MAX: u16 = u16::MAX;
 /// Node numbers are never used again, so generations do not differ.
 const GENERATION: Generation = Generation(0);
 /// What the kernel is asked for where it can: listings with attributes, parallel lookups in a directory, cached link
@@ -110,9 +112,12 @@ impl Filesystem for LazuliFs {
         }
         self.is_open_needless = offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
         self.is_opendir_needless = offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
-        config.set_max_background(BACKGROUND_REQUESTS_MAX).map_err(|least| {
-            io::Error::other(format!("kernel allows no {BACKGROUND_REQUESTS_MAX} background requests but {least}"))
-        })?;
+        // The threshold is the number from which on the kernel reads ahead no longer.
+        for set in [KernelConfig::set_max_background, KernelConfig::set_congestion_threshold] {
+            set(config, BACKGROUND_REQUESTS_MAX).map_err(|least| {
+                io::Error::other(format!("kernel allows no {BACKGROUND_REQUESTS_MAX} background requests but {least}"))
+            })?;
+        }
         Ok(())
     }
 

@@ -1,0 +1,100 @@
+//! A source that does not answer costs those who read from it, and nobody else.
+
+#![allow(clippy::unwrap_used, reason = "only tests use it")]
+
+mod support;
+
+use std::{
+    fs::File,
+    io::Read as _,
+    path::{Path, PathBuf},
+    sync::mpsc,
+    time::Duration,
+};
+
+use fusefs::{Mode, control::RemoteLayer};
+use support::{daemon::Running, *};
+
+/// Sequential readers of a source that hangs: with 256 requests for all of them, 40 were enough.
+const READERS: usize = 300;
+/// Long enough to be read ahead.
+const FILE_LEN: usize = 256 << 10;
+/// How long a read of what is there may take on a busy machine.
+const SOON: Duration = Duration::from_secs(15);
+
+fn files(names: impl Iterator<Item = usize>) -> Layer {
+    names.map(|number| (format!("file{number}"), file(vec![b'a' + (number % 26) as u8; FILE_LEN]))).collect()
+}
+
+/// Lets the registry answer again, so that no reader outlives a test that fails.
+struct Held<'a>(&'a Registry);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.set_held(false);
+    }
+}
+
+/// Reads in a thread of its own, since a read that hangs cannot be ended.
+fn read_soon(path: PathBuf) -> Vec<u8> {
+    let (sender, content) = mpsc::channel();
+    std::thread::spawn(move || sender.send(std::fs::read(path)));
+    content.recv_timeout(SOON).expect("the read hangs").unwrap()
+}
+
+fn mount(daemon: &Running, registry: &Registry, layer: &Layer) -> (Vec<RemoteLayer>, PathBuf) {
+    let layers = vec![registry.push(layer)];
+    let path = daemon.mount(&layers);
+    (layers, path)
+}
+
+fn wait_until_still(registry: &Registry) {
+    let mut before = 0;
+    while before != registry.requests() || before == 0 {
+        before = registry.requests();
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+fn readers_of_a_source_that_hangs_do_not_stop_those_of_what_is_there(mode: Mode) {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
+    let daemon = Running::start_in(mode, root.path(), &registry);
+    let (healthy_layers, healthy) = mount(&daemon, &registry, &files(0..2));
+    // Mounted before it is complete, and so read through the session for as long as it is mounted.
+    daemon.complete(&healthy_layers);
+    let (_, dead) = mount(&daemon, &registry, &files(0..READERS));
+    registry.set_held(true);
+    std::thread::scope(|scope| {
+        let held = Held(&registry);
+        let read = |path: &Path| {
+            let mut content = Vec::new();
+            File::open(path).unwrap().read_to_end(&mut content).unwrap();
+            content.len()
+        };
+        let readers: Vec<_> = (0..READERS)
+            .map(|number| {
+                let path = dead.join(format!("file{number}"));
+                scope.spawn(move || read(&path))
+            })
+            .collect();
+        wait_until_still(&registry);
+        for number in 0..2 {
+            assert_eq!(read_soon(healthy.join(format!("file{number}"))), vec![b'a' + number; FILE_LEN]);
+        }
+        assert!(readers.iter().all(|reader| !reader.is_finished()), "they wait still");
+        drop(held);
+        for reader in readers {
+            assert_eq!(reader.join().unwrap(), FILE_LEN);
+        }
+    });
+}
+
+#[test]
+fn readers_of_a_source_that_hangs_do_not_stop_those_of_what_is_there_in_portable_mode() {
+    readers_of_a_source_that_hangs_do_not_stop_those_of_what_is_there(Mode::Fuse);
+}
+
+#[test]
+fn readers_of_a_source_that_hangs_do_not_stop_those_of_what_is_there_in_kernel_mode() {
+    readers_of_a_source_that_hangs_do_not_stop_those_of_what_is_there(Mode::Erofs);
+}
