@@ -195,3 +195,40 @@ fn read_ahead_of_session_and_mount_is_what_is_asked_for() {
     let erofs: Vec<_> = names.filter(|name| name.starts_with("erofs-")).collect();
     assert!(erofs.iter().any(|name| kib(name).trim() == "308"), "{erofs:?}");
 }
+
+#[test]
+fn where_the_kernel_mounts_no_erofs_it_is_said_why() {
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    for name in ["memory", "lower", "upper", "work", "merged"] {
+        fs::create_dir(at(name)).unwrap();
+    }
+    let _memory = Mounted::new("tmpfs", at("memory"), "");
+    let options = ["lowerdir", "upperdir", "workdir"]
+        .map(|key| format!("{key}={}", at(key.strip_suffix("dir").unwrap()).display()));
+    let _merged = Mounted::new("overlay", at("merged"), &options.join(","));
+    for (name, expected) in [("memory", "tmpfs"), ("merged", "overlayfs")] {
+        let refusal = fusefs::erofs::probe(&at(name)).unwrap_err().to_string();
+        assert!(refusal.contains(expected) && refusal.contains("kernel mode is not to be had"), "{refusal}");
+        assert_eq!(fs::read_dir(at(name)).unwrap().count(), 0);
+    }
+    fusefs::erofs::probe(root.path()).unwrap();
+}
+
+/// Detached when dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(kind: &str, path: PathBuf, options: &str) -> Self {
+        let options = std::ffi::CString::new(options).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount(kind, &path, kind, flags, Some(options.as_c_str())).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}

@@ -13,7 +13,6 @@ use std::{
         unix::ffi::OsStrExt as _,
     },
     path::{Path, PathBuf},
-    sync::Mutex,
 };
 
 use format_spec::{
@@ -22,7 +21,7 @@ use format_spec::{
     index::mode::{DIRECTORY, REGULAR},
 };
 use rustix::{
-    fs::{CWD, Mode, OFlags, fstat, open, openat},
+    fs::{CWD, Mode, OFlags, fstat, open, openat, statfs},
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create, fsconfig_set_flag,
@@ -43,8 +42,12 @@ const BDI_DIRECTORY: &str = "/sys/class/bdi";
 /// Names that [`BDI_DIRECTORY`] has for EROFS start so (Linux `super_setup_bdi`).
 const BDI_PREFIX: &str = "erofs-";
 
-/// Serialises mounts of this process, so that each finds its own entry of [`BDI_DIRECTORY`].
-static MOUNTING: Mutex<()> = Mutex::new(());
+/// `f_type` of file systems over whose files no EROFS is mounted (Linux include/uapi/linux/magic.h).
+const OVERLAYFS_MAGIC: u64 = 0x794c_7630;
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const RAMFS_MAGIC: u64 = 0x8584_58f6;
+const EROFS_MAGIC: u64 = 0xe0f5_e1e2;
+const FUSE_MAGIC: u64 = 0x6573_5546;
 
 /// An image cannot be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -158,7 +161,7 @@ pub enum DeviceAccess {
 #[derive(Debug)]
 pub struct DetachedMount {
     mount: OwnedFd,
-    /// What reads ahead for it; more than one if another process mounted at the same moment.
+    /// What reads ahead for it; more than one if others mounted at the same moment, who have waited for nobody.
     bdi_names: Vec<OsString>,
 }
 
@@ -175,7 +178,8 @@ impl DetachedMount {
             _ => MountError::Unsupported("this kernel has no fsopen"),
         })?;
         let refuse = |error| match error {
-            Errno::NOTBLK => MountError::Unsupported("this kernel mounts EROFS on no such files (Linux 6.12 does)"),
+            // The kernel's word for all that follows.
+            Errno::NOTBLK => MountError::Unsupported(why_not_over(image)),
             error => {
                 MountError::Image { image: image.to_owned(), error: error.into(), messages: messages(context.as_fd()) }
             }
@@ -194,11 +198,9 @@ impl DetachedMount {
         {
             debug!(%error, messages = messages(context.as_fd()), "devices are read through the page cache");
         }
-        let guard = MOUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let bdi_names_before = bdi_names();
         fsconfig_create(&context).map_err(refuse)?;
         let bdi_names = bdi_names().difference(&bdi_names_before).cloned().collect();
-        drop(guard);
         let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY;
         let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(refuse)?;
         Ok(Self { mount, bdi_names })
@@ -281,6 +283,26 @@ impl OptionPath {
         let file = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             .map_err(|error| MountError::File { path: path.to_owned(), error: error.into() })?;
         Ok(Self { value: format!("/proc/self/fd/{}", file.as_raw_fd()).into(), file: Some(file) })
+    }
+}
+
+/// Why the kernel mounts no EROFS over an image, as far as that follows from where it lies.
+fn why_not_over(image: &Path) -> &'static str {
+    let file_system = statfs(image).ok().and_then(|statistics| u64::try_from(statistics.f_type).ok());
+    match file_system {
+        Some(OVERLAYFS_MAGIC) => {
+            "the root directory lies on overlayfs, and the kernel mounts EROFS over no stacked file system"
+        }
+        Some(TMPFS_MAGIC | RAMFS_MAGIC) => {
+            "the root directory lies in memory (tmpfs), and the kernel mounts EROFS over files of a disk only"
+        }
+        Some(EROFS_MAGIC) => {
+            "the root directory lies on an EROFS over a file, and the kernel mounts no second one above it"
+        }
+        Some(FUSE_MAGIC) => {
+            "the root directory lies on a FUSE file system with passthrough, which is a stacked one to the kernel"
+        }
+        _ => "this kernel mounts EROFS over no files (Linux 6.12 does), or over none of this file system",
     }
 }
 
