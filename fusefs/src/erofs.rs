@@ -14,6 +14,7 @@
 
 mod check;
 mod directory;
+mod holes;
 mod inode;
 pub mod layout;
 mod mount;
@@ -22,7 +23,7 @@ mod xattr;
 use std::io;
 
 use format_spec::{
-    Digest, Index, Inode,
+    Digest, Extent, Index, Inode,
     index::{LAYER_COUNT_MAX, WHITEOUT, check_name, mode},
 };
 use zerocopy::IntoBytes;
@@ -31,16 +32,17 @@ pub use self::check::is_image_of;
 pub use self::mount::{DetachedMount, DeviceAccess, MountError, mount_erofs, probe};
 use self::{
     directory::{Blocks, Entry},
+    holes::{Chunks, chunks_of},
     inode::{StoredInode, Time, content_blocks, fits_compact, majority_time, time_of},
     layout::{
-        BLOCK, BLOCK_BITS, BLOCK_LEN, CHUNK_BLOCK_BITS_MAX, ChunkIndex, DeviceSlot, INODE_SLOT_LEN, InodeCompact,
-        InodeExtended, MAGIC, NULL_BLOCK, SUPER_OFFSET, SuperBlock, feature, format,
+        BLOCK, BLOCK_BITS, BLOCK_LEN, ChunkIndex, DeviceSlot, INODE_SLOT_LEN, InodeCompact, InodeExtended, MAGIC,
+        NULL_BLOCK, SUPER_OFFSET, SuperBlock, feature, format,
     },
     xattr::XattrWriter,
 };
 
 /// Changes whenever equal trees give other bytes, so that no two images share a UUID.
-const WRITER_VERSION: &[u8] = b"lazuli erofs 1";
+const WRITER_VERSION: &[u8] = b"lazuli erofs 2";
 /// Longest target of a symbolic link (Linux `PATH_MAX` without the closing zero).
 const SYMLINK_LEN_MAX: usize = 4095;
 /// What is written at once, in bytes.
@@ -99,7 +101,21 @@ pub struct ImageSummary {
 ///
 /// Source: Linux Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h.
 pub fn write_image<B: AsRef<[u8]>>(tree: &Index<B>, output: impl io::Write) -> Result<ImageSummary, WriteError> {
-    let mut writer = ImageWriter::new(tree)?;
+    write_sparse_image(tree, &[], output)
+}
+
+/// Like [`write_image`]: where `extents` (those of each layer, lowest first) say that a large file has no content, the
+/// image has a hole, which the kernel reads without its device and whose place it tells to who asks (`lseek(2)`).
+///
+/// # Errors
+///
+/// Those of [`write_image`].
+pub fn write_sparse_image<B: AsRef<[u8]>>(
+    tree: &Index<B>,
+    extents: &[&[Extent]],
+    output: impl io::Write,
+) -> Result<ImageSummary, WriteError> {
+    let mut writer = ImageWriter::new(tree, extents)?;
     let plan = writer.plan()?;
     writer.write(&plan, output)
 }
@@ -127,6 +143,8 @@ struct Encoded {
 
 struct ImageWriter<'a, B> {
     tree: &'a Index<B>,
+    /// Of each layer; none of those of which nothing is known.
+    extents: &'a [&'a [Extent]],
     layers: Vec<Digest>,
     xattrs: XattrWriter<'a, B>,
     /// The time of compact inodes.
@@ -135,7 +153,7 @@ struct ImageWriter<'a, B> {
 }
 
 impl<'a, B: AsRef<[u8]>> ImageWriter<'a, B> {
-    fn new(tree: &'a Index<B>) -> Result<Self, WriteError> {
+    fn new(tree: &'a Index<B>, extents: &'a [&'a [Extent]]) -> Result<Self, WriteError> {
         let layers: Vec<Digest> = tree.layers().collect();
         if layers.is_empty() || layers.len() > LAYER_COUNT_MAX {
             return Err(WriteError::LayerCount(layers.len()));
@@ -144,7 +162,8 @@ impl<'a, B: AsRef<[u8]>> ImageWriter<'a, B> {
             return Err(WriteError::NoRoot);
         }
         let device_block_counts = vec![0; layers.len()];
-        Ok(Self { tree, layers, xattrs: XattrWriter::new(tree), epoch: majority_time(tree), device_block_counts })
+        let (xattrs, epoch) = (XattrWriter::new(tree), majority_time(tree));
+        Ok(Self { tree, extents, layers, xattrs, epoch, device_block_counts })
     }
 
     /// Finds the place of every inode, by encoding each of them once.
@@ -352,10 +371,10 @@ impl<'a, B: AsRef<[u8]>> ImageWriter<'a, B> {
         }
         let blocks = content_blocks(inode)?;
         let device = u16::try_from(layer + 1).expect("bounded by LAYER_COUNT_MAX");
-        let bits = (blocks.end - blocks.start).next_power_of_two().ilog2();
-        let bits = u8::try_from(bits).expect("at most 32").min(CHUNK_BLOCK_BITS_MAX);
-        for block in blocks.step_by(1 << bits) {
+        let Chunks { bits, has_content } = chunks_of(&blocks, self.extents.get(layer).copied());
+        for (block, has_content) in blocks.step_by(1 << bits).zip(has_content) {
             let block = u32::try_from(block).expect("checked by content_blocks");
+            let (device, block) = if has_content { (device, block) } else { (0, NULL_BLOCK) };
             chunks.extend_from_slice(
                 ChunkIndex { reserved: 0.into(), device: device.into(), block: block.into() }.as_bytes(),
             );

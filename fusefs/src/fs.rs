@@ -28,7 +28,7 @@ use tracing::{debug, warn};
 
 use crate::{
     namespace::{Entry, Found, Namespace},
-    tree::{BLOCK_LEN, Content},
+    tree::{BLOCK_LEN, Content, Sought},
 };
 
 /// How long the kernel may keep what never changes: a year, well inside what it can count.
@@ -46,6 +46,9 @@ const GENERATION: Generation = Generation(0);
 /// targets, reads past the page cache that nobody waits for (EROFS mounts over the session), ACLs that count in
 /// permission checks as on any other file system, requests that are sent again to the next process, and mounts for user
 /// namespaces that show other owners.
+///
+/// Not passthrough (`FUSE_PASSTHROUGH`): a session that asks for it is a stacked file system to the kernel, which mounts
+/// no EROFS over files of such a one. It would be the end of kernel mode.
 const WANTED: [InitFlags; 8] = [
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_READDIRPLUS_AUTO,
@@ -248,9 +251,18 @@ impl Filesystem for LazuliFs {
         });
     }
 
-    fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
-        // The kernel then treats the file as one piece of data, and does not ask again.
-        reply.error(Errno::ENOSYS);
+    fn lseek(&self, _: &Request, number: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        // Copies leave out what is a hole, overlayfs's own too.
+        let (Ok(offset), Some(sought)) = (u64::try_from(offset), sought(whence)) else {
+            return reply.error(Errno::EINVAL);
+        };
+        self.answer_about(number, move |namespace| match namespace.seek(number.0, offset, sought) {
+            Ok(found) => match i64::try_from(found) {
+                Ok(found) => reply.offset(found),
+                Err(_) => reply.error(Errno::EOVERFLOW),
+            },
+            Err(error) => reply.error(errno(error)),
+        });
     }
 
     fn ioctl(
@@ -298,6 +310,17 @@ fn answer_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
         Ok(len) if size == 0 => reply.size(len),
         Ok(len) if len <= size => reply.data(value),
         _ => reply.error(Errno::ERANGE),
+    }
+}
+
+/// What `lseek(2)` looks for (include/uapi/linux/fs.h); the kernel does the other kinds itself.
+fn sought(whence: i32) -> Option<Sought> {
+    const SEEK_DATA: i32 = 3;
+    const SEEK_HOLE: i32 = 4;
+    match whence {
+        SEEK_DATA => Some(Sought::Content),
+        SEEK_HOLE => Some(Sought::Hole),
+        _ => None,
     }
 }
 

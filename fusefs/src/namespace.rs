@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use crate::{
     control::TreeId,
     number::{Node, Slot, layer_number},
-    tree::{Attributes, Content, Tree, clip},
+    tree::{Attributes, Content, Sought, Tree, clip, seek},
 };
 
 /// Name of the directory of layers.
@@ -382,6 +382,19 @@ impl Namespace {
                 let len = clip(layer.index().space_len(), offset, len);
                 Ok((len > 0).then_some(Content { layer, plain_offset: offset, len }))
             }
+            _ => Err(Errno::ISDIR),
+        }
+    }
+
+    /// Where content or a hole begins in a file, from `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// `ENXIO` if there is none before its end; `EISDIR`, `EINVAL` for what has no content.
+    pub(crate) fn seek(&self, number: u64, offset: u64, sought: Sought) -> Result<u64, Errno> {
+        match self.resolve(number)? {
+            Resolved::Inode(tree, inode) => tree.seek(inode, offset, sought),
+            Resolved::Layer(layer) => seek(&layer, 0..layer.index().space_len(), offset, sought),
             _ => Err(Errno::ISDIR),
         }
     }

@@ -365,12 +365,12 @@ impl Service {
     /// When the tree cannot be an image, or the disk refuses.
     pub(crate) fn image(&self, tree: &Tree) -> Result<PathBuf, Error> {
         let _changing = lock(&self.0.changing);
-        self.0.store.image(tree.id, &tree.index)
+        self.0.store.image(tree.id, &tree.index, &tree.extents())
     }
 
     fn mount_in_kernel(&self, tree: &Tree) -> Result<PathBuf, Error> {
         let _changing = lock(&self.0.changing);
-        let image = self.0.store.image(tree.id, &tree.index)?;
+        let image = self.0.store.image(tree.id, &tree.index, &tree.extents())?;
         tree.release_memory();
         let mounted = self.mounts().kernel.mount(tree, &image);
         mounted.map_err(|error| Error::KernelMount(tree.id, error))

@@ -17,7 +17,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use format_spec::{Index, LayerId};
+use format_spec::{Extent, Index, LayerId};
 use serde::{Deserialize, Serialize};
 use storage::{
     create_private_directory,
@@ -172,20 +172,19 @@ impl TreeStore {
         Ok(StoredTree { slot, index, block_count })
     }
 
-    /// The EROFS image of a tree that the store has: made before, or now.
+    /// The EROFS image of a tree that the store has: made before, or now; `extents` are those of its layers.
     ///
     /// # Errors
     ///
     /// When the tree cannot be an image, or the disk refuses.
-    pub(crate) fn image(&self, id: TreeId, index: &Index<Map>) -> Result<PathBuf, Error> {
-        let path = self.image_path(id);
-        let layers: Vec<_> = index.layers().collect();
-        if self.is_image_whole(id, &layers) {
+    pub(crate) fn image(&self, id: TreeId, index: &Index<Map>, extents: &[&[Extent]]) -> Result<PathBuf, Error> {
+        if let Some(path) = self.known_image(id, index) {
             return Ok(path);
         }
+        let path = self.image_path(id);
         self.remove_image(id)?;
         let (mut refused, mut checksum) = (None, None);
-        let written = self.write(&path, |file| match erofs::write_image(index, &mut *file) {
+        let written = self.write(&path, |file| match erofs::write_sparse_image(index, extents, &mut *file) {
             Ok(_) => {
                 checksum = Some(FileChecksum::of(file)?);
                 Ok(())
@@ -207,6 +206,12 @@ impl TreeStore {
             Some(error) => Err(Error::Image(id, error)),
             None => written.map(|()| path),
         }
+    }
+
+    /// The EROFS image of a tree if it was made before.
+    pub(crate) fn known_image(&self, id: TreeId, index: &Index<Map>) -> Option<PathBuf> {
+        let layers: Vec<_> = index.layers().collect();
+        self.is_image_whole(id, &layers).then(|| self.image_path(id))
     }
 
     /// Whether the image of a tree is there, of these layers, and what was written; one that cannot be read is not.
@@ -415,7 +420,7 @@ mod tests {
                 Some(stored) => stored,
                 None => store.create(id, &layers, &tree(&layers)).unwrap(),
             };
-            store.image(id, &stored.index).unwrap()
+            store.image(id, &stored.index, &[]).unwrap()
         };
         let path = image();
         let (right, inode) = (fs::read(&path).unwrap(), fs::metadata(&path).unwrap().ino());

@@ -1,7 +1,9 @@
 //! A merged tree with its layers: what `stat`, `readdir`, `readlink`, xattrs and `read` say, without FUSE.
 
+use std::ops::Range;
+
 use format_spec::{
-    Index, Inode,
+    Extent, Index, Inode,
     index::{WHITEOUT, mode},
 };
 use rustix::io::Errno;
@@ -195,16 +197,74 @@ impl Tree {
     ///
     /// `EISDIR`, `EINVAL` for what has no content.
     pub(crate) fn content(&self, number: u32, offset: u64, len: usize) -> Result<Option<Content>, Errno> {
+        let (inode, layer) = self.regular_file(number)?;
+        let len = clip(inode.size.get(), offset, len);
+        let plain_offset = inode.plain_offset.get().checked_add(offset).ok_or(Errno::IO)?;
+        Ok((len > 0).then(|| Content { layer: layer.clone(), plain_offset, len }))
+    }
+
+    /// Where content or a hole begins in a regular file, from `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// `ENXIO` if there is none before its end; `EISDIR`, `EINVAL` for what has no content.
+    pub(crate) fn seek(&self, number: u32, offset: u64, sought: Sought) -> Result<u64, Errno> {
+        let (inode, layer) = self.regular_file(number)?;
+        seek(layer, inode.plain_range(), offset, sought)
+    }
+
+    /// The extents of each layer, lowest first.
+    pub(crate) fn extents(&self) -> Vec<&[Extent]> {
+        self.layers.iter().map(|layer| layer.index().extents()).collect()
+    }
+
+    fn regular_file(&self, number: u32) -> Result<(&Inode, &Layer), Errno> {
         let inode = self.inode(number)?;
         match inode.file_type() {
             mode::REGULAR => {}
             mode::DIRECTORY => return Err(Errno::ISDIR),
             _ => return Err(Errno::INVAL),
         }
-        let layer = self.layers.get(inode.layer.get() as usize).ok_or(Errno::IO)?;
-        let len = clip(inode.size.get(), offset, len);
-        let plain_offset = inode.plain_offset.get().checked_add(offset).ok_or(Errno::IO)?;
-        Ok((len > 0).then(|| Content { layer: layer.clone(), plain_offset, len }))
+        Ok((inode, self.layers.get(inode.layer.get() as usize).ok_or(Errno::IO)?))
+    }
+}
+
+/// What somebody looks for in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sought {
+    /// Bytes that the layer has.
+    Content,
+    /// Zeros that it does not have; the end of the file counts as one.
+    Hole,
+}
+
+/// Where content or a hole begins in the file that lies in `plain` of a layer, from `offset` on.
+///
+/// # Errors
+///
+/// `ENXIO` if there is none before its end.
+pub(crate) fn seek(layer: &Layer, plain: Range<u64>, offset: u64, sought: Sought) -> Result<u64, Errno> {
+    let from = plain.start.checked_add(offset).filter(|from| *from < plain.end).ok_or(Errno::NXIO)?;
+    let index = layer.index();
+    let extents = index.extents_in_plain(&(from..plain.end));
+    let found = find(index.extents().get(extents).unwrap_or_default(), from..plain.end, sought);
+    found.map(|found| found - plain.start).ok_or(Errno::NXIO)
+}
+
+/// The same among extents, ascending, that all have bytes in `range`.
+fn find(extents: &[Extent], range: Range<u64>, sought: Sought) -> Option<u64> {
+    match sought {
+        Sought::Content => extents.first().map(|extent| extent.plain_range().start.max(range.start)),
+        Sought::Hole => {
+            let mut at = range.start;
+            for extent in extents.iter().map(Extent::plain_range) {
+                if extent.start > at {
+                    break;
+                }
+                at = at.max(extent.end);
+            }
+            Some(at.min(range.end))
+        }
     }
 }
 
@@ -222,4 +282,40 @@ pub(crate) fn block_count<B: AsRef<[u8]>>(index: &Index<B>) -> u64 {
 
 fn stat_blocks(size: u64) -> u64 {
     size.div_ceil(BLOCK_LEN).saturating_mul(BLOCK_LEN / STAT_BLOCK_LEN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_and_holes_are_found_from_anywhere() {
+        let extent = |start: u64, end: u64| Extent {
+            tar_offset: 0.into(),
+            plain_offset: start.into(),
+            len: (end - start).into(),
+        };
+        // Two that touch, a gap, and one more.
+        let extents = [extent(10, 20), extent(20, 30), extent(50, 60)];
+        let find_from = |from: u64, sought| {
+            let within: Vec<_> = extents.iter().copied().filter(|extent| extent.plain_range().end > from).collect();
+            find(&within, from..100, sought)
+        };
+        let found: Vec<_> = [0, 10, 15, 29, 30, 49, 55, 60]
+            .iter()
+            .map(|from| (find_from(*from, Sought::Content), find_from(*from, Sought::Hole)))
+            .collect();
+        let expected = [
+            (Some(10), Some(0)),
+            (Some(10), Some(30)),
+            (Some(15), Some(30)),
+            (Some(29), Some(30)),
+            (Some(50), Some(30)),
+            (Some(50), Some(49)),
+            (Some(55), Some(60)),
+            (None, Some(60)),
+        ];
+        assert_eq!(found, expected);
+        assert_eq!(find(&[extent(0, 100)], 0..100, Sought::Hole), Some(100), "the end is one");
+    }
 }

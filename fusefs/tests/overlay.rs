@@ -103,6 +103,7 @@ fn unpack(layer: &Layer, directory: &Path) {
                 created => created.unwrap(),
             },
             Kind::File(content) => fs::write(&full, content).unwrap(),
+            Kind::Sparse(..) => unreachable!("none is made here"),
             Kind::Symlink(target) => std::os::unix::fs::symlink(target, &full).unwrap(),
             Kind::Fifo => rustix::fs::mknodat(CWD, &full, FileType::Fifo, Mode::empty(), 0).unwrap(),
             Kind::Character(major, minor) => {

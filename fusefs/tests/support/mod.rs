@@ -43,6 +43,8 @@ pub enum Kind {
     Directory,
     Opaque,
     File(Vec<u8>),
+    /// A file of this length with content at these offsets, which are multiples of 4096, ascending.
+    Sparse(u64, Vec<(u64, Vec<u8>)>),
     Symlink(&'static str),
     /// Another name of a path of this layer.
     HardLink(&'static str),
@@ -222,6 +224,10 @@ impl Writer {
                     ..base
                 }
             }
+            Kind::Sparse(len, pieces) => {
+                let plain_offset = self.add_pieces(*len, pieces);
+                Inode { mode: with_type(mode::REGULAR), size: (*len).into(), plain_offset: plain_offset.into(), ..base }
+            }
             Kind::HardLink(_) | Kind::Whiteout => unreachable!("they are no inodes"),
         }
     }
@@ -244,6 +250,22 @@ impl Writer {
         }
         self.tar.resize(self.tar.len().next_multiple_of(TAR_BLOCK_LEN), 0);
         self.space_len += (content.len() as u64).next_multiple_of(PLAIN_ALIGN);
+        plain_offset
+    }
+
+    fn add_pieces(&mut self, len: u64, pieces: &[(u64, Vec<u8>)]) -> u64 {
+        self.tar.resize(self.tar.len() + TAR_BLOCK_LEN, b'H');
+        let plain_offset = self.space_len;
+        for (offset, piece) in pieces {
+            self.extents.push(Extent {
+                tar_offset: (self.tar.len() as u64).into(),
+                plain_offset: (plain_offset + offset).into(),
+                len: (piece.len() as u64).into(),
+            });
+            self.tar.extend_from_slice(piece);
+        }
+        self.tar.resize(self.tar.len().next_multiple_of(TAR_BLOCK_LEN), 0);
+        self.space_len += len.next_multiple_of(PLAIN_ALIGN);
         plain_offset
     }
 
