@@ -25,8 +25,8 @@ use std::{
 
 use rustix::fs::FlockOperation;
 use storage::{CacheOptions, create_private_directory};
-use tokio::runtime::Handle;
-use tracing::{info, warn};
+use tokio::{runtime::Handle, sync::mpsc};
+use tracing::{error, info, warn};
 
 use crate::{
     connection::{Connection, has_session},
@@ -34,9 +34,12 @@ use crate::{
     error::Error,
     factory::SourceFactory,
     mode::{Mode, choose},
+    mounts::Mounts,
+    namespace::Namespace,
     server::{ControlServer, HeldDevice},
-    service::{Service, blocking},
+    service::{Service, Stores, blocking},
     session::{Session, SessionOptions},
+    users::mounts_in_use,
 };
 
 /// How long a predecessor may take to go that has left its session: it may have to write down what arrived.
@@ -46,6 +49,8 @@ const CLOSING_PATIENCE: Duration = Duration::from_millis(200);
 /// How long a session that stands at the mount point is left to a process that was started to go on with it and has
 /// not come to lock the root: who would have held it meanwhile may have ended, and been started again, in between.
 const HEIR_PATIENCE: Duration = Duration::from_secs(1);
+/// How soon a second signal must come to end a daemon that containers read through.
+pub const INSIST_WITHIN: Duration = Duration::from_secs(10);
 /// How often it is looked whether they are free.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
@@ -82,9 +87,24 @@ pub struct Daemon {
     server: ControlServer,
     session: Session,
     device: Arc<HeldDevice>,
-    service: Service,
+    mounts: Mounts,
     root: PathBuf,
     _lock: File,
+}
+
+/// Asks a daemon whether it serves. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Health(Mounts);
+
+impl Health {
+    /// Whether the session answers; within some seconds.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub async fn ask(&self) -> Result<(), Error> {
+        self.0.ask_session().await
+    }
 }
 
 impl Daemon {
@@ -110,23 +130,26 @@ impl Daemon {
                 thread::sleep(HEIR_PATIENCE);
             }
             let lock = retry(patience, || lock(&root), |error| matches!(error, Error::Locked(_)))?;
-            let service = Service::open(&root, runtime, sources, cache)?;
+            let stores = Stores::open(&root, runtime, sources, cache)?;
             let mode = choose(asked, || erofs::probe(&root)).map_err(Error::KernelMode)?;
             info!(mode = %mode.in_use, reason = mode.reason, "how trees are mounted");
             let bind = || ControlServer::bind(&address);
             let server = retry(CLOSING_PATIENCE, bind, |error| matches!(error, Error::SocketInUse(_)))?;
             let connection = connect(&root, &mount_point, take_over.as_deref())?;
             let device = connection.device().try_clone().map_err(Error::Device)?;
+            let namespace = Arc::new(Namespace::of_node());
             // Before the first request is answered.
+            namespace.set_incomplete();
+            let session = Session::serve(namespace.clone(), &connection, &mount_point, &session_options)?;
+            let service = Service::new(stores, namespace, Some(session.notifier()));
             if let Err(error) = service.restore() {
                 warn!(%error, "trees of the last process are not available until they are asked for");
             }
-            let session = Session::serve(service.namespace(), &connection, &mount_point, &session_options)?;
-            service.set_mounts(&root, &mount_point, session_options.read_ahead_kib, asked, mode)?;
-            info!(mount_point = %mount_point.display(), taken_over = !connection.is_new(), "serving");
-            service.set_notifier(session.notifier());
             service.release_memory_now_and_then();
-            Ok(Self { server, session, device: Arc::new(HeldDevice::new(device)), service, root, _lock: lock })
+            let read_ahead_kib = session_options.read_ahead_kib;
+            let mounts = Mounts::open(service, &root, &mount_point, read_ahead_kib, asked, mode)?;
+            info!(mount_point = %mount_point.display(), taken_over = !connection.is_new(), "serving");
+            Ok(Self { server, session, device: Arc::new(HeldDevice::new(device)), mounts, root, _lock: lock })
         };
         blocking(prepare).await
     }
@@ -141,36 +164,67 @@ impl Daemon {
         self.device.add_holder();
     }
 
-    /// Answers requests until `shutdown` is there or somebody unmounts the session.
+    /// To ask whether it serves.
+    pub fn health(&self) -> Health {
+        Health(self.mounts.clone())
+    }
+
+    /// Answers requests until told to end or somebody unmounts the session.
     ///
-    /// Told to shut down while somebody holds the session, it leaves the session as it is, and the next process goes
-    /// on. Otherwise it leaves nothing behind.
+    /// Told to end while somebody holds the session, it leaves the session as it is, and the next process goes on. Else
+    /// it refuses as long as containers use its trees, and says so: they would read errors from then on. Told once more
+    /// within [`INSIST_WITHIN`], or when nobody is left who could tell, it ends all the same, and leaves nothing behind.
     ///
     /// # Errors
     ///
     /// When the socket or the session failed, or what arrived cannot be made durable.
-    pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<Ended, Error> {
+    pub async fn run(mut self, mut stop: mpsc::Receiver<()>) -> Result<Ended, Error> {
         let ended = tokio::select! {
-            () = shutdown => Ok(()),
-            served = self.server.serve(&self.service, &self.device) => served,
+            () = told_to_end(&mut stop, &self.device, &self.mounts, &self.root) => Ok(()),
+            served = self.server.serve(&self.mounts, &self.device) => served,
             ended = self.session.wait() => ended,
         };
         let is_left = self.device.is_held() && !self.session.has_ended();
         drop(self.server);
+        let service = self.mounts.service().clone();
+        let flush = move || blocking(move || service.flush());
         if is_left {
             info!(mount_point = %self.session.mount_point().display(), "the session is left to the next process");
-            let service = self.service.clone();
-            let flushed = blocking(move || service.flush()).await;
+            let flushed = flush().await;
             // They hold replies.
-            std::mem::forget((self.session, self.service));
+            std::mem::forget((self.session, self.mounts));
             return ended.and(flushed).map(|()| Ended::SessionLeft);
         }
-        let (service, root) = (self.service.clone(), self.root);
-        let trees_unmounted = blocking(move || service.unmount_trees(&root)).await;
+        let mounts = self.mounts.clone();
+        let trees_unmounted = blocking(move || mounts.unmount_trees()).await;
         let unmounted = trees_unmounted.and(self.session.unmount().await);
-        let service = self.service;
-        let flushed = blocking(move || service.flush()).await;
+        let flushed = flush().await;
         ended.and(unmounted).and(flushed).map(|()| Ended::Unmounted)
+    }
+}
+
+/// Returns when the daemon is told to end and may, or must.
+async fn told_to_end(stop: &mut mpsc::Receiver<()>, device: &HeldDevice, mounts: &Mounts, root: &Path) {
+    let mut refused_at: Option<Instant> = None;
+    loop {
+        let is_told = stop.recv().await.is_some();
+        let insists = refused_at.is_some_and(|at| at.elapsed() <= INSIST_WITHIN);
+        if !is_told || insists || device.is_held() {
+            return;
+        }
+        let trees: Vec<_> = mounts.service().trees().made().iter().map(|tree| tree.id).collect();
+        let root = root.to_owned();
+        let in_use = blocking(move || mounts_in_use(&root, &trees)).await;
+        if in_use.is_empty() {
+            return;
+        }
+        refused_at = Some(Instant::now());
+        error!(
+            mounts = in_use.len(),
+            first = %in_use[0].display(),
+            "not ending: containers read through this process and nobody would go on. Start lazuli-snapshotter first, \
+             stop the containers, or say it once more within {INSIST_WITHIN:?}"
+        );
     }
 }
 

@@ -1,6 +1,6 @@
 //! What can go wrong at the boundary of this crate.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use format_spec::{Digest, FormatError, LayerId};
 use storage::{CacheError, ReadError, SourceError, SourceErrorKind};
@@ -9,6 +9,7 @@ use crate::{
     control::{ErrorKind, TreeId},
     erofs::{MountError, WriteError},
     merge::MergeError,
+    trees::WAITING_MAX,
 };
 
 /// A tree cannot be made, kept or mounted. One line each, for the user.
@@ -138,12 +139,25 @@ pub enum Error {
         /// A tree that needs it.
         tree: TreeId,
     },
+    /// Too many wait for a tree already.
+    #[error("tree {0}: {WAITING_MAX} requests wait for it already: ask again")]
+    Crowded(TreeId),
+    /// Too much is under way.
+    #[error("too many requests are under way: ask again")]
+    Busy,
+    /// A tree was not made to the end, or was released before it was mounted.
+    #[error("tree {0} was given up before it was there: ask again")]
+    GivenUp(TreeId),
+    /// An attempt failed that others waited for too.
+    #[error("{0}")]
+    Shared(Arc<Error>),
 }
 
 impl Error {
     /// What a client is told about whose fault it is.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
+            Self::Shared(error) => error.kind(),
             Self::Cache(CacheError::Index { error, .. }) | Self::Tree { error, .. } => match error {
                 FormatError::Version { .. } | FormatError::Features { .. } => ErrorKind::Newer,
                 _ => ErrorKind::Damaged,

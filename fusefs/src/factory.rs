@@ -1,8 +1,16 @@
 //! Where the sources of layers come from: the seam that keeps HTTP out of this crate.
 
-use std::sync::Arc;
+use std::{
+    ops::Range,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
-use storage::{Source, SourceError};
+use bytes::Bytes;
+use futures_util::Stream;
+use storage::{ByteStream, FetchFuture, Source, SourceError};
+use tokio::runtime::Handle;
 
 use crate::control::RemoteLayer;
 
@@ -25,5 +33,55 @@ where
 {
     fn source(&self, layer: &RemoteLayer) -> Result<Arc<dyn Source>, SourceError> {
         self(layer)
+    }
+}
+
+/// A source whose requests belong to another runtime than whoever waits for them.
+///
+/// What a request needs of threads that may block (names to be resolved, credentials to be looked up) it gets from
+/// there: a resolver that hangs takes none of the threads on which frames are decoded and written.
+pub fn on_runtime(source: Arc<dyn Source>, runtime: Handle) -> Arc<dyn Source> {
+    Arc::new(OnRuntime { source, runtime })
+}
+
+struct OnRuntime {
+    source: Arc<dyn Source>,
+    runtime: Handle,
+}
+
+impl Source for OnRuntime {
+    fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
+        let fetched = Within { runtime: self.runtime.clone(), inner: self.source.fetch(range) };
+        Box::pin(async move {
+            let runtime = self.runtime.clone();
+            let stream = Within { runtime, inner: fetched.await? };
+            Ok(Box::pin(stream) as ByteStream)
+        })
+    }
+}
+
+/// Something that is polled by anybody, but starts and registers what it needs on a runtime of its own.
+struct Within<T> {
+    runtime: Handle,
+    inner: T,
+}
+
+impl Future for Within<FetchFuture<'_>> {
+    type Output = Result<ByteStream, SourceError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        let _entered = this.runtime.enter();
+        this.inner.as_mut().poll(context)
+    }
+}
+
+impl Stream for Within<ByteStream> {
+    type Item = Result<Bytes, SourceError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        let _entered = this.runtime.enter();
+        this.inner.as_mut().poll_next(context)
     }
 }

@@ -24,14 +24,18 @@ pub mod log;
 pub mod merge;
 pub mod mode;
 pub mod mount;
+mod mounts;
 mod namespace;
 mod number;
+mod pool;
 mod reading;
 mod server;
 mod service;
 mod session;
 mod store;
 mod tree;
+mod trees;
+mod users;
 
 /// Where layers lie below the root, each in a directory of the name of its id.
 pub const LAYER_CACHES: &str = "cache/layers";

@@ -17,25 +17,37 @@ use clap::Parser;
 use fusefs::{
     Daemon, DaemonOptions, DedupScope, Ended, Error, Mode, SessionOptions,
     control::RemoteLayer,
+    daemon::Health,
     descriptor,
+    factory::on_runtime,
     log::{Log, LogTarget},
 };
 use registry::{BlobSource, Client, ClientOptions, Reference};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use storage::{CacheOptions, RestOptions, Source, SourceError};
-use tokio::{runtime::Builder, signal::unix::SignalKind};
+use tokio::{
+    runtime::{Builder, Handle, Runtime},
+    signal::unix::SignalKind,
+    sync::mpsc,
+};
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 
-/// Threads for transfers and requests; reads are served by threads of the session.
+/// Threads for what arrives and for requests; reads are served by threads of the session.
 const WORKER_THREADS: usize = 2;
-/// Threads for what may block: writing files, merging trees, unmounting.
+/// Threads that decode frames and write files. Trees have threads of their own.
 const BLOCKING_THREADS_MAX: usize = 16;
 /// How long a reader waits for bytes, whatever the registries answer.
 const PATIENCE_SECONDS: u32 = 60;
 /// How long a request goes on by itself where it broke: who waits, how long, and where else to ask is decided in one
 /// place, which is `storage`.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
+/// Threads for connections to registries.
+const NETWORK_THREADS: usize = 2;
+/// Threads that wait for resolvers and look up credentials. Registries that hang may take all of them, and then keep
+/// each other waiting, but nobody who reads what is there.
+const NETWORK_BLOCKING_THREADS_MAX: usize = 64;
 /// Half of a link of 1 Gbit/s: a node of many images is complete within minutes, and what starts next finds room.
 const BACKGROUND_RATE_MIB: u32 = 64;
 /// 100 GiB in four hours, and hardly to be seen on any disk.
@@ -102,6 +114,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    raise_descriptor_limit();
     let inherited = match arguments.take_over {
         true => take_standard_input().map(Some),
         false => descriptor::take_from_service_manager(STORED_SESSION),
@@ -135,20 +148,16 @@ fn main() -> ExitCode {
         first_contact_patience: CLIENT_PATIENCE,
         ..environment
     });
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(WORKER_THREADS)
-        .max_blocking_threads(BLOCKING_THREADS_MAX)
-        .enable_all()
-        .build();
-    let result = match runtime {
-        Ok(runtime) => {
-            let result = runtime.block_on(run(options, client)).map_err(|error| error.to_string());
+    let result = match runtimes() {
+        Ok((runtime, network)) => {
+            let result = runtime.block_on(run(options, client, network.handle())).map_err(|error| error.to_string());
             if result == Ok(Ended::SessionLeft) {
                 drop(log);
                 std::process::exit(0);
             }
             // The next process may be waiting for this one to end.
             runtime.shutdown_timeout(Duration::ZERO);
+            network.shutdown_timeout(Duration::ZERO);
             result
         }
         Err(error) => Err(error.to_string()),
@@ -159,6 +168,27 @@ fn main() -> ExitCode {
             error!("{error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// For everything, and for connections to registries.
+fn runtimes() -> io::Result<(Runtime, Runtime)> {
+    let runtime = |name: &str, threads, blocking_threads_max| {
+        let mut builder = Builder::new_multi_thread();
+        builder.worker_threads(threads).max_blocking_threads(blocking_threads_max).thread_name(name);
+        builder.enable_all().build()
+    };
+    Ok((
+        runtime("lazuli-fused", WORKER_THREADS, BLOCKING_THREADS_MAX)?,
+        runtime("lazuli-network", NETWORK_THREADS, NETWORK_BLOCKING_THREADS_MAX)?,
+    ))
+}
+
+/// As many descriptors as this process may have: each open layer takes one, each control connection another.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!(%error, "descriptors stay limited to {:?}", limit.current);
     }
 }
 
@@ -193,17 +223,37 @@ fn store_session(daemon: &Daemon) -> io::Result<bool> {
     Ok(true)
 }
 
-async fn run(options: DaemonOptions, client: Client) -> Result<Ended, Error> {
-    let sources = move |layer: &RemoteLayer| blob_source(&client, layer);
-    let shutdown = shutdown_signal();
+async fn run(options: DaemonOptions, client: Client, network: &Handle) -> Result<Ended, Error> {
+    let network = network.clone();
+    let sources = move |layer: &RemoteLayer| Ok(on_runtime(blob_source(&client, layer)?, network.clone()));
+    let stop = stop_signals();
     let daemon = Daemon::start(options, Arc::new(sources)).await?;
     match store_session(&daemon) {
         Ok(true) => daemon.add_holder(),
         Ok(false) => {}
         Err(error) => warn!(%error, "the service manager does not keep the session"),
     }
+    if let Some(interval) = sd_notify::watchdog_enabled() {
+        tokio::spawn(tell_watchdog(daemon.health(), interval));
+    }
     info!("ready");
-    daemon.run(shutdown).await
+    daemon.run(stop).await
+}
+
+/// Tells the service manager that the session answers, as often as it wants to hear that (sd_watchdog_enabled(3)); it
+/// replaces a process that says it no longer.
+async fn tell_watchdog(health: Health, interval: Duration) {
+    loop {
+        match health.ask().await {
+            Ok(()) => {
+                if let Err(error) = sd_notify::notify(&[NotifyState::Watchdog]) {
+                    warn!(%error, "the service manager does not listen");
+                }
+            }
+            Err(error) => error!(%error, "the session does not answer"),
+        }
+        tokio::time::sleep(interval / 2).await;
+    }
 }
 
 fn blob_source(client: &Client, layer: &RemoteLayer) -> Result<Arc<dyn Source>, SourceError> {
@@ -211,14 +261,22 @@ fn blob_source(client: &Client, layer: &RemoteLayer) -> Result<Arc<dyn Source>, 
     Ok(Arc::new(BlobSource::new(client.clone(), reference, layer.layer.blob, layer.layer.blob_len)))
 }
 
-/// Ends with the first SIGTERM or SIGINT after this call.
-fn shutdown_signal() -> impl Future<Output = ()> {
+/// Hears of every SIGTERM and SIGINT from now on.
+fn stop_signals() -> mpsc::Receiver<()> {
     let listen = |kind| tokio::signal::unix::signal(kind).expect("a signal that may be caught");
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate()), listen(SignalKind::interrupt()));
-    async move {
-        tokio::select! {
-            _ = terminate.recv() => info!("SIGTERM: shutting down"),
-            _ = interrupt.recv() => info!("SIGINT: shutting down"),
+    let (sender, stop) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            let name = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            };
+            info!("{name}: told to end");
+            if sender.send(()).await.is_err() {
+                return;
+            }
         }
-    }
+    });
+    stop
 }

@@ -24,7 +24,7 @@ use crate::{
     kernel_mounts::Devices,
     mode::{Mode, choose},
     namespace::{LAYERS, Namespace},
-    service::{Service, blocking},
+    service::{Service, Stores, blocking},
     session::{Session, SessionOptions},
     tree::Tree,
 };
@@ -113,7 +113,8 @@ pub async fn mount_image(
     let runtime = Handle::current();
     // A person waits for the command: the client's patience is enough.
     let cache = CacheOptions { patience: None, ..CacheOptions::default() };
-    let service = blocking(move || Service::open(&root, runtime, sources, cache)).await?;
+    let stores = blocking(move || Stores::open(&root, runtime, sources, cache)).await?;
+    let service = Service::new(stores, Arc::new(Namespace::of_node()), None);
     let root = cache_root.to_owned();
     let chosen = blocking(move || choose(mode, || erofs::probe(&root))).await.map_err(Error::KernelMode)?;
     let tree = service.tree(&layers).await?;

@@ -2,6 +2,10 @@
 //!
 //! One task a connection; requests of one connection are answered in order, those of several at the same
 //! time. The socket is for root only.
+//!
+//! A client that leaves takes its request along, and every answer has a deadline. Requests that change something may
+//! take all places but a few, which are for those that ask how things are: however many hang, `Status` and `Ping` are
+//! answered.
 
 use std::{
     io,
@@ -17,10 +21,12 @@ use std::{
     time::Duration,
 };
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest},
-    net::{UnixListener, UnixStream},
+    net::{UnixListener, UnixStream, unix::ReadHalf},
     sync::Semaphore,
+    time::{sleep, timeout},
 };
 use tracing::{debug, warn};
 
@@ -28,13 +34,27 @@ use crate::{
     control::{ErrorKind, Request, Response},
     descriptor,
     error::Error,
-    service::Service,
+    mounts::Mounts,
 };
 
 /// Longest request: the layers of a tree, [`format_spec::index::LAYER_COUNT_MAX`] of them with long image names.
 const REQUEST_LEN_MAX: u64 = 4 << 20;
-/// Connections served at a time; more of them wait. A snapshotter opens one for each call under way.
-const CONNECTIONS_MAX: usize = 256;
+/// Connections at a time; more of them are closed at once. A snapshotter opens one for each call under way. Trees that
+/// cannot be had take [`crate::trees::WAITING_MAX`] each, so that a dozen of them leave room for those that can.
+const CONNECTIONS_MAX: usize = 2048;
+/// Connections that requests for work leave to those that ask how things are.
+const CONNECTIONS_FOR_LOOKS: usize = 64;
+/// Answers to `Status` that are made at a time: each looks at every layer.
+const LOOKS_MAX: usize = 4;
+/// How long a tree may take: its indexes come from the registry, which retries and waits on its own. A little less than
+/// a snapshotter waits, so that it hears why.
+const TREE_WITHIN: Duration = Duration::from_secs(170);
+/// How long everything else may take. What is begun is done, also when nobody waits for it any longer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+/// How long a client may be silent that holds nothing.
+const SILENT_WITHIN: Duration = Duration::from_secs(60);
+/// How often is looked whether a client has gone that has said more than it was asked, or that it says no more.
+const GONE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The control socket, bound. Dropping it removes the socket.
 #[derive(Debug)]
@@ -63,23 +83,27 @@ impl ControlServer {
     /// # Errors
     ///
     /// When the socket fails.
-    pub(crate) async fn serve(&self, service: &Service, device: &Arc<HeldDevice>) -> Result<(), Error> {
+    pub(crate) async fn serve(&self, mounts: &Mounts, device: &Arc<HeldDevice>) -> Result<(), Error> {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let lanes = Arc::new(Lanes::default());
         loop {
-            let permit = connections.clone().acquire_owned().await.expect("never closed");
             let (stream, _) = match self.listener.accept().await {
                 Ok(accepted) => accepted,
                 // The peer gave up, or descriptors ran out for the moment.
                 Err(error) if is_passing(&error) => {
                     warn!(%error, "connection not accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
                 Err(error) => return Err(Error::Socket { path: self.path.clone(), error }),
             };
-            let (service, device) = (service.clone(), device.clone());
+            let Ok(permit) = connections.clone().try_acquire_owned() else {
+                warn!(connections = CONNECTIONS_MAX, "control connection refused: too many are open");
+                continue;
+            };
+            let (mounts, device, lanes) = (mounts.clone(), device.clone(), lanes.clone());
             tokio::spawn(async move {
-                if let Err(error) = serve_connection(stream, &service, &device).await {
+                if let Err(error) = serve_connection(stream, &mounts, &device, &lanes).await {
                     debug!(%error, "control connection ended");
                 }
                 drop(permit);
@@ -88,8 +112,22 @@ impl ControlServer {
     }
 }
 
+/// Places for requests of two kinds.
+#[derive(Debug)]
+struct Lanes {
+    work: Semaphore,
+    looks: Semaphore,
+}
+
+impl Default for Lanes {
+    fn default() -> Self {
+        let work = Semaphore::new(CONNECTIONS_MAX - CONNECTIONS_FOR_LOOKS);
+        Self { work, looks: Semaphore::new(LOOKS_MAX) }
+    }
+}
+
 /// How long to wait before accepting again after a passing failure.
-const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
@@ -166,14 +204,25 @@ impl Drop for Holder<'_> {
     }
 }
 
-async fn serve_connection(mut stream: UnixStream, service: &Service, device: &HeldDevice) -> io::Result<()> {
+async fn serve_connection(
+    mut stream: UnixStream,
+    mounts: &Mounts,
+    device: &HeldDevice,
+    lanes: &Lanes,
+) -> io::Result<()> {
     let (reader, mut writer) = stream.split();
     let mut holder = None;
     let mut reader = BufReader::new(reader);
     let mut line = Vec::new();
     loop {
         line.clear();
-        (&mut reader).take(REQUEST_LEN_MAX).read_until(b'\n', &mut line).await?;
+        let mut limited = (&mut reader).take(REQUEST_LEN_MAX);
+        let read = limited.read_until(b'\n', &mut line);
+        // A holder says nothing for as long as it lives.
+        match holder {
+            Some(_) => read.await?,
+            None => timeout(SILENT_WITHIN, read).await??,
+        };
         if line.is_empty() {
             return Ok(());
         }
@@ -184,10 +233,10 @@ async fn serve_connection(mut stream: UnixStream, service: &Service, device: &He
             _ if !is_whole => {
                 refuse(ErrorKind::Invalid, &format!("request does not end within {REQUEST_LEN_MAX} bytes"))
             }
-            Ok(request) => answer(request, service).await.unwrap_or_else(|error| {
-                warn!(%error, "request failed");
-                refuse(error.kind(), &error.to_string())
-            }),
+            Ok(request) => tokio::select! {
+                response = answer_in_time(request, mounts, lanes) => response,
+                () = gone(&mut reader) => return Ok(()),
+            },
             Err(error) => refuse(ErrorKind::Invalid, &format!("request is not understood: {error}")),
         };
         let mut answer = serde_json::to_vec(&response).expect("a response has text keys only");
@@ -198,10 +247,48 @@ async fn serve_connection(mut stream: UnixStream, service: &Service, device: &He
             let socket: &UnixStream = writer.as_ref();
             sent = socket.async_io(Interest::WRITABLE, || descriptor::send(socket, &answer, device.device())).await?;
         }
-        writer.write_all(&answer[sent..]).await?;
+        timeout(SILENT_WITHIN, writer.write_all(&answer[sent..])).await??;
         if !is_whole {
             return Ok(());
         }
+    }
+}
+
+/// Returns when the client has gone. One that only says no more still hears the answer.
+async fn gone(reader: &mut BufReader<ReadHalf<'_>>) {
+    // Nothing comes from a client that waits; this returns when it has gone, or else was not needed.
+    let _ = reader.fill_buf().await;
+    while !has_hung_up(reader.get_ref().as_ref()) {
+        sleep(GONE_INTERVAL).await;
+    }
+}
+
+fn has_hung_up(socket: &UnixStream) -> bool {
+    let mut polled = [PollFd::new(socket, PollFlags::empty())];
+    poll(&mut polled, Some(&Timespec::default())).is_ok_and(|_| polled[0].revents().contains(PollFlags::HUP))
+}
+
+/// An answer, whatever happens.
+async fn answer_in_time(request: Request, mounts: &Mounts, lanes: &Lanes) -> Response {
+    let within = if matches!(request, Request::MountTree { .. }) { TREE_WITHIN } else { ANSWER_WITHIN };
+    let answered = timeout(within, async {
+        let _place = match request {
+            Request::HoldSession | Request::Ping | Request::Verdicts { .. } => None,
+            Request::Status => lanes.looks.acquire().await.ok(),
+            _ => match lanes.work.try_acquire() {
+                Ok(place) => Some(place),
+                Err(_) => return Err(Error::Busy),
+            },
+        };
+        answer(request, mounts).await
+    });
+    match answered.await {
+        Ok(Ok(response)) => response,
+        Ok(Err(error)) => {
+            warn!(%error, "request failed");
+            refuse(error.kind(), &error.to_string())
+        }
+        Err(_) => refuse(ErrorKind::Passing, &format!("no answer within {within:?}: ask again")),
     }
 }
 
@@ -210,7 +297,8 @@ fn refuse(kind: ErrorKind, message: &str) -> Response {
     Response::Error { message: message.split('\n').map(str::trim).collect::<Vec<_>>().join(" "), kind }
 }
 
-async fn answer(request: Request, service: &Service) -> Result<Response, Error> {
+async fn answer(request: Request, mounts: &Mounts) -> Result<Response, Error> {
+    let service = mounts.service();
     match request {
         Request::AnnounceLayer { layer } => service.announce(layer),
         Request::ProbeLayer { layer, within_ms } => {
@@ -218,17 +306,17 @@ async fn answer(request: Request, service: &Service) -> Result<Response, Error> 
         }
         Request::Ping => {}
         Request::MountTree { layers } => {
-            return Ok(Response::Tree { path: service.mount_tree(&layers).await? });
+            return Ok(Response::Tree { path: mounts.mount_tree(&layers).await? });
         }
         Request::Verify { layers } => service.verify(layers),
         Request::Verdicts { layers } => return Ok(Response::Verdicts { verdicts: service.verdicts(&layers) }),
-        Request::ReleaseTree { tree } => service.release_tree(tree).await?,
+        Request::ReleaseTree { tree } => mounts.release_tree(tree).await?,
         Request::RemoveLayer { layer } => service.remove_layer(layer).await?,
         Request::HoldSession => return Ok(Response::Session),
         Request::LayerUsage { layer } => return Ok(Response::Usage { bytes: service.layer_usage(layer).await? }),
         Request::Status => {
-            let (layers, trees) = (service.layers().await?, service.available_trees().await);
-            return Ok(Response::Status { mode: service.mode(), layers, trees });
+            let (layers, trees) = (service.layers().await?, mounts.available_trees().await);
+            return Ok(Response::Status { mode: mounts.mode(), layers, trees });
         }
     }
     Ok(Response::Done)

@@ -1,41 +1,36 @@
-//! Layers and trees of a root directory: opened, merged, kept, forgotten.
+//! Layers and trees of a root directory: opened, merged, kept.
 //!
-//! What the control socket asks for and what `lazuli mount` needs, without either. Below the root lie
-//! `cache/` (storage's) and `trees/` (`store.rs`).
+//! What the daemon and `lazuli mount` have in common. `mounts.rs` shows trees as directories and takes them away again;
+//! `trees.rs` knows who waits for which. Below the root lie `cache/` (storage's) and `trees/` (`store.rs`).
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use format_spec::{Digest, LayerId, LazyLayer, index::LAYER_COUNT_MAX};
+use format_spec::{Digest, LayerId, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use futures_util::StreamExt;
 use serde_json::json;
 use storage::{Cache, CacheOptions, KnownLayer, Layer, Sources, Verdict};
-use tokio::{
-    runtime::Handle,
-    sync::{OnceCell, RwLock},
-    task::JoinSet,
-};
+use tokio::{runtime::Handle, task::JoinSet};
 use tracing::{debug, info, warn};
 
 use crate::{
-    control::{LayerStatus, ModeStatus, RemoteLayer, TreeId, TreeMode, TreeStatus, tree_id},
+    control::{LayerStatus, RemoteLayer, TreeId, tree_id},
     error::Error,
     factory::SourceFactory,
-    id_mapped,
-    kernel_mounts::KernelMounts,
     merge::{MergeError, merge},
-    mode::Mode,
-    namespace::{Namespace, TREES},
+    namespace::Namespace,
     number::Node,
+    pool::Pools,
     reading::reading,
     session,
-    store::TreeStore,
+    store::{StoredTree, TreeStore},
     tree::Tree,
+    trees::{Attempt, Change, Trees, Wanted},
 };
 
 /// Key of the image reference in storage's description of a layer.
@@ -50,37 +45,26 @@ pub(crate) struct Service(Arc<Inner>);
 struct Inner {
     cache: Cache,
     store: TreeStore,
+    pools: Pools,
     sources: Arc<dyn SourceFactory>,
     namespace: Arc<Namespace>,
-    /// Trees that are available, or being made by somebody.
-    trees: Mutex<HashMap<TreeId, Arc<PendingTree>>>,
-    /// Held while a tree is made or deleted on disk, so that the one never undoes half of the other.
-    changing: Mutex<()>,
-    /// Held for writing while a layer is removed: no tree may begin to use it meanwhile.
-    removing: RwLock<()>,
-    notifier: OnceLock<Notifier>,
-    mounts: OnceLock<Mounts>,
+    trees: Arc<Trees>,
+    /// Layers that are opened because somebody announced them, with the image that he named.
+    announced: Mutex<HashSet<(LayerId, String)>>,
+    /// Tells the kernel what has changed; `None` where no session shows more than one tree.
+    notifier: Option<Notifier>,
 }
 
-/// Where trees are shown, and how new ones are mounted.
-struct Mounts {
-    /// The directory of trees of the session.
-    trees: PathBuf,
-    kernel: KernelMounts,
-    mode: ModeStatus,
-    /// Portable mode is no way out.
-    is_kernel_required: bool,
+/// What a service has on disk, opened.
+pub(crate) struct Stores {
+    sources: Arc<dyn SourceFactory>,
+    cache: Cache,
+    trees: TreeStore,
+    pools: Pools,
 }
 
-struct PendingTree {
-    /// The images that it was asked for by, each a place of all its layers.
-    images: Mutex<BTreeSet<String>>,
-    layers: Vec<LazyLayer>,
-    tree: OnceCell<Arc<Tree>>,
-}
-
-impl Service {
-    /// Opens `root`, making it if needed; transfers run on `runtime`. Nothing is shown before it is asked for.
+impl Stores {
+    /// Opens `root`, making it if needed; transfers run on `runtime`, what is missing comes from `sources`.
     ///
     /// # Errors
     ///
@@ -92,17 +76,21 @@ impl Service {
         cache: CacheOptions,
     ) -> Result<Self, Error> {
         let cache = CacheOptions { sources: places(&sources), ..cache };
-        Ok(Self(Arc::new(Inner {
-            cache: Cache::open(&root.join("cache"), runtime, cache)?,
-            store: TreeStore::open(root.join("trees"))?,
+        Ok(Self {
             sources,
-            namespace: Arc::new(Namespace::of_node()),
-            trees: Mutex::default(),
-            changing: Mutex::default(),
-            removing: RwLock::default(),
-            notifier: OnceLock::new(),
-            mounts: OnceLock::new(),
-        })))
+            cache: Cache::open(&root.join("cache"), runtime, cache)?,
+            trees: TreeStore::open(root.join("trees"))?,
+            pools: Pools::new().map_err(Error::disk(root))?,
+        })
+    }
+}
+
+impl Service {
+    /// A service that shows nothing before it is asked for; `namespace` is what a session shows.
+    pub(crate) fn new(stores: Stores, namespace: Arc<Namespace>, notifier: Option<Notifier>) -> Self {
+        let Stores { sources, cache, trees: store, pools } = stores;
+        let (trees, announced) = (Arc::default(), Mutex::default());
+        Self(Arc::new(Inner { cache, store, pools, sources, namespace, trees, announced, notifier }))
     }
 
     /// What a session for the node shows.
@@ -110,41 +98,24 @@ impl Service {
         self.0.namespace.clone()
     }
 
-    /// Lets changes be told to the kernel from now on.
-    pub(crate) fn set_notifier(&self, notifier: Notifier) {
-        // There is one session; a second call would have nothing new to say.
-        let _ = self.0.notifier.set(notifier);
+    /// Which trees there are.
+    pub(crate) fn trees(&self) -> &Arc<Trees> {
+        &self.0.trees
     }
 
-    /// Mounts trees from now on: over the session on `session`, which must answer, in the mode that was chosen.
+    /// Threads for what blocks.
+    pub(crate) fn pools(&self) -> &Pools {
+        &self.0.pools
+    }
+
+    /// Makes every tree available again that was when the last process ended, in the background; the namespace is
+    /// incomplete until then. Those that cannot be had are skipped.
     ///
     /// # Errors
     ///
-    /// When the session or the directory of mounts cannot be used.
-    pub(crate) fn set_mounts(
-        &self,
-        root: &Path,
-        session: &Path,
-        read_ahead_kib: u32,
-        asked: Mode,
-        mode: ModeStatus,
-    ) -> Result<(), Error> {
-        let kernel = KernelMounts::open(root, session, read_ahead_kib).map_err(Error::disk(root))?;
-        let is_kernel_required = asked == Mode::Erofs;
-        // There is one session, and one call.
-        let _ = self.0.mounts.set(Mounts { trees: session.join(TREES), kernel, mode, is_kernel_required });
-        Ok(())
-    }
-
-    /// Makes every tree available again that was when the last process ended, in the background; until then the
-    /// namespace is incomplete. Those that cannot be had are skipped.
-    ///
-    /// # Errors
-    ///
-    /// When the trees cannot be listed.
+    /// When the trees cannot be listed; the namespace is complete then.
     pub(crate) fn restore(&self) -> Result<(), Error> {
-        let records = self.0.store.records()?;
-        self.0.namespace.set_incomplete();
+        let records = self.0.store.records().inspect_err(|_| self.0.namespace.set_complete())?;
         let mut restoring = JoinSet::new();
         for (id, record) in records {
             let service = self.clone();
@@ -173,9 +144,8 @@ impl Service {
             loop {
                 tokio::time::sleep(RELEASE_INTERVAL).await;
                 let Some(inner) = service.upgrade() else { return };
-                let trees: Vec<_> =
-                    lock(&inner.trees).values().filter_map(|pending| pending.tree.get().cloned()).collect();
-                blocking(move || trees.iter().for_each(|tree| tree.release_memory())).await;
+                let trees = inner.trees.made();
+                inner.pools.looking.run(move || trees.iter().for_each(|tree| tree.release_memory())).await;
             }
         });
     }
@@ -196,11 +166,16 @@ impl Service {
 
     /// Opens a layer in the background; failures show when a tree needs it.
     pub(crate) fn announce(&self, remote: RemoteLayer) {
+        let announced = (remote.layer.id(), remote.image.clone());
+        if !lock(&self.0.announced).insert(announced.clone()) {
+            return;
+        }
         let service = self.clone();
         tokio::spawn(async move {
             if let Err(error) = service.layer(&remote).await {
                 debug!(image = remote.image, blob = %remote.layer.blob, %error, "announced layer cannot be opened yet");
             }
+            lock(&service.0.announced).remove(&announced);
         });
     }
 
@@ -251,49 +226,47 @@ impl Service {
     }
 
     /// The merged tree of `layers`, lowest first: known already, from disk, or made now. Concurrent calls share the
-    /// work.
+    /// work, which ends when all of them are dropped.
     ///
     /// # Errors
     ///
-    /// When a layer cannot be opened, the layers do not make a tree, or the disk refuses.
+    /// When a layer cannot be opened, the layers do not make a tree, the disk refuses, or too many wait for the tree.
     pub(crate) async fn tree(&self, layers: &[RemoteLayer]) -> Result<Arc<Tree>, Error> {
         let id = tree_id(layers.iter().map(|layer| layer.layer.id())).filter(|_| layers.len() <= LAYER_COUNT_MAX);
         let id = id.ok_or(MergeError::LayerCount(layers.len()))?;
-        let lazy_layers: Vec<LazyLayer> = layers.iter().map(|layer| layer.layer).collect();
-        let pending = {
-            let _not_removing = self.0.removing.read().await;
-            let new = || {
-                let (layers, images) = (lazy_layers.clone(), Mutex::default());
-                Arc::new(PendingTree { images, layers, tree: OnceCell::new() })
-            };
-            self.trees().entry(id).or_insert_with(new).clone()
+        let waiting = match self.0.trees.want(id, layers)? {
+            Wanted::Made { tree, new_places } => {
+                // Another image of the same layers is another place of them.
+                new_places.into_iter().for_each(|place| self.announce(place));
+                return Ok(tree);
+            }
+            Wanted::Coming(waiting) => waiting,
+            Wanted::Absent(attempt, waiting) => {
+                let (service, layers) = (self.clone(), layers.to_vec());
+                attempt.run(|attempt| tokio::spawn(async move { service.make_tree(attempt, id, layers).await }));
+                waiting
+            }
         };
-        let is_made = pending.tree.get().is_some();
-        let named_before = lock(&pending.images).clone();
-        lock(&pending.images).extend(layers.iter().map(|remote| remote.image.clone()));
-        if is_made {
-            // Another image of the same layers is another place of them.
-            let new = layers.iter().filter(|remote| !named_before.contains(&remote.image));
-            new.for_each(|remote| self.announce(remote.clone()));
-        }
-        let made = pending.tree.get_or_try_init(|| self.make_tree(id, layers)).await.cloned();
-        if made.is_err() {
-            self.forget_failed(id, pending);
-        }
-        made
+        waiting.outcome().await
     }
 
-    async fn make_tree(&self, id: TreeId, layers: &[RemoteLayer]) -> Result<Arc<Tree>, Error> {
-        let opened = self.open_layers(layers).await?;
-        let (service, remote) = (self.clone(), layers.to_vec());
-        let make = move || service.load_or_merge(id, &remote, opened);
-        let tree = blocking(make).await?;
-        self.0.namespace.add_tree(&tree);
-        self.notify_change(Node::Trees, id);
-        tree.release_memory();
-        let image = layers.last().map_or("", |top| top.image.as_str());
-        info!(image, tree = %id, layers = layers.len(), inodes = tree.index.inodes().len(), "tree available");
-        Ok(tree)
+    async fn make_tree(&self, attempt: Attempt, id: TreeId, layers: Vec<RemoteLayer>) {
+        self.0.trees.wait_for_removals(layers.iter().map(|layer| layer.layer.id())).await;
+        let opened = match self.open_layers(&layers).await {
+            Ok(opened) => opened,
+            Err(error) => return attempt.end(Err(error)),
+        };
+        let change = self.0.trees.change(id).await;
+        attempt.keep();
+        let (made, change) = self.load_or_merge(id, &layers, opened, change).await;
+        if let Ok(tree) = &made {
+            self.0.namespace.add_tree(tree);
+            self.notify_change(Node::Trees, id);
+            let image = layers.last().map_or("", |top| top.image.as_str());
+            info!(image, tree = %id, layers = layers.len(), inodes = tree.index.inodes().len(), "tree available");
+        }
+        attempt.end(made);
+        drop(change);
     }
 
     async fn open_layers(&self, layers: &[RemoteLayer]) -> Result<Vec<Layer>, Error> {
@@ -310,52 +283,37 @@ impl Service {
         Ok(opened.into_iter().flatten().collect())
     }
 
-    fn load_or_merge(&self, id: TreeId, remote: &[RemoteLayer], layers: Vec<Layer>) -> Result<Arc<Tree>, Error> {
-        let _changing = lock(&self.0.changing);
-        let stored = match self.0.store.load(id, remote)? {
-            Some(stored) => stored,
-            None => {
-                let indexes: Vec<_> = layers.iter().map(|layer| (layer.lazy_layer().id(), layer.index())).collect();
-                self.0.store.create(id, remote, &merge(&indexes)?)?
+    /// What is there already waits for no merge.
+    async fn load_or_merge(
+        &self,
+        id: TreeId,
+        remote: &[RemoteLayer],
+        layers: Vec<Layer>,
+        change: Change,
+    ) -> (Result<Arc<Tree>, Error>, Change) {
+        let (service, known) = (self.clone(), remote.to_vec());
+        // The right to change the tree stays with the work, whatever becomes of who waits for it.
+        let load = move || (service.0.store.load(id, &known), change);
+        let (loaded, change) = self.0.pools.looking.run(load).await;
+        let (stored, change) = match loaded {
+            Ok(Some(stored)) => (Ok(stored), change),
+            Err(error) => (Err(error), change),
+            Ok(None) => {
+                let (service, known, layers) = (self.clone(), remote.to_vec(), layers.clone());
+                self.0.pools.merging.run(move || (service.merge(id, &known, &layers), change)).await
             }
         };
-        let (slot, index, block_count) = (stored.slot, stored.index, stored.block_count);
-        Ok(Arc::new(Tree { id, slot, index, layers, block_count }))
+        let tree_of = |StoredTree { slot, index, block_count }| Arc::new(Tree { id, slot, index, layers, block_count });
+        let made = stored.map(tree_of);
+        if let Ok(tree) = &made {
+            tree.release_memory();
+        }
+        (made, change)
     }
 
-    /// Unless somebody else is trying it just now.
-    fn forget_failed(&self, id: TreeId, pending: Arc<PendingTree>) {
-        let mut trees = self.trees();
-        drop(pending);
-        if let Some(pending) = trees.get(&id)
-            && pending.tree.get().is_none()
-            && Arc::strong_count(pending) == 1
-        {
-            trees.remove(&id);
-        }
-    }
-
-    /// Makes the tree of `layers` available as a directory: a mount of the kernel, or a part of the session.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Self::tree`]; the kernel's where nothing but kernel mode is wanted.
-    pub(crate) async fn mount_tree(&self, layers: &[RemoteLayer]) -> Result<PathBuf, Error> {
-        let tree = self.tree(layers).await?;
-        check_not_refused(&tree.layers, layers)?;
-        let mounts = self.mounts();
-        let in_session = mounts.trees.join(tree.id.hex());
-        if mounts.mode.in_use == TreeMode::Fuse {
-            return Ok(in_session);
-        }
-        let (service, id) = (self.clone(), tree.id);
-        match blocking(move || service.mount_in_kernel(&tree)).await {
-            Err(error) if !mounts.is_kernel_required => {
-                warn!(tree = %id, %error, "tree is mounted in portable mode");
-                Ok(in_session)
-            }
-            mounted => mounted,
-        }
+    fn merge(&self, id: TreeId, remote: &[RemoteLayer], layers: &[Layer]) -> Result<StoredTree, Error> {
+        let indexes: Vec<_> = layers.iter().map(|layer| (layer.lazy_layer().id(), layer.index())).collect();
+        self.0.store.create(id, remote, &merge(&indexes)?)
     }
 
     /// The EROFS image of a tree; blocks.
@@ -364,108 +322,54 @@ impl Service {
     ///
     /// When the tree cannot be an image, or the disk refuses.
     pub(crate) fn image(&self, tree: &Tree) -> Result<PathBuf, Error> {
-        let _changing = lock(&self.0.changing);
         self.0.store.image(tree.id, &tree.index, &tree.extents())
     }
 
-    fn mount_in_kernel(&self, tree: &Tree) -> Result<PathBuf, Error> {
-        let _changing = lock(&self.0.changing);
-        let image = self.0.store.image(tree.id, &tree.index, &tree.extents())?;
-        tree.release_memory();
-        let mounted = self.mounts().kernel.mount(tree, &image);
-        mounted.map_err(|error| Error::KernelMount(tree.id, error))
+    /// The EROFS image of a tree if it was made before; blocks.
+    pub(crate) fn known_image(&self, tree: &Tree) -> Option<PathBuf> {
+        self.0.store.known_image(tree.id, &tree.index)
     }
 
-    fn mounts(&self) -> &Mounts {
-        self.0.mounts.get().expect("set before anybody can ask")
-    }
-
-    /// Takes all mounts of the kernel away, and what others mounted of trees, as before the end of the session; blocks.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses.
-    pub(crate) fn unmount_trees(&self, root: &Path) -> Result<(), Error> {
-        let kernel = &self.mounts().kernel;
-        let failed = |path: &Path| {
-            let path = path.to_owned();
-            |error| Error::Unmount { path, error }
-        };
-        let removed = id_mapped::remove_all(root).map_err(failed(&root.join(id_mapped::DIRECTORY)));
-        removed.and(kernel.unmount_all().map_err(failed(kernel.directory())))
-    }
-
-    /// Forgets a tree, on disk too; unknown ones are forgotten already.
+    /// Shows a tree no longer and forgets it on disk; blocks. To be called by who may change it.
     ///
     /// # Errors
     ///
     /// When the disk refuses.
-    pub(crate) async fn release_tree(&self, id: TreeId) -> Result<(), Error> {
-        let pending = self.trees().get(&id).cloned();
-        if let Some(pending) = &pending {
-            // Waits for whoever is making it, and makes nothing itself.
-            let _ = pending.tree.get_or_try_init(|| async { Err(()) }).await;
+    pub(crate) fn delete_tree(&self, id: TreeId) -> Result<(), Error> {
+        let removed = self.0.namespace.remove_tree(id);
+        self.0.store.remove(id)?;
+        if removed.is_some() {
+            self.notify_change(Node::Trees, id);
         }
-        let service = self.clone();
-        blocking(move || {
-            let _changing = lock(&service.0.changing);
-            {
-                let mut trees = service.trees();
-                let is_wanted = pending.is_some_and(|pending| {
-                    let holders = 1 + usize::from(trees.get(&id).is_some_and(|entry| Arc::ptr_eq(entry, &pending)));
-                    pending.tree.get().is_none() && Arc::strong_count(&pending) > holders
-                });
-                if is_wanted {
-                    return Ok(());
-                }
-                let released = trees.remove(&id);
-                released.inspect(|released| service.forget_places(released, &trees));
-            }
-            let removed = service.0.namespace.remove_tree(id);
-            let kernel = &service.mounts().kernel;
-            kernel.unmount(id).map_err(|error| Error::Unmount { path: kernel.directory().to_owned(), error })?;
-            service.0.store.remove(id)?;
-            if removed.is_some() {
-                service.notify_change(Node::Trees, id);
-            }
-            Ok(())
-        })
-        .await
+        Ok(())
     }
 
-    /// Takes the images of a released tree away as places of its layers, where no other tree is of them.
-    ///
-    /// An image that was pulled and never started loses its place with another tree of its name; it says it again when
-    /// it is started, and nothing loses its only place.
-    fn forget_places(&self, released: &PendingTree, others: &HashMap<TreeId, Arc<PendingTree>>) {
-        for image in &*lock(&released.images) {
-            let is_of_image = |other: &&Arc<PendingTree>| lock(&other.images).contains(image);
-            let kept: HashSet<LayerId> =
-                others.values().filter(is_of_image).flat_map(|other| &other.layers).map(LazyLayer::id).collect();
-            for id in released.layers.iter().map(LazyLayer::id).filter(|id| !kept.contains(id)) {
-                self.0.cache.forget_place(id, &json!({ IMAGE: image }));
-            }
+    /// Takes images away as places of layers; nothing loses its only one. Blocks.
+    pub(crate) fn forget_places(&self, places: &[(LayerId, String)]) {
+        for (id, image) in places {
+            self.0.cache.forget_place(*id, &json!({ IMAGE: image }));
         }
     }
 
-    /// Deletes the cache of a layer; unknown ones are deleted already.
+    /// Deletes the cache of a layer; unknown ones are deleted already. Once begun it is done, whoever waits.
     ///
     /// # Errors
     ///
     /// When a tree uses it, or the disk refuses.
     pub(crate) async fn remove_layer(&self, id: LayerId) -> Result<(), Error> {
-        let _removing = self.0.removing.write().await;
-        let user = self
-            .trees()
-            .iter()
-            .find(|(_, pending)| pending.layers.iter().any(|layer| layer.id() == id))
-            .map(|(id, _)| *id);
-        if let Some(tree) = user {
-            return Err(Error::LayerInUse { layer: id, tree });
-        }
-        self.0.namespace.remove_layer(id);
-        self.notify_change(Node::Layers, id);
-        Ok(self.0.cache.remove(id).await?)
+        let Some(removal) = self.0.trees.begin_removal(id)? else {
+            self.0.trees.wait_for_removals(std::iter::once(id)).await;
+            return Ok(());
+        };
+        let service = self.clone();
+        let removing = tokio::spawn(async move {
+            service.0.namespace.remove_layer(id);
+            service.notify_change(Node::Layers, id);
+            let removed = service.0.cache.remove(id).await;
+            drop(removal);
+            removed
+        });
+        Ok(removing.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?)
     }
 
     /// Bytes that a layer takes on disk; 0 for unknown ones.
@@ -475,7 +379,7 @@ impl Service {
     /// When its files cannot be looked at.
     pub(crate) async fn layer_usage(&self, id: LayerId) -> Result<u64, Error> {
         let service = self.clone();
-        blocking(move || service.0.cache.usage(id).map_err(Error::disk(id.hex()))).await
+        self.0.pools.looking.run(move || service.0.cache.usage(id).map_err(Error::disk(id.hex()))).await
     }
 
     /// Every layer that the cache holds, sorted by digest.
@@ -485,7 +389,7 @@ impl Service {
     /// When the cache cannot be listed.
     pub(crate) async fn layers(&self) -> Result<Vec<LayerStatus>, Error> {
         let service = self.clone();
-        blocking(move || {
+        let look = move || {
             let cache = &service.0.cache;
             let open: HashMap<Digest, Layer> =
                 cache.open_layers().into_iter().map(|layer| (layer.lazy_layer().id(), layer)).collect();
@@ -495,31 +399,8 @@ impl Service {
                 Ok(layer_status(&known, open.get(&id), disk_bytes))
             };
             cache.known_layers()?.into_iter().map(status).collect()
-        })
-        .await
-    }
-
-    /// How new trees are mounted, and why.
-    pub(crate) fn mode(&self) -> ModeStatus {
-        self.mounts().mode.clone()
-    }
-
-    /// Every tree that is available, sorted.
-    pub(crate) async fn available_trees(&self) -> Vec<TreeStatus> {
-        let layers_of = |pending: &PendingTree| pending.layers.iter().map(LazyLayer::id).collect();
-        let mut available: Vec<(TreeId, Vec<LayerId>)> = {
-            let trees = self.trees();
-            let available = trees.iter().filter(|(_, pending)| pending.tree.get().is_some());
-            available.map(|(id, pending)| (*id, layers_of(pending))).collect()
         };
-        available.sort_unstable_by_key(|(id, _)| *id);
-        let service = self.clone();
-        let status = move |(tree, layers)| {
-            let direct_layers = service.mounts().kernel.find(tree);
-            let mode = if direct_layers.is_some() { TreeMode::Erofs } else { TreeMode::Fuse };
-            TreeStatus { tree, layers, mode, direct_layers: direct_layers.unwrap_or_default() }
-        };
-        blocking(move || available.into_iter().map(status).collect()).await
+        self.0.pools.looking.run(look).await
     }
 
     /// Makes everything that arrived durable; blocks.
@@ -529,10 +410,6 @@ impl Service {
     /// When the disk refuses.
     pub(crate) fn flush(&self) -> Result<(), Error> {
         Ok(self.0.cache.flush()?)
-    }
-
-    fn trees(&self) -> MutexGuard<'_, HashMap<TreeId, Arc<PendingTree>>> {
-        lock(&self.0.trees)
     }
 
     /// Not while lookups wait for what the last process has shown: the kernel would keep this one waiting for them. All
@@ -545,8 +422,9 @@ impl Service {
 
     /// The kernel answers only when it holds no lock that a lookup under way needs, so nobody waits for it here.
     fn notify(&self, notify: impl FnOnce(&Notifier) + Send + 'static) {
-        let Some(notifier) = self.0.notifier.get().cloned() else { return };
-        tokio::task::spawn_blocking(move || notify(&notifier));
+        if let Some(notifier) = self.0.notifier.clone() {
+            self.0.pools.telling.begin(move || notify(&notifier));
+        }
     }
 }
 
@@ -571,7 +449,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// A layer that was refused is in no new mount.
-fn check_not_refused(layers: &[Layer], remote: &[RemoteLayer]) -> Result<(), Error> {
+pub(crate) fn check_not_refused(layers: &[Layer], remote: &[RemoteLayer]) -> Result<(), Error> {
     for (layer, remote) in layers.iter().zip(remote) {
         if let Some(Verdict::Refused { reason }) = layer.verdict() {
             return Err(Error::Untrue { blob: remote.layer.blob, image: remote.image.clone(), reason });

@@ -7,13 +7,23 @@ mod support;
 use std::{
     fs::File,
     io::Read as _,
+    ops::Range,
     path::{Path, PathBuf},
-    sync::mpsc,
+    sync::{Arc, Condvar, Mutex, mpsc},
     time::Duration,
 };
 
-use fusefs::{Mode, control::RemoteLayer};
-use support::{daemon::Running, *};
+use fusefs::{
+    Mode,
+    control::{RemoteLayer, Request, Response},
+    factory::on_runtime,
+};
+use storage::{FetchFuture, Source, SourceError};
+use support::{
+    daemon::{Connection, Running, options},
+    *,
+};
+use tokio::runtime::{Builder, Runtime};
 
 /// Sequential readers of a source that hangs: with 256 requests for all of them, 40 were enough.
 const READERS: usize = 300;
@@ -97,4 +107,70 @@ fn readers_of_a_source_that_hangs_do_not_stop_those_of_what_is_there_in_portable
 #[test]
 fn readers_of_a_source_that_hangs_do_not_stop_those_of_what_is_there_in_kernel_mode() {
     readers_of_a_source_that_hangs_do_not_stop_those_of_what_is_there(Mode::Erofs);
+}
+
+/// A source that needs a thread which may block, as a resolver of names does, and does not get done with it.
+#[derive(Default)]
+struct Hanging {
+    is_released: Mutex<bool>,
+    released: Condvar,
+}
+
+impl Hanging {
+    fn release(&self) {
+        *self.is_released.lock().unwrap() = true;
+        self.released.notify_all();
+    }
+}
+
+struct HangingSource(Arc<Hanging>);
+
+impl Source for HangingSource {
+    fn fetch(&self, _: Range<u64>) -> FetchFuture<'_> {
+        let hanging = self.0.clone();
+        Box::pin(async move {
+            let hang = move || {
+                let released = hanging.is_released.lock().unwrap();
+                drop(hanging.released.wait_while(released, |is_released| !*is_released).unwrap());
+            };
+            tokio::task::spawn_blocking(hang).await.unwrap();
+            Err(SourceError::refused("it hung"))
+        })
+    }
+}
+
+fn runtime_of_few_threads() -> Runtime {
+    Builder::new_multi_thread().worker_threads(2).max_blocking_threads(4).enable_all().build().unwrap()
+}
+
+/// Both ends of a credential helper or a resolver that hangs: reads of others go on, and what hung ends.
+#[test]
+fn sources_that_keep_threads_keep_none_that_others_need() {
+    const HANGING: &str = "hanging.example.com/image:tag";
+    let (root, registry, hanging) = (tempfile::tempdir().unwrap(), Registry::default(), Arc::new(Hanging::default()));
+    let network = runtime_of_few_threads();
+    let (healthy, hangs, handle) = (registry.sources(), hanging.clone(), network.handle().clone());
+    let sources = move |layer: &RemoteLayer| -> Result<Arc<dyn Source>, SourceError> {
+        if layer.image == HANGING {
+            return Ok(on_runtime(Arc::new(HangingSource(hangs.clone())), handle.clone()));
+        }
+        healthy.source(layer)
+    };
+    let daemon = Running::start_on(runtime_of_few_threads(), options(root.path()), Arc::new(sources));
+    let mut waiting: Vec<_> = (0..20)
+        .map(|number| {
+            let layer = RemoteLayer { image: HANGING.to_owned(), ..registry.push(&files(number..number + 1)) };
+            let mut connection = Connection::open(&daemon.address);
+            connection.send(&Request::MountTree { layers: vec![layer] });
+            connection
+        })
+        .collect();
+    let (_, path) = mount(&daemon, &registry, &files(100..102));
+    assert_eq!(read_soon(path.join("file100")), vec![b'a' + 22; FILE_LEN]);
+    assert!(matches!(daemon.ask(&Request::Status), Response::Status { .. }));
+    assert!(waiting.iter_mut().all(|connection| connection.answer_if_there().is_none()), "they hang still");
+    hanging.release();
+    drop(waiting);
+    drop(daemon);
+    network.shutdown_background();
 }

@@ -15,6 +15,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
+    time::Duration,
 };
 
 use fusefs::{
@@ -232,4 +233,22 @@ fn a_service_manager_keeps_the_session() {
         assert_eq!(program.end(signal), signal == Signal::TERM);
         assert_eq!(place.mount_count(), 1);
     }
+}
+
+#[test]
+fn a_service_manager_hears_again_and_again_that_the_session_answers() {
+    let place = Place::new();
+    let manager = place.0.path().join("notify");
+    let socket = UnixDatagram::bind(&manager).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut command = Command::new(PROGRAM);
+    command.env("NOTIFY_SOCKET", &manager).env("WATCHDOG_USEC", "200000");
+    let program = Program::spawn(&place, command);
+    let mut told = 0;
+    while told < 3 {
+        let mut message = [0; 100];
+        let len = socket.recv(&mut message).unwrap();
+        told += usize::from(&message[..len] == b"WATCHDOG=1\n");
+    }
+    program.end(Signal::TERM);
 }

@@ -205,6 +205,22 @@ async fn prepare_lazy(daemon: &Daemon, name: &str, parent: &str) {
 }
 
 #[tokio::test]
+async fn a_log_that_nobody_reads_ends_nothing() {
+    let directory = TempDir::new().unwrap();
+    let fused = Fused::start(directory.path(), Vec::new());
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    drop(reader);
+    let daemon = Daemon::start_with_log(directory, writer).await;
+    prepare_lazy(&daemon, "one", "").await;
+    fused.wait_until_asked(&Request::Status).await;
+    // What follows is worth a line or two in the log.
+    drop(fused);
+    let fused = Fused::start(daemon.directory.path(), Vec::new());
+    fused.wait_until_asked(&Request::Status).await;
+    daemon.prepare("container", "one").await.unwrap();
+}
+
+#[tokio::test]
 async fn a_lazy_layer_is_committed_at_prepare_and_found_as_containerd_looks_for_it() {
     let (daemon, fused) = start().await;
     prepare_lazy(&daemon, "one", "").await;

@@ -5,15 +5,17 @@ use std::{
     io::{BufRead, BufReader, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use format_spec::Digest;
 use fusefs::{
-    Daemon, DaemonOptions, Ended, Error, Mode, SessionOptions,
+    Daemon, DaemonOptions, Ended, Error, Mode, SessionOptions, SourceFactory,
     control::{RemoteLayer, Request, Response},
 };
 use storage::CacheOptions;
-use tokio::{runtime::Runtime, sync::oneshot, task::JoinHandle};
+use tokio::{runtime::Runtime, sync::mpsc, task::JoinHandle};
 
 use super::{Registry, is_mounted};
 
@@ -22,7 +24,7 @@ pub struct Running {
     runtime: Runtime,
     pub address: PathBuf,
     pub root: PathBuf,
-    stop: Option<oneshot::Sender<()>>,
+    stop: Option<mpsc::Sender<()>>,
     ended: Option<JoinHandle<Result<Ended, Error>>>,
 }
 
@@ -37,12 +39,32 @@ impl Running {
     }
 
     pub fn start_with(options: DaemonOptions, registry: &Registry) -> Self {
-        let runtime = Runtime::new().unwrap();
+        Self::start_on(Runtime::new().unwrap(), options, registry.sources())
+    }
+
+    pub fn start_on(runtime: Runtime, options: DaemonOptions, sources: Arc<dyn SourceFactory>) -> Self {
         let (root, address) = (options.root.clone(), options.address.clone());
-        let daemon = runtime.block_on(Daemon::start(options, registry.sources())).unwrap();
-        let (stop, stopped) = oneshot::channel();
-        let ended = runtime.spawn(daemon.run(async { drop(stopped.await) }));
+        let daemon = runtime.block_on(Daemon::start(options, sources)).unwrap();
+        let (stop, stopped) = mpsc::channel(1);
+        let ended = runtime.spawn(daemon.run(stopped));
         Self { runtime, address, root, stop: Some(stop), ended: Some(ended) }
+    }
+
+    /// As a signal does.
+    pub fn tell_to_end(&self) {
+        self.stop.as_ref().unwrap().blocking_send(()).unwrap();
+    }
+
+    /// Whether it ends within a time that a busy machine may need.
+    pub fn ends(&self) -> bool {
+        let give_up_at = Instant::now() + Duration::from_secs(30);
+        while !self.ended.as_ref().unwrap().is_finished() {
+            if Instant::now() > give_up_at {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        true
     }
 
     pub fn ask(&self, request: &Request) -> Response {
@@ -104,9 +126,29 @@ pub struct Connection {
     reader: BufReader<UnixStream>,
 }
 
+/// How long an answer may take that waits for nobody, on a busy machine.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
 impl Connection {
     pub fn open(address: &Path) -> Self {
-        Self { reader: BufReader::new(UnixStream::connect(address).unwrap()) }
+        let stream = UnixStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(ANSWER_WITHIN)).unwrap();
+        Self { reader: BufReader::new(stream) }
+    }
+
+    /// Asks and waits for no answer.
+    pub fn send(&mut self, request: &Request) {
+        let line = serde_json::to_string(request).unwrap();
+        self.reader.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
+
+    /// The answer to what was sent, if it is there.
+    pub fn answer_if_there(&mut self) -> Option<Response> {
+        self.reader.get_mut().set_nonblocking(true).unwrap();
+        let mut answer = String::new();
+        let is_there = self.reader.read_line(&mut answer).is_ok();
+        self.reader.get_mut().set_nonblocking(false).unwrap();
+        is_there.then(|| serde_json::from_str(&answer).unwrap())
     }
 
     pub fn ask(&mut self, request: &Request) -> Response {
@@ -116,7 +158,7 @@ impl Connection {
     pub fn ask_raw(&mut self, line: &str) -> Response {
         self.reader.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
         let mut answer = String::new();
-        self.reader.read_line(&mut answer).unwrap();
+        self.reader.read_line(&mut answer).expect("an answer in time");
         serde_json::from_str(&answer).unwrap()
     }
 }

@@ -48,6 +48,13 @@ impl Daemon {
         Self { directory, child, client }
     }
 
+    /// Writes its log to `log`.
+    pub async fn start_with_log(directory: TempDir, log: impl Into<Stdio>) -> Self {
+        let child = command(directory.path(), &[]).stdin(Stdio::null()).stderr(log).spawn().unwrap();
+        let client = connect(&directory.path().join("s.sock")).await;
+        Self { directory, child, client }
+    }
+
     /// Ends the daemon with `signal` and starts it again on the same root.
     pub async fn restarted(mut self, signal: rustix::process::Signal) -> Self {
         self.end(signal);
