@@ -3,13 +3,14 @@
 use std::{fs, os::unix::fs::symlink, path::Path};
 
 use lazuli_tests::{
-    Compression, Containerd, ContainerdOptions, HarnessError, ImageBuilder, Result, Scratch, TarLayer, TestRegistry,
-    compare_trees,
+    Compression, Containerd, ContainerdOptions, Fault, FaultyRegistry, HarnessError, ImageBuilder, Result, Scratch,
+    TarLayer, TestRegistry, compare_trees,
     containerd::OVERLAYFS,
     diff_trees,
-    process::{command, run},
+    process::{command, finish, run},
     real_images::busybox,
     registry_server::digest_in,
+    samples::noise,
 };
 
 /// Two equal trees, then the one thing changed that `change` changes in the second.
@@ -138,6 +139,61 @@ fn registry_counts_the_bytes_it_serves() -> Result<()> {
     let last = served.last().ok_or_else(|| HarnessError::Unexpected("nothing served".to_owned()))?;
     assert_eq!((last.method.as_str(), last.status, last.body_bytes), ("GET", 206, 10));
     assert_eq!(registry.blob_bytes()?, 10);
+    Ok(())
+}
+
+/// Status and body of a request for bytes 5000 to 9999 of a blob of a faulty registry.
+fn ranged_answer(registry: &FaultyRegistry, path: &str) -> Result<(String, Vec<u8>)> {
+    let url = format!("http://{}{path}", registry.address());
+    let words =
+        ["--silent", "--max-time", "2", "--write-out", "%{http_code}", "--range", "5000-9999", &url, "--output"];
+    let file = std::env::temp_dir().join(format!("lazuli-answer-{}", std::process::id()));
+    let finished = finish(command("curl", words).arg(&file))?;
+    let body = fs::read(&file).unwrap_or_default();
+    // There is none where nothing came.
+    let _ = fs::remove_file(&file);
+    Ok((finished.stdout, body))
+}
+
+#[test]
+fn a_faulty_registry_answers_with_the_fault_that_was_set() -> Result<()> {
+    let scratch = Scratch::new("faulty-registry")?;
+    let behind = TestRegistry::start(&scratch)?;
+    let layer = TarLayer::new().file("data", noise(1, 100_000)).finish()?;
+    let layout = ImageBuilder::new().layer(layer, Compression::None).write(&scratch, "image")?;
+    behind.push(&layout, "tried:1")?;
+    let digest = digest_in(&behind.manifest("tried:1")?["layers"][0])?;
+    let blob = fs::read(behind.blob_file(digest)).expect("readable");
+    let registry = FaultyRegistry::before(behind.address())?;
+    let path = format!("/v2/tried/blobs/{digest}");
+    let right = blob[5000..10_000].to_vec();
+    let wrong = [&[right[0] ^ 1], &right[1..]].concat();
+    for (fault, status, body) in [
+        (Fault::None, "206", right.clone()),
+        (Fault::Aligned, "206", blob[4096..10_000].to_vec()),
+        (Fault::Clamped(100), "206", blob[5000..5100].to_vec()),
+        (Fault::IgnoresRange, "200", blob.clone()),
+        (Fault::WrongByte, "206", wrong),
+        (Fault::SilentAfter(1000), "206", blob[5000..6000].to_vec()),
+        (Fault::CutInTheMiddle, "206", blob[5000..7500].to_vec()),
+        (Fault::Status(503, Some(90)), "503", Vec::new()),
+        (Fault::AllStatus(404), "404", Vec::new()),
+        (Fault::Close, "000", Vec::new()),
+        (Fault::Hang, "000", Vec::new()),
+    ] {
+        registry.set("tried", fault.clone());
+        assert_eq!(ranged_answer(&registry, &path)?, (status.to_owned(), body), "{fault:?}");
+    }
+    registry.heal("tried");
+    registry.require("tried", Some("Basic bmFtZTpvbmU="));
+    assert_eq!(ranged_answer(&registry, &path)?.0, "401");
+    let asked = registry.asked("tried");
+    assert!(
+        asked.iter().all(|asked| asked.range == "bytes=5000-9999" && asked.blob == digest.to_string()),
+        "{asked:?}"
+    );
+    // Not the one that concerned the whole repository.
+    assert_eq!(asked.len(), 11);
     Ok(())
 }
 

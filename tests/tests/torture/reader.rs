@@ -18,6 +18,8 @@ use rustix::{
 
 use crate::bench::send;
 
+/// How long the end of a process that was killed is waited for.
+const KILLED_WITHIN: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
 
 /// What a reader got.
@@ -99,7 +101,11 @@ impl Running {
     pub(crate) fn kill(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        // A process whose request a dead daemon has taken along cannot end before another answers it.
+        let deadline = Instant::now() + KILLED_WITHIN;
+        while !self.has_ended() && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+        }
     }
 
     /// Waits for its end, at most until `limit` has passed since its start; `None` when it had to be ended.

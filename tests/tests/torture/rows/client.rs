@@ -13,7 +13,7 @@ use crate::{
     bench::{Bench, HEALTHY_WITHIN, fused, logged, mount_command, send},
     images::{SINGLE_LEN, SLOW_FILES, SLOW_LEN, single},
     reader::Running,
-    snapshots::{Call, Snapshots, has_code, prepare_request},
+    snapshots::{Call, Snapshots, has_code, prepare_request, words},
 };
 
 /// How long a removal may take, whatever hangs.
@@ -130,6 +130,8 @@ pub(crate) fn clients(bench: &Bench) -> Result<()> {
 /// The p99 of a call while something stalls: 100 ms, as the project promises, and as much again on a busy machine.
 const CALL_MAX: Duration = Duration::from_millis(200);
 const ROUNDS: usize = 40;
+/// A container of the lazy image.
+const LAZY: &str = "default/2999/lazy";
 
 /// Every call of the snapshots service while nothing stalls, and while each of the four does.
 pub(crate) fn calls(bench: &Bench) -> Result<()> {
@@ -138,6 +140,10 @@ pub(crate) fn calls(bench: &Bench) -> Result<()> {
     bench.read_healthy(&healthy, 0)?;
     let slow = bench.pulled_and_mounted(&node, &bench.registry.reference("slow:lazy"))?;
     let snapshots = Snapshots::connect(&node)?;
+    // A container of a lazy image, which is there before anything stalls.
+    let top = snapshots.top_of(&bench.registry.reference("healthy:lazy"))?;
+    let lazy = snapshots.call(Call::Prepare, LAZY, &top, HEALTHY_WITHIN);
+    bench.line("a container of a lazy image", words(&lazy), "", has_code(&lazy, Code::Ok));
     time_calls(bench, &node, &snapshots, "nothing stalls")?;
     bench.registry.set("slow", Fault::Hang);
     let mut readers = Vec::new();
@@ -160,6 +166,7 @@ fn time_calls(bench: &Bench, node: &Node, snapshots: &Snapshots, fault: &str) ->
     let mut times: Vec<(Call, Vec<Duration>)> = Vec::new();
     let mut failures = 0;
     let begun = Instant::now();
+    let top = snapshots.top_of(&bench.registry.reference("healthy:lazy"))?;
     let mut timed = |call: Call, key: &str| {
         let answer = snapshots.call(call, key, "", LIMIT);
         failures += u32::from(!has_code(&answer, Code::Ok));
@@ -178,6 +185,8 @@ fn time_calls(bench: &Bench, node: &Node, snapshots: &Snapshots, fault: &str) ->
             (Stat, &active),
             (Usage, &active),
             (List, &active),
+            (Mounts, &LAZY.to_owned()),
+            (Usage, &top),
             (Remove, &view),
             (Commit, &active),
             (Remove, &format!("{active}-committed")),
