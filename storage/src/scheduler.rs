@@ -75,6 +75,8 @@ struct Known {
     layer: Weak<LayerInner>,
     /// When its failures were told last, and how many were not since.
     told: Option<(Instant, u64)>,
+    /// The same of failures that its readers do not see but as a pause.
+    told_waiting: Option<(Instant, u64)>,
 }
 
 /// A received frame. Dropped, it fails.
@@ -126,7 +128,7 @@ impl Scheduler {
 
     /// A layer is going to be opened; frames can be wanted of it after [`Self::set_layer`].
     pub(crate) fn add_layer(&self, number: u64, blob: Digest, places: &Arc<Places>) {
-        let known = Known { places: places.clone(), layer: Weak::new(), told: None };
+        let known = Known { places: places.clone(), layer: Weak::new(), told: None, told_waiting: None };
         let mut state = lock(&self.state);
         state.layers.insert(number, known);
         // Nothing is wanted of it yet, so there is nothing to do.
@@ -305,13 +307,23 @@ impl Scheduler {
                 }
                 Effect::Fail { layer, place, waits, error } => {
                     let mut known = state.layers.get_mut(&layer).filter(|_| !waits.is_empty());
-                    let untold = known.as_mut().and_then(|known| known.tell(Instant::now()));
+                    let untold = known.as_mut().and_then(|known| tell(&mut known.told, Instant::now()));
                     let place = known.and_then(|known| known.places.get(place?));
                     drop(state);
                     if let Some(untold) = untold {
                         log_failure(&error, place.as_deref(), waits.len(), untold);
                     }
                     self.fail(waits, error);
+                }
+                Effect::Tell { layer, place, error } => {
+                    let mut known = state.layers.get_mut(&layer);
+                    let untold = known.as_mut().and_then(|known| tell(&mut known.told_waiting, Instant::now()));
+                    let place = known.and_then(|known| known.places.get(place));
+                    drop(state);
+                    if let Some(untold) = untold {
+                        let place = place.map(|place| place.description.to_string()).unwrap_or_default();
+                        tracing::warn!(%error, place, untold, "request failed, reads wait");
+                    }
                 }
             }
             state = lock(&self.state);
@@ -362,16 +374,16 @@ impl Known {
     fn parts(&self, place: u64) -> (Option<Arc<LayerInner>>, Option<Arc<Place>>) {
         (self.layer.upgrade(), self.places.get(place))
     }
+}
 
-    /// Whether a failure is told in the log now; then how many were not.
-    fn tell(&mut self, now: Instant) -> Option<u64> {
-        match &mut self.told {
-            Some((at, untold)) if now.duration_since(*at) < LOG_PAUSE => {
-                *untold += 1;
-                None
-            }
-            told => told.replace((now, 0)).map(|(_, untold)| untold).or(Some(0)),
+/// Whether a failure is told in the log now, after `told`; then how many were not.
+fn tell(told: &mut Option<(Instant, u64)>, now: Instant) -> Option<u64> {
+    match told {
+        Some((at, untold)) if now.duration_since(*at) < LOG_PAUSE => {
+            *untold += 1;
+            None
         }
+        told => told.replace((now, 0)).map(|(_, untold)| untold).or(Some(0)),
     }
 }
 

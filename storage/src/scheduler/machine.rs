@@ -73,6 +73,8 @@ pub(crate) enum Effect<W> {
     Cancel(Arc<Link>),
     /// These will not get what they wait for.
     Fail { layer: u64, place: Option<u64>, waits: Vec<W>, error: ReadError },
+    /// A request has failed that readers go on waiting for: somebody may want to know why.
+    Tell { layer: u64, place: u64, error: SourceError },
 }
 
 /// A request to make.
@@ -428,7 +430,7 @@ impl<W: Waiter> Machine<W> {
             self.last_urgent = Some(now);
         }
         self.judge(&running, &outcome, now);
-        let mut failed = Vec::new();
+        let (mut failed, mut is_waited_for) = (Vec::new(), false);
         // The queue is filled at its front, last frame first: these have waited longest.
         for frame in running.frames.clone().rev() {
             let key = (running.layer, frame);
@@ -447,11 +449,18 @@ impl<W: Waiter> Machine<W> {
                 },
             };
             let queue = &mut layer.queues[pending.priority as usize];
+            is_waited_for |= is_asked_again && pending.priority == Priority::Read;
             match outcome {
                 _ if !is_asked_again => failed.extend(self.pending.remove(&key).map(|pending| pending.waits)),
                 Outcome::Slow => queue.push_back(frame),
                 _ => queue.push_front(frame),
             }
+        }
+        if let Outcome::Failed(error) = &outcome
+            && is_waited_for
+        {
+            let (layer, place, error) = (running.layer, running.place.number, error.clone());
+            self.effects.push_back(Effect::Tell { layer, place, error });
         }
         if !failed.is_empty() {
             let state = self.layers.get(&running.layer);

@@ -74,6 +74,8 @@ struct World {
     present: std::collections::HashSet<(u64, u32)>,
     waits: Vec<TestWait>,
     failures: usize,
+    /// Layers of which a failure was told that readers wait for.
+    told: Vec<u64>,
 }
 
 impl World {
@@ -89,6 +91,7 @@ impl World {
             present: std::collections::HashSet::new(),
             waits: Vec::new(),
             failures: 0,
+            told: Vec::new(),
         }
     }
 
@@ -162,6 +165,7 @@ impl World {
                         wait.0.borrow_mut().error.get_or_insert(error.clone());
                     });
                 }
+                Effect::Tell { layer, .. } => self.told.push(layer),
             }
         }
     }
@@ -371,6 +375,17 @@ fn a_reader_gives_up_when_its_patience_is_over_and_the_next_one_hears_it_at_once
     assert_eq!(world.asked.len(), asked);
     world.pass(Duration::from_secs(3));
     assert!(!world.want(0, 0..1, Priority::Read).is_over());
+}
+
+#[test]
+fn a_failure_that_readers_wait_through_is_told_and_one_of_the_background_is_not() {
+    let mut world = World::with_layers(&["read", "rest"]);
+    let wait = world.want(0, 0..1, Priority::Read);
+    world.want(1, 0..1, Priority::Background);
+    world.fail(world.last_of(0), refused());
+    world.fail(world.last_of(1), refused());
+    assert!(!wait.is_over());
+    assert_eq!(world.told, [0]);
 }
 
 #[test]
