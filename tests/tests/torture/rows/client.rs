@@ -48,8 +48,11 @@ fn pull_without_index(bench: &Bench, node: &Node, repository: &str) -> Result<St
 }
 
 /// Images are removed whose index does not come, and while `lazuli-fused` hangs.
+///
+/// While a container is created, containerd (`metadata/snapshot.go`) collects no garbage, and behind a collection that
+/// waits nothing is created: a container that waits for its index may wait so for `start_timeout` and no longer.
 pub(crate) fn removal(bench: &Bench) -> Result<()> {
-    let node = bench.node()?;
+    let node = bench.node_with(&["--background-rate", "0", "--start-timeout", "5"])?;
     let other = FaultyRegistry::before(&bench.upstream)?;
     let healthy = other.reference("healthy:lazy");
     bench.pulled_and_mounted(&node, &healthy)?;

@@ -51,7 +51,7 @@ pub(crate) fn deputy(bench: &Bench) -> Result<()> {
     let chain = format!("{}", layer.blob);
     let labels = cri_labels(&attacker, &manifest, 0, &chain);
     let labels = with_label(labels, "containerd.io/snapshot/lazuli/image", &private);
-    let prepared = snapshots.prepare("default/901/extract", "", labels, CALL_WITHIN);
+    let prepared = snapshots.prepare(&format!("default/901/extract-901-0 {chain}"), "", labels, CALL_WITHIN);
     let mut sees = format!("Prepare: {}", words(&prepared));
     let mut has_secret = false;
     if has_code(&prepared, Code::AlreadyExists) {

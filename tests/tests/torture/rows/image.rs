@@ -112,11 +112,13 @@ pub(crate) fn places(bench: &Bench) -> Result<()> {
     let node = bench.node()?;
     let other = FaultyRegistry::before(&bench.upstream)?;
     let name = |number| format!("{}:lazy", single(number));
-    // A fresh container of an image whose registry is healthy.
+    // A fresh container of an image whose registry is healthy. It is pulled in another namespace: in one that has the
+    // snapshots already, containerd says nothing of it.
     bench.pull(&node, &bench.registry.reference(&name(0)))?;
-    bench.pull(&node, &other.reference(&name(0)))?;
+    let healthy = other.reference(&name(0));
+    bench.pull_with(&node, node.lazuli_pull_command(&healthy)?.args(["--namespace", "other"]))?;
     bench.registry.set(&single(0), Fault::AllStatus(404));
-    let mounted = bench.mount(&node, &other.reference(&name(0)), Duration::from_secs(30))?;
+    let mounted = bench.mount_in(&node, "other", LAZULI, &healthy, Duration::from_secs(30))?;
     let fault = "X from A, then Y with its layers from B; A has it no longer; a container of Y";
     report_data(bench, &node, fault, mounted.path().map(|tree| tree.join("data")), 0, &mounted.words())?;
     // A running container whose layer somebody else has announced from elsewhere.
@@ -163,7 +165,8 @@ pub(crate) fn hostile_index(bench: &Bench) -> Result<()> {
     let mounted = bench.mount(&node, &image, Duration::from_secs(40))?;
     let peak = status_number(fused(&node)?, "VmHWM");
     let sees = format!("{}; lazuli-fused held {} MiB at the peak", mounted.words(), peak >> 20);
-    let is_right = matches!(mounted, Mounted::Refused(..)) && peak <= PEAK_MAX;
+    // It may be pulled completely, without its indexes, or refused; not waited for.
+    let is_right = !matches!(mounted, Mounted::Waiting(_)) && peak <= PEAK_MAX;
     bench.line("6 indexes that are a gigabyte each", sees, logged(&node, &["index"]), is_right);
     bench.healthy_line(&node, "the same", &healthy, 1)
 }
