@@ -13,7 +13,7 @@ use crate::{
     bench::{Bench, HEALTHY_WITHIN, fused, logged, mount_command, send},
     images::{SINGLE_LEN, SLOW_FILES, SLOW_LEN, single},
     reader::Running,
-    snapshots::{Call, Snapshots, has_code, prepare_request, words},
+    snapshots::{Call, Snapshots, has_code, prepare_request},
 };
 
 /// How long a removal may take, whatever hangs.
@@ -133,20 +133,16 @@ pub(crate) fn clients(bench: &Bench) -> Result<()> {
 /// The p99 of a call while something stalls: 100 ms, as the project promises, and as much again on a busy machine.
 const CALL_MAX: Duration = Duration::from_millis(200);
 const ROUNDS: usize = 40;
-/// A container of the lazy image.
-const LAZY: &str = "default/2999/lazy";
 
-/// Every call of the snapshots service while nothing stalls, and while each of the four does.
+/// Every call of the snapshots service while nothing stalls, and while a registry, FUSE and `lazuli-fused` do.
+///
+/// Not among them is `Mounts` of a container on a lazy image: that is its start, which waits for `lazuli-fused`.
 pub(crate) fn calls(bench: &Bench) -> Result<()> {
     let node = bench.node()?;
     let healthy = bench.pulled_and_mounted(&node, &bench.registry.reference("healthy:lazy"))?;
     bench.read_healthy(&healthy, 0)?;
     let slow = bench.pulled_and_mounted(&node, &bench.registry.reference("slow:lazy"))?;
     let snapshots = Snapshots::connect(&node)?;
-    // A container of a lazy image, which is there before anything stalls.
-    let top = snapshots.top_of(&bench.registry.reference("healthy:lazy"))?;
-    let lazy = snapshots.call(Call::Prepare, LAZY, &top, HEALTHY_WITHIN);
-    bench.line("a container of a lazy image", words(&lazy), "", has_code(&lazy, Code::Ok));
     time_calls(bench, &node, &snapshots, "nothing stalls")?;
     bench.registry.set("slow", Fault::Hang);
     let mut readers = Vec::new();
@@ -188,7 +184,6 @@ fn time_calls(bench: &Bench, node: &Node, snapshots: &Snapshots, fault: &str) ->
             (Stat, &active),
             (Usage, &active),
             (List, &active),
-            (Mounts, &LAZY.to_owned()),
             (Usage, &top),
             (Remove, &view),
             (Commit, &active),
