@@ -476,6 +476,7 @@ impl FrameStore {
             for (page, checksum) in (0..).zip(&mut writing.checksums) {
                 *checksum = if self.has_page(page) { *checksum } else { 0 };
             }
+            self.doubt();
             return Err(error);
         }
         if let Err(error) = self.directory.write_presence(&bits, Counts::of(&self.index), &self.index_digest) {

@@ -141,6 +141,8 @@ impl FrameStore {
         if damaged.is_empty() {
             return Ok(());
         }
+        // What is fetched in their place may come in another way than what was verified.
+        self.doubt();
         let mut flushed = lock(self.flushed());
         let mut writing = lock(self.writing());
         let count = damaged.len();

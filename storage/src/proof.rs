@@ -77,6 +77,9 @@ pub(crate) struct VerdictRecord {
     index: Digest,
     #[serde(flatten)]
     verdict: Verdict,
+    /// Some of the content that it speaks of was lost since, and may have come otherwise.
+    #[serde(default)]
+    is_doubted: bool,
 }
 
 impl VerdictRecord {
@@ -93,6 +96,8 @@ pub(crate) struct Proof {
     gaps: Gaps,
     verdict: RwLock<Option<Verdict>>,
     is_refused: AtomicBool,
+    /// What the tar stream was when content was lost after a good verdict: it must be that again.
+    earlier: RwLock<Option<Digest>>,
     /// Somebody waits for the verdict.
     pub(crate) is_urgent: AtomicBool,
     /// Somebody is getting it.
@@ -120,13 +125,18 @@ impl Proof {
         is_complete: bool,
     ) -> io::Result<Self> {
         let kept = directory.read_verdict()?.filter(|record| record.index == index_digest);
-        let kept = kept.map(|record| record.verdict);
-        let kept = kept.filter(|verdict| is_complete || matches!(verdict, Verdict::Refused { .. }));
+        let holds = |record: &VerdictRecord| (is_complete && !record.is_doubted) || record.is_refusal();
+        let (kept, earlier) = match kept {
+            Some(record) if holds(&record) => (Some(record.verdict), None),
+            Some(VerdictRecord { verdict: Verdict::Verified { tar }, .. }) => (None, Some(tar)),
+            _ => (None, None),
+        };
         let proof = Self {
             index_digest,
             gaps: Gaps::open(directory.gaps_path(), index, index_digest)?,
             is_refused: AtomicBool::new(matches!(kept, Some(Verdict::Refused { .. }))),
             verdict: RwLock::new(kept),
+            earlier: RwLock::new(earlier),
             is_urgent: AtomicBool::new(false),
             is_under_way: AtomicBool::new(false),
             is_expected: AtomicBool::new(false),
@@ -181,6 +191,11 @@ impl FrameStore {
         match self.first_difference(frame, content)? {
             None => Ok(()),
             Some(offset) => {
+                // A disk that has changed a page condemns no layer.
+                let damaged = self.find_damaged(&(offset..offset + 1))?;
+                if !damaged.is_empty() {
+                    return self.heal(&damaged);
+                }
                 let reason = format!("content at {offset} of the plain address space is not that of frame {frame}");
                 self.judge(Verdict::Refused { reason })
             }
@@ -203,11 +218,21 @@ impl FrameStore {
         if !self.is_complete() {
             return Err(ProofError::Missing);
         }
+        let earlier = *self.proof().earlier.read().unwrap_or_else(PoisonError::into_inner);
         let verdict = match self.compare_with_tar() {
+            Ok(tar) if earlier.is_some_and(|earlier| earlier != tar) => {
+                Verdict::Refused { reason: format!("its tar stream has digest {tar}, and had another one before") }
+            }
             Ok(tar) => Verdict::Verified { tar },
             Err(Failure::Differs(reason)) => Verdict::Refused { reason: reason.chars().take(REASON_LEN_MAX).collect() },
             Err(Failure::Cannot(error)) => return Err(error),
         };
+        // A disk that has changed a page condemns no layer, and what was hashed is what was written.
+        let damaged = self.find_damaged(&(0..self.index().space_len()))?;
+        if !damaged.is_empty() {
+            self.heal(&damaged)?;
+            return Err(ProofError::Missing);
+        }
         // Content that counts as missing again while it was read may come otherwise.
         if !self.is_complete() {
             return Err(ProofError::Missing);
@@ -216,11 +241,23 @@ impl FrameStore {
         Ok(verdict)
     }
 
+    /// Content counts as missing again, and may come in another way: a good verdict speaks of it no longer.
+    pub(crate) fn doubt(&self) {
+        let Some(Verdict::Verified { tar }) = self.proof().verdict() else { return };
+        *self.proof().earlier.write().unwrap_or_else(PoisonError::into_inner) = Some(tar);
+        self.proof().set_verdict(None);
+        let verdict = Verdict::Verified { tar };
+        let record = VerdictRecord { index: self.proof().index_digest, verdict, is_doubted: true };
+        if let Err(error) = self.directory().write_verdict(&record) {
+            tracing::warn!(%error, "an outdated verdict stays on disk");
+        }
+    }
+
     /// Makes a verdict durable, and holds to it from now on.
     fn judge(&self, verdict: Verdict) -> io::Result<()> {
         // The content first: a verdict speaks of bytes that are still there after a crash.
         self.flush()?;
-        let record = VerdictRecord { index: self.proof().index_digest, verdict };
+        let record = VerdictRecord { index: self.proof().index_digest, verdict, is_doubted: false };
         let kept = self.directory().write_verdict(&record);
         let VerdictRecord { verdict, .. } = record;
         let is_refused = matches!(verdict, Verdict::Refused { .. });

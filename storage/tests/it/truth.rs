@@ -192,6 +192,66 @@ async fn a_good_verdict_does_not_speak_of_content_that_is_gone() {
     let cache = Cache::open(crashed.path(), tokio::runtime::Handle::current(), options()).unwrap();
     let layer = cache.layer(&test.lazy, MemorySource::new(&test), json!("test")).await.unwrap();
     assert_eq!(layer.verdict(), None);
+    layer.verify();
+    assert_eq!(wait_for_verdict(&layer).await, verified(&test));
+}
+
+/// Content that was verified came as frames; after it is lost, a hot pack with other bytes takes its place.
+#[tokio::test(flavor = "multi_thread")]
+async fn content_that_comes_again_is_held_to_the_verdict_before() {
+    let files = [40_000].map(TestFile::of_len);
+    let hot = [8192..32_768];
+    let change_hot = |_, content: &[u8]| vec![7; content.len()];
+    // One frame of nothing but content between two others: it is not needed again when its content is there.
+    let test = LayerMaker { hot: &hot, frame_lens: &[8704, 24_576], change_hot: &change_hot, ..maker(&files) }.make();
+    let fixture = Fixture::with_options(&test, options()).await;
+    let honest = Digest::of(&test.tar);
+    let path = directory_of(&fixture, &test).join("verdict");
+    let record = json!({ "index": test.lazy.id(), "verdict": "verified", "tar": honest });
+    fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
+    let crashed = fixture.crash();
+    let cache = Cache::open(crashed.path(), tokio::runtime::Handle::current(), options()).unwrap();
+    let layer = cache.layer(&test.lazy, MemorySource::new(&test), json!("test")).await.unwrap();
+    assert_eq!(layer.verdict(), None);
+    check_hot(&layer, hot[0].clone()).await;
+    layer.verify();
+    let reason = refusal(wait_for_verdict(&layer).await);
+    assert!(reason.ends_with("and had another one before"), "{reason}");
+}
+
+/// A bit that the disk has changed is fetched again; the layer is as honest as before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_changes_content_condemns_no_layer() {
+    let files = files();
+    let test = maker(&files).make();
+    let fixture = Fixture::new(&test).await;
+    check_read(&fixture.layer, &test, 0..test.space.len() as u64).await;
+    fixture.layer.flush().unwrap();
+    let crashed = fixture.crash();
+    let path = crashed.path().join("layers").join(test.lazy.id().hex()).join("data");
+    let data = fs::OpenOptions::new().write(true).open(path).unwrap();
+    let at = test.files[2].start + 100;
+    let changed = test.space[usize::try_from(at).unwrap()] ^ 1;
+    std::os::unix::fs::FileExt::write_all_at(&data, &[changed], at).unwrap();
+    let cache = Cache::open(crashed.path(), tokio::runtime::Handle::current(), options()).unwrap();
+    let layer = cache.layer(&test.lazy, MemorySource::new(&test), json!("test")).await.unwrap();
+    // The first proof finds the damage; what is healed by it is there for the next.
+    let verdict = loop {
+        layer.verify();
+        if let Some(verdict) = layer.verdict() {
+            break verdict;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    assert_eq!(verdict, verified(&test));
+    check_read(&layer, &test, 0..test.space.len() as u64).await;
+}
+
+/// Waits until the false hot pack is there.
+async fn check_hot(layer: &Layer, plain: std::ops::Range<u64>) {
+    let len = usize::try_from(plain.end - plain.start).unwrap();
+    let read = layer.read_async(plain.start, len).await.unwrap();
+    assert!(read.iter().all(|byte| *byte == 7));
 }
 
 /// What had arrived is not asked for again: neither content nor what lies between.
