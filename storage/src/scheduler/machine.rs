@@ -125,6 +125,8 @@ pub(crate) struct Machine<W> {
     pub(super) readers: Vec<(Instant, u64, W)>,
     /// Frames that readers did not get a moment ago, until when that is remembered, and why.
     pub(super) given_up: HashMap<FrameKey, (Instant, ReadError)>,
+    /// Frames whose bytes were wrong a moment ago and that somebody wants again: queued at that time.
+    pub(super) deferred: Vec<(Instant, FrameKey)>,
     pub(super) effects: VecDeque<Effect<W>>,
     next_number: u64,
     /// When something was last wanted, or came, that is more urgent than the rest.
@@ -200,6 +202,7 @@ impl<W: Waiter> Machine<W> {
             running: BTreeMap::new(),
             readers: Vec::new(),
             given_up: HashMap::new(),
+            deferred: Vec::new(),
             effects: VecDeque::new(),
             next_number: 0,
             last_urgent: None,
@@ -286,8 +289,14 @@ impl<W: Waiter> Machine<W> {
         } else if is_present(frame) {
             return Ok(false);
         } else {
-            if let Some((_, error)) = self.given_up.get(&key).filter(|(until, _)| now < *until) {
-                return Err((None, error.clone()));
+            let mut not_before = None;
+            if let Some((until, error)) = self.given_up.get(&key).filter(|(until, _)| now < *until) {
+                // Wrong bytes may be right ones soon, and nobody has waited for them yet.
+                let has_waited = matches!(error, ReadError::Source { .. });
+                if has_waited || priority != Priority::Read {
+                    return Err((None, error.clone()));
+                }
+                not_before = Some(*until);
             }
             if priority != Priority::Read && !layer.has_open_place(now) {
                 return Err(layer.failure());
@@ -295,6 +304,10 @@ impl<W: Waiter> Machine<W> {
             let waits = wait.cloned().into_iter().collect();
             let (wrong_places, state) = (Vec::new(), FrameState::Queued);
             self.pending.insert(key, Pending { priority, waits, blob, wrong_places, state });
+            if let Some(not_before) = not_before {
+                self.deferred.push((not_before, key));
+                return Ok(true);
+            }
         }
         layer.queues[priority as usize].push_back(frame);
         self.note_urgent(priority, now);
@@ -595,6 +608,16 @@ impl<W: Waiter> Machine<W> {
         });
         if !has_frame && let Some(running) = self.running.remove(&request) {
             self.effects.push_back(Effect::Cancel(running.link));
+        }
+    }
+
+    /// Queues what was deferred until now.
+    pub(super) fn queue_deferred(&mut self, now: Instant) {
+        for (_, (number, frame)) in self.deferred.extract_if(.., |(not_before, _)| *not_before <= now) {
+            let pending = self.pending.get(&(number, frame)).filter(|pending| pending.state == FrameState::Queued);
+            if let (Some(pending), Some(layer)) = (pending, self.layers.get_mut(&number)) {
+                layer.queues[pending.priority as usize].push_back(frame);
+            }
         }
     }
 

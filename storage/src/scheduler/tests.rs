@@ -551,9 +551,13 @@ fn wrong_bytes_are_asked_for_elsewhere_and_fail_at_last() {
     }
     assert_eq!(world.asked, [(0, 1, 0..1), (0, 0, 0..1), (0, 1, 0..1)]);
     assert!(matches!(wait.0.borrow().error, Some(ReadError::Corrupt { .. })));
-    // A program that asks again and again is answered from memory for a while.
-    assert!(matches!(world.want(0, 0..1, Priority::Read).0.borrow().error, Some(ReadError::Corrupt { .. })));
-    assert_eq!(world.asked.len(), 3);
+    // A program that asks again and again waits for a while before it is asked for.
+    let again = world.want(0, 0..1, Priority::Read);
+    world.pass(Duration::from_millis(1900));
+    assert_eq!((again.is_over(), world.asked.len()), (false, 3));
+    world.pass(TICK * 2);
+    world.complete(world.last_of(0));
+    assert!(again.is_over() && again.0.borrow().error.is_none());
 }
 
 #[test]
@@ -692,7 +696,9 @@ impl World {
             for (number, layer) in &self.machine.layers {
                 let Class::Frames(priority) = class else { continue };
                 let is_queued = self.machine.pending.iter().any(|(key, pending)| {
-                    key.0 == *number && pending.state == FrameState::Queued && pending.priority == priority
+                    let is_deferred = self.machine.deferred.iter().any(|(_, deferred)| deferred == key);
+                    let is_queued = pending.state == FrameState::Queued && !is_deferred;
+                    key.0 == *number && is_queued && pending.priority == priority
                 });
                 if is_queued && let Some(place) = layer.place_for(&[], self.now) {
                     let at_place = self.machine.running.values().filter(|other| other.layer == *number).count();

@@ -27,6 +27,7 @@ impl<W: Waiter> Machine<W> {
     /// Time has passed.
     pub(crate) fn tick(&mut self, now: Instant) {
         self.given_up.retain(|_, (until, _)| now < *until);
+        self.queue_deferred(now);
         self.end_readers(now);
         self.end_slow_requests(now);
         self.ask_next_places(now);
