@@ -22,10 +22,11 @@ use crate::{
     resolver::leads_near,
 };
 
-/// How long a mirror that failed is asked last: a dead one must not slow down every read.
-const REST_MIN: Duration = Duration::from_secs(30);
-/// Longest rest: one that came back should be used again.
-const REST_MAX: Duration = Duration::from_secs(600);
+/// How long a mirror that failed is asked last, at least and at most: a dead one must not slow down every read, and
+/// one that came back should be used again.
+const FAILED_REST: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(600));
+/// The same for one that was slow to begin: a cache that gets what it does not have is that, and well again at once.
+const SLOW_REST: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 /// Docker Hub as references name it, and where it really is.
 pub(crate) const DOCKER_HUB: &str = "docker.io";
 const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
@@ -55,14 +56,16 @@ struct Rest {
 }
 
 impl Rest {
-    /// The rest after a failure at `now`: the one that goes on, or a new one, twice as long when the last has ended
-    /// not long ago. `asked` is how long the host itself wants to be left alone.
-    fn next(last: Option<Self>, now: Instant, asked: Option<Duration>) -> Self {
-        let asked = asked.unwrap_or_default().min(REST_MAX);
+    /// The rest from `now` on, between two bounds: the one that goes on, or a new one, twice as long when the last has
+    /// ended not long ago. `asked` is how long the host itself wants to be left alone.
+    fn next(last: Option<Self>, now: Instant, (min, max): (Duration, Duration), asked: Option<Duration>) -> Self {
+        let asked = asked.unwrap_or_default().min(max);
         let len = match last {
-            Some(last) if now < last.until => return Self { until: last.until.max(now + asked), ..last },
-            Some(last) if now < last.until + last.len => (last.len * 2).min(REST_MAX),
-            _ => REST_MIN,
+            Some(last) if now < last.until && last.len >= min => {
+                return Self { until: last.until.max(now + asked), ..last };
+            }
+            Some(last) if now < last.until + last.len => (last.len * 2).clamp(min, max),
+            _ => min,
         };
         Self { until: now + len.max(asked), len }
     }
@@ -159,8 +162,17 @@ impl Endpoint {
 
     /// Notes that it failed in a way that may last; `asked` is how long it wants to be left alone, if it says so.
     pub(crate) fn rest(&self, asked: Option<Duration>) {
+        self.rest_within(FAILED_REST, asked);
+    }
+
+    /// Notes that it has not begun to answer when another host had.
+    pub(crate) fn rest_briefly(&self) {
+        self.rest_within(SLOW_REST, None);
+    }
+
+    fn rest_within(&self, bounds: (Duration, Duration), asked: Option<Duration>) {
         let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
-        *rest = Some(Rest::next(*rest, Instant::now(), asked));
+        *rest = Some(Rest::next(*rest, Instant::now(), bounds, asked));
     }
 
     pub(crate) fn is_resting(&self) -> bool {
@@ -203,18 +215,24 @@ mod tests {
     #[test]
     fn rests_grow_for_who_fails_again_soon() {
         let (start, seconds) = (Instant::now(), Duration::from_secs);
-        let first = Rest::next(None, start, None);
+        let next = |last, after, asked| Rest::next(last, start + seconds(after), FAILED_REST, asked);
+        let first = next(None, 0, None);
         assert_eq!(first, Rest { until: start + seconds(30), len: seconds(30) });
         // Requests that were under way fail too.
-        assert_eq!(Rest::next(Some(first), start + seconds(29), None), first);
-        let second = Rest::next(Some(first), start + seconds(31), None);
+        assert_eq!(next(Some(first), 29, None), first);
+        let second = next(Some(first), 31, None);
         assert_eq!(second, Rest { until: start + seconds(91), len: seconds(60) });
-        assert_eq!(Rest::next(Some(second), start + seconds(92), None).len, seconds(120));
-        assert_eq!(Rest::next(Some(second), start + seconds(152), None).len, seconds(30));
-        let long = Rest { until: start, len: REST_MAX };
-        assert_eq!(Rest::next(Some(long), start, None).len, REST_MAX);
-        assert_eq!(Rest::next(None, start, Some(seconds(120))).until, start + seconds(120));
-        assert_eq!(Rest::next(None, start, Some(seconds(86400))).until, start + REST_MAX);
+        assert_eq!(next(Some(second), 92, None).len, seconds(120));
+        assert_eq!(next(Some(second), 152, None).len, seconds(30));
+        let long = Rest { until: start, len: seconds(600) };
+        assert_eq!(next(Some(long), 0, None).len, seconds(600));
+        assert_eq!(next(None, 0, Some(seconds(120))).until, start + seconds(120));
+        assert_eq!(next(None, 0, Some(seconds(86_400))).until, start + seconds(600));
+        // Who was slow and then fails rests as long as anybody who fails.
+        let slow = Rest::next(None, start, SLOW_REST, None);
+        assert_eq!(slow.len, seconds(5));
+        assert_eq!(next(Some(slow), 1, None), Rest { until: start + seconds(31), len: seconds(30) });
+        assert_eq!(Rest::next(Some(first), start, SLOW_REST, None), first);
     }
 
     #[test]

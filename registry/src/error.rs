@@ -233,6 +233,12 @@ impl Error {
         }
     }
 
+    /// Whether the next request to the same host will most likely fail too, whatever it is about. An answer that does
+    /// not fit says nothing: an image that lies about its blobs must not make a mirror rest for others.
+    pub(crate) fn is_about_host(&self) -> bool {
+        self.is_transient() || matches!(self.root(), Self::Tls { .. } | Self::ClientCertificate { .. })
+    }
+
     /// Whether it may end when somebody changes what is configured for the host: certificates, headers.
     pub(crate) fn is_about_settings(&self) -> bool {
         matches!(self.root(), Self::Denied { .. } | Self::Tls { .. } | Self::ClientCertificate { .. })

@@ -98,7 +98,7 @@ impl Round {
     pub(crate) fn failed(&mut self, endpoint: &Endpoint, error: Error) {
         if self.order.len() > 1 {
             debug!(host = endpoint.name(), registry = endpoint.registry(), %error, "asking the next host");
-            if error.is_transient() {
+            if error.is_about_host() {
                 endpoint.rest(error.retry_after());
             }
         }

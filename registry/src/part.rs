@@ -106,6 +106,7 @@ impl Wanted {
         if let Some(blob_len) = blob_len {
             wanted.learn_blob_len(blob_len)?;
         }
+        let Range { start, end } = range;
         if !range.contains(&self.next) {
             return Err(format!("bytes {range:?} where byte {} was asked for", self.next));
         }
@@ -115,7 +116,8 @@ impl Wanted {
         if wanted.end.is_none() {
             wanted.end = Some(range.end);
         }
-        Ok(Part { skip: self.next - range.start, end: Some(range.end), wanted, is_whole: false })
+        let is_whole = range.start < self.next && Some(range) == wanted.blob_len.map(|len| 0..len);
+        Ok(Part { skip: self.next - start, end: Some(end), wanted, is_whole })
     }
 
     fn accept_whole(&self, head: &Head) -> Result<Part, String> {
@@ -184,7 +186,7 @@ mod tests {
     #[test]
     fn a_part_is_used_for_what_it_has() {
         let check = |range: &str, len, skip, end| {
-            let part = Part { skip, end: Some(end), wanted: wanted(), is_whole: false };
+            let part = Part { skip, end: Some(end), wanted: wanted(), is_whole: end == 1000 };
             assert_eq!(wanted().judge(&head(206, range, len), true), Ok(Verdict::Use(part)), "{range}");
         };
         check("bytes 200-299/1000", Some(100), 0, 300);

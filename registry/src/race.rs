@@ -165,7 +165,7 @@ impl Question<'_> {
         match candidate {
             Candidate::Host(endpoint) => {
                 debug!(host = endpoint.name(), "slower than the next host");
-                endpoint.rest(None);
+                endpoint.rest_briefly();
             }
             Candidate::Redirect(_) => self.client.redirects().forget(&self.reference.name(), self.digest),
         }

@@ -39,6 +39,15 @@ async fn all_of_a_blob_can_be_taken_where_a_range_is_ignored() {
 }
 
 #[tokio::test]
+async fn all_of_a_blob_can_be_taken_where_it_is_called_a_part() {
+    let range = format!("Content-Range: bytes 0-{}/{LEN}", LEN - 1);
+    let server = FaultServer::start(move |_, _| Reply::full(206, &[&range], &pattern(LEN))).await;
+    let wide = source(&server).fetch_wide(5_000_000..5_000_100).await.unwrap();
+    assert_eq!(wide.range, 0..u64::from(LEN));
+    assert!(collect(wide.stream).await.unwrap() == pattern(LEN));
+}
+
+#[tokio::test]
 async fn a_range_stays_one_where_ranges_are_known() {
     let server = FaultServer::start(|_, request| {
         let (status, headers, body) = honest(&pattern(LEN), request);
