@@ -376,6 +376,8 @@ fn a_cache_lies_in_the_directory_of_a_user_or_nowhere() {
     let home = scene.path("home");
     for (cache, home, expected) in [("", "", None), (".cache", "", None), ("", home.to_str().unwrap(), Some(".cache"))]
     {
+        // A layer that the destination has is learned from it, and not remembered.
+        let _ = fs::remove_dir_all(scene.path("dst"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli"));
         command.args(["convert", "oci:src", "oci:dst"]).current_dir(scene.directory.path());
         let output = command.env("XDG_CACHE_HOME", cache).env("HOME", home).output().unwrap();
