@@ -19,9 +19,10 @@ const ADDRESS: &str = "/run/lazuli/snapshotter.sock";
 const ROOT: &str = "/var/lib/lazuli";
 const FUSED: &str = "lazuli-fused";
 const LOG: &str = "info";
-/// Half of what a kubelet gives a container to start (`runtime-request-timeout`, 2 minutes): it hears why, and asks
-/// again.
-const START_SECONDS: u32 = 60;
+/// An index that is not there after this is that of a slow or dead registry: a kubelet hears why, and asks again.
+/// Longer would be long for all images: containerd holds a lock for which its garbage collection waits, and behind that
+/// every other start.
+const START_SECONDS: u32 = 10;
 /// A registry that takes longer for a few KiB is one from which a lazy start is no gain.
 const PROBE_SECONDS: u32 = 2;
 /// A busy machine is silent for some seconds; kubelet's next attempt comes after more than this.

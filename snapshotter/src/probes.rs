@@ -86,7 +86,7 @@ impl Probes {
     }
 
     /// Lets the index come before it is needed; nobody waits for that.
-    fn announce(self: &Arc<Self>, layer: RemoteLayer) {
+    pub(crate) fn announce(self: &Arc<Self>, layer: RemoteLayer) {
         let probes = Arc::clone(self);
         tokio::spawn(async move {
             if let Err(error) = probes.fused.announce_layer(layer.clone()).await {

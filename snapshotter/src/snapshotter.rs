@@ -332,11 +332,15 @@ impl Snapshotter {
     async fn prepare_remote(&self, request: &RemoteRequest, new: &NewSnapshot, now: Time) -> Result<bool> {
         let (target, image, blob) = (&request.target, &request.layer.image, request.layer.layer.blob);
         let (key, parent) = (request.target.clone(), new.parent.clone());
-        let (is_there, parents) = self
+        let (existing, parents) = self
             .blocking(move |inner| {
                 let chain = parent.map(|parent| inner.metadata.chain(&parent)).transpose()?;
                 let parents = chain.map_or(Vec::new(), |chain| [vec![chain.top], chain.parents].concat());
-                Ok((!matches!(inner.metadata.snapshot(&key), Err(MetadataError::NotFound(_))), parents))
+                let existing = match inner.metadata.snapshot(&key) {
+                    Err(MetadataError::NotFound(_)) => None,
+                    found => Some(found?),
+                };
+                Ok((existing, parents))
             })
             .await?;
         let parent = parents.first();
@@ -345,7 +349,12 @@ impl Snapshotter {
             return Ok(false);
         }
         self.check_truth(target, Asker::Image(image), &parents).await?;
-        if !is_there {
+        if let Some(existing) = existing {
+            // This image is a place of the layer too, and its registry may be the one that still answers.
+            if existing.lazy.is_some_and(|lazy| lazy.layer.layer.id() == request.layer.layer.id()) {
+                self.inner.probes.announce(request.layer.clone());
+            }
+        } else {
             match self.inner.probes.can_read(&request.layer, self.inner.limits.probe).await {
                 Ok(()) => {}
                 // On lazy layers nothing can be made without the other daemon.

@@ -536,6 +536,18 @@ async fn a_layer_that_is_another_by_its_index_is_shared_once_it_is_verified() {
 }
 
 #[tokio::test]
+async fn an_image_whose_layer_is_there_already_is_a_place_of_it_too() {
+    let (daemon, fused) = start().await;
+    let (_, chain, _) = chains();
+    for (number, image) in ["host/first:1", "host/second:1"].into_iter().enumerate() {
+        let labels = labels_of("base", &chain, image);
+        assert_eq!(code(daemon.prepare_with(&format!("extract-{number} x"), "", labels).await), Code::AlreadyExists);
+    }
+    let place = RemoteLayer { image: "host/second:1".to_owned(), ..remote("base") };
+    fused.wait_until_asked(&Request::AnnounceLayer { layer: place }).await;
+}
+
+#[tokio::test]
 async fn a_layer_above_the_unverified_base_of_another_image_waits_for_the_verdict() {
     let (daemon, fused) = start().await;
     let (tar, chain, above) = chains();
