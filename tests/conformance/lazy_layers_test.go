@@ -109,14 +109,15 @@ func publish(tar []byte) (map[string]string, error) {
 		return nil, err
 	}
 	registry := os.Getenv("REGISTRY")
-	repository := fmt.Sprintf("conformance/%d", atomic.AddInt64(&imageNumber, 1))
-	image := registry + "/" + repository + ":lazy"
+	// One repository: layers of others below would have to be verified first.
+	tag := fmt.Sprintf("lazy-%d", atomic.AddInt64(&imageNumber, 1))
+	image := registry + "/conformance:" + tag
 	convert := exec.Command(os.Getenv("LAZULI"), "convert", "--plain-http", "oci:"+layout, image)
 	convert.Env = append(os.Environ(), "XDG_CACHE_HOME=/dev/null")
 	if output, err := convert.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("lazuli convert: %w: %s", err, output)
 	}
-	layer, err := onlyLayer("http://" + registry + "/v2/" + repository + "/manifests/lazy")
+	layer, err := onlyLayer("http://" + registry + "/v2/conformance/manifests/" + tag)
 	if err != nil {
 		return nil, err
 	}

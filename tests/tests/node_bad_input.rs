@@ -1,7 +1,7 @@
 //! Images that lie or come from the future, on a real node: the right gRPC code, and nobody else is hurt.
 
 use containerd_client::services::v1::snapshots::{
-    ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, snapshots_client::SnapshotsClient,
+    Info, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, snapshots_client::SnapshotsClient,
 };
 use format_spec::{
     Digest, IndexLocation, LazyLayer,
@@ -23,24 +23,31 @@ use tonic::{Code, Status};
 const VERSION_AT: usize = 8;
 const FEATURES_INCOMPATIBLE_AT: usize = 24;
 
-/// An image of one layer that says `name`, converted, with its lazy blob changed.
+/// Which layer of a published image is changed.
+const OWN_BASE: usize = 0;
+const TOP: usize = 2;
+
+/// An image with a base of its own and a topmost layer that says `name`, converted, with one lazy blob changed.
 fn publish(
     scratch: &Scratch,
     registry: &TestRegistry,
     name: &str,
+    changed: usize,
     change: impl FnOnce(Vec<u8>, LazyLayer) -> (Vec<u8>, LazyLayer),
 ) -> Result<String> {
     let layer = TarLayer::new().directory("etc").file("etc/name", name).finish()?;
-    let image = ImageBuilder::new().layer(readable_layers()?.swap_remove(0), Compression::Gzip);
+    let base = TarLayer::new().file(&format!("base-of-{name}"), "").finish()?;
+    let image = ImageBuilder::new().layer(base, Compression::Gzip);
+    let image = image.layer(readable_layers()?.swap_remove(0), Compression::Gzip);
     let original = image.layer(layer, Compression::Gzip).write(scratch, &format!("{name}-original"))?;
     let lazy = format!("oci:{}:latest", scratch.join(format!("{name}-lazy")).display());
     lazuli_ok(["convert", &original, &lazy])?;
-    let descriptor = &layout_manifest(&lazy)?["layers"][1];
+    let descriptor = &layout_manifest(&lazy)?["layers"][changed];
     let annotations = LazyLayer::from_annotations(|key| descriptor["annotations"][key].as_str());
     let described = annotations.expect("annotations are well-formed").expect("the layer is lazy");
     let blob = std::fs::read(layout_blob(&lazy, digest_in(descriptor)?)).context("reading a blob")?;
     let (blob, described) = change(blob, described);
-    replace_layer(&lazy, 1, &blob, &described)?;
+    replace_layer(&lazy, changed, &blob, &described)?;
     registry.push(&lazy, &format!("{name}:latest"))
 }
 
@@ -68,11 +75,12 @@ fn with_index(mut blob: Vec<u8>, described: LazyLayer, change: impl FnOnce(&mut 
 async fn prepare_on(node: &Node, image: &str) -> Result<Status, String> {
     let channel = containerd_client::connect(node.snapshotter.socket()).await.map_err(|error| error.to_string())?;
     let mut snapshots = SnapshotsClient::new(channel);
-    let filters = vec![format!(r#"labels."containerd.io/snapshot/cri.image-ref"=="{image}",parent!="""#)];
+    let filters = vec![format!(r#"labels."containerd.io/snapshot/cri.image-ref"=="{image}""#)];
     let request = ListSnapshotsRequest { filters, ..ListSnapshotsRequest::default() };
     let mut listed = snapshots.list(request).await.map_err(|status| status.to_string())?.into_inner();
-    let found = listed.message().await.map_err(|status| status.to_string())?;
-    let top = found.and_then(|found| found.info.into_iter().next()).ok_or("the image is not lazy")?;
+    let found = listed.message().await.map_err(|status| status.to_string())?.map_or(Vec::new(), |found| found.info);
+    let is_top = |info: &&Info| found.iter().all(|other| other.parent != info.name);
+    let top = found.iter().find(is_top).cloned().ok_or("the image is not lazy")?;
     let request =
         PrepareSnapshotRequest { key: "probe".to_owned(), parent: top.name, ..PrepareSnapshotRequest::default() };
     let answer = snapshots.prepare(request).await.map_or_else(|status| status, |_| Status::ok(""));
@@ -83,21 +91,49 @@ async fn prepare_on(node: &Node, image: &str) -> Result<Status, String> {
     Ok(answer)
 }
 
+fn newer(at: usize) -> impl FnOnce(Vec<u8>, LazyLayer) -> (Vec<u8>, LazyLayer) {
+    move |blob, described| with_index(blob, described, |index| index[at + 1] = 0x40)
+}
+
+fn with_another_digest(blob: Vec<u8>, described: LazyLayer) -> (Vec<u8>, LazyLayer) {
+    let index = IndexLocation { digest: Digest::of(b"another index"), ..described.index };
+    (blob, LazyLayer { index, ..described })
+}
+
+/// The index of the first layer is looked at before the image is called lazy.
+#[test]
+fn an_image_whose_first_index_is_unusable_is_pulled_completely_and_says_why() -> Result<()> {
+    let scratch = Scratch::new("unusable-first-index")?;
+    let registry = TestRegistry::start(&scratch)?;
+    let node = Node::start(&scratch)?;
+    let root = node.snapshotter.root().display().to_string();
+    let images = [
+        (publish(&scratch, &registry, "first-newer", OWN_BASE, newer(VERSION_AT))?, "upgrade"),
+        (publish(&scratch, &registry, "first-unknown", OWN_BASE, newer(FEATURES_INCOMPATIBLE_AT))?, "upgrade"),
+        (publish(&scratch, &registry, "first-damaged", OWN_BASE, with_another_digest)?, "digest"),
+    ];
+    for (number, (image, words)) in images.iter().enumerate() {
+        let finished = node.lazuli_pull(image)?;
+        assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+        let status = lazuli_ok(["status", "--root", &root, image])?;
+        assert!(status.contains("not lazy, it was pulled completely") && status.contains(words), "{status}");
+        let container = format!("complete-{number}");
+        let read = ["run", "--rm", "--snapshotter", LAZULI, image, &container, "/bin/cat", "/etc/name"];
+        assert!(run(&mut node.containerd.ctr(read))?.starts_with("first-"));
+    }
+    Ok(())
+}
+
+/// That of a further layer is not: its containers hear of it.
 #[test]
 fn an_unusable_index_fails_its_containers_with_the_right_code_and_no_others() -> Result<()> {
     let scratch = Scratch::new("unusable-index")?;
     let registry = TestRegistry::start(&scratch)?;
     let node = Node::start(&scratch)?;
-    let good = publish(&scratch, &registry, "good", |blob, described| (blob, described))?;
-    let newer = |at: usize| {
-        move |blob: Vec<u8>, described: LazyLayer| with_index(blob, described, |index| index[at + 1] = 0x40)
-    };
-    let version = publish(&scratch, &registry, "newer-version", newer(VERSION_AT))?;
-    let feature = publish(&scratch, &registry, "unknown-feature", newer(FEATURES_INCOMPATIBLE_AT))?;
-    let damaged = publish(&scratch, &registry, "damaged", |blob, described| {
-        let index = IndexLocation { digest: Digest::of(b"another index"), ..described.index };
-        (blob, LazyLayer { index, ..described })
-    })?;
+    let good = publish(&scratch, &registry, "good", TOP, |blob, described| (blob, described))?;
+    let version = publish(&scratch, &registry, "newer-version", TOP, newer(VERSION_AT))?;
+    let feature = publish(&scratch, &registry, "unknown-feature", TOP, newer(FEATURES_INCOMPATIBLE_AT))?;
+    let damaged = publish(&scratch, &registry, "damaged", TOP, with_another_digest)?;
     let runtime = tokio::runtime::Runtime::new().context("making a runtime")?;
     for (image, code, words) in [
         (&good, Code::Ok, ""),

@@ -386,9 +386,9 @@ fn a_lazuli_fused_that_hangs_is_replaced() -> Result<()> {
     let node = Node::start_with(&["--background-rate", "0", "--hang-timeout", "3"], &scratch)?;
     assert_eq!(node.lazuli_pull(&lazy)?.code, Some(0));
     let script = "while [ ! -e /tmp/go ]; do sleep 0.1; done; sha256sum /large/2";
-    let run = ["run", "--rm", "--snapshotter", LAZULI, &lazy, "reader", "/bin/sh", "-c", script];
+    let run = ["run", "--rm", "--snapshotter", LAZULI, &lazy, "of-hanging", "/bin/sh", "-c", script];
     let reader = node.containerd.ctr(run).stdout(Stdio::piped()).spawn().context("starting ctr")?;
-    let exec = ["tasks", "exec", "--exec-id", "go", "reader", "/bin/sh", "-c", "echo go > /tmp/go"];
+    let exec = ["tasks", "exec", "--exec-id", "go", "of-hanging", "/bin/sh", "-c", "echo go > /tmp/go"];
     wait_for("the container does not run", || {
         let listed = finish(&mut node.containerd.ctr(["tasks", "list"]))?;
         Ok(listed.stdout.contains("RUNNING").then_some(()))
@@ -434,7 +434,7 @@ fn lazuli_fused_is_brought_back_though_nobody_reads_the_log() -> Result<()> {
         })?;
         ids.push(Some(after));
     }
-    let run = node.containerd.run(&lazy, LAZULI, "reader", &["/bin/cat", "/etc/greeting"]);
+    let run = node.containerd.run(&lazy, LAZULI, "of-unread-log", &["/bin/cat", "/etc/greeting"]);
     // It is no service of the harness.
     unread.kill().and_then(|()| unread.wait()).context("ending lazuli-snapshotter")?;
     assert_eq!(run?.stdout, "good morning\n", "{ids:?}");
