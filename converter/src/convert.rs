@@ -104,7 +104,7 @@ pub enum ConvertError {
     },
     /// Finding out whether a layer is lazy already.
     #[error(transparent)]
-    LazyLayer(#[from] LazyLayerError),
+    LazyLayer(Box<LazyLayerError>),
     /// Finding out what a start reads.
     #[error(transparent)]
     StartUp(#[from] StartUpError),
@@ -122,6 +122,12 @@ pub enum ConvertError {
     /// A bug or a lack of memory: a thread ended early.
     #[error("layer {0}: the conversion ended abnormally")]
     Aborted(Digest),
+}
+
+impl From<LazyLayerError> for ConvertError {
+    fn from(error: LazyLayerError) -> Self {
+        Self::LazyLayer(Box::new(error))
+    }
 }
 
 /// Converts the image at `source` and publishes it at `destination`.

@@ -498,7 +498,7 @@ mod tests {
     #[test]
     fn an_index_of_many_parts_is_opened_as_one_in_memory() {
         let records: Vec<u8> =
-            (0..3 * PART_LEN as u32).flat_map(|number| number.wrapping_mul(number).to_le_bytes()).collect();
+            (0u32..).take(3 * PART_LEN).flat_map(|number| number.wrapping_mul(number).to_le_bytes()).collect();
         let open = sample(&records[..records.len() / 12 * 12], &records[..PART_LEN + 7], 5);
         let mut wire = open.clone();
         to_wire(&mut wire).expect("an index");

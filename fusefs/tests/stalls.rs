@@ -33,7 +33,9 @@ const FILE_LEN: usize = 256 << 10;
 const SOON: Duration = Duration::from_secs(15);
 
 fn files(names: impl Iterator<Item = usize>) -> Layer {
-    names.map(|number| (format!("file{number}"), file(vec![b'a' + (number % 26) as u8; FILE_LEN]))).collect()
+    names
+        .map(|number| (format!("file{number}"), file(vec![b"abcdefghijklmnopqrstuvwxyz"[number % 26]; FILE_LEN])))
+        .collect()
 }
 
 /// Lets the registry answer again, so that no reader outlives a test that fails.

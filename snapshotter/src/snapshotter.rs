@@ -442,7 +442,11 @@ impl Snapshotter {
         let lower = match self.lower(&new.key, id, id_map, &parents, tree.as_ref()).await {
             Ok(lower) => lower,
             Err(error) => {
-                self.blocking(move |inner| Ok(inner.give_up(id))).await?;
+                let give_up = move |inner: &Inner| {
+                    inner.give_up(id);
+                    Ok(())
+                };
+                self.blocking(give_up).await?;
                 return Err(error);
             }
         };

@@ -17,7 +17,8 @@ use crate::{
 
 /// Pages that are read at once.
 const BATCH_PAGES: u64 = 64;
-const PAGE_LEN: usize = PLAIN_ALIGN as usize;
+const PAGE_LEN: usize = 4096;
+const _: () = assert!(PAGE_LEN as u64 == PLAIN_ALIGN);
 
 /// Of a page with content; 0 is left for those that have none.
 fn checksum_of(page: &[u8]) -> u32 {

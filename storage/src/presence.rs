@@ -356,7 +356,7 @@ mod tests {
             (0..count).step_by(3).for_each(|bit| bitmap.set(bit..bit + 1));
             bitmap.snapshot()
         });
-        let checksums = (0..counts.pages).map(|page| page as u32 * 7).collect();
+        let checksums = (0..counts.pages).zip(0u32..).map(|(_, page)| page * 7).collect();
         PresenceBits { frames, pages, checksums, boot: 9 }
     }
 

@@ -1,7 +1,7 @@
 //! Indexes that claim a lot. Alone in its process, whose peak of memory it looks at.
 
-// A failed unwrap is a failed test.
-#![allow(clippy::unwrap_used)]
+// A failed unwrap is a failed test; the layers are small.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::{
     fs,

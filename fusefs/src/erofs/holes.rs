@@ -33,7 +33,7 @@ pub(super) fn chunks_of(blocks: &Range<u64>, extents: Option<&[Extent]>) -> Chun
     let mut has_content = vec![false; count(bits)];
     let plain = blocks.start * BLOCK_LEN..blocks.end * BLOCK_LEN;
     let first = extents.partition_point(|extent| extent.plain_range().end <= plain.start);
-    let chunk_of = |offset: u64| usize::try_from((offset - plain.start) / BLOCK_LEN >> bits).expect("few chunks");
+    let chunk_of = |offset: u64| usize::try_from(((offset - plain.start) / BLOCK_LEN) >> bits).expect("few chunks");
     for extent in extents.iter().skip(first).map(Extent::plain_range).take_while(|extent| extent.start < plain.end) {
         let (start, end) = (extent.start.max(plain.start), extent.end.min(plain.end));
         if start < end {
@@ -44,6 +44,8 @@ pub(super) fn chunks_of(blocks: &Range<u64>, extents: Option<&[Extent]>) -> Chun
 }
 
 #[cfg(test)]
+// One range of content is meant.
+#[allow(clippy::single_range_in_vec_init)]
 mod tests {
     use super::*;
 

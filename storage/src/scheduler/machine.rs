@@ -8,7 +8,7 @@
 //! `turns.rs` decides who has the next slot, `health.rs` when a place may be asked, `watch.rs` what time changes.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque, hash_map::Entry},
     ops::Range,
     sync::Arc,
     time::{Duration, Instant},
@@ -352,13 +352,13 @@ impl<W: Waiter> Machine<W> {
         for (frame, blob) in frames {
             let key = (layer, frame);
             // In this order no frame is missed that is just arriving.
-            if !self.pending.contains_key(&key) {
+            if let Entry::Vacant(vacant) = self.pending.entry(key) {
                 if is_present(frame) {
                     continue;
                 }
                 // Nobody waits for it; but it comes, so that nothing of the rest need be asked for meanwhile.
                 let (priority, wrong_places, state) = (Priority::HotPack, Vec::new(), FrameState::Queued);
-                self.pending.insert(key, Pending { priority, waits: Vec::new(), blob, wrong_places, state });
+                vacant.insert(Pending { priority, waits: Vec::new(), blob, wrong_places, state });
             }
             let Some(pending) = self.pending.get_mut(&key) else { continue };
             match pending.state {
