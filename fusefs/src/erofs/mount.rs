@@ -83,6 +83,14 @@ pub enum MountError {
     },
 }
 
+impl MountError {
+    /// Whether there was no room for a file: this says nothing of the kernel.
+    pub(crate) fn is_disk_full(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Self::File { error, .. } if matches!(error.kind(), StorageFull | QuotaExceeded))
+    }
+}
+
 /// Mounts an image read-only on a directory.
 ///
 /// `devices` are the plain address spaces of the layers, lowest first, one for each: regular files on any file
