@@ -19,6 +19,7 @@ use std::{
 };
 
 use containerd_client::types::Mount;
+use fusefs::control::RemoteLayer;
 use tokio::{sync::Notify, time::timeout};
 use tracing::{debug, error, info, warn};
 
@@ -347,6 +348,11 @@ impl Snapshotter {
         if parent.is_some_and(|parent| parent.lazy.is_none()) {
             info!(%target, %blob, image, "layer lies on one that is not lazy, it is pulled completely");
             return Ok(false);
+        }
+        // The layers below are part of this image too: its registry is a place of them, perhaps the only one left.
+        let below = parents.iter().filter_map(|parent| parent.lazy.as_ref()).map(|lazy| &lazy.layer);
+        for layer in below.filter(|layer| layer.image != *image) {
+            self.inner.probes.announce(RemoteLayer { image: image.clone(), ..layer.clone() });
         }
         self.check_truth(target, Asker::Image(image), &parents).await?;
         if let Some(existing) = existing {
