@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn members_are_found_through_links_whatever_the_compression() {
         let zstd = zstd::encode_all(&sample()[..], 0).unwrap();
-        // What pzstd writes: a skippable frame before each frame says how long that is.
+        // As pzstd writes it: a skippable frame before each frame says how long that is.
         let length = u32::try_from(zstd.len()).unwrap().to_le_bytes();
         let pzstd = [&0x184D_2A50u32.to_le_bytes()[..], &4u32.to_le_bytes(), &length, &zstd].concat();
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());

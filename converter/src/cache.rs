@@ -102,7 +102,7 @@ pub(crate) struct ConversionCache {
     directory: Option<CacheDirectory>,
     /// Converted in this run, or found at the destination and compared in it.
     own: Mutex<HashMap<ConversionKey, Known>>,
-    /// What images say of themselves.
+    /// The words of images about themselves.
     learned: Mutex<HashMap<ConversionKey, Known>>,
 }
 
@@ -231,7 +231,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What points to a layer at the destination.
+/// The descriptor of a layer at the destination.
 fn descriptor_of(layer: &LazyLayer) -> Descriptor {
     Descriptor {
         digest: layer.blob,

@@ -107,7 +107,7 @@ impl CacheDirectory {
     }
 }
 
-/// What the code of an entry is made over.
+/// The bytes that the code of an entry is made over.
 fn message(key: &ConversionKey, known: &Known) -> Vec<u8> {
     serde_json::to_vec(&(key, known)).expect("texts and numbers")
 }

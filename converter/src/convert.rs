@@ -145,7 +145,7 @@ pub async fn convert(
     let (stored, platform) = match &options.platforms {
         Platforms::One(platform) => {
             let found = find_manifest(source, platform.as_ref()).await?;
-            // What was chosen by its entry in an index need not say it again.
+            // An image that its entry in an index chose need not say it again.
             (found.stored, platform.as_ref().filter(|_| found.platform.is_none()))
         }
         Platforms::All => (source.manifest().await?, None),

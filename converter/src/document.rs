@@ -174,7 +174,7 @@ mod tests {
         ] {
             assert_eq!(problem(document, Kind::Manifest), None, "{document}");
         }
-        // What docker and builders write.
+        // As docker and builders write it.
         let config = r#"{"architecture":"amd64","config":{"Labels":{"Name":"a","name":"b"},"Image":"x"},"Size":1,
             "container_config":{"Cmd":[]},"os":"linux","history":[{"created_by":"a"}],"rootfs":{"type":"layers","diff_ids":[]}}"#;
         assert_eq!(problem(config, Kind::Config), None);

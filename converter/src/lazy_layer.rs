@@ -102,7 +102,7 @@ pub async fn find_lazy_layer(
 /// The descriptor of a lazy layer, with the annotations that it may have lost.
 pub fn annotate(mut descriptor: Descriptor, lazy: Option<LazyLayer>) -> Descriptor {
     if let Some(lazy) = lazy {
-        // What stood there may have been said of another blob.
+        // Annotations that stood there may have been said of another blob.
         let mut annotations = descriptor.annotations.take().unwrap_or_default();
         annotations.retain(|key, _| !annotation::ALL.contains(&key.as_str()));
         annotations.extend(lazy.to_annotations());
@@ -122,7 +122,7 @@ pub fn dedup_range<B: AsRef<[u8]>>(lazy: &LazyLayer, index: &Index<B>) -> Option
 /// Where the footer stands in a blob that may have one.
 fn footer_start(descriptor: &Descriptor) -> Option<u64> {
     let is_zstd = media_type::ZSTD_LAYERS.contains(&descriptor.media_type.as_str());
-    // What lies elsewhere need not be here.
+    // Blobs that lie elsewhere need not be here.
     let may_have_one = is_zstd && !descriptor.is_elsewhere();
     descriptor.size.checked_sub(FOOTER_FRAME_LEN).filter(|_| may_have_one)
 }

@@ -93,7 +93,7 @@ impl LayoutName {
 }
 
 impl Selector {
-    /// What stands behind the colon.
+    /// The text behind the colon.
     fn of(text: &str) -> Self {
         match text.strip_prefix('@').map(str::parse) {
             Some(Ok(number)) => Self::Number(number),

@@ -31,7 +31,7 @@ pub mod media_type {
     /// distribution/pull_v2.go, and what registries were seen to deliver.
     const UNSAID_CONFIGS: [&str; 5] = ["", "application/octet-stream", "text/html", "text/plain", "application/json"];
 
-    /// What the type of a config says.
+    /// The meaning of a config's type.
     pub fn config_kind(media_type: &str) -> super::ConfigKind {
         match media_type.split(';').next().unwrap_or_default().trim() {
             OCI_CONFIG | DOCKER_CONFIG => super::ConfigKind::Image,
@@ -62,7 +62,7 @@ pub mod media_type {
     pub const ZSTD_LAYERS: [&str; 2] = [OCI_LAYER_ZSTD, DOCKER_LAYER_ZSTD];
 }
 
-/// What the media type of a config says of the manifest.
+/// The meaning of a config's media type for the manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConfigKind {
     /// It is that of an image.
@@ -77,7 +77,7 @@ pub enum ConfigKind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
-    /// What it points to.
+    /// The target.
     pub media_type: String,
     /// The content's digest.
     pub digest: Digest,
@@ -191,7 +191,7 @@ impl<'de> Deserialize<'de> for IndexEntry {
 }
 
 impl IndexEntry {
-    /// What it points to.
+    /// The target.
     ///
     /// # Errors
     ///

@@ -98,7 +98,7 @@ impl OciDirectoryWriter {
             self.make_directories(&blobs.join("sha256"))?;
             let Ok(presence) = File::open(&blobs) else { continue };
             flock(&presence, FlockOperation::LockShared).map_err(|error| failed(&blobs)(error.into()))?;
-            // Who gave up meanwhile may have removed what was opened.
+            // A caller that gave up meanwhile may have removed what was opened.
             let is_same = |found: fs::Metadata| presence.metadata().is_ok_and(|own| own.ino() == found.ino());
             if fs::metadata(&blobs).is_ok_and(is_same) && blobs.join("sha256").is_dir() {
                 return Ok(presence);

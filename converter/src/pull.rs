@@ -102,7 +102,7 @@ pub enum PullError {
         /// What there is.
         available: String,
     },
-    /// What the name points to is no image that can be used.
+    /// The name points to no image that can be used.
     #[error(transparent)]
     Resolve(ResolveError),
     /// containerd refused or is not there.

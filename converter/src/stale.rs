@@ -34,7 +34,7 @@ pub(crate) fn describes_layers(key: &str) -> bool {
     OF_A_MANIFEST.iter().any(|start| key.starts_with(start))
 }
 
-/// What an annotated layer keeps of its annotations when it gets another blob.
+/// The annotations that a layer keeps when it gets another blob.
 pub(crate) fn for_new_blob(notes: Option<Notes>) -> Notes {
     let mut notes = notes.unwrap_or_default();
     notes.retain(|key, _| !describes_blob(key));

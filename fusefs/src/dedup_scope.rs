@@ -32,7 +32,7 @@ pub enum DedupScope {
 pub struct UnknownScope(String);
 
 impl DedupScope {
-    /// What storage asks: layers with equal answers share content.
+    /// The question of storage: layers with equal answers share content.
     pub fn domain(self) -> fn(&Value) -> String {
         match self {
             Self::Repository => |layer| repository_of(image_of(layer)).to_owned(),

@@ -83,7 +83,7 @@ impl Drop for Log {
     }
 }
 
-/// What waits to be written.
+/// Lines that wait to be written.
 #[derive(Debug)]
 struct Queue {
     state: Mutex<State>,

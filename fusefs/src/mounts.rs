@@ -117,7 +117,7 @@ impl Mounts {
     async fn mount_in_kernel(&self, tree: Arc<Tree>, change: Change) -> Result<PathBuf, Error> {
         let pools = self.0.service.pools();
         let (service, wanted) = (self.0.service.clone(), tree.clone());
-        // What is there waits for no image that is being written.
+        // A tree that is there waits for no image that is being written.
         let (known, change) = pools.looking.run(move || (service.known_image(&wanted), change)).await;
         let (image, change) = match known {
             Some(image) => (image, change),

@@ -55,7 +55,7 @@ struct Inner {
     notifier: Option<Notifier>,
 }
 
-/// What a service has on disk, opened.
+/// The files of a service, opened.
 pub(crate) struct Stores {
     sources: Arc<dyn SourceFactory>,
     cache: Cache,
@@ -283,7 +283,7 @@ impl Service {
         Ok(opened.into_iter().flatten().collect())
     }
 
-    /// What is there already waits for no merge.
+    /// A tree that is there already waits for no merge.
     async fn load_or_merge(
         &self,
         id: TreeId,

@@ -229,7 +229,7 @@ impl Tree {
     }
 }
 
-/// What somebody looks for in a file.
+/// The thing that somebody looks for in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sought {
     /// Bytes that the layer has.

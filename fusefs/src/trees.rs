@@ -76,7 +76,7 @@ struct Making {
     is_kept: bool,
 }
 
-/// What there is of a tree that somebody wants.
+/// The state of a tree that somebody wants.
 #[derive(Debug)]
 pub(crate) enum Wanted {
     /// All of it.
@@ -92,7 +92,7 @@ pub(crate) enum Wanted {
     Absent(Attempt, Waiting),
 }
 
-/// What a release finds.
+/// The state that a release finds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Released {
     /// The tree is nobody's any longer, and these images are places of these layers no longer: no other tree is of both.

@@ -76,7 +76,7 @@ pub(crate) struct Kept {
     expires: Option<Instant>,
 }
 
-/// What is known for a host and a set of scopes.
+/// The answer that is known for a host and a set of scopes.
 #[derive(Default)]
 struct SlotState {
     kept: Option<Kept>,

@@ -31,7 +31,7 @@ pub(crate) enum Credential {
     Password { user: String, password: String },
 }
 
-/// What a configuration has for a host.
+/// The entry of a configuration for a host.
 #[derive(PartialEq, Eq)]
 pub(crate) enum Configured {
     /// In the file itself.
@@ -68,7 +68,7 @@ struct Entry {
     identitytoken: Option<String>,
 }
 
-/// What a helper answers.
+/// The answer of a helper.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct HelperAnswer {

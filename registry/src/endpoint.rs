@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(next(Some(long), 0, None).len, seconds(600));
         assert_eq!(next(None, 0, Some(seconds(120))).until, start + seconds(120));
         assert_eq!(next(None, 0, Some(seconds(86_400))).until, start + seconds(600));
-        // Who was slow and then fails rests as long as anybody who fails.
+        // A slow host that then fails rests as long as any that fails.
         let slow = Rest::next(None, start, SLOW_REST, None);
         assert_eq!(slow.len, seconds(5));
         assert_eq!(next(Some(slow), 1, None), Rest { until: start + seconds(31), len: seconds(30) });

@@ -42,7 +42,7 @@ impl FileThread {
     pub(crate) async fn run<T: Send + 'static>(&self, read: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
         let (sender, receiver) = oneshot::channel();
         let job: Job = Box::new(move || {
-            // Who has given up needs no answer.
+            // A caller that has given up needs no answer.
             if !sender.is_closed() {
                 let _ = sender.send(read());
             }

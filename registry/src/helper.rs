@@ -23,7 +23,7 @@ use crate::{
 const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest answer: tokens are some kilobytes.
 const ANSWER_LEN_MAX: u64 = 1 << 20;
-/// What is kept of a helper's complaints.
+/// The part of a helper's complaints that is kept.
 const COMPLAINT_LEN_MAX: u64 = 4 << 10;
 /// The helpers' agreed way to say that they have nothing for this host.
 const NOT_FOUND: &str = "credentials not found";
@@ -108,7 +108,7 @@ async fn run(program: &str, key: &str) -> io::Result<Output> {
 async fn read_start(pipe: Option<impl AsyncRead + Unpin>, limit: u64, may_go_on: bool) -> Vec<u8> {
     let mut start = Vec::new();
     if let Some(pipe) = pipe {
-        // What came before a failure is what there is.
+        // The bytes before a failure are all that there is.
         let mut limited = pipe.take(limit);
         let read = limited.read_to_end(&mut start).await;
         if read.is_ok() && may_go_on {

@@ -24,7 +24,7 @@ use crate::{
 /// How long the system's CA certificates count as read after TLS has failed: they may have been replaced.
 const CERTIFICATES_LIFE: Duration = Duration::from_secs(10);
 
-/// What makes connections of a host differ.
+/// The settings that make connections of a host differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Kind {
     /// Whether they go past any proxy of the environment: to loopback hosts.

@@ -9,7 +9,7 @@ use reqwest::{Response, StatusCode, header};
 
 use crate::{error::clean, transport::header_text};
 
-/// What is still to come of a blob.
+/// The part of a blob that is still to come.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Wanted {
     /// Offset in the blob of the next byte.
@@ -31,7 +31,7 @@ pub(crate) struct Head {
     pub(crate) is_page: bool,
 }
 
-/// What an answer holds.
+/// The content of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Part {
     /// How many of its bytes lie in front of the next one wanted.

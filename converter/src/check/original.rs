@@ -65,7 +65,7 @@ pub(crate) async fn compare(
         compare_notes(&place, ours.annotations.as_ref(), theirs.annotations.as_ref(), may_be_gone, findings);
         compare_origin(&place, ours, *diff_id, findings);
         if is_new {
-            // What else a descriptor says is about the blob, and that is another one.
+            // The rest of a descriptor is about the blob, and that is another one.
             compare_fields(&place, &ours.rest, &BTreeMap::new(), findings);
         } else {
             compare_fields(&place, &ours.rest, &theirs.rest, findings);
@@ -163,7 +163,7 @@ fn compare_notes(
     }
 }
 
-/// What a converted layer says of its origin.
+/// The origin that a converted layer claims.
 const SOURCE_NOTES: [&str; 3] = [annotation::SOURCE_DIGEST, annotation::SOURCE_DIFF_ID, annotation::SOURCE_OPTIONS];
 
 /// Annotations of this format.

@@ -117,7 +117,7 @@ pub fn options(root: &Path) -> DaemonOptions {
         session: SessionOptions::default(),
         mode: Mode::Fuse,
         take_over: None,
-        // What fails fails at once.
+        // A failure comes at once.
         cache: CacheOptions { patience: None, ..CacheOptions::default() },
     }
 }
