@@ -1,9 +1,8 @@
 //! Bits that many threads set and look at without locks.
 
-use std::{
-    ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::ops::Range;
+
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 const WORD_BITS: u64 = u64::BITS as u64;
 

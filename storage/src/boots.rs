@@ -8,12 +8,11 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
-    sync::Mutex,
 };
 
 use format_spec::Digest;
 
-use crate::frame_store::lock;
+use crate::sync::{Mutex, lock};
 
 /// Where the kernel says which boot this is (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";

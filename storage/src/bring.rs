@@ -8,10 +8,12 @@ use std::{ops::Range, sync::Arc, time::Instant};
 use crate::{
     dedup::{Copies, CopyPlan},
     error::ReadError,
-    frame_store::{UnkeptFrames, lock},
+    frame_store::UnkeptFrames,
     hot_pack::HotStream,
-    layer::{LayerInner, Priority},
+    layer::LayerInner,
     presence::frame_runs,
+    scheduler::Priority,
+    sync::lock,
     wait::Wait,
 };
 

@@ -18,10 +18,7 @@ use std::{
     fs, io,
     num::NonZeroU64,
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, Weak,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -43,11 +40,15 @@ use crate::{
     directory::{LayerDirectory, LayerRecord},
     disk::Disk,
     error::{CacheError, ReadError},
-    frame_store::lock,
     layer::Layer,
     places::{Place, Places},
     scheduler::{RequestOptions, Scheduler},
     source::{Source, Sources},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+        lock,
+    },
     unpack::Unpacker,
 };
 

@@ -10,20 +10,19 @@ use std::{
     io::{self, BufReader, Read},
     ops::Range,
     os::unix::fs::FileExt,
-    sync::{
-        Arc,
-        atomic::{AtomicU8, Ordering},
-    },
+    sync::Arc,
 };
 
 use format_spec::{Digest, dedup::DedupPiece, index::FRAME_PLAIN_LEN_MAX};
 
 use crate::{
     bitmap::Bitmap,
+    directory::CopySource,
     frame_store::{Epoch, FrameStore},
-    layer::LayerIndex,
+    mapping::LayerIndex,
     presence::pages_of,
     ranges::without,
+    sync::atomic::{AtomicU8, Ordering},
     wait::Wait,
 };
 
@@ -41,14 +40,6 @@ pub(crate) enum Copies {
     Sought(Vec<Arc<Wait>>),
     /// This.
     Found(Arc<CopyPlan>),
-}
-
-/// The data of a layer to copy from. It stays readable when the layer is removed.
-#[derive(Debug)]
-pub(crate) struct CopySource {
-    pub(crate) data: File,
-    /// Words of the pages that are there.
-    pub(crate) pages: Vec<u64>,
 }
 
 /// A layer that content may be copied from.

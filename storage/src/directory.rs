@@ -22,7 +22,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -32,14 +32,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    dedup::CopySource,
     disk::{Disk, DiskFile, is_lost},
-    frame_store::lock,
-    layer::LayerIndex,
-    mapping::{FileChecksum, Map},
+    mapping::{FileChecksum, LayerIndex, Map},
     presence::{Counts, PresenceBits},
-    proof::VerdictRecord,
+    sync::{Mutex, lock},
     unpack::NewIndex,
+    verdict::VerdictRecord,
 };
 
 /// Extension of files that are not whole yet.
@@ -75,6 +73,14 @@ impl LayerRecord {
 pub(crate) struct NewData {
     pub(crate) file: DiskFile,
     path: PathBuf,
+}
+
+/// The data of a layer to copy from. It stays readable when the layer is removed.
+#[derive(Debug)]
+pub(crate) struct CopySource {
+    pub(crate) data: File,
+    /// Words of the pages that are there.
+    pub(crate) pages: Vec<u64>,
 }
 
 /// The directory of one layer. Clones know of each other's [`Self::bury`].

@@ -11,10 +11,7 @@ use std::{
     io,
     ops::Range,
     path::PathBuf,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 
@@ -24,12 +21,16 @@ use tokio::sync::Notify;
 
 use crate::{
     boots::Boots,
-    dedup::CopySource,
-    directory::LayerDirectory,
+    directory::{CopySource, LayerDirectory},
     disk::DiskFile,
-    layer::LayerIndex,
+    mapping::LayerIndex,
     presence::{Counts, Presence, PresenceBits, frame_runs, needed_frames},
     proof::Proof,
+    sync::{
+        Condvar, Mutex, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        lock,
+    },
 };
 
 /// Frames kept in memory when the disk does not take them; older ones give way. At usual frame sizes a few
@@ -542,9 +543,4 @@ fn copy_overlap(piece_offset: u64, piece: &[u8], buffer_offset: u64, buffer: &mu
     let position = |offset: u64, base: u64| usize::try_from(offset - base).expect("inside a slice");
     buffer[position(start, buffer_offset)..position(end, buffer_offset)]
         .copy_from_slice(&piece[position(start, piece_offset)..position(end, piece_offset)]);
-}
-
-/// Locks; a panic elsewhere leaves these values whole, as each is changed in one step.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -17,7 +17,7 @@ use std::{
     ops::Range,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::PathBuf,
-    sync::{Mutex, OnceLock},
+    sync::OnceLock,
 };
 
 use format_spec::{
@@ -25,7 +25,10 @@ use format_spec::{
     index::{FRAME_COMPRESSED_LEN_MAX, FRAME_PLAIN_LEN_MAX},
 };
 
-use crate::{frame_store::lock, layer::LayerIndex};
+use crate::{
+    mapping::LayerIndex,
+    sync::{Mutex, lock},
+};
 
 /// First eight bytes of the file.
 const MAGIC: [u8; 8] = *b"LAZULIGP";

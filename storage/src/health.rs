@@ -5,14 +5,15 @@
 //! page is there, kept in `presence`. A page that differs, or that the disk cannot read, counts as missing and is fetched
 //! again. If the file is sealed, somebody may have it mounted: then the good pages are copied to a new one.
 
-use std::{io, ops::Range, sync::atomic::Ordering};
+use std::{io, ops::Range};
 
 use format_spec::index::PLAIN_ALIGN;
 
 use crate::{
     disk::{DiskFile, is_lost},
-    frame_store::{FrameStore, Writing, lock},
+    frame_store::{FrameStore, Writing},
     presence::{Counts, PresenceBits, pages_of},
+    sync::{atomic::Ordering, lock},
 };
 
 /// Pages that are read at once.

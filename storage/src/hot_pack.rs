@@ -4,14 +4,7 @@
 //! will bring soon waits for it. A hot pack that is wrong or breaks off is given up: whoever waited looks again, and
 //! what is missing then is fetched as frames of the layer.
 
-use std::{
-    fmt, io,
-    ops::Range,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{fmt, io, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use format_spec::{
@@ -22,11 +15,18 @@ use format_spec::{
 
 use crate::{
     decode::{DecodeError, decode},
-    frame_store::{FrameStore, lock},
-    layer::{LayerIndex, LayerInner},
+    frame_store::FrameStore,
+    incoming::Incoming,
+    layer::LayerInner,
+    mapping::LayerIndex,
     ranges::without,
     scheduler::WAIT_LEN_MAX,
-    source::{Incoming, SourceError},
+    source::SourceError,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+        lock,
+    },
     transfer::Slot,
     wait::Wait,
 };

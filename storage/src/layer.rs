@@ -4,15 +4,11 @@ use std::{
     fmt, io,
     ops::Range,
     path::PathBuf,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-        mpsc,
-    },
+    sync::{Arc, mpsc},
     time::Duration,
 };
 
-use format_spec::{Digest, Index, LazyLayer, footer::SKIPPABLE_HEADER_LEN};
+use format_spec::{Digest, LazyLayer, footer::SKIPPABLE_HEADER_LEN};
 use serde_json::Value;
 use tokio::runtime::Handle;
 
@@ -21,32 +17,23 @@ use crate::{
     directory::{LayerDirectory, LayerRecord},
     disk::is_lost,
     error::ReadError,
-    frame_store::{FrameStore, UnkeptFrames, lock},
+    frame_store::{FrameStore, UnkeptFrames},
     hot_pack::HotStream,
-    mapping::Map,
+    mapping::LayerIndex,
     places::Places,
     presence::{frame_runs, needed_frames},
-    proof::Verdict,
     read_ahead::ReadAhead,
-    scheduler::Scheduler,
+    scheduler::{Activity, Priority, Scheduler},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        lock,
+    },
+    verdict::Verdict,
 };
 
 /// Times a read fetches what it needs: more than once only if content vanishes between arrival and read.
 const READ_ATTEMPTS_MAX: u32 = 4;
-
-/// The index of a layer, mapped into memory.
-pub type LayerIndex = Index<Map>;
-
-/// How urgent bytes are. Each class has requests of its own, so a read never waits behind a prefetch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Priority {
-    /// Somebody is blocked until they are there.
-    Read,
-    /// They will be read soon: hot pack and read-ahead.
-    HotPack,
-    /// The rest.
-    Background,
-}
 
 /// How much of a layer has arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -63,17 +50,6 @@ pub struct Progress {
     pub copied_bytes: u64,
     /// Pages of 4 KiB that this process found damaged in the cache, and gave up to be fetched again.
     pub healed_pages: u64,
-}
-
-/// What is being fetched of a layer at one moment, frame by frame; not what its hot pack brings.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Activity {
-    /// Frames that somebody wants: a reader, read-ahead, or the fetching of the rest.
-    pub frames_wanted: u64,
-    /// Those of them that a request is bringing.
-    pub frames_under_way: u64,
-    /// The numbers of those that a reader is blocked for, ascending.
-    pub frames_awaited: Vec<u32>,
 }
 
 /// A layer of the cache. Cheap to clone; safe from many threads.

@@ -2,11 +2,15 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt as _};
 
+use format_spec::Index;
 use memmap2::{Mmap, UncheckedAdvice};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of a file that are read at once.
 const READ_LEN: usize = 256 << 10;
+
+/// The index of a layer, mapped into memory.
+pub type LayerIndex = Index<Map>;
 
 /// A file that is read through memory.
 #[derive(Debug)]

@@ -2,11 +2,14 @@
 //!
 //! Held here is which there are; which of them works is the scheduler's business.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::{frame_store::lock, scheduler::PlaceRef, source::Source};
+use crate::{
+    source::Source,
+    sync::{Mutex, lock},
+};
 
 /// Places that are remembered of a layer. A base layer may be part of hundreds of images; these are enough to find one
 /// that answers, and a request is not sent around for longer than a reader waits.
@@ -19,6 +22,15 @@ pub(crate) struct Place {
     pub(crate) source: Arc<dyn Source>,
     /// What the caller calls it.
     pub(crate) description: Value,
+}
+
+/// A place that a layer comes from, as the scheduler is told of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PlaceRef {
+    /// Unique in the process.
+    pub(crate) number: u64,
+    /// Places with the same key share slots.
+    pub(crate) source: Arc<str>,
 }
 
 impl Place {

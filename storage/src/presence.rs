@@ -15,7 +15,7 @@ use format_spec::{Digest, index::PLAIN_ALIGN};
 
 use crate::{
     bitmap::{self, Bitmap},
-    layer::LayerIndex,
+    mapping::LayerIndex,
 };
 
 /// First eight bytes of the file `presence`.

@@ -8,16 +8,9 @@
 //!
 //! Whether the digest of the stream is the one that an image's config names is for whoever knows the config.
 
-use std::{
-    fmt, io,
-    sync::{
-        PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{io, sync::PoisonError};
 
 use format_spec::{Digest, DigestHasher};
-use serde::{Deserialize, Serialize};
 use tar_index::{
     compare::{TarSide, UnfitStream, compare, read_tree},
     walker::TarInput,
@@ -27,67 +20,18 @@ use crate::{
     directory::LayerDirectory,
     frame_store::FrameStore,
     gaps::{Gaps, gap_ranges},
-    layer::LayerIndex,
+    mapping::LayerIndex,
+    sync::{
+        RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    verdict::{Verdict, VerdictRecord},
 };
 
 /// Longest reason that is kept, in characters: names of a stranger stand in it.
 const REASON_LEN_MAX: usize = 300;
 /// Bytes that are looked at at once when they should be zeros.
 const ZEROS_LEN: usize = 64 << 10;
-
-/// The result of a proof.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "verdict", rename_all = "snake_case")]
-pub enum Verdict {
-    /// Everything is what the tar stream says.
-    Verified {
-        /// Digest of the tar stream: the diff ID of every image that may show this layer.
-        tar: Digest,
-    },
-    /// The layer contradicts itself: nothing of it is shown any longer.
-    Refused {
-        /// One line: where, and what differs.
-        reason: String,
-    },
-}
-
-impl Verdict {
-    /// Why nothing is shown.
-    pub fn refusal(&self) -> Option<&str> {
-        match self {
-            Self::Refused { reason } => Some(reason),
-            Self::Verified { .. } => None,
-        }
-    }
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Verified { tar } => write!(f, "verified as {tar}"),
-            Self::Refused { reason } => write!(f, "refused: {reason}"),
-        }
-    }
-}
-
-/// Content of the file `verdict`.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct VerdictRecord {
-    /// Of the index that it speaks of.
-    index: Digest,
-    #[serde(flatten)]
-    verdict: Verdict,
-    /// Some of the content that it speaks of was lost since, and may have come otherwise.
-    #[serde(default)]
-    is_doubted: bool,
-}
-
-impl VerdictRecord {
-    /// Whether nothing may be shown.
-    pub(crate) fn is_refusal(&self) -> bool {
-        matches!(self.verdict, Verdict::Refused { .. })
-    }
-}
 
 /// What is known of one layer. Safe from many threads.
 #[derive(Debug)]

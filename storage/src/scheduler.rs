@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
@@ -20,15 +20,14 @@ use tokio::{
 use crate::{
     cache::CacheOptions,
     error::ReadError,
-    frame_store::lock,
-    layer::{Activity, LayerInner, Priority},
+    layer::LayerInner,
     places::{Place, Places},
+    sync::{Mutex, lock},
     transfer::{self, Request, Slot},
     wait::Wait,
 };
 
 mod health;
-mod link;
 mod machine;
 mod options;
 #[cfg(test)]
@@ -38,10 +37,9 @@ mod watch;
 
 use machine::{Effect, Machine, Waiter};
 
-pub(crate) use health::PlaceRef;
-pub(crate) use link::Link;
+pub use machine::Activity;
 pub(crate) use machine::{Fetch, Grant, Outcome, WAIT_LEN_MAX};
-pub use options::{RequestLimits, RequestOptions};
+pub use options::{Priority, RequestLimits, RequestOptions};
 
 /// How often it is looked what time has changed, as long as anything is wanted.
 const TICK: Duration = Duration::from_millis(100);

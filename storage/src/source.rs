@@ -4,12 +4,10 @@
 
 use std::{fmt, ops::Range, pin::Pin, sync::Arc, time::Duration};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use format_spec::LazyLayer;
-use futures_util::{Stream, StreamExt};
+use futures_util::Stream;
 use serde_json::Value;
-
-use crate::scheduler::Link;
 
 /// The bytes of a range, in pieces of any size, as they arrive.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, SourceError>> + Send>>;
@@ -120,86 +118,5 @@ impl Default for Sources {
 impl fmt::Debug for Sources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sources").finish_non_exhaustive()
-    }
-}
-
-/// A range that is being received: bytes are taken from its front in the lengths that they have a meaning in.
-///
-/// The scheduler sees its progress through a [`Link`], and may end it.
-pub(crate) struct Incoming {
-    stream: ByteStream,
-    link: Arc<Link>,
-    received: BytesMut,
-    /// Bytes that pass by before the next ones are taken.
-    skip: u64,
-    /// Bytes that the range has still to bring.
-    left: u64,
-    /// Where the range begins, if it is more than was asked for.
-    whole_start: Option<u64>,
-}
-
-impl Incoming {
-    /// Asks for a range.
-    pub(crate) async fn open(source: &dyn Source, range: Range<u64>, link: Arc<Link>) -> Result<Self, SourceError> {
-        let WideStream { range: found, stream } = source_turn(&link, source.fetch_wide(range.clone())).await??;
-        let skip = range.start.checked_sub(found.start).filter(|_| found.end >= range.end);
-        let skip = skip.ok_or_else(|| SourceError::unusable(format!("bytes {found:?} in place of {range:?}")))?;
-        let whole_start = (found != range).then_some(found.start);
-        let left = found.end.saturating_sub(found.start);
-        Ok(Self { stream, link, received: BytesMut::new(), skip, left, whole_start })
-    }
-
-    /// Where the source begins, if it sends all of the blob. From then on that is what is taken first; without this
-    /// call it is what was asked for.
-    pub(crate) fn take_whole(&mut self) -> Option<u64> {
-        self.whole_start.inspect(|_| self.skip = 0)
-    }
-
-    /// Lets bytes pass by before the next ones are taken.
-    pub(crate) fn skip(&mut self, len: u64) {
-        self.skip = self.skip.saturating_add(len);
-    }
-
-    /// The next `len` bytes; `on_arrival` hears of every piece that comes from the source.
-    ///
-    /// # Errors
-    ///
-    /// When the source breaks off, answers with more than the range, or the scheduler ends the request.
-    pub(crate) async fn take(&mut self, len: usize, mut on_arrival: impl FnMut(usize)) -> Result<Bytes, SourceError> {
-        loop {
-            let passed = usize::try_from(self.skip).unwrap_or(usize::MAX).min(self.received.len());
-            self.skip -= passed as u64;
-            drop(self.received.split_to(passed));
-            if self.skip == 0 && self.received.len() >= len {
-                return Ok(self.received.split_to(len).freeze());
-            }
-            let Some(piece) = source_turn(&self.link, self.stream.next()).await?.transpose()? else {
-                return Err(SourceError::passing(format!("the source's answer ended {} bytes too early", self.left)));
-            };
-            let left = self.left.checked_sub(piece.len() as u64);
-            self.left =
-                left.ok_or_else(|| SourceError::unusable("the source's answer is longer than the range asked for"))?;
-            self.link.count(piece.len());
-            on_arrival(piece.len());
-            self.received.extend_from_slice(&piece);
-        }
-    }
-}
-
-/// Waits for the source, unless the scheduler ends the request.
-async fn source_turn<T>(link: &Link, turn: impl Future<Output = T>) -> Result<T, SourceError> {
-    link.set_waiting(true);
-    let result = tokio::select! {
-        biased;
-        result = turn => Ok(result),
-        reason = link.cancelled() => Err(reason),
-    };
-    link.set_waiting(false);
-    result
-}
-
-impl fmt::Debug for Incoming {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Incoming").field("left", &self.left).finish_non_exhaustive()
     }
 }

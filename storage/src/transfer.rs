@@ -12,10 +12,12 @@ use format_spec::Frame;
 use crate::{
     decode::{DecodeError, decode},
     error::ReadError,
-    layer::{LayerInner, Priority},
+    incoming::Incoming,
+    layer::LayerInner,
+    link::Link,
     places::Place,
-    scheduler::{Fetch, Grant, InFlight, Link, Outcome, Scheduler},
-    source::{Incoming, SourceError},
+    scheduler::{Fetch, Grant, InFlight, Outcome, Priority, Scheduler},
+    source::SourceError,
 };
 
 /// Frames on their way. Dropped before it has ended, they fail.

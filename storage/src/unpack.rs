@@ -22,7 +22,10 @@ use format_spec::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::{disk::Disk, layer::LayerIndex, mapping::Map};
+use crate::{
+    disk::Disk,
+    mapping::{LayerIndex, Map},
+};
 
 /// Bytes that are read or written at once.
 const PART_LEN: usize = 128 << 10;

@@ -7,7 +7,7 @@
 use std::{
     collections::VecDeque,
     num::NonZeroU64,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -19,9 +19,11 @@ use crate::{
     decode::{DecodeError, decode},
     error::ReadError,
     layer::LayerInner,
-    proof::{ProofError, Verdict},
+    proof::ProofError,
     source::SourceError,
+    sync::atomic::Ordering,
     transfer::Slot,
+    verdict::Verdict,
 };
 
 /// Compressed bytes of one request. A step that fails is asked for again as a whole.

@@ -1,16 +1,18 @@
 //! One reader's wait for several things to arrive.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use format_spec::Digest;
 
 use crate::{
     error::ReadError,
-    frame_store::{UnkeptFrames, lock},
+    frame_store::UnkeptFrames,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+        lock,
+    },
 };
 
 type Done = Box<dyn FnOnce(Result<UnkeptFrames, ReadError>) + Send>;

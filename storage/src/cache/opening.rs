@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     io::{self, Write},
     ops::Range,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,10 +15,13 @@ use super::{CacheInner, OpeningPlace, disk_error};
 use crate::{
     directory::{LayerDirectory, LayerRecord},
     error::CacheError,
-    frame_store::{FrameStore, lock},
-    layer::{Layer, LayerIndex},
+    frame_store::FrameStore,
+    incoming::Incoming,
+    layer::Layer,
+    mapping::LayerIndex,
     places::Places,
-    source::{Incoming, SourceError, SourceErrorKind},
+    source::{SourceError, SourceErrorKind},
+    sync::{Mutex, lock},
     transfer::Slot,
     unpack::{NewIndex, UnpackError},
 };

@@ -17,7 +17,7 @@ use format_spec::index::FRAME_PLAIN_LEN_MAX;
 use tokio::{runtime::Handle, task::JoinSet};
 
 use super::CacheInner;
-use crate::layer::{Layer, Priority};
+use crate::{layer::Layer, scheduler::Priority};
 
 /// Plain bytes of a step: a request or two.
 const STEP_LEN: u64 = 8 << 20;

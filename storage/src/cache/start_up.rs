@@ -25,10 +25,13 @@ use tokio::sync::Semaphore;
 use crate::{
     dedup::{self, Copies, CopyPlan, Peer},
     directory::{LayerDirectory, LayerRecord},
-    frame_store::lock,
     hot_pack::{self, HotStream},
-    layer::{Layer, LayerIndex, LayerInner, Priority},
-    source::{Incoming, SourceError},
+    incoming::Incoming,
+    layer::{Layer, LayerInner},
+    mapping::LayerIndex,
+    scheduler::Priority,
+    source::SourceError,
+    sync::lock,
     transfer::Slot,
 };
 

@@ -1,25 +1,16 @@
 //! What is known of one place of one layer: whether it works, and when it may be asked again.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use super::options::RequestOptions;
-use crate::source::{SourceError, SourceErrorKind};
+use crate::{
+    places::PlaceRef,
+    source::{SourceError, SourceErrorKind},
+};
 
 /// Requests of one layer that a place may have at the same time as long as nothing speaks against it: no limit, as
 /// those of [`RequestOptions`] are lower.
 const WINDOW_MAX: usize = 64;
-
-/// A place that a layer comes from, as the scheduler is told of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct PlaceRef {
-    /// Unique in the process.
-    pub(crate) number: u64,
-    /// Places with the same key share slots.
-    pub(crate) source: Arc<str>,
-}
 
 /// What has been seen of it.
 #[derive(Debug)]

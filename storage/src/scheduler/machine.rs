@@ -17,16 +17,11 @@ use std::{
 use format_spec::{Digest, index::FRAME_COMPRESSED_LEN_MAX};
 
 use super::{
-    health::{PlaceRef, PlaceState},
-    link::Link,
-    options::{RequestLimits, RequestOptions},
+    health::PlaceState,
+    options::{Priority, RequestLimits, RequestOptions},
     turns::{Candidate, Taken, choose},
 };
-use crate::{
-    error::ReadError,
-    layer::{Activity, Priority},
-    source::SourceError,
-};
+use crate::{error::ReadError, link::Link, places::PlaceRef, source::SourceError};
 
 /// Longest range of one request, unless a single frame is longer; in compressed bytes. Long enough that the
 /// round trip does not show, short enough that several requests share a link fairly.
@@ -108,6 +103,17 @@ pub(crate) enum Outcome {
     Slow,
     /// Its task is gone, as when the process shuts down.
     Lost,
+}
+
+/// What is being fetched of a layer at one moment, frame by frame; not what its hot pack brings.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Activity {
+    /// Frames that somebody wants: a reader, read-ahead, or the fetching of the rest.
+    pub frames_wanted: u64,
+    /// Those of them that a request is bringing.
+    pub frames_under_way: u64,
+    /// The numbers of those that a reader is blocked for, ascending.
+    pub frames_awaited: Vec<u32>,
 }
 
 /// Number of a layer and number of a frame.

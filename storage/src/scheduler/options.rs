@@ -2,6 +2,17 @@
 
 use std::time::Duration;
 
+/// How urgent bytes are. Each class has requests of its own, so a read never waits behind a prefetch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Priority {
+    /// Somebody is blocked until they are there.
+    Read,
+    /// They will be read soon: hot pack and read-ahead.
+    HotPack,
+    /// The rest.
+    Background,
+}
+
 /// How many requests of one class run at the same time.
 ///
 /// A source that has none running may always have one, also beyond `node`: sources that do not answer never keep one

@@ -13,14 +13,13 @@ use format_spec::Digest;
 use proptest::prelude::*;
 
 use super::{
-    health::PlaceRef,
-    link::Link,
     machine::{Class, Effect, FrameState, Machine, Outcome, Waiter},
-    options::{RequestLimits, RequestOptions},
+    options::{Priority, RequestLimits, RequestOptions},
 };
 use crate::{
     error::ReadError,
-    layer::Priority,
+    link::Link,
+    places::PlaceRef,
     source::{SourceError, SourceErrorKind},
 };
 

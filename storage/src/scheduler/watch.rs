@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    health::PlaceRef,
     machine::{Class, Effect, FrameState, Machine, Outcome, Waiter},
+    options::Priority,
 };
-use crate::{layer::Priority, source::SourceError};
+use crate::{places::PlaceRef, source::SourceError};
 
 /// A request below this rate loses its slot when somebody else waits for one, shares the place with it, or there is
 /// another place: less than a modem, and no layer of a usable size comes at it within a reader's patience.
