@@ -13,6 +13,7 @@ pub mod dedup;
 pub mod digest;
 pub mod footer;
 pub mod index;
+pub mod signature;
 pub mod table;
 
 pub use annotation::{IndexLocation, LayerId, LazyLayer};
@@ -20,4 +21,5 @@ pub use builder::{BlobTail, CompressedIndex, IndexBuilder, LayerData};
 pub use digest::{Digest, DigestHasher};
 pub use footer::Footer;
 pub use index::{Dirent, Extent, Frame, HotFrame, HotPiece, Index, Inode};
+pub use signature::{KeyId, LayerSignatures, PublicKey, SigningKey};
 pub use table::FormatError;

@@ -5,7 +5,7 @@ use std::mem::offset_of;
 
 use format_spec::{
     Dirent, Extent, Footer, Frame, HotFrame, HotPiece, Inode, annotation, dedup, dedup::DedupPiece, footer,
-    footer::SkippableKind, index, table,
+    footer::SkippableKind, index, signature, table,
 };
 use format_spec::{
     index::{DedupLocation, Xattr, XattrSet, section},
@@ -153,6 +153,13 @@ fn annotations_are_those_of_the_specification() {
     for name in [annotation::SOURCE_DIGEST, annotation::SOURCE_DIFF_ID, annotation::SOURCE_OPTIONS] {
         assert!(SPEC.contains(&format!("`{name}` is ")), "{name}");
     }
+}
+
+#[test]
+fn signatures_are_those_of_the_specification() {
+    assert_eq!(rows("### 8.1 Signatures")[0][0], signature::SIGNATURE);
+    assert!(SPEC.contains(&format!("each with a line feed: `{}`,", signature::CONTEXT)));
+    assert!(SPEC.contains(&format!("1 to {} signatures of different keys", signature::SIGNATURES_MAX)));
 }
 
 #[test]
