@@ -195,7 +195,7 @@ impl ConversionCache {
         if let Some(known) = learned
             && is_available(&known, destination).await?
         {
-            match check_all(destination, &known.layer, key.diff_id).await {
+            match check_all(&destination.to_source(), &known.layer, key.diff_id).await {
                 Ok(()) => {
                     // Not into the directory: what somebody else has made serves nobody but this image.
                     lock(&self.own).insert(key.clone(), known.clone());
@@ -231,7 +231,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The descriptor of a layer at the destination.
+/// A descriptor of a layer.
 fn descriptor_of(layer: &LazyLayer) -> Descriptor {
     Descriptor {
         digest: layer.blob,
@@ -255,10 +255,10 @@ async fn check_end(destination: &ImageDestination, layer: &LazyLayer) -> Result<
     Index::from_compressed(&compressed, &layer.index).map(drop).map_err(|error| error.to_string())
 }
 
-/// Whether a layer at the destination, of which nothing is known, is all that a conversion of the layer `diff_id`
-/// would be; the reason where it is not. Reads all of it.
-async fn check_all(destination: &ImageDestination, layer: &LazyLayer, diff_id: Digest) -> Result<(), String> {
-    let checked = check_layer(&destination.to_source(), &descriptor_of(layer), diff_id).await;
+/// Whether a layer of which nothing is known is all that a conversion of the layer `diff_id` would be; the reason
+/// where it is not. Reads all of it.
+pub(crate) async fn check_all(source: &ImageSource, layer: &LazyLayer, diff_id: Digest) -> Result<(), String> {
+    let checked = check_layer(source, &descriptor_of(layer), diff_id, &[]).await;
     let checked = checked.map_err(|error| error.to_string())?;
     match (checked.findings.first(), checked.not_checked.first()) {
         (Some(finding), _) => Err(finding.to_string()),

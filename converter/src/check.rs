@@ -15,9 +15,10 @@ use std::{io::Read, sync::Arc};
 
 use bytes::Bytes;
 use format_spec::{
-    Digest, DigestHasher, Footer, Index, LazyLayer,
+    Digest, DigestHasher, Footer, Index, LazyLayer, PublicKey,
     annotation::{self, AnnotationError},
     footer::FOOTER_FRAME_LEN,
+    signature::SIGNATURE,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 
@@ -34,6 +35,7 @@ use crate::{
     manifest::{Descriptor, media_type},
     platform::Platform,
     resolve::{ResolveError, resolve_image},
+    sign::{SignatureFacts, signature_facts, signatures_of},
 };
 
 /// Layers checked side by side: hashing keeps a processor busy with each, and each may hold a large index.
@@ -58,7 +60,8 @@ pub enum CheckError {
     },
 }
 
-/// Checks the image for `platform` at `source`, against the one at `original` where that is given.
+/// Checks the image for `platform` at `source`, against the one at `original` where that is given. With `keys` each
+/// lazy layer must have a signature of one of them.
 ///
 /// `layer_done` is told of each layer, lowest first.
 ///
@@ -69,6 +72,7 @@ pub async fn check_image(
     source: &ImageSource,
     original: Option<&ImageSource>,
     platform: Option<&Platform>,
+    keys: &[PublicKey],
     layer_done: impl Fn(&LayerCheck),
 ) -> Result<CheckReport, CheckError> {
     let image = resolve_image(source, platform).await?;
@@ -78,7 +82,7 @@ pub async fn check_image(
     };
     let mut findings = Findings::default();
     let layers: Vec<LayerCheck> = stream::iter(image.manifest.layers.iter().zip(&image.diff_ids))
-        .map(|(descriptor, diff_id)| check_layer(source, descriptor, *diff_id))
+        .map(|(descriptor, diff_id)| check_layer(source, descriptor, *diff_id, keys))
         .buffered(LAYERS_AT_ONCE)
         .inspect_ok(|layer| layer_done(layer))
         .try_collect()
@@ -105,10 +109,16 @@ pub(crate) async fn check_layer(
     source: &ImageSource,
     descriptor: &Descriptor,
     diff_id: Digest,
+    keys: &[PublicKey],
 ) -> Result<LayerCheck, CheckError> {
     let mut findings = Findings::default();
     let open = open_layer(source, descriptor, &mut findings).await;
     let is_lazy = open.is_lazy;
+    let index = open.layer.as_ref().map(|layer| layer.lazy.index.digest);
+    let signatures = match is_lazy {
+        true => check_signatures(descriptor, index, diff_id, keys, &mut findings),
+        false => Vec::new(),
+    };
     let passed = read_layer(source, descriptor, is_lazy, open.layer).await?;
     findings.append(passed.findings);
     if let Some((found, _)) = passed.tar
@@ -122,6 +132,7 @@ pub(crate) async fn check_layer(
         media_type: descriptor.media_type.clone(),
         blob_len: descriptor.size,
         is_lazy,
+        signatures,
         tar_digest: passed.tar.map(|(digest, _)| digest),
         tar_len: passed.tar.map(|(_, len)| len),
         counts: passed.counts,
@@ -279,6 +290,42 @@ fn compare_annotations(descriptor: &Descriptor, expected: &LazyLayer, findings: 
             findings.add(Part::Annotation, format!("annotation {key}"), format!("it is {found}, expected {expected}"));
         }
     }
+}
+
+/// The signatures of a lazy layer. Those of other keys than the given ones prove nothing and are no finding.
+fn check_signatures(
+    descriptor: &Descriptor,
+    index: Option<Digest>,
+    diff_id: Digest,
+    keys: &[PublicKey],
+    findings: &mut Findings,
+) -> Vec<SignatureFacts> {
+    let mut add = |problem: String| findings.add(Part::Signature, format!("annotation {SIGNATURE}"), problem);
+    let missing = || "there is no signature of the given keys".to_owned();
+    let (signed, index) = match (signatures_of(descriptor), index) {
+        (Some(Ok(signed)), Some(index)) => (signed, index),
+        (Some(Err(error)), _) => {
+            add(error.to_string());
+            return Vec::new();
+        }
+        (None, _) | (_, None) => {
+            if !keys.is_empty() {
+                add(missing());
+            }
+            return Vec::new();
+        }
+    };
+    if signed.tar != diff_id {
+        add(format!("it is about the tar stream {}, the diff ID in the config is {diff_id}", signed.tar));
+    }
+    let facts = signature_facts(&signed, &index, keys);
+    for wrong in facts.iter().filter(|facts| facts.is_verified == Some(false)) {
+        add(format!("that of key {} does not verify", wrong.key));
+    }
+    if !keys.is_empty() && facts.iter().all(|facts| facts.is_verified.is_none()) {
+        add(missing());
+    }
+    facts
 }
 
 /// What the last bytes of a zstd blob say.

@@ -1,6 +1,6 @@
 //! `lazuli check`: flags in, one line for everything that is wrong.
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 use converter::{
@@ -8,6 +8,7 @@ use converter::{
     image::ImageSource,
     location::Location,
     platform::Platform,
+    sign::read_public_keys,
 };
 use indicatif::HumanBytes;
 
@@ -22,6 +23,9 @@ pub(crate) struct CheckArguments {
     /// The image that it was converted from: compares config, tar streams and annotations
     #[arg(long, value_name = "ORIGINAL")]
     against: Option<Location>,
+    /// Each lazy layer must be signed with one of the Ed25519 public keys in this PEM file; can be repeated
+    #[arg(long, value_name = "FILE")]
+    key: Vec<PathBuf>,
     /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
     #[arg(long)]
     platform: Option<Platform>,
@@ -40,7 +44,9 @@ const INCOMPLETE: u8 = 3;
 
 /// Checks, and prints what was found; an image with findings is an error.
 pub(crate) async fn run(arguments: CheckArguments) -> Result<ExitCode, String> {
-    let CheckArguments { image, against, platform, registries, allow_unchecked, json } = arguments;
+    let CheckArguments { image, against, key, platform, registries, allow_unchecked, json } = arguments;
+    let keys = key.iter().map(|path| read_public_keys(path)).collect::<Result<Vec<_>, _>>();
+    let keys = keys.map_err(|error| error.to_string())?.concat();
     let client = registries.into_client();
     let named = image.to_string();
     let spool = std::env::temp_dir();
@@ -59,7 +65,7 @@ pub(crate) async fn run(arguments: CheckArguments) -> Result<ExitCode, String> {
                 print_layer(layer);
             }
         };
-        let report = check_image(&source, original.as_ref(), platform.as_ref(), print).await;
+        let report = check_image(&source, original.as_ref(), platform.as_ref(), &keys, print).await;
         report.map_err(|error: CheckError| fail_with(&named, &error))
     };
     let report: CheckReport = report.await?;
@@ -101,6 +107,9 @@ fn print_layer(layer: &LayerCheck) {
         count => format!("{count} findings"),
     };
     println!("layer {digest}: {verdict} ({})", words.join(", "));
+    for signature in &layer.signatures {
+        println!("layer {digest}: signed by key {signature}");
+    }
     for finding in &layer.findings {
         println!("layer {digest}: {finding}");
     }

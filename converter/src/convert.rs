@@ -5,7 +5,7 @@
 
 use std::{num::NonZeroUsize, sync::Arc, time::Instant};
 
-use format_spec::{Digest, FormatError, annotation::FORMAT_VERSION};
+use format_spec::{Digest, FormatError, SigningKey, annotation::FORMAT_VERSION};
 use tar_index::TREE_GENERATION;
 
 use crate::{
@@ -49,13 +49,15 @@ pub struct ConvertOptions {
     pub jobs: NonZeroUsize,
     /// What goes into hot packs.
     pub hot_pack: HotPackChoice,
+    /// Keys that sign every lazy layer.
+    pub sign: Arc<[SigningKey]>,
 }
 
 impl ConvertOptions {
     /// What changes the result of converting a layer, as a text: equal texts mean equal results.
     fn shape(&self) -> String {
         // All fields are named here, so that a new one is thought about.
-        let Self { platforms: _, referrers: _, cache: _, level, jobs: _, hot_pack } = self;
+        let Self { platforms: _, referrers: _, cache: _, level, jobs: _, hot_pack, sign: _ } = self;
         let hot_pack = match hot_pack {
             HotPackChoice::Derived => "derived".to_owned(),
             HotPackChoice::Profile { digest, .. } => digest.to_string(),
@@ -101,6 +103,14 @@ pub enum ConvertError {
         digest: Digest,
         /// The diff IDs.
         diff_ids: Box<[Digest; 2]>,
+    },
+    /// A layer that was lazy already is not what its index or the config says.
+    #[error("layer {digest}: it cannot be signed as it is: {reason}")]
+    NotSigned {
+        /// The blob.
+        digest: Digest,
+        /// What is wrong with it.
+        reason: String,
     },
     /// Finding out whether a layer is lazy already.
     #[error(transparent)]
@@ -162,6 +172,7 @@ pub async fn convert(
         compressor: Arc::new(compressor),
         layers_at_once,
         hot_pack: &options.hot_pack,
+        sign: &options.sign,
         cache: ConversionCache::open(options.cache.as_ref(), destination).await,
         shape: options.shape(),
         platform,
@@ -188,6 +199,7 @@ pub async fn convert(
         source_len: sum(|layer| layer.source_len),
         target_len: sum(|layer| layer.target_len),
         plain_len: sum(|layer| layer.content.map_or(0, |content| content.plain_len)),
+        signed_by: options.sign.iter().map(|key| key.public().id().to_string()).collect(),
         uploaded_len: sum(|layer| if layer.uploaded { layer.target_len } else { 0 }),
         images: made.images,
         artifacts: made.artifacts,
@@ -204,6 +216,7 @@ pub(crate) struct Conversion<'a> {
     pub(crate) compressor: Arc<Compressor>,
     pub(crate) layers_at_once: usize,
     pub(crate) hot_pack: &'a HotPackChoice,
+    pub(crate) sign: &'a [SigningKey],
     pub(crate) cache: ConversionCache,
     /// [`ConvertOptions::shape`].
     pub(crate) shape: String,

@@ -16,6 +16,7 @@ use converter::{
     location::Location,
     platform::Platform,
     report::Report,
+    sign::{KeyFileError, read_signing_key},
     start_up::HotPackChoice,
 };
 use format_spec::Digest;
@@ -65,6 +66,9 @@ pub(crate) struct ConvertArguments {
     /// Leave hot packs out: the result is smaller, its first start slower
     #[arg(long)]
     no_hot_pack: bool,
+    /// Sign each lazy layer with the Ed25519 private key in this file, PKCS#8 in PEM or DER; can be repeated
+    #[arg(long, value_name = "KEYFILE")]
+    sign: Vec<PathBuf>,
     #[command(flatten)]
     registries: RegistryArguments,
     /// Print a report as JSON
@@ -87,6 +91,7 @@ pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
         jobs,
         profile,
         no_hot_pack,
+        sign,
         registries,
         json,
     } = arguments;
@@ -97,6 +102,8 @@ pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
         (None, true) => HotPackChoice::None,
         (None, false) => HotPackChoice::Derived,
     };
+    let sign = sign.iter().map(|path| read_signing_key(path)).collect::<Result<_, _>>();
+    let sign = sign.map_err(|error: KeyFileError| error.to_string())?;
     let named = source.to_string();
     if let Some(directory) = &cache {
         std::fs::create_dir_all(directory).map_err(|error| format!("{}: {error}", directory.display()))?;
@@ -113,7 +120,7 @@ pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
                 images: open_all(cache_from, &client).await?,
             }),
         };
-        let options = ConvertOptions { platforms, referrers, cache, level, jobs, hot_pack };
+        let options = ConvertOptions { platforms, referrers, cache, level, jobs, hot_pack, sign };
         convert(&source, &destination, &options, progress::observer(json)).await
     };
     let report = report.await.map_err(|error: ConvertError| fail_with(&named, &error))?;
@@ -170,5 +177,6 @@ fn print(report: &Report, json: bool) {
             report.plain_len as f64 / 1e6 / report.seconds.max(0.001)
         );
     }
+    report.signed_by.iter().for_each(|key| eprintln!("signed by key {key}"));
     println!("{} {}", report.destination, report.digest);
 }

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use format_spec::{Digest, HotPiece, Index, LazyLayer};
+use format_spec::{Digest, HotPiece, Index, LazyLayer, SigningKey};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use storage::ByteStream;
 use tokio::runtime::Handle;
@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use crate::{
     blob_reader::BlobReader,
     blob_thread::{self, Pieces},
-    cache::{ConversionKey, annotations_of},
+    cache::{ConversionKey, annotations_of, check_all},
     convert::{Conversion, ConvertError},
     convert_index::NewManifest,
     destination::EarlyUpload,
@@ -26,6 +26,7 @@ use crate::{
     manifest::{Descriptor, media_type},
     report::{ImageReport, LayerContent, LayerReport},
     resolve::ResolvedImage,
+    sign::sign,
     spool::Spool,
     stale::for_new_layers,
     start_up::{HotPackChoice, ReadableLayer, choose_hot_pieces},
@@ -57,12 +58,16 @@ enum Finished {
 
 impl Finished {
     /// What points to it now, where `original` pointed to the original: of two descriptors of one blob each keeps
-    /// its own annotations.
-    fn descriptor(&self, original: &Descriptor) -> Descriptor {
-        match self {
-            Self::CarriedOver(lazy) => annotate(original.clone(), *lazy),
-            Self::Converted(layer, key) => lazy_descriptor(original.clone(), layer, key),
+    /// its own annotations. Lazy ones, of which the tar stream is `diff_id`, are signed with `keys`.
+    fn descriptor(&self, original: &Descriptor, diff_id: Digest, keys: &[SigningKey]) -> Descriptor {
+        let (mut descriptor, lazy) = match self {
+            Self::CarriedOver(lazy) => (annotate(original.clone(), *lazy), *lazy),
+            Self::Converted(layer, key) => (lazy_descriptor(original.clone(), layer, key), Some(*layer)),
+        };
+        if let Some(lazy) = lazy {
+            sign(&mut descriptor, &lazy, diff_id, keys);
         }
+        descriptor
     }
 }
 
@@ -125,7 +130,7 @@ impl Conversion<'_> {
             let (finished, report) = &done[&layer.digest];
             has_new_blobs |= report.target_digest != layer.digest;
             reports.push(report.clone());
-            *layer = finished.descriptor(layer);
+            *layer = finished.descriptor(layer, report.diff_id, self.sign);
         }
         if has_new_blobs {
             for_new_layers(&mut image.manifest.annotations);
@@ -222,6 +227,11 @@ impl Conversion<'_> {
         self.observer.layer_starts(pending.number, &digest, pending.descriptor.size);
         let lazy = find_lazy_layer(self.source, &pending.descriptor).await?;
         let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&pending.descriptor.media_type.as_str());
+        if let Some(lazy) = lazy.filter(|_| !self.sign.is_empty()) {
+            // Who made it is not known, and whoever believes the key believes this.
+            let checked = check_all(self.source, &lazy, pending.diff_id).await;
+            checked.map_err(|reason| ConvertError::NotSigned { digest, reason })?;
+        }
         let state = if lazy.is_some() || !is_convertible {
             let uploaded = self.carry_over(pending.number, &pending.descriptor).await?;
             Preparation::CarriedOver { uploaded, lazy }
@@ -280,7 +290,7 @@ impl Conversion<'_> {
                 (Finished::Converted(layer, key), Some(content), uploaded)
             }
         };
-        let target = finished.descriptor(&descriptor);
+        let target = finished.descriptor(&descriptor, diff_id, self.sign);
         let report = LayerReport {
             source_digest,
             source_len,

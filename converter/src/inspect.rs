@@ -19,6 +19,7 @@ use crate::{
     manifest::Descriptor,
     platform::Platform,
     resolve::{ResolveError, resolve_image},
+    sign::signatures_of,
 };
 
 /// Layers asked for side by side.
@@ -75,6 +76,8 @@ pub struct LayerFacts {
     pub compressed_len: u64,
     /// What makes it lazy; `None` for an ordinary layer.
     pub lazy_by: Option<LazyBy>,
+    /// Ids of the keys of which it has signatures, by its own word: nothing is verified here.
+    pub signed_by: Vec<String>,
     /// What its index says.
     #[serde(flatten)]
     pub lazy: Option<LazyFacts>,
@@ -236,6 +239,7 @@ pub async fn inspect_image(
             media_type: descriptor.media_type.clone(),
             compressed_len: descriptor.size,
             lazy_by: open.as_ref().map(|open| open.lazy_by),
+            signed_by: open.as_ref().map(|_| signed_by(descriptor)).unwrap_or_default(),
             lazy: facts,
         });
     }
@@ -259,6 +263,11 @@ async fn open_layer(source: &ImageSource, descriptor: &Descriptor) -> Result<Opt
         pieces = dedup::decompress(&compressed, section, index.space_len()).map_err(failed)?;
     }
     Ok(Some(OpenLayer { lazy, lazy_by, index, pieces }))
+}
+
+fn signed_by(descriptor: &Descriptor) -> Vec<String> {
+    let signed = signatures_of(descriptor).and_then(Result::ok);
+    signed.into_iter().flat_map(|signed| signed.signatures).map(|signature| signature.key.to_string()).collect()
 }
 
 /// What one index says by itself.

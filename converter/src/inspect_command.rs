@@ -179,6 +179,11 @@ fn summary(facts: &ImageFacts) -> String {
     lines.push(format!("twice     {twice} within a layer; below: {below} that a lower layer has"));
     let among = if total.lazy_layers < count { " (ordinary layers not looked at)" } else { "" };
     lines.push(format!("hidden    {} that later layers replace or delete{among}", bytes(total.hidden_len)));
+    for (number, layer) in numbered(&facts.layers).filter(|(_, layer)| layer.lazy.is_some()) {
+        let keys = layer.signed_by.join(", ");
+        let signed = if keys.is_empty() { "not signed".to_owned() } else { format!("signed by key {keys}") };
+        lines.push(format!("signature layer {number}: {signed}"));
+    }
     format!("\n{}\n", lines.join("\n"))
 }
 

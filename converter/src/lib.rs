@@ -36,6 +36,7 @@ pub mod pull;
 mod referrers;
 pub mod report;
 pub mod resolve;
+pub mod sign;
 pub mod spool;
 mod stale;
 pub mod start_up;

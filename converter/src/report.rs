@@ -26,6 +26,8 @@ pub struct Report {
     pub plain_len: u64,
     /// Bytes of layers that went to the destination.
     pub uploaded_len: u64,
+    /// Ids of the keys that signed every lazy layer.
+    pub signed_by: Vec<String>,
     /// How long it took.
     pub seconds: f64,
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use format_spec::{Digest, annotation};
+use format_spec::{Digest, annotation, signature::SIGNATURE};
 use serde_json::Value;
 
 use super::{
@@ -153,7 +153,8 @@ fn compare_notes(
             findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
         }
     }
-    let is_of_this_format = |key: &str| annotation::ALL.contains(&key) || SOURCE_NOTES.contains(&key);
+    let is_of_this_format =
+        |key: &str| annotation::ALL.contains(&key) || SOURCE_NOTES.contains(&key) || key == SIGNATURE;
     for (key, found) in ours.into_iter().flatten() {
         let is_theirs = theirs.is_some_and(|theirs| theirs.contains_key(key));
         if !is_theirs && !is_of_this_format(key) {

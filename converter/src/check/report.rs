@@ -5,7 +5,7 @@ use std::fmt;
 use format_spec::Digest;
 use serde::Serialize;
 
-use crate::image::one_line;
+use crate::{image::one_line, sign::SignatureFacts};
 
 /// What a finding is about; the words are those of the JSON report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -17,6 +17,8 @@ pub enum Part {
     Config,
     /// An annotation of a layer descriptor.
     Annotation,
+    /// A signature of a layer.
+    Signature,
     /// The blob as a whole.
     Blob,
     /// What stands where in a blob.
@@ -67,6 +69,8 @@ pub struct LayerCheck {
     pub blob_len: u64,
     /// Whether it is lazy, by its annotations or its footer.
     pub is_lazy: bool,
+    /// Who has signed it.
+    pub signatures: Vec<SignatureFacts>,
     /// Digest of the tar stream as it was read; `None` where it could not be read to its end.
     pub tar_digest: Option<Digest>,
     /// Length of the tar stream as it was read.
