@@ -1,10 +1,12 @@
 //! A source blob as it streams in: its digest and length are checked on the way, its compression is
-//! detected by its first bytes.
+//! detected by its first bytes. The digest is made on a thread of its own.
 
 use std::io::{self, BufRead, Read};
 
 use bytes::{Buf, Bytes};
-use format_spec::{Digest, DigestHasher};
+use format_spec::Digest;
+
+use crate::stages::DigestThread;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();
@@ -15,6 +17,9 @@ pub(crate) const MAGIC_LEN: usize = 4;
 /// The largest window of a zstd frame that is decoded, as a power of two: 512 MiB, as containerd's library has it.
 /// libzstd by itself stops at 128 MiB. It is a bound: memory is used as far as there is content.
 const WINDOW_LOG_MAX: u32 = 29;
+
+/// Pieces are hashed when they have this length together: those of a network may be short.
+const HASHED_LEN_MIN: usize = 256 << 10;
 
 /// How a stream is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +110,8 @@ pub struct BlobReader<P> {
     piece: Bytes,
     digest: Digest,
     len: u64,
-    hasher: DigestHasher,
+    /// Gone when its digest was compared.
+    hasher: Option<DigestThread>,
     read_len: u64,
     is_at_end: bool,
     failure: Option<BlobError>,
@@ -119,7 +125,7 @@ impl<P: Iterator<Item = Result<Bytes, String>>> BlobReader<P> {
             piece: Bytes::new(),
             digest,
             len,
-            hasher: DigestHasher::default(),
+            hasher: Some(DigestThread::new(HASHED_LEN_MIN)),
             read_len: 0,
             is_at_end: false,
             failure: None,
@@ -141,7 +147,7 @@ impl<P: Iterator<Item = Result<Bytes, String>>> BlobReader<P> {
                     if self.read_len > self.len {
                         return self.fail(BlobError::TooLong(self.len));
                     }
-                    self.hasher.update(&piece);
+                    self.hasher.iter_mut().for_each(|hasher| hasher.update(piece.clone()));
                     return Ok(piece);
                 }
             }
@@ -164,8 +170,11 @@ impl<P: Iterator<Item = Result<Bytes, String>>> BlobReader<P> {
         if self.read_len < self.len {
             return self.fail(BlobError::Truncated { expected: self.len, found: self.read_len });
         }
-        let found = self.hasher.clone().finish();
-        if found == self.digest { Ok(()) } else { self.fail(BlobError::Digest(found)) }
+        match self.hasher.take().map(DigestThread::finish) {
+            Some(found) if found != self.digest => self.fail(BlobError::Digest(found)),
+            // Or it was compared before, as failures are kept.
+            _ => Ok(()),
+        }
     }
 
     /// The plain stream in the blob: gzip of any number of members, zstd of any number of frames, or bare.

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use crate::blob_reader::BlobReader;
 
 /// Pieces that wait for the thread; registry and file pieces have up to 256 KiB.
-const PIECES_WAITING_MAX: usize = 16;
+const PIECES_WAITING_MAX: usize = 8;
 
 /// The pieces of a blob, as the thread that works on it takes them.
 #[derive(Debug)]

@@ -130,12 +130,12 @@ fn work(compressor: &mut zstd::bulk::Compressor<'_>, receiver: &Mutex<Receiver<J
         let job = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { sequence, plain, done }) = job else { return };
         scratch.clear();
-        scratch.reserve(zstd::zstd_safe::compress_bound(plain.len()));
-        let compressed = compressor.compress_to_buffer(&plain, &mut scratch).map(|_| {
+        scratch.reserve(zstd::zstd_safe::compress_bound(plain.bytes.len()));
+        let compressed = compressor.compress_to_buffer(&plain.bytes[..], &mut scratch).map(|_| {
             let digest = Digest::of(&scratch);
             (scratch.as_slice().to_vec(), digest)
         });
-        let contents = plain.contents.iter().map(|content| Digest::of(&plain[content.clone()])).collect();
+        let contents = plain.contents.iter().map(|content| Digest::of(&plain.bytes[content.clone()])).collect();
         // A layer that failed meanwhile no longer listens.
         let _ = done.send(CompressedFrame { sequence, plain, contents, compressed });
     }

@@ -1,9 +1,11 @@
 //! Converts one layer: a stream of the original blob in, a lazy layer blob in a file out.
 //!
-//! First the frames are written. The calling thread decompresses, walks the tar stream and cuts it; the
-//! compressor's threads make frames; one more thread puts them in order, hashes and writes. Everything
-//! between them is bounded by the compressor's buffers. What goes behind the frames waits until it is
-//! known what of the layer a start-up reads, for which all layers of the image are needed.
+//! First the frames are written, in stages that each have a thread of their own, so that a layer takes as long as the
+//! slowest of them, which is decompressing it: the blob's digest, decompression, walking the tar stream and cutting it
+//! (the calling thread), the digest of the tar stream, making frames (all threads of the compressor), and putting them
+//! in order, hashing and writing them. Everything between them is bounded, by queues or by the compressor's buffers.
+//! What goes behind the frames waits until it is known what of the layer a start-up reads, for which all layers of the
+//! image are needed.
 //!
 //! The result depends on the input, the level and the hot pieces only.
 
@@ -21,7 +23,7 @@ use std::{
 
 use bytes::Bytes;
 use format_spec::{
-    BlobTail, CompressedIndex, Digest, DigestHasher, FormatError, Frame, HotPiece, Index, LayerData, LazyLayer,
+    BlobTail, CompressedIndex, Digest, FormatError, Frame, HotPiece, Index, LayerData, LazyLayer,
     builder::BuildError,
     dedup,
     footer::{EMPTY_FRAME, Footer, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
@@ -43,6 +45,7 @@ use crate::{
     hot_pack::HotPack,
     plain::{PlainFrame, PlainStream},
     spool::Spool,
+    stages::{DigestThread, ReadAhead},
 };
 
 /// What conversion found in a layer.
@@ -113,12 +116,14 @@ pub enum LayerError {
 /// # Errors
 ///
 /// When the blob is not what its descriptor says or no layer, or `spool` cannot be written.
-pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
+pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>> + Send>(
     mut blob: BlobReader<P>,
     mut spool: Spool,
     compressor: &Compressor,
 ) -> Result<SpooledLayer, LayerError> {
-    let output = &mut spool;
+    let (source, output) = (&mut blob, &mut spool);
+    // No frame waits for others there: it holds a buffer.
+    let mut tar_digest = DigestThread::new(0);
     let (walked, written) = thread::scope(|scope| {
         let (done, frames) = channel();
         let writer = scope.spawn(|| write_frames(frames, output));
@@ -127,13 +132,12 @@ pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
             if writer.is_finished() {
                 return Err(io::Error::other("the writer has failed"));
             }
+            tar_digest.update(plain.bytes.clone());
             let sequence = sequence.next().expect("fewer frames than numbers");
             compressor.compress(sequence, plain, done.clone())
         };
-        let walked = blob
-            .decompress()
-            .map_err(|error| TarError::Io(error).into())
-            .and_then(|plain| walk(PlainStream::new(plain, compressor.buffers(), sink), compressor.sizes()));
+        let plain = ReadAhead::start(scope, || source.decompress());
+        let walked = walk(PlainStream::new(plain, compressor.buffers(), sink), compressor.sizes());
         drop(done);
         (walked, writer.join().expect("the writer does not panic"))
     });
@@ -143,7 +147,7 @@ pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
         blob.finish()?;
     }
     let (tree, tar_len) = walked?;
-    let Written { frames, pieces, tar_hasher, .. } = written;
+    let Written { frames, pieces, .. } = written;
     if frames.is_empty() {
         spool.write(&EMPTY_FRAME).map_err(LayerError::Write)?;
     }
@@ -156,7 +160,7 @@ pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>>>(
         ..LayerData::default()
     };
     let facts = LayerFacts {
-        diff_id: tar_hasher.finish(),
+        diff_id: tar_digest.finish(),
         tar_len,
         frame_count: frames.len() as u64,
         inode_count: built.inode_count,
@@ -268,7 +272,6 @@ struct Written {
     frames: Vec<Frame>,
     pieces: Vec<ContentPiece>,
     tar_len: u64,
-    tar_hasher: DigestHasher,
 }
 
 /// Writes frames in their order as they come back.
@@ -282,7 +285,6 @@ fn write_frames(frames: Receiver<CompressedFrame>, output: &mut Spool) -> io::Re
             let (compressed, digest) = frame.compressed?;
             let blob_offset = output.len();
             output.write(&compressed)?;
-            written.tar_hasher.update(&frame.plain);
             let tar_position = |position: usize| written.tar_len + position as u64;
             let tar = |content: &Range<usize>| tar_position(content.start)..tar_position(content.end);
             let pieces = frame.plain.contents.iter().zip(&frame.contents);
@@ -292,10 +294,10 @@ fn write_frames(frames: Receiver<CompressedFrame>, output: &mut Spool) -> io::Re
                 blob_offset: blob_offset.into(),
                 tar_offset: written.tar_len.into(),
                 compressed_len: len(&compressed).into(),
-                plain_len: len(&frame.plain).into(),
+                plain_len: len(&frame.plain.bytes).into(),
                 digest: *digest.as_bytes(),
             });
-            written.tar_len += frame.plain.len() as u64;
+            written.tar_len += frame.plain.bytes.len() as u64;
         }
     }
     Ok(written)

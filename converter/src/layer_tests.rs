@@ -22,7 +22,7 @@ fn convert(source: &[u8], piece_len: usize, jobs: usize) -> Result<(Converted, V
 }
 
 fn convert_blob(
-    blob: BlobReader<impl Iterator<Item = Result<Bytes, String>>>,
+    blob: BlobReader<impl Iterator<Item = Result<Bytes, String>> + Send>,
     jobs: usize,
 ) -> Result<(Converted, Vec<u8>), LayerError> {
     let compressor = Compressor::new(&FrameOptions::default(), jobs, 1).unwrap();

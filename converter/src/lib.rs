@@ -38,6 +38,7 @@ pub mod report;
 pub mod resolve;
 pub mod sign;
 pub mod spool;
+mod stages;
 mod stale;
 pub mod start_up;
 pub mod status;

@@ -1,18 +1,19 @@
 //! The plain tar stream on its way through the walker, cut into frames without copying what is in them.
 //!
-//! Bytes are decompressed straight into the buffer that becomes the frame. Buffers come from a pool of
-//! fixed size, which bounds the memory of a conversion: who needs one waits until a frame is written.
+//! Bytes are read straight into the buffer that becomes the frame. Buffers come from a pool of fixed size, which
+//! bounds the memory of a conversion: who needs one waits until a frame is written.
 
 use std::{
     collections::VecDeque,
     io::{self, Read},
-    ops::{Deref, Range},
+    ops::Range,
     sync::{Arc, Condvar, Mutex, PoisonError},
 };
 
+use bytes::Bytes;
 use tar_index::walker::TarInput;
 
-/// Most bytes asked of the decompressor at once: small enough to stay in the processor's cache.
+/// Most bytes asked of the source at once.
 const READ_LEN: usize = 128 << 10;
 
 /// Lends a fixed number of buffers. Cheap to clone.
@@ -66,16 +67,20 @@ impl Drop for Buffer {
 /// The plain bytes of one frame.
 #[derive(Debug)]
 pub(crate) struct PlainFrame {
-    buffer: Buffer,
-    len: usize,
+    /// They return their buffer to its pool when nobody holds them any more.
+    pub(crate) bytes: Bytes,
     /// Where in it content of files stands, each file by itself.
     pub(crate) contents: Vec<Range<usize>>,
 }
 
-impl Deref for PlainFrame {
-    type Target = [u8];
+/// A buffer of which the first bytes are a frame.
+struct FilledBuffer {
+    buffer: Buffer,
+    len: usize,
+}
 
-    fn deref(&self) -> &[u8] {
+impl AsRef<[u8]> for FilledBuffer {
+    fn as_ref(&self) -> &[u8] {
         &self.buffer.bytes[..self.len]
     }
 }
@@ -150,7 +155,7 @@ impl<R: Read, S: FnMut(PlainFrame) -> io::Result<()>> PlainStream<R, S> {
         self.frame_start = position;
         self.consumed -= len;
         self.filled -= len;
-        (self.sink)(PlainFrame { buffer, len, contents })
+        (self.sink)(PlainFrame { bytes: Bytes::from_owner(FilledBuffer { buffer, len }), contents })
     }
 
     /// Length of the current frame as far as it is consumed.
