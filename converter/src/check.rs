@@ -7,11 +7,12 @@
 
 mod frames;
 mod lazy;
+mod opening;
 mod original;
 mod report;
 mod space;
 
-use std::{io::Read, sync::Arc};
+use std::{io::Read, sync::Arc, thread};
 
 use bytes::Bytes;
 use format_spec::{
@@ -36,6 +37,7 @@ use crate::{
     platform::Platform,
     resolve::{ResolveError, resolve_image},
     sign::{SignatureFacts, signature_facts, signatures_of},
+    stages::ReadAhead,
 };
 
 /// Layers checked side by side: hashing keeps a processor busy with each, and each may hold a large index.
@@ -173,7 +175,7 @@ async fn read_layer(
 }
 
 /// A layer that is not lazy, or whose index cannot be read.
-fn check_ordinary<P: Iterator<Item = Result<Bytes, String>>>(blob: &mut BlobReader<P>, is_tar: bool) -> Passed {
+fn check_ordinary<P: Iterator<Item = Result<Bytes, String>> + Send>(blob: &mut BlobReader<P>, is_tar: bool) -> Passed {
     let mut passed = Passed::default();
     let plain = if is_tar { hash_plain(blob).map(Some) } else { Ok(None) };
     match (plain, blob.finish()) {
@@ -186,20 +188,24 @@ fn check_ordinary<P: Iterator<Item = Result<Bytes, String>>>(blob: &mut BlobRead
     passed
 }
 
-/// Digest and length of what a blob decompresses to.
-fn hash_plain<P: Iterator<Item = Result<Bytes, String>>>(blob: &mut BlobReader<P>) -> std::io::Result<(Digest, u64)> {
-    let mut plain = blob.decompress()?;
-    let (mut hasher, mut len) = (DigestHasher::default(), 0);
-    let mut buffer = vec![0; 128 << 10];
-    loop {
-        match plain.read(&mut buffer)? {
-            0 => return Ok((hasher.finish(), len)),
-            read => {
-                hasher.update(&buffer[..read]);
-                len += read as u64;
+/// Digest and length of what a blob decompresses to, which another thread does.
+fn hash_plain<P: Iterator<Item = Result<Bytes, String>> + Send>(
+    blob: &mut BlobReader<P>,
+) -> std::io::Result<(Digest, u64)> {
+    thread::scope(|scope| {
+        let mut plain = ReadAhead::start(scope, || blob.decompress());
+        let (mut hasher, mut len) = (DigestHasher::default(), 0);
+        let mut buffer = vec![0; 128 << 10];
+        loop {
+            match plain.read(&mut buffer)? {
+                0 => return Ok((hasher.finish(), len)),
+                read => {
+                    hasher.update(&buffer[..read]);
+                    len += read as u64;
+                }
             }
         }
-    }
+    })
 }
 
 /// What could be opened of a layer.

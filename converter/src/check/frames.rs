@@ -1,15 +1,24 @@
 //! The frames of a lazy blob as one plain stream, each compared with its digest before it is decompressed.
 
-use std::io::{self, BufRead, Read};
+use std::{
+    collections::VecDeque,
+    io::{self, BufRead, Read},
+    sync::mpsc::Receiver,
+};
 
+use bytes::{Buf as _, Bytes};
 use format_spec::{Digest, DigestHasher, Frame};
 use tar_index::walker::TarInput;
 use zstd::zstd_safe;
 
 use super::{
+    opening::{Opened, Openers, SpaceThread},
     report::{Findings, Part},
-    space::SpaceHasher,
 };
+use crate::stages::DigestThread;
+
+/// What is hashed together at least.
+const HASHED_LEN_MIN: usize = 256 << 10;
 
 /// Reads a blob and knows where it is.
 #[derive(Debug)]
@@ -78,51 +87,76 @@ pub(crate) fn open_frame(compressed: &[u8], digest: Digest, plain_len: u32) -> R
 }
 
 /// The tar stream in the frames of a blob. Ends early, and says so, at the first frame that is wrong.
-pub(crate) struct FrameStream<'a, 'f, R> {
+///
+/// Frames are read ahead of who walks the stream, opened and hashed by other threads.
+pub(crate) struct FrameStream<'scope, 'a, 'f, R> {
     pub(crate) blob: BlobCursor<R>,
     frames: &'a [Frame],
-    next: usize,
-    /// Decompressed, and consumed up to `consumed`.
-    plain: Vec<u8>,
-    consumed: usize,
+    openers: Openers,
+    /// Frames that were read, and the number of the first of them.
+    opening: VecDeque<Receiver<Opened>>,
+    number: usize,
+    /// Decompressed and not consumed.
+    plain: Bytes,
     pub(crate) read_len: u64,
-    pub(crate) tar_hasher: DigestHasher,
-    pub(crate) space: SpaceHasher<'a>,
+    pub(crate) tar_digest: DigestThread,
+    pub(crate) space: SpaceThread<'scope, 'a>,
     pub(crate) findings: &'f mut Findings,
     /// The first frame that is wrong.
     pub(crate) broken: Option<usize>,
 }
 
-impl<'a, 'f, R: BufRead> FrameStream<'a, 'f, R> {
-    pub(crate) fn new(blob: R, frames: &'a [Frame], space: SpaceHasher<'a>, findings: &'f mut Findings) -> Self {
+impl<'scope, 'a: 'scope, 'f, R: BufRead> FrameStream<'scope, 'a, 'f, R> {
+    pub(crate) fn new(
+        blob: R,
+        frames: &'a [Frame],
+        openers: Openers,
+        space: SpaceThread<'scope, 'a>,
+        findings: &'f mut Findings,
+    ) -> Self {
         Self {
             blob: BlobCursor::new(blob),
             frames,
-            next: 0,
-            plain: Vec::new(),
-            consumed: 0,
+            openers,
+            opening: VecDeque::new(),
+            number: 0,
+            plain: Bytes::new(),
             read_len: 0,
-            tar_hasher: DigestHasher::default(),
+            tar_digest: DigestThread::new(HASHED_LEN_MIN),
             space,
             findings,
             broken: None,
         }
     }
 
-    /// Reads the next frame; `None` behind the last one.
-    fn next_frame(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let Some(frame) = self.frames.get(self.next) else { return Ok(None) };
-        let compressed = self.blob.read(frame.compressed_len.get().into())?;
-        let number = self.next;
-        self.next += 1;
-        match open_frame(&compressed, frame.digest(), frame.plain_len.get()) {
+    /// Reads on until enough frames are being opened; an error counts when those in front of it have been walked.
+    fn read_ahead(&mut self) -> io::Result<()> {
+        while self.opening.len() < self.openers.ahead_max {
+            let Some(frame) = self.frames.get(self.number + self.opening.len()) else { break };
+            match self.blob.read(frame.compressed_len.get().into()) {
+                Ok(compressed) => self.opening.push_back(self.openers.open(compressed, frame)),
+                Err(error) if self.opening.is_empty() => return Err(error),
+                // The blob fails again.
+                Err(_) => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// The next frame; empty where it is wrong, `None` behind the last one.
+    fn next_frame(&mut self) -> io::Result<Option<Bytes>> {
+        self.read_ahead()?;
+        let Some(opened) = self.opening.pop_front() else { return Ok(None) };
+        let number = self.number;
+        self.number += 1;
+        match opened.recv().map_err(|_| io::Error::other("a thread that opens frames ended abnormally"))? {
             Ok(plain) => Ok(Some(plain)),
             Err(problem) => {
-                let range = frame.blob_range();
+                let range = self.frames[number].blob_range();
                 let place = format!("frame {number}, bytes {}..{} of the blob", range.start, range.end);
                 self.findings.add(Part::Frame, place, problem);
                 self.broken.get_or_insert(number);
-                Ok(Some(Vec::new()))
+                Ok(Some(Bytes::new()))
             }
         }
     }
@@ -137,23 +171,21 @@ impl<'a, 'f, R: BufRead> FrameStream<'a, 'f, R> {
         Ok(())
     }
 
-    fn note(&mut self, plain: &[u8]) {
-        self.tar_hasher.update(plain);
-        self.space.update(self.read_len, plain);
+    fn note(&mut self, plain: &Bytes) {
+        self.tar_digest.update(plain.clone());
+        self.space.update(self.read_len, plain.clone());
         self.read_len += plain.len() as u64;
     }
 
     /// Makes `len` bytes available, or as many as there are.
     fn fill(&mut self, len: usize) -> io::Result<()> {
-        while self.plain.len() - self.consumed < len {
+        while self.plain.len() < len {
             let Some(plain) = self.next_frame()? else { break };
             if let Some(broken) = self.broken {
                 return Err(io::Error::other(format!("frame {broken} is damaged")));
             }
             self.note(&plain);
-            self.plain.drain(..self.consumed);
-            self.consumed = 0;
-            self.plain.extend(plain);
+            self.plain = if self.plain.is_empty() { plain } else { [&self.plain[..], &plain[..]].concat().into() };
         }
         Ok(())
     }
@@ -163,31 +195,29 @@ impl<'a, 'f, R: BufRead> FrameStream<'a, 'f, R> {
         let mut left = len;
         while left > 0 {
             self.fill(1)?;
-            let available = self.plain.len() - self.consumed;
-            let part = available.min(usize::try_from(left).unwrap_or(usize::MAX));
+            let part = self.plain.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             if part == 0 {
                 break;
             }
-            self.consumed += part;
+            self.plain.advance(part);
             left -= part as u64;
         }
         Ok(())
     }
 }
 
-impl<R: BufRead> TarInput for FrameStream<'_, '_, R> {
+impl<'scope, 'a: 'scope, R: BufRead> TarInput for FrameStream<'scope, 'a, '_, R> {
     fn peek(&mut self, len: usize) -> io::Result<&[u8]> {
         self.fill(len)?;
-        let end = self.plain.len().min(self.consumed + len);
-        Ok(&self.plain[self.consumed..end])
+        Ok(&self.plain[..self.plain.len().min(len)])
     }
 
     fn consume(&mut self, len: usize) -> io::Result<()> {
-        self.consumed += len;
+        self.plain.advance(len);
         Ok(())
     }
 
     fn position(&self) -> u64 {
-        self.read_len - (self.plain.len() - self.consumed) as u64
+        self.read_len - self.plain.len() as u64
     }
 }

@@ -1,6 +1,6 @@
 //! One lazy layer: its blob read once from the first byte to the last, and compared with its index.
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, thread};
 
 use bytes::Bytes;
 use format_spec::{
@@ -17,6 +17,7 @@ use tar_index::{
 
 use super::{
     frames::{BlobCursor, FrameStream, open_frame},
+    opening::{Openers, SpaceThread},
     report::{Counts, Findings, Part},
     space::SpaceHasher,
 };
@@ -88,28 +89,31 @@ fn pass<P: Iterator<Item = Result<Bytes, String>>>(
     let hot = index.hot_pieces().iter().map(|piece| piece.plain_range());
     let ranges = hot.chain(layer.pieces.iter().map(DedupPiece::plain_range));
     let space = SpaceHasher::new(index.extents(), ranges);
-    let mut stream = FrameStream::new(blob, index.frames(), space, findings);
-    let walked = read_tree(&mut stream, FrameStream::skip);
-    stream.finish()?;
-    let FrameStream { blob: mut cursor, read_len, tar_hasher, space, broken, .. } = stream;
-    counts.frames = index.frames().len() as u64;
-    let digests = if let Some(number) = broken {
-        let what = "diff ID, files, hot pack and dedup section against the tar stream";
-        findings.skip(format!("{what}, since frame {number} is damaged"));
-        None
-    } else {
-        *tar = Some((tar_hasher.finish(), read_len));
-        compare_tree(walked, read_len, layer, counts, findings);
-        Some(space.finish())
-    };
-    let (hot_digests, piece_digests) = match &digests {
-        Some(digests) => digests.split_at(index.hot_pieces().len()),
-        None => (&[][..], &[][..]),
-    };
-    if digests.is_some() {
-        compare_pieces(layer, piece_digests, counts, findings);
-    }
-    check_tail(&mut cursor, layer, hot_digests, counts, findings)
+    thread::scope(|scope| {
+        let space = SpaceThread::start(scope, space);
+        let mut stream = FrameStream::new(blob, index.frames(), Openers::start(scope), space, findings);
+        let walked = read_tree(&mut stream, FrameStream::skip);
+        stream.finish()?;
+        let FrameStream { blob: mut cursor, read_len, tar_digest, space, broken, .. } = stream;
+        counts.frames = index.frames().len() as u64;
+        let digests = if let Some(number) = broken {
+            let what = "diff ID, files, hot pack and dedup section against the tar stream";
+            findings.skip(format!("{what}, since frame {number} is damaged"));
+            None
+        } else {
+            *tar = Some((tar_digest.finish(), read_len));
+            compare_tree(walked, read_len, layer, counts, findings);
+            Some(space.into_hasher().finish())
+        };
+        let (hot_digests, piece_digests) = match &digests {
+            Some(digests) => digests.split_at(index.hot_pieces().len()),
+            None => (&[][..], &[][..]),
+        };
+        if digests.is_some() {
+            compare_pieces(layer, piece_digests, counts, findings);
+        }
+        check_tail(&mut cursor, layer, hot_digests, counts, findings)
+    })
 }
 
 fn compare_tree(
