@@ -6,15 +6,8 @@
 use std::{ops::Range, sync::Arc, time::Instant};
 
 use crate::{
-    dedup::{Copies, CopyPlan},
-    error::ReadError,
-    frame_store::UnkeptFrames,
-    hot_pack::HotStream,
-    layer::LayerInner,
-    presence::frame_runs,
-    scheduler::Priority,
-    sync::lock,
-    wait::Wait,
+    dedup::CopyPlan, error::ReadError, frame_store::UnkeptFrames, hot_pack::HotStream, layer::LayerInner,
+    presence::frame_runs, scheduler::Priority, wait::Wait, warm::Warm,
 };
 
 /// Times that somebody waits for what is near before only frames are fetched: once to hear what other layers have,
@@ -55,14 +48,14 @@ impl LayerInner {
         let near = if near_rounds_left > 0 { self.near(&mut runs, priority) } else { Near::default() };
         let frames: Vec<u32> = {
             let is_unkept = |frame: &u32| unkept.iter().any(|(number, _)| number == frame);
-            let frames = runs.iter().flat_map(|run| self.store.missing_frames(run));
+            let frames = runs.iter().flat_map(|run| self.core.store.missing_frames(run));
             let mut frames: Vec<u32> = frames.filter(|frame| !is_unkept(frame)).collect();
             frames.dedup();
             frames
         };
         let inner = self.clone();
         let is_last_round = near.is_nothing();
-        let wait = Wait::new(self.blob(), move |arrived| match arrived {
+        let wait = Wait::new(self.core.blob(), move |arrived| match arrived {
             Err(error) => done(Err(error)),
             Ok(more) => {
                 unkept.extend(more);
@@ -74,32 +67,35 @@ impl LayerInner {
         });
         near.join(self, &wait);
         if !(is_last_round && frames.is_empty()) {
-            deadline.inspect(|deadline| self.scheduler.wait_until(*deadline, self, &wait));
+            deadline.inspect(|deadline| self.scheduler.wait_until(*deadline, self.core.number, &wait));
         }
-        self.scheduler.want(self, frames, priority, Some(&wait));
+        self.scheduler.want(&self.core, frames, priority, Some(&wait));
         wait.end_of_parts();
     }
 
     /// Takes out of `runs` what is there or comes without frames.
     fn near(&self, runs: &mut Vec<Range<u64>>, priority: Priority) -> Near {
-        *runs = runs.iter().flat_map(|run| self.store.missing_runs(run)).collect();
+        *runs = runs.iter().flat_map(|run| self.core.store.missing_runs(run)).collect();
         let mut near = Near::default();
         if runs.is_empty() {
             return near;
         }
-        match &*lock(&self.copies) {
-            Copies::None => {}
-            Copies::Sought(_) => {
+        let warm = self.warm();
+        let (plan, hot) = match &*warm {
+            Warm::Nothing => return near,
+            Warm::Sought(_) => {
                 runs.clear();
                 return Near { is_sought: true, ..near };
             }
-            Copies::Found(plan) => {
-                let (pieces, left) = plan.take(runs);
-                *runs = left;
-                near.copies = (!pieces.is_empty()).then(|| (plan.clone(), pieces));
-            }
+            Warm::Hot(hot) => (None, Some(hot)),
+            Warm::Copies(plan, hot) => (Some(plan), hot.as_ref()),
+        };
+        if let Some(plan) = plan {
+            let (pieces, left) = plan.take(runs);
+            *runs = left;
+            near.copies = (!pieces.is_empty()).then(|| (plan.clone(), pieces));
         }
-        if let Some(stream) = &*lock(&self.hot) {
+        if let Some(stream) = hot {
             let (frames, left) = stream.take(runs, priority == Priority::Read);
             *runs = left;
             near.hot = (!frames.is_empty()).then(|| (stream.clone(), frames));
@@ -109,43 +105,25 @@ impl LayerInner {
 
     /// Whether what is missing of a frame is there or comes without it.
     pub(crate) fn is_frame_coming(&self, frame: u32) -> bool {
-        let mut runs = frame_runs(self.store.index(), frame).collect();
+        let mut runs = frame_runs(self.core.store.index(), frame).collect();
         self.near(&mut runs, Priority::HotPack);
         runs.is_empty()
     }
 
-    /// Whether somebody is looking what other layers have.
-    pub(crate) fn are_copies_sought(&self) -> bool {
-        matches!(&*lock(&self.copies), Copies::Sought(_))
-    }
-
-    /// Whether what was begun when the layer was opened is still under way.
-    pub(crate) fn is_starting_up(&self) -> bool {
-        lock(&self.hot).is_some() || !matches!(&*lock(&self.copies), Copies::None)
-    }
-
     /// Copies one piece from another layer; whether there is a point in copying more. Blocks.
     pub(crate) fn copy(&self, plan: &CopyPlan, piece: usize) -> bool {
-        if self.is_removed() {
+        if self.core.is_removed() {
             return false;
         }
-        match plan.copy(&self.store, piece) {
+        match plan.copy(&self.core.store, piece) {
             Ok(len) => {
-                self.count_copied(len);
+                self.core.count_copied(len);
                 true
             }
             Err(error) => {
-                tracing::debug!(blob = %self.blob(), %error, "content cannot be copied");
+                tracing::debug!(blob = %self.core.blob(), %error, "content cannot be copied");
                 false
             }
-        }
-    }
-
-    /// Says what other layers have, which somebody was looking for. Call it on a thread that may block.
-    pub(crate) fn set_copies(&self, copies: Copies) {
-        let before = std::mem::replace(&mut *lock(&self.copies), copies);
-        if let Copies::Sought(waits) = before {
-            waits.iter().for_each(|wait| wait.part_ended());
         }
     }
 }
@@ -157,16 +135,16 @@ impl Near {
 
     /// Makes `wait` wait for all of it.
     fn join(self, layer: &Arc<LayerInner>, wait: &Arc<Wait>) {
-        if self.is_sought
-            && let Copies::Sought(waits) = &mut *lock(&layer.copies)
-        {
-            wait.add_part();
-            waits.push(wait.clone());
+        if self.is_sought {
+            layer.warm().join(|| {
+                wait.add_part();
+                wait.clone()
+            });
         }
         if let Some((plan, pieces)) = self.copies {
             wait.add_part();
             let (layer, wait) = (layer.clone(), wait.clone());
-            layer.runtime().clone().spawn_blocking(move || {
+            layer.core.runtime().clone().spawn_blocking(move || {
                 for piece in pieces {
                     layer.copy(&plan, piece);
                 }

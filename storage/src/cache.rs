@@ -49,6 +49,7 @@ use crate::{
         atomic::{AtomicU64, Ordering},
         lock,
     },
+    transfer,
     unpack::Unpacker,
 };
 
@@ -200,7 +201,7 @@ impl Cache {
             boots: Boots::open(root, options.boot.clone()).map_err(disk_error)?,
             refusals: opening::Refusals::default(),
             root: root.to_owned(),
-            scheduler: Scheduler::new(runtime.clone(), &options),
+            scheduler: Scheduler::new(runtime.clone(), options.requests, options.patience, transfer::start),
             runtime,
             disk: options.disk,
             sources: options.sources,
@@ -254,8 +255,8 @@ impl Cache {
                 let mut layers = lock(&self.inner.layers);
                 match layers.get(&layer.id()) {
                     Some(Entry::Open(open)) => {
-                        let is_new = place.take().is_some_and(|place| open.inner().places.add(place));
-                        added_to = is_new.then_some(open.inner().number).or(added_to);
+                        let is_new = place.take().is_some_and(|place| open.core().places.add(place));
+                        added_to = is_new.then_some(open.core().number).or(added_to);
                         Ok(futures_util::future::ready(Ok(open.clone())).boxed().shared())
                     }
                     Some(Entry::Opening(opening)) => {
@@ -296,9 +297,9 @@ impl Cache {
             Some(Entry::Open(open)) => open.clone(),
             _ => return false,
         };
-        let is_forgotten = open.inner().places.forget(description);
+        let is_forgotten = open.core().places.forget(description);
         if is_forgotten {
-            self.inner.scheduler.places_changed(open.inner().number, open.lazy_layer().blob);
+            self.inner.scheduler.places_changed(open.core().number, open.lazy_layer().blob);
             self.inner.keep_places(&open);
         }
         is_forgotten
@@ -432,7 +433,7 @@ impl CacheInner {
     fn keep_places(&self, layer: &Layer) {
         let layer = layer.clone();
         self.runtime.spawn_blocking(move || {
-            if let Err(error) = layer.write_places() {
+            if let Err(error) = layer.core().write_places() {
                 tracing::warn!(blob = %layer.lazy_layer().blob, %error, "places of a layer cannot be kept");
             }
         });

@@ -10,7 +10,6 @@ use std::{
     io::{self, BufReader, Read},
     ops::Range,
     os::unix::fs::FileExt,
-    sync::Arc,
 };
 
 use format_spec::{Digest, dedup::DedupPiece, index::FRAME_PLAIN_LEN_MAX};
@@ -23,24 +22,11 @@ use crate::{
     presence::pages_of,
     ranges::without,
     sync::atomic::{AtomicU8, Ordering},
-    wait::Wait,
 };
 
 /// First eight bytes of the file `dedup`.
 const MAGIC: [u8; 8] = *b"LAZULIDD";
 const PIECE_LEN: usize = size_of::<DedupPiece>();
-
-/// What other layers have of a layer, as far as that is known.
-#[derive(Debug, Default)]
-pub(crate) enum Copies {
-    /// Nothing, or nobody has looked yet.
-    #[default]
-    None,
-    /// Somebody is looking; these wait for the result.
-    Sought(Vec<Arc<Wait>>),
-    /// This.
-    Found(Arc<CopyPlan>),
-}
 
 /// A layer that content may be copied from.
 #[derive(Debug)]

@@ -17,17 +17,16 @@ use crate::{
     decode::{DecodeError, decode},
     frame_store::FrameStore,
     incoming::Incoming,
-    layer::LayerInner,
+    layer_core::LayerCore,
     mapping::LayerIndex,
     ranges::without,
-    scheduler::WAIT_LEN_MAX,
+    scheduler::{Scheduler, Slot, WAIT_LEN_MAX},
     source::SourceError,
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering},
         lock,
     },
-    transfer::Slot,
     wait::Wait,
 };
 
@@ -173,7 +172,7 @@ impl HotStream {
 
 /// Ends a stream however its task ends.
 struct Ending<'a> {
-    layer: &'a Arc<LayerInner>,
+    layer: &'a Arc<LayerCore>,
     stream: &'a Arc<HotStream>,
 }
 
@@ -185,9 +184,14 @@ impl Drop for Ending<'_> {
 }
 
 /// Receives a hot pack into the cache; `first` is the answer that brought the index, if the pack comes in it.
-pub(crate) async fn receive(layer: Arc<LayerInner>, stream: Arc<HotStream>, first: Option<(Incoming, Slot)>) {
-    let ending = Ending { layer: &layer, stream: &stream };
-    let received = receive_all(&layer, &stream, first).await;
+pub(crate) async fn receive(
+    layer: &Arc<LayerCore>,
+    scheduler: &Arc<Scheduler>,
+    stream: &Arc<HotStream>,
+    first: Option<(Incoming, Slot)>,
+) {
+    let ending = Ending { layer, stream };
+    let received = receive_all(layer, scheduler, stream, first).await;
     drop(ending);
     let (blob, hot_bytes) = (layer.blob(), layer.progress().hot_bytes);
     match received {
@@ -198,7 +202,8 @@ pub(crate) async fn receive(layer: Arc<LayerInner>, stream: Arc<HotStream>, firs
 }
 
 async fn receive_all(
-    layer: &Arc<LayerInner>,
+    layer: &Arc<LayerCore>,
+    scheduler: &Arc<Scheduler>,
     stream: &Arc<HotStream>,
     mut first: Option<(Incoming, Slot)>,
 ) -> Result<(), HotError> {
@@ -210,7 +215,7 @@ async fn receive_all(
             let (slot, incoming) = match first.take() {
                 // Between the index and the pack.
                 Some((incoming, slot)) => (slot, skip_header(layer, incoming).await),
-                None => ask(layer, stream, frames.clone()).await?,
+                None => ask(layer, scheduler, stream, frames.clone()).await?,
             };
             let received = match incoming {
                 Ok(incoming) => receive_frames(layer, stream, &slot, incoming, &mut frames, &mut writer).await,
@@ -231,7 +236,7 @@ async fn receive_all(
     Ok(())
 }
 
-async fn skip_header(layer: &LayerInner, mut incoming: Incoming) -> Result<Incoming, SourceError> {
+async fn skip_header(layer: &LayerCore, mut incoming: Incoming) -> Result<Incoming, SourceError> {
     let header_len = usize::try_from(SKIPPABLE_HEADER_LEN).expect("a few bytes");
     incoming.take(header_len, |len| layer.count_fetched(len)).await?;
     Ok(incoming)
@@ -239,11 +244,12 @@ async fn skip_header(layer: &LayerInner, mut incoming: Incoming) -> Result<Incom
 
 /// Asks for frames of a pack at the place whose turn it is.
 async fn ask(
-    layer: &LayerInner,
+    layer: &LayerCore,
+    scheduler: &Arc<Scheduler>,
     stream: &HotStream,
     frames: Range<usize>,
 ) -> Result<(Slot, Result<Incoming, SourceError>), HotError> {
-    let slot = layer.scheduler.slot(layer.number).await.ok_or(HotError::Stopped)?;
+    let slot = scheduler.slot(layer.number).await.ok_or(HotError::Stopped)?;
     let (start, range) = (layer.hot_start(), stream.layout.range_of(&frames));
     tracing::debug!(blob = %layer.blob(), ?range, place = %slot.place().description, "hot pack requested");
     let opened = slot.open(start.saturating_add(range.start)..start.saturating_add(range.end)).await;
@@ -252,7 +258,7 @@ async fn ask(
 
 /// Receives frames one after the other; `frames` is left with what did not come.
 async fn receive_frames(
-    layer: &Arc<LayerInner>,
+    layer: &Arc<LayerCore>,
     stream: &Arc<HotStream>,
     slot: &Slot,
     mut incoming: Incoming,

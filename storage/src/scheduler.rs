@@ -18,18 +18,17 @@ use tokio::{
 };
 
 use crate::{
-    cache::CacheOptions,
     error::ReadError,
-    layer::LayerInner,
+    layer_core::LayerCore,
     places::{Place, Places},
     sync::{Mutex, lock},
-    transfer::{self, Request, Slot},
     wait::Wait,
 };
 
 mod health;
 mod machine;
 mod options;
+mod slot;
 #[cfg(test)]
 mod tests;
 mod turns;
@@ -38,19 +37,24 @@ mod watch;
 use machine::{Effect, Machine, Waiter};
 
 pub use machine::Activity;
-pub(crate) use machine::{Fetch, Grant, Outcome, WAIT_LEN_MAX};
+pub(crate) use machine::{Fetch, Outcome, WAIT_LEN_MAX};
 pub use options::{Priority, RequestLimits, RequestOptions};
+pub(crate) use slot::Slot;
 
 /// How often it is looked what time has changed, as long as anything is wanted.
 const TICK: Duration = Duration::from_millis(100);
 /// A layer's failing reads are told in the log once in this time.
 const LOG_PAUSE: Duration = Duration::from_secs(10);
 
+/// Begins a request for frames, and does not wait for it.
+pub(crate) type StartRequest = fn(&Arc<Scheduler>, Arc<LayerCore>, Arc<Place>, Fetch);
+
 /// The pending frames of all layers of a cache.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
     runtime: Handle,
     patience: Option<Duration>,
+    start_request: StartRequest,
     decoders: [Arc<Semaphore>; 3],
     state: Mutex<State>,
     /// Wakes [`watch`].
@@ -70,7 +74,7 @@ struct State {
 #[derive(Debug)]
 struct Known {
     places: Arc<Places>,
-    layer: Weak<LayerInner>,
+    layer: Weak<LayerCore>,
     /// When its failures were told last, and how many were not since.
     told: Option<(Instant, u64)>,
     /// The same of failures that its readers do not see but as a pause.
@@ -81,7 +85,7 @@ struct Known {
 #[derive(Debug)]
 pub(crate) struct InFlight {
     scheduler: Arc<Scheduler>,
-    pub(crate) layer: Arc<LayerInner>,
+    pub(crate) layer: Arc<LayerCore>,
     pub(crate) frame: u32,
     request: u64,
     is_settled: bool,
@@ -98,19 +102,26 @@ impl Waiter for Arc<Wait> {
 }
 
 impl Scheduler {
-    /// A scheduler that makes its requests on `runtime`.
-    pub(crate) fn new(runtime: Handle, options: &CacheOptions) -> Arc<Self> {
+    /// A scheduler whose requests `start` begins on `runtime`. A reader waits as long as `patience`, `None` leaves that to
+    /// the source.
+    pub(crate) fn new(
+        runtime: Handle,
+        options: RequestOptions,
+        patience: Option<Duration>,
+        start: StartRequest,
+    ) -> Arc<Self> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let changed = Arc::new(Notify::new());
         let state = State {
-            machine: Machine::new(options.requests.clone(), options.patience),
+            machine: Machine::new(options, patience),
             layers: HashMap::new(),
             streams: HashMap::new(),
             is_dispatching: false,
         };
         let scheduler = Arc::new(Self {
             runtime,
-            patience: options.patience,
+            patience,
+            start_request: start,
             decoders: [2 * processors, processors, processors].map(|count| Arc::new(Semaphore::new(count))),
             state: Mutex::new(state),
             changed: changed.clone(),
@@ -134,7 +145,7 @@ impl Scheduler {
     }
 
     /// The layer is open.
-    pub(crate) fn set_layer(&self, layer: &Arc<LayerInner>) {
+    pub(crate) fn set_layer(&self, layer: &Arc<LayerCore>) {
         if let Some(known) = lock(&self.state).layers.get_mut(&layer.number) {
             known.layer = Arc::downgrade(layer);
         }
@@ -154,7 +165,7 @@ impl Scheduler {
     /// Wants frames of a layer; `wait` waits for those that are not there.
     pub(crate) fn want(
         self: &Arc<Self>,
-        layer: &Arc<LayerInner>,
+        layer: &Arc<LayerCore>,
         frames: impl IntoIterator<Item = u32>,
         priority: Priority,
         wait: Option<&Arc<Wait>>,
@@ -176,8 +187,8 @@ impl Scheduler {
     }
 
     /// Lets `wait`, which waits for something of a layer, fail at `deadline`.
-    pub(crate) fn wait_until(&self, deadline: Instant, layer: &LayerInner, wait: &Arc<Wait>) {
-        lock(&self.state).machine.wait_until(deadline, layer.number, wait.clone());
+    pub(crate) fn wait_until(&self, deadline: Instant, layer: u64, wait: &Arc<Wait>) {
+        lock(&self.state).machine.wait_until(deadline, layer, wait.clone());
         self.changed.notify_one();
     }
 
@@ -211,8 +222,8 @@ impl Scheduler {
     }
 
     /// What is wanted of a layer at this moment.
-    pub(crate) fn activity(&self, layer: &LayerInner) -> Activity {
-        lock(&self.state).machine.activity(layer.number)
+    pub(crate) fn activity(&self, layer: u64) -> Activity {
+        lock(&self.state).machine.activity(layer)
     }
 
     /// Whether nothing more urgent than the rest is under way, or was later than `since`.
@@ -226,8 +237,8 @@ impl Scheduler {
     }
 
     /// What a layer would be fetched from now, as far as that is shared with others.
-    pub(crate) fn source_of(&self, layer: &LayerInner) -> Option<Arc<str>> {
-        lock(&self.state).machine.source_of(layer.number, Instant::now())
+    pub(crate) fn source_of(&self, layer: u64) -> Option<Arc<str>> {
+        lock(&self.state).machine.source_of(layer, Instant::now())
     }
 
     /// Permits to decode frames of a class: bounds the memory for them.
@@ -241,12 +252,12 @@ impl Scheduler {
     }
 
     /// Whether a request has still to bring a frame.
-    pub(crate) fn is_wanted(&self, request: u64, layer: &LayerInner, frame: u32) -> bool {
+    pub(crate) fn is_wanted(&self, request: u64, layer: &LayerCore, frame: u32) -> bool {
         lock(&self.state).machine.is_wanted(request, layer.number, frame)
     }
 
     /// A request brings all of a layer: what is missing comes with it from now on.
-    pub(crate) fn take_all(self: &Arc<Self>, request: u64, layer: &Arc<LayerInner>) {
+    pub(crate) fn take_all(self: &Arc<Self>, request: u64, layer: &Arc<LayerCore>) {
         let frames = (0..).zip(layer.store.index().frames()).map(|(frame, record)| (frame, record.blob_range()));
         let is_present = |frame| layer.store.has_frame(frame);
         lock(&self.state).machine.take_all(request, frames, is_present, Instant::now());
@@ -254,7 +265,7 @@ impl Scheduler {
     }
 
     /// The bytes of a frame have come with a request; `None` if somebody else brings it by now.
-    pub(crate) fn receive(self: &Arc<Self>, request: u64, layer: &Arc<LayerInner>, frame: u32) -> Option<InFlight> {
+    pub(crate) fn receive(self: &Arc<Self>, request: u64, layer: &Arc<LayerCore>, frame: u32) -> Option<InFlight> {
         let is_wanted = lock(&self.state).machine.receive(request, layer.number, frame, Instant::now());
         self.dispatch();
         let in_flight =
@@ -334,13 +345,10 @@ impl Scheduler {
         }
     }
 
-    fn start(self: &Arc<Self>, fetch: Fetch, parts: (Option<Arc<LayerInner>>, Option<Arc<Place>>)) {
+    fn start(self: &Arc<Self>, fetch: Fetch, parts: (Option<Arc<LayerCore>>, Option<Arc<Place>>)) {
         let number = fetch.request;
         match parts {
-            (Some(layer), Some(place)) => {
-                let request = Request::new(self, layer, place, fetch);
-                self.runtime.spawn(transfer::run(request));
-            }
+            (Some(layer), Some(place)) => (self.start_request)(self, layer, place, fetch),
             _ => lock(&self.state).machine.end(number, Outcome::Lost, Instant::now()),
         }
     }
@@ -369,7 +377,7 @@ impl Drop for Failing {
 
 impl Known {
     /// The layer, and the place with a number.
-    fn parts(&self, place: u64) -> (Option<Arc<LayerInner>>, Option<Arc<Place>>) {
+    fn parts(&self, place: u64) -> (Option<Arc<LayerCore>>, Option<Arc<Place>>) {
         (self.layer.upgrade(), self.places.get(place))
     }
 }

@@ -1,5 +1,4 @@
-//! One request: a range of neighbouring frames, each checked, decompressed and kept as it arrives; or a slot for a
-//! request that somebody else makes.
+//! One request: a range of neighbouring frames, each checked, decompressed and kept as it arrives.
 //!
 //! Bytes are received on the runtime's reactor; hashing, decompressing and writing happen on its
 //! blocking threads, so that a burst of frames delays no other stream.
@@ -13,18 +12,18 @@ use crate::{
     decode::{DecodeError, decode},
     error::ReadError,
     incoming::Incoming,
-    layer::LayerInner,
+    layer_core::LayerCore,
     link::Link,
     places::Place,
-    scheduler::{Fetch, Grant, InFlight, Outcome, Priority, Scheduler},
+    scheduler::{Fetch, InFlight, Outcome, Priority, Scheduler},
     source::SourceError,
 };
 
 /// Frames on their way. Dropped before it has ended, they fail.
 #[derive(Debug)]
-pub(crate) struct Request {
+struct Request {
     scheduler: Arc<Scheduler>,
-    layer: Arc<LayerInner>,
+    layer: Arc<LayerCore>,
     place: Arc<Place>,
     priority: Priority,
     number: u64,
@@ -33,8 +32,14 @@ pub(crate) struct Request {
     link: Arc<Link>,
 }
 
+/// Begins to fetch frames, in a task of its own.
+pub(crate) fn start(scheduler: &Arc<Scheduler>, layer: Arc<LayerCore>, place: Arc<Place>, fetch: Fetch) {
+    let request = Request::new(scheduler, layer, place, fetch);
+    scheduler.runtime().spawn(run(request));
+}
+
 impl Request {
-    pub(crate) fn new(scheduler: &Arc<Scheduler>, layer: Arc<LayerInner>, place: Arc<Place>, fetch: Fetch) -> Self {
+    fn new(scheduler: &Arc<Scheduler>, layer: Arc<LayerCore>, place: Arc<Place>, fetch: Fetch) -> Self {
         let records = layer.store.index().frames();
         let frames = fetch.frames.filter_map(|frame| Some((frame, *records.get(frame as usize)?))).collect();
         let (scheduler, priority, number) = (scheduler.clone(), fetch.priority, fetch.request);
@@ -56,7 +61,7 @@ impl Drop for Request {
 }
 
 /// Fetches the frames of a request.
-pub(crate) async fn run(mut request: Request) {
+async fn run(mut request: Request) {
     let range = request.blob_range();
     tracing::debug!(blob = %request.layer.blob(), ?range, priority = ?request.priority, "frames requested");
     let outcome = match receive(&mut request, range).await {
@@ -161,46 +166,5 @@ fn keep(in_flight: InFlight, record: &Frame, compressed: &[u8]) {
             layer.store.keep_in_memory(frame, content.clone());
             in_flight.arrived(Some(&content));
         }
-    }
-}
-
-/// A slot for a request that its holder makes at a place. It is given back when this is dropped.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    scheduler: Arc<Scheduler>,
-    place: Arc<Place>,
-    number: u64,
-    link: Arc<Link>,
-}
-
-impl Slot {
-    pub(crate) fn new(scheduler: &Arc<Scheduler>, place: Arc<Place>, grant: Grant) -> Self {
-        Self { scheduler: scheduler.clone(), place, number: grant.request, link: grant.link }
-    }
-
-    /// Asks for a range.
-    pub(crate) async fn open(&self, range: Range<u64>) -> Result<Incoming, SourceError> {
-        Incoming::open(&*self.place.source, range, self.link.clone()).await
-    }
-
-    /// The bytes that came were right.
-    pub(crate) fn works(&self) {
-        self.scheduler.stream_works(self.number);
-    }
-
-    /// The place that is asked.
-    pub(crate) fn place(&self) -> &Place {
-        &self.place
-    }
-
-    /// Gives the slot back: the request has failed.
-    pub(crate) fn fail(self, error: &SourceError) {
-        self.scheduler.end(self.number, Outcome::Failed(error.clone()));
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.scheduler.end(self.number, Outcome::Lost);
     }
 }

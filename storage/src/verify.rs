@@ -18,11 +18,11 @@ use tokio::sync::Semaphore;
 use crate::{
     decode::{DecodeError, decode},
     error::ReadError,
-    layer::LayerInner,
+    layer_core::LayerCore,
     proof::ProofError,
+    scheduler::{Scheduler, Slot},
     source::SourceError,
     sync::atomic::Ordering,
-    transfer::Slot,
     verdict::Verdict,
 };
 
@@ -42,36 +42,41 @@ static HASTY: Semaphore = Semaphore::const_new(8);
 /// Frames to fetch in one request, with their records.
 type Step = Vec<(u32, Frame)>;
 
-/// Says that a verification is under way, as long as it lives.
-pub(crate) struct UnderWay(Arc<LayerInner>);
+/// A verification that is under way, as long as this lives.
+pub(crate) struct UnderWay {
+    layer: Arc<LayerCore>,
+    scheduler: Arc<Scheduler>,
+}
 
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        self.0.store.proof().is_under_way.store(false, Ordering::Release);
+impl UnderWay {
+    /// Begins one, unless there is a verdict or one is under way.
+    pub(crate) fn begin(layer: &Arc<LayerCore>, scheduler: &Arc<Scheduler>) -> Option<Self> {
+        let proof = layer.store.proof();
+        let is_free = proof.verdict().is_none() && !proof.is_under_way.swap(true, Ordering::AcqRel);
+        is_free.then(|| Self { layer: layer.clone(), scheduler: scheduler.clone() })
     }
 }
 
-impl LayerInner {
-    /// Begins a verification, unless there is a verdict or one is under way.
-    pub(crate) fn begin_to_verify(self: &Arc<Self>) -> Option<UnderWay> {
-        let proof = self.store.proof();
-        let is_free = proof.verdict().is_none() && !proof.is_under_way.swap(true, Ordering::AcqRel);
-        is_free.then(|| UnderWay(self.clone()))
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.layer.store.proof().is_under_way.store(false, Ordering::Release);
     }
+}
 
-    /// Verifies at full speed, in a task of its own.
-    pub(crate) fn verify_in_haste(self: &Arc<Self>) {
-        self.store.proof().is_urgent.store(true, Ordering::Release);
-        let Some(under_way) = self.begin_to_verify() else { return };
-        let layer = self.clone();
-        self.runtime().spawn(async move {
-            let _permit = HASTY.acquire().await;
-            if let Err(error) = verify(under_way, None).await {
-                tracing::warn!(blob = %layer.blob(), %error, "layer cannot be verified yet");
-            }
-        });
-    }
+/// Verifies a layer at full speed, in a task of its own.
+pub(crate) fn verify_in_haste(layer: &Arc<LayerCore>, scheduler: &Arc<Scheduler>) {
+    layer.store.proof().is_urgent.store(true, Ordering::Release);
+    let Some(under_way) = UnderWay::begin(layer, scheduler) else { return };
+    let layer = layer.clone();
+    layer.runtime().clone().spawn(async move {
+        let _permit = HASTY.acquire().await;
+        if let Err(error) = verify(under_way, None).await {
+            tracing::warn!(blob = %layer.blob(), %error, "layer cannot be verified yet");
+        }
+    });
+}
 
+impl LayerCore {
     fn is_urgent(&self) -> bool {
         self.store.proof().is_urgent.load(Ordering::Acquire)
     }
@@ -117,18 +122,18 @@ impl LayerInner {
 ///
 /// When something cannot be fetched or kept: there is no verdict then, and another try may bring one.
 pub(crate) async fn verify(under_way: UnderWay, rate: Option<NonZeroU64>) -> Result<Verdict, ReadError> {
-    let layer = &under_way.0;
+    let UnderWay { layer, scheduler } = &under_way;
     let stopped = || ReadError::Stopped(layer.blob());
     let mut from = 0;
     loop {
         if layer.is_removed() {
             return Err(stopped());
         }
-        let step = blocking(layer, move |layer| layer.next_step(from)).await.ok_or_else(stopped)?;
+        let step = layer.blocking(move |layer| layer.next_step(from)).await.ok_or_else(stopped)?;
         let Some(step) = step else { break };
         from = step.last().map_or(from, |(number, _)| number.saturating_add(1));
         let (started, before) = (Instant::now(), layer.fetched_bytes());
-        fetch_step(layer, step).await?;
+        fetch_step(layer, scheduler, step).await?;
         if layer.store.proof().verdict().is_some() {
             break;
         }
@@ -140,7 +145,7 @@ pub(crate) async fn verify(under_way: UnderWay, rate: Option<NonZeroU64>) -> Res
         }
     }
     let _permit = PROOFS.acquire().await;
-    let proven = blocking(layer, |layer| layer.store.prove()).await.ok_or_else(stopped)?;
+    let proven = layer.blocking(|layer| layer.store.prove()).await.ok_or_else(stopped)?;
     let blob = layer.blob();
     match proven {
         Ok(verdict @ Verdict::Verified { .. }) => {
@@ -160,12 +165,12 @@ pub(crate) async fn verify(under_way: UnderWay, rate: Option<NonZeroU64>) -> Res
 }
 
 /// Fetches a step from the places of a layer in their turn.
-async fn fetch_step(layer: &Arc<LayerInner>, step: Step) -> Result<(), ReadError> {
+async fn fetch_step(layer: &Arc<LayerCore>, scheduler: &Arc<Scheduler>, step: Step) -> Result<(), ReadError> {
     let blob = layer.blob();
     let mut left: VecDeque<_> = step.into();
     let mut tries_left = layer.places.tries();
     loop {
-        let slot = layer.scheduler.slot(layer.number).await.ok_or(ReadError::Stopped(blob))?;
+        let slot = scheduler.slot(layer.number).await.ok_or(ReadError::Stopped(blob))?;
         let bytes: u64 = left.iter().map(|(_, frame)| u64::from(frame.compressed_len.get())).sum();
         let time_max = STEP_TIME_MAX + Duration::from_secs(bytes / STEP_RATE_MIN);
         let fetched = tokio::time::timeout(time_max, fetch_frames(layer, &slot, &mut left)).await;
@@ -187,11 +192,7 @@ async fn fetch_step(layer: &Arc<LayerInner>, step: Step) -> Result<(), ReadError
 }
 
 /// Fetches frames with one request; `left` is left with those that did not come.
-async fn fetch_frames(
-    layer: &Arc<LayerInner>,
-    slot: &Slot,
-    left: &mut VecDeque<(u32, Frame)>,
-) -> Result<(), ReadError> {
+async fn fetch_frames(layer: &Arc<LayerCore>, slot: &Slot, left: &mut VecDeque<(u32, Frame)>) -> Result<(), ReadError> {
     let blob = layer.blob();
     let source_error = |error| ReadError::Source { blob, error };
     let range = left.front().map_or(0, |(_, frame)| frame.blob_range().start)
@@ -201,7 +202,7 @@ async fn fetch_frames(
     while let Some((number, frame)) = left.front().copied() {
         let len = frame.compressed_len.get() as usize;
         let compressed: Bytes = incoming.take(len, |len| layer.count_fetched(len)).await.map_err(source_error)?;
-        let kept = blocking(layer, move |layer| layer.keep_for_proof(number, &frame, &compressed)).await;
+        let kept = layer.blocking(move |layer| layer.keep_for_proof(number, &frame, &compressed)).await;
         kept.ok_or(ReadError::Stopped(blob))??;
         slot.works();
         left.pop_front();
@@ -210,13 +211,4 @@ async fn fetch_frames(
         }
     }
     Ok(())
-}
-
-/// Runs `work` where it may block; `None` when the runtime ends.
-async fn blocking<T: Send + 'static>(
-    layer: &Arc<LayerInner>,
-    work: impl FnOnce(&LayerInner) -> T + Send + 'static,
-) -> Option<T> {
-    let layer = layer.clone();
-    layer.runtime().clone().spawn_blocking(move || work(&layer)).await.ok()
 }

@@ -18,11 +18,12 @@ use crate::{
     frame_store::FrameStore,
     incoming::Incoming,
     layer::Layer,
+    layer_core::LayerCore,
     mapping::LayerIndex,
     places::Places,
+    scheduler::Slot,
     source::{SourceError, SourceErrorKind},
     sync::{Mutex, lock},
-    transfer::Slot,
     unpack::{NewIndex, UnpackError},
 };
 
@@ -91,7 +92,8 @@ impl CacheInner {
         if let Some((record, store)) = cached {
             self.add_older_places(&places, &record);
             self.scheduler.places_changed(number, blob);
-            let layer = Layer::new(number, record.layer, store, places, self.scheduler.clone(), 0);
+            let core = LayerCore::new(number, record.layer, store, places, self.runtime.clone(), 0);
+            let layer = Layer::new(core, self.scheduler.clone());
             if !layer.descriptions().iter().eq(record.descriptions()) {
                 self.keep_places(&layer);
             }
@@ -109,7 +111,8 @@ impl CacheInner {
         let (inner, at) = (self.clone(), place.clone());
         let record = LayerRecord::new(*layer, places.descriptions());
         let store = self.blocking(blob, move || inner.store_layer(&at, &record, index)).await?;
-        let layer = Layer::new(number, *layer, store, places, self.scheduler.clone(), fetched_bytes);
+        let core = LayerCore::new(number, *layer, store, places, self.runtime.clone(), fetched_bytes);
+        let layer = Layer::new(core, self.scheduler.clone());
         self.start_up(&layer, with_hot_pack.map(|_| (incoming, slot)), has_peers);
         Ok(layer)
     }

@@ -131,7 +131,7 @@ pub(super) async fn fetch_rest(cache: Weak<CacheInner>, runtime: Handle, options
 
 /// Fetches a step. One that takes too long is given up, and its requests with it.
 async fn take(Step { layer, missing }: Step, runtime: Handle, step_max: Duration) -> Option<EndedStep> {
-    let (started, number, before) = (Instant::now(), layer.inner().number, layer.inner().fetched_bytes());
+    let (started, number, before) = (Instant::now(), layer.core().number, layer.core().fetched_bytes());
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let range = missing.start..missing.start.saturating_add(STEP_LEN);
     layer.fetch(range, Priority::Background, move |arrived| drop(sender.send(arrived)));
@@ -141,8 +141,8 @@ async fn take(Step { layer, missing }: Step, runtime: Handle, step_max: Duration
     }
     let ended = runtime.spawn_blocking(move || {
         // What came is looked at, not what was answered: a full disk is no error there.
-        let has_arrived = is_answered && layer.inner().store.has(&missing);
-        let fetched = layer.inner().fetched_bytes().saturating_sub(before);
+        let has_arrived = is_answered && layer.core().store.has(&missing);
+        let fetched = layer.core().fetched_bytes().saturating_sub(before);
         drop(layer);
         EndedStep { number, started, has_arrived, fetched, missing }
     });
@@ -170,21 +170,21 @@ impl Plan {
         open.retain(|layer| !layer.is_complete());
         for layer in &open {
             let new = Incomplete { since: now, from: 0, failure_count: 0, not_before: now };
-            self.incomplete.entry(layer.inner().number).or_insert(new);
+            self.incomplete.entry(layer.core().number).or_insert(new);
         }
-        self.incomplete.retain(|number, _| open.iter().any(|layer| layer.inner().number == *number));
-        let is_starting_up = open.iter().any(|layer| layer.inner().is_starting_up());
+        self.incomplete.retain(|number, _| open.iter().any(|layer| layer.core().number == *number));
+        let is_starting_up = open.iter().any(|layer| layer.inner().is_warming_up());
         let is_held_long = self.held_since.is_some_and(|since| now.duration_since(since) >= self.options.start_up_max);
         // Those that fail last, so that they keep no other waiting.
         open.sort_by_key(|layer| {
-            let number = layer.inner().number;
+            let number = layer.core().number;
             (self.incomplete.get(&number).map(|known| known.failure_count), number)
         });
         open.into_iter().find_map(|layer| {
-            let known = self.incomplete.get_mut(&layer.inner().number)?;
+            let known = self.incomplete.get_mut(&layer.core().number)?;
             let has_started = now.duration_since(known.since) >= self.options.start_up_max;
             let quiet = if has_started { Duration::ZERO } else { self.options.quiet };
-            let source = cache.scheduler.source_of(layer.inner());
+            let source = cache.scheduler.source_of(layer.core().number);
             if now < known.not_before || self.busy.values().any(|busy| *busy == source) {
                 return None;
             }
@@ -196,13 +196,13 @@ impl Plan {
             } else {
                 self.held_since = None;
             }
-            let missing = layer.inner().first_missing(known.from);
+            let missing = layer.core().first_missing(known.from);
             if missing.is_none() {
                 // What failed is tried again from the beginning.
                 known.from = 0;
             }
             let missing = missing?;
-            self.busy.insert(layer.inner().number, source);
+            self.busy.insert(layer.core().number, source);
             Some(Step { layer, missing })
         })
     }
@@ -210,7 +210,7 @@ impl Plan {
     /// Tells of each layer once that it has become complete.
     fn note_complete(&mut self, open: &[Layer]) {
         for layer in open.iter().filter(|layer| layer.is_complete()) {
-            if self.incomplete.remove(&layer.inner().number).is_some() {
+            if self.incomplete.remove(&layer.core().number).is_some() {
                 tracing::info!(blob = %layer.lazy_layer().blob, description = %layer.description(), "layer is complete");
             }
         }

@@ -64,9 +64,9 @@ fn step(cache: &CacheInner, from: Position) -> Step {
     if open.is_empty() || !is_quiet {
         return Step::Wait;
     }
-    open.sort_by_key(|layer| layer.inner().number);
-    let Some(layer) = open.iter().find(|layer| layer.inner().number >= from.layer) else { return Step::End };
-    let number = layer.inner().number;
+    open.sort_by_key(|layer| layer.core().number);
+    let Some(layer) = open.iter().find(|layer| layer.core().number >= from.layer) else { return Step::End };
+    let number = layer.core().number;
     let start = if number == from.layer { from.offset } else { 0 };
     let end = start.saturating_add(STEP_LEN);
     if let Err(error) = layer.inner().heal(start..end) {

@@ -23,16 +23,17 @@ use super::{CacheInner, Entry};
 use tokio::sync::Semaphore;
 
 use crate::{
-    dedup::{self, Copies, CopyPlan, Peer},
+    dedup::{self, CopyPlan, Peer},
     directory::{LayerDirectory, LayerRecord},
     hot_pack::{self, HotStream},
     incoming::Incoming,
     layer::{Layer, LayerInner},
+    layer_core::LayerCore,
     mapping::LayerIndex,
-    scheduler::Priority,
+    scheduler::{Priority, Slot},
     source::SourceError,
     sync::lock,
-    transfer::Slot,
+    warm::Event,
 };
 
 /// Longest dedup section, compressed, that reads wait for: what a container misses of it in a second on a slow link is
@@ -48,19 +49,19 @@ const COPY_STEP_LEN: u64 = 4 << 20;
 impl CacheInner {
     /// Begins what is to be done for a layer that was opened; `with_index` is the hot pack if it comes with the index.
     pub(super) fn start_up(self: &Arc<Self>, layer: &Layer, with_index: Option<(Incoming, Slot)>, has_peers: bool) {
-        let inner = layer.inner().clone();
+        let (inner, core) = (layer.inner().clone(), layer.core());
         inner.scheduler.note_urgent();
         if self.verifies {
-            inner.store.proof().expect();
+            core.store.proof().expect();
         }
-        let (store, index) = (&inner.store, layer.index());
+        let (store, index) = (&core.store, layer.index());
         let section = index.dedup().copied().filter(|_| !store.is_dedup_kept());
         let seeks_first = has_peers && section.is_some() && !store.is_complete();
         let hot = match &with_index {
-            Some(_) if index.hot_len() == inner.layer.hot_len => HotStream::of_all(index),
+            Some(_) if index.hot_len() == core.layer.hot_len => HotStream::of_all(index),
             Some(_) => {
-                let (found, expected) = (inner.layer.hot_len, index.hot_len());
-                tracing::warn!(blob = %inner.blob(), found, expected, "hot pack ignored: it has another length");
+                let (found, expected) = (core.layer.hot_len, index.hot_len());
+                tracing::warn!(blob = %core.blob(), found, expected, "hot pack ignored: it has another length");
                 None
             }
             None if seeks_first => None,
@@ -70,22 +71,24 @@ impl CacheInner {
             return;
         }
         // Before anybody can read.
-        lock(&inner.hot).clone_from(&hot);
-        if seeks_first && section.is_some_and(|section| section.compressed_len <= SECTION_WAIT_LEN_MAX) {
-            *lock(&inner.copies) = Copies::Sought(Vec::new());
+        let is_awaited = section.is_some_and(|section| section.compressed_len <= SECTION_WAIT_LEN_MAX);
+        if let Some(hot) = &hot {
+            inner.note_warm(Event::HotBegins(hot.clone()));
+        } else if seeks_first && is_awaited {
+            inner.note_warm(Event::SearchBegins);
         }
         let cache = Arc::downgrade(self);
         self.runtime.spawn(async move {
-            let seeking = Seeking(&inner);
+            let warming_up = WarmingUp(&inner);
             let had_hot_pack = hot.is_some() || with_index.is_some();
             if let Some(hot) = hot {
-                receive_hot_pack(&inner, hot, with_index).await;
+                receive_hot_pack(&inner, &hot, with_index).await;
             }
             if let Some(section) = section {
                 copy_from_peers(cache, &inner, &section, had_hot_pack).await;
             }
             inner.scheduler.note_urgent();
-            drop(seeking);
+            drop(warming_up);
         });
     }
 
@@ -125,7 +128,7 @@ impl CacheInner {
                 _ => None,
             };
             let source = match open {
-                Some(layer) => layer.inner().store.copy_source().ok()?,
+                Some(layer) => layer.core().store.copy_source().ok()?,
                 None => directory.copy_source().ok().flatten()?,
             };
             Some(Peer { dedup, source })
@@ -133,21 +136,21 @@ impl CacheInner {
     }
 }
 
-/// Ends the waits for copies however the search ends.
-struct Seeking<'a>(&'a Arc<LayerInner>);
+/// Says that nothing comes by itself any longer, however that ends.
+struct WarmingUp<'a>(&'a Arc<LayerInner>);
 
-impl Drop for Seeking<'_> {
+impl Drop for WarmingUp<'_> {
     fn drop(&mut self) {
-        if let Copies::Sought(waits) = std::mem::take(&mut *lock(&self.0.copies)) {
-            self.0.runtime().spawn_blocking(move || waits.iter().for_each(|wait| wait.part_ended()));
+        let waits = self.0.note_warm(Event::AllEnds);
+        if !waits.is_empty() {
+            self.0.core.runtime().spawn_blocking(move || waits.iter().for_each(|wait| wait.part_ended()));
         }
     }
 }
 
-async fn receive_hot_pack(layer: &Arc<LayerInner>, stream: Arc<HotStream>, first: Option<(Incoming, Slot)>) {
-    *lock(&layer.hot) = Some(stream.clone());
-    hot_pack::receive(layer.clone(), stream, first).await;
-    *lock(&layer.hot) = None;
+async fn receive_hot_pack(layer: &Arc<LayerInner>, stream: &Arc<HotStream>, first: Option<(Incoming, Slot)>) {
+    hot_pack::receive(&layer.core, &layer.scheduler, stream, first).await;
+    layer.note_warm(Event::HotEnds);
 }
 
 /// Fetches the dedup section, copies what other layers have, and keeps the section for layers to come.
@@ -167,15 +170,15 @@ async fn copy_from_peers(
         Err(_) => Err(SectionError::Memory),
     };
     let pieces = pieces.inspect_err(
-        |error| tracing::warn!(blob = %layer.blob(), %error, "dedup section ignored: all content is fetched"),
+        |error| tracing::warn!(blob = %layer.core.blob(), %error, "dedup section ignored: all content is fetched"),
     );
     let pieces: Option<Arc<[DedupPiece]>> = pieces.ok();
     let wanted = pieces.clone();
     let prepare = move |layer: &LayerInner| {
-        let (store, cache) = (&layer.store, cache.upgrade());
+        let (core, store, cache) = (&layer.core, &layer.core.store, cache.upgrade());
         let find = |(wanted, cache): (_, Arc<CacheInner>)| {
-            let domain = cache.domain_of(&layer.places.descriptions());
-            CopyPlan::find(store, wanted, cache.peers(layer.layer.id(), domain.as_deref()))
+            let domain = cache.domain_of(&core.places.descriptions());
+            CopyPlan::find(store, wanted, cache.peers(core.layer.id(), domain.as_deref()))
         };
         let plan = wanted.as_deref().zip(cache).and_then(find).map(Arc::new);
         let missing_of = |plain: &Range<u64>| {
@@ -183,20 +186,19 @@ async fn copy_from_peers(
             plan.as_ref().map_or(missing.clone(), |plan| plan.take(&missing).1)
         };
         let rest = if had_hot_pack { HotRest::Nothing } else { HotRest::of(store.index(), missing_of) };
-        if let HotRest::Pack(hot) = &rest {
-            *lock(&layer.hot) = Some(hot.clone());
-        }
-        layer.set_copies(plan.clone().map_or(Copies::None, Copies::Found));
+        let hot = if let HotRest::Pack(hot) = &rest { Some(hot.clone()) } else { None };
+        let waits = layer.note_warm(Event::Found(plan.clone(), hot));
+        waits.iter().for_each(|wait| wait.part_ended());
         (plan, rest)
     };
     let Some((plan, rest)) = blocking(layer, prepare).await else { return };
     let receive = async {
         match rest {
             HotRest::Nothing => {}
-            HotRest::Pack(hot) => receive_hot_pack(layer, hot, None).await,
+            HotRest::Pack(hot) => receive_hot_pack(layer, &hot, None).await,
             HotRest::Runs(runs) => {
-                let frames: Vec<u32> = runs.iter().flat_map(|run| layer.store.missing_frames(run)).collect();
-                layer.scheduler.want(layer, frames, Priority::HotPack, None);
+                let frames: Vec<u32> = runs.iter().flat_map(|run| layer.core.store.missing_frames(run)).collect();
+                layer.scheduler.want(&layer.core, frames, Priority::HotPack, None);
             }
         }
     };
@@ -207,14 +209,15 @@ async fn copy_from_peers(
     };
     futures_util::future::join(receive, copy).await;
     let keep = move |layer: &LayerInner| {
-        layer.set_copies(Copies::None);
+        layer.note_warm(Event::CopyingEnds);
         let Some(pieces) = pieces else { return };
-        let copied_bytes = layer.progress().copied_bytes;
-        tracing::debug!(blob = %layer.blob(), pieces = pieces.len(), copied_bytes, "dedup section kept");
+        let (core, store) = (&layer.core, &layer.core.store);
+        let copied_bytes = core.progress().copied_bytes;
+        tracing::debug!(blob = %core.blob(), pieces = pieces.len(), copied_bytes, "dedup section kept");
         // The copies first: who finds the file after a crash need not look again.
-        let kept = layer.store.flush().and_then(|()| layer.store.directory().write_dedup(&dedup::encode(&pieces)));
+        let kept = store.flush().and_then(|()| store.directory().write_dedup(&dedup::encode(&pieces)));
         if let Err(error) = kept {
-            tracing::warn!(blob = %layer.blob(), %error, "dedup section cannot be kept");
+            tracing::warn!(blob = %core.blob(), %error, "dedup section cannot be kept");
         }
     };
     blocking(layer, keep).await;
@@ -248,7 +251,7 @@ impl HotRest {
 
 /// Copies all pieces of a plan: first those of the hot pack, in its order.
 async fn copy_all(layer: &Arc<LayerInner>, plan: Arc<CopyPlan>) {
-    let hot = layer.store.index().hot_pieces().iter().map(HotPiece::plain_range);
+    let hot = layer.core.store.index().hot_pieces().iter().map(HotPiece::plain_range);
     let hot = hot.flat_map(|plain| plan.take(&[plain]).0);
     let mut order: Vec<usize> = hot.collect();
     order.extend(0..plan.len());
@@ -275,23 +278,25 @@ async fn fetch_section(layer: &Arc<LayerInner>, location: &DedupLocation) -> Res
     if compressed_len.max(location.plain_len.get()) > SECTION_PLAIN_LEN_MAX {
         return Err(SectionError::Length(compressed_len.max(location.plain_len.get())));
     }
-    let range = layer.dedup_range(compressed_len);
-    tracing::debug!(blob = %layer.blob(), ?range, "dedup section requested");
+    let core = &layer.core;
+    let range = core.dedup_range(compressed_len);
+    tracing::debug!(blob = %core.blob(), ?range, "dedup section requested");
     let compressed = fetch_range(layer, range).await?;
     let location = *location;
     let decompress =
-        move |layer: &LayerInner| section::decompress(&compressed, &location, layer.store.index().space_len());
-    let pieces = blocking(layer, decompress).await.ok_or(SectionError::Stopped)??;
+        move |core: &Arc<LayerCore>| section::decompress(&compressed, &location, core.store.index().space_len());
+    let pieces = core.blocking(decompress).await.ok_or(SectionError::Stopped)??;
     Ok(pieces.into())
 }
 
 /// Bytes that nobody waits for, from the places of a layer in their turn.
 async fn fetch_range(layer: &Arc<LayerInner>, range: Range<u64>) -> Result<Bytes, SectionError> {
     let len = usize::try_from(range.end - range.start).map_err(|_| SectionError::Length(range.end - range.start))?;
-    let mut tries_left = layer.places.tries();
+    let core = &layer.core;
+    let mut tries_left = core.places.tries();
     loop {
-        let slot = layer.scheduler.slot(layer.number).await.ok_or(SectionError::Stopped)?;
-        let take = async { slot.open(range.clone()).await?.take(len, |len| layer.count_fetched(len)).await };
+        let slot = layer.scheduler.slot(core.number).await.ok_or(SectionError::Stopped)?;
+        let take = async { slot.open(range.clone()).await?.take(len, |len| core.count_fetched(len)).await };
         match take.await {
             Ok(bytes) => return Ok(bytes),
             Err(error) => {
@@ -326,5 +331,5 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce(&LayerInner) -> T + Send + 'static,
 ) -> Option<T> {
     let layer = layer.clone();
-    layer.runtime().clone().spawn_blocking(move || work(&layer)).await.ok()
+    layer.core.runtime().clone().spawn_blocking(move || work(&layer)).await.ok()
 }

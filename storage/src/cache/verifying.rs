@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 
 use super::{CacheInner, RestOptions};
 use crate::{
-    layer::LayerInner,
+    layer_core::LayerCore,
     verify::{UnderWay, verify},
 };
 
@@ -51,20 +51,20 @@ pub(super) async fn verify_layers(cache: Weak<CacheInner>, runtime: Handle, opti
     }
 }
 
-fn next_layer(
-    cache: &Arc<CacheInner>,
-    failures: &mut Failures,
-    quiet: Duration,
-) -> Option<(Arc<LayerInner>, UnderWay)> {
+fn next_layer(cache: &Arc<CacheInner>, failures: &mut Failures, quiet: Duration) -> Option<(Arc<LayerCore>, UnderWay)> {
     let now = Instant::now();
     let open = cache.open_layers();
-    failures.retain(|number, _| open.iter().any(|layer| layer.inner().number == *number));
+    failures.retain(|number, _| open.iter().any(|layer| layer.core().number == *number));
     if !cache.scheduler.is_quiet_since(now.checked_sub(quiet)?) {
         return None;
     }
     open.into_iter().filter(|layer| layer.is_complete()).find_map(|layer| {
-        let layer = layer.inner();
+        let layer = layer.core();
         let is_left_alone = failures.get(&layer.number).is_some_and(|(_, until)| now < *until);
-        if is_left_alone { None } else { layer.begin_to_verify().map(|under_way| (layer.clone(), under_way)) }
+        if is_left_alone {
+            None
+        } else {
+            UnderWay::begin(layer, &cache.scheduler).map(|under_way| (layer.clone(), under_way))
+        }
     })
 }
