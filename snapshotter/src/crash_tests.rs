@@ -28,11 +28,18 @@ struct State {
     /// Writes and syncs fail.
     refuses: Option<io::ErrorKind>,
     sync_takes: Duration,
+    /// Syncs that have begun.
+    syncs_begun: usize,
+    /// Whoever has this lets no sync end.
+    gate: Arc<Mutex<()>>,
 }
 
 /// A disk in memory that remembers what was done to it.
 #[derive(Debug, Clone, Default)]
 struct Disk(Arc<Mutex<State>>);
+
+/// How long something may take that waits for nothing, on a busy machine.
+const SOON: Duration = Duration::from_secs(20);
 
 impl Disk {
     fn of(bytes: Vec<u8>) -> Self {
@@ -98,8 +105,13 @@ impl StorageBackend for Disk {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        let takes = self.state().sync_takes;
+        let (takes, gate) = {
+            let mut state = self.state();
+            state.syncs_begun += 1;
+            (state.sync_takes, Arc::clone(&state.gate))
+        };
         thread::sleep(takes);
+        drop(gate.lock().unwrap());
         self.event(Event::Sync)
     }
 
@@ -128,13 +140,21 @@ fn key(name: &str) -> SnapshotKey {
 }
 
 fn create(metadata: &Metadata, name: &str, parent: &str) -> Result<Chain> {
-    let new = NewSnapshot {
-        key: key(name),
-        kind: Kind::Active,
-        parent: SnapshotKey::new(parent),
-        labels: [("label".to_owned(), "x".repeat(500))].into(),
-    };
+    create_with(metadata, name, parent, [("label".to_owned(), "x".repeat(500))].into())
+}
+
+fn create_with(metadata: &Metadata, name: &str, parent: &str, labels: Labels) -> Result<Chain> {
+    let new = NewSnapshot { key: key(name), kind: Kind::Active, parent: SnapshotKey::new(parent), labels };
     metadata.create(&new, metadata.take_id(), NOW)
+}
+
+/// For a layer that is unpacked.
+fn extract(metadata: &Metadata, name: &str) -> Result<Chain> {
+    create_with(metadata, name, "", [(TARGET.to_owned(), "sha256:chain".to_owned())].into())
+}
+
+fn relabel(metadata: &Metadata, name: &str, value: usize) -> Result<Snapshot> {
+    metadata.update_labels(&key(name), &LabelChange::Some([("y".to_owned(), value.to_string())].into()), NOW)
 }
 
 fn commit(metadata: &Metadata, active: &str, name: &str) -> Result<()> {
@@ -161,25 +181,29 @@ fn contents(metadata: &Metadata) -> (Vec<Snapshot>, Vec<Unused>) {
 fn what_is_reported_survives_a_power_loss_at_every_moment() {
     let disk = Disk::default();
     let metadata = disk.open().unwrap();
-    // (events when it was reported, what the store says then); a deletion that is forgotten is no loss.
+    // (events when it was reported, what the store says then). What is not durable may be lost, in this order.
     let mut reported = vec![(disk.state().events.len(), true, contents(&metadata))];
     let mut step = |is_durable: bool, work: &dyn Fn(&Metadata)| {
         work(&metadata);
         reported.push((disk.state().events.len(), is_durable, contents(&metadata)));
     };
     for number in 0..4 {
-        let [active, layer] = ["active", "layer"].map(|what| format!("{what}{number}"));
+        let [active, layer, extraction] = ["active", "layer", "extract"].map(|what| format!("{what}{number}"));
+        step(false, &|metadata| _ = extract(metadata, &extraction).unwrap());
+        step(true, &|metadata| commit(metadata, &extraction, &format!("of {extraction}")).unwrap());
         step(true, &|metadata| _ = create(metadata, &active, "").unwrap());
         step(true, &|metadata| commit(metadata, &active, &layer).unwrap());
         step(true, &|metadata| _ = create(metadata, &active, &layer).unwrap());
         step(true, &|metadata| assert!(lazy(metadata, &format!("lazy{number}")).unwrap()));
-        step(true, &|metadata| metadata.remove(&key(&active)).unwrap());
+        step(false, &|metadata| metadata.remove(&key(&active)).unwrap());
         step(false, &|metadata| metadata.forget_unused(metadata.unused().unwrap()[0]).unwrap());
-        step(true, &|metadata| {
-            let labels = LabelChange::Some([("y".to_owned(), number.to_string())].into());
-            metadata.update_labels(&key(&layer), &labels, NOW).map(drop).unwrap();
+        step(false, &|metadata| relabel(metadata, &layer, number).map(drop).unwrap());
+        step(false, &|metadata| metadata.remove(&key(&format!("lazy{number}"))).unwrap());
+        step(number % 2 == 0, &|metadata| {
+            if number % 2 == 0 {
+                metadata.make_durable().unwrap()
+            }
         });
-        step(true, &|metadata| metadata.remove(&key(&format!("lazy{number}"))).unwrap());
     }
     let events = disk.state().events.clone();
     let mut choice = 0x9e37_79b9_7f4a_7c15_u64;
@@ -216,6 +240,7 @@ fn after_a_failed_write_the_store_goes_on_when_there_is_room_again() {
         assert_eq!(names(), ["before"], "round {round}");
         create(&metadata, "after", "").unwrap();
         metadata.remove(&key("after")).unwrap();
+        metadata.make_durable().unwrap();
     }
     drop(metadata);
     assert_eq!(contents(&disk.open().unwrap()).0.len(), 1);
@@ -239,4 +264,101 @@ fn a_slow_disk_syncs_once_for_many() {
     let together = disk.syncs() - before;
     assert!(alone > 0 && together < 16 * alone, "{alone} for one, {together} for 32");
     assert_eq!(contents(&disk.open().unwrap()).0.len(), 33);
+}
+
+/// What is answered before it is on the disk waits for no disk.
+#[test]
+fn removals_labels_and_extractions_wait_for_no_sync() {
+    let disk = Disk::default();
+    let metadata = Arc::new(disk.open().unwrap());
+    create(&metadata, "removed", "").unwrap();
+    create(&metadata, "labelled", "").unwrap();
+    let gate = Arc::clone(&disk.state().gate);
+    let before = disk.state().syncs_begun;
+    let closed = gate.lock().unwrap();
+    let durable = thread::spawn({
+        let metadata = Arc::clone(&metadata);
+        move || create(&metadata, "durable", "").map(drop)
+    });
+    while disk.state().syncs_begun == before {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let (done, is_done) = std::sync::mpsc::channel();
+    let others = thread::spawn({
+        let metadata = Arc::clone(&metadata);
+        move || {
+            metadata.remove(&key("removed")).unwrap();
+            relabel(&metadata, "labelled", 1).unwrap();
+            extract(&metadata, "extract-1").unwrap();
+            let names: Vec<_> = contents(&metadata).0.iter().map(|snapshot| snapshot.key.to_string()).collect();
+            done.send(names).unwrap();
+        }
+    });
+    let names = is_done.recv_timeout(SOON);
+    assert!(!durable.is_finished(), "the sync has not ended yet");
+    drop(closed);
+    assert_eq!(names.unwrap(), ["durable", "extract-1", "labelled"]);
+    others.join().unwrap();
+    durable.join().unwrap().unwrap();
+}
+
+/// A removal that a crash undoes brings back a snapshot that has all it had; then it is removed once more.
+#[test]
+fn nothing_is_deleted_of_a_removal_that_a_crash_may_undo() {
+    let disk = Disk::default();
+    let metadata = disk.open().unwrap();
+    create(&metadata, "removed", "").unwrap();
+    assert!(lazy(&metadata, "lazy").unwrap());
+    let there = contents(&metadata);
+    for name in ["removed", "lazy"] {
+        metadata.remove(&key(name)).unwrap();
+    }
+    let after_crash = |choice| {
+        let events = disk.state().events.clone();
+        Disk::of(after_power_loss(&events, events.len(), choice)).open().unwrap()
+    };
+    let again = after_crash(u64::MAX);
+    assert_eq!(contents(&again), there);
+    again.remove(&key("removed")).unwrap();
+    let deletable = metadata.deletable().unwrap();
+    assert_eq!(deletable.len(), 3, "a directory, a tree and a layer");
+    for choice in [0, u64::MAX, 0x9e37_79b9_7f4a_7c15] {
+        assert_eq!(contents(&after_crash(choice)), (Vec::new(), deletable.clone()));
+    }
+}
+
+/// Whatever others change while the disk syncs, in memory and in pages that are free since the last commit.
+#[test]
+fn what_is_reported_survives_a_power_loss_while_others_change_records() {
+    const CREATED: usize = 12;
+    let disk = Disk::default();
+    let metadata = disk.open().unwrap();
+    for number in 0..40 {
+        create(&metadata, &format!("label{number}"), "").unwrap();
+    }
+    disk.state().sync_takes = Duration::from_millis(5);
+    let (reported, is_over) = (Mutex::new(vec![disk.state().events.len()]), std::sync::atomic::AtomicBool::new(false));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for value in 0.. {
+                relabel(&metadata, &format!("label{}", value % 40), value).unwrap();
+                if is_over.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        for number in 0..CREATED {
+            create(&metadata, &format!("created{number}"), "").unwrap();
+            reported.lock().unwrap().push(disk.state().events.len());
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    let (events, reported) = (disk.state().events.clone(), reported.into_inner().unwrap());
+    for count in reported[0]..=events.len() {
+        let created = reported.iter().rposition(|at| *at <= count).unwrap();
+        for choice in [0, u64::MAX, 0x9e37_79b9_7f4a_7c15_u64.rotate_left(u32::try_from(count % 64).unwrap())] {
+            let (found, _) = contents(&Disk::of(after_power_loss(&events, count, choice)).open().unwrap());
+            assert!(found.len() >= 40 + created, "after {count} of {} events: {}", events.len(), found.len());
+        }
+    }
 }

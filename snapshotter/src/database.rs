@@ -4,8 +4,9 @@
 //! redb answers every call with an error after one failed write, until it is opened anew. So a failure here costs the
 //! calls under way, and the next call finds an open database.
 //!
-//! A change is *committed* in memory first, where readers see it, and reported when it is *durable*: one thread syncs
-//! for all who wait. So a slow disk costs a caller two syncs at most, however many others there are.
+//! A change is *committed* in memory first, where readers see it, and is *durable* later: one thread writes down and
+//! syncs for all who wait, and nobody who changes records waits for the disk meanwhile (`held.rs`). So a slow disk costs
+//! who needs a durable change two syncs at most, however many others there are, and others nothing.
 //!
 //! Everything here blocks.
 
@@ -24,7 +25,10 @@ use redb::{Builder, Durability, ReadTransaction, ReadableDatabase, StorageBacken
 use rustix::fs::FallocateFlags;
 use tracing::{info, warn};
 
-use crate::metadata::MetadataError;
+use crate::{
+    held::{HeldBackend, HeldDisk},
+    metadata::MetadataError,
+};
 
 type Result<T, E = MetadataError> = std::result::Result<T, E>;
 
@@ -34,6 +38,8 @@ const CACHE_BYTES: usize = 8 << 20;
 /// makes it grow must not find the disk full. Without that room nothing is added, so what additions left of it is there
 /// for removals.
 const RESERVED_LENGTHS: u64 = 2;
+/// Memory for what is not on the disk yet; who would add to more than that waits for the disk.
+const HELD_BYTES_MAX: usize = 32 << 20;
 
 /// Opens what the database lies in; called again after each failure.
 pub(crate) type OpenBackend = Box<dyn Fn() -> io::Result<Box<dyn StorageBackend>> + Send + Sync>;
@@ -42,6 +48,8 @@ pub(crate) type OpenBackend = Box<dyn Fn() -> io::Result<Box<dyn StorageBackend>
 pub(crate) struct Database {
     open_backend: OpenBackend,
     opened: RwLock<Opened>,
+    /// Held from the beginning of a change to its commit.
+    changing: Mutex<()>,
     syncing: Mutex<Syncing>,
     /// Something in [`Syncing`] went on.
     went_on: Condvar,
@@ -51,9 +59,21 @@ pub(crate) struct Database {
 /// What is open now.
 struct Opened {
     /// `None` when it could not be opened again.
-    database: Option<redb::Database>,
+    database: Option<OpenDatabase>,
     /// Counts the openings.
     generation: u64,
+}
+
+struct OpenDatabase {
+    redb: redb::Database,
+    disk: Arc<HeldDisk>,
+}
+
+impl Drop for OpenDatabase {
+    fn drop(&mut self) {
+        // What redb writes when it is closed, nobody else will write down.
+        self.disk.release();
+    }
 }
 
 /// Which changes are durable.
@@ -112,7 +132,8 @@ impl Database {
     fn open_with(open_backend: OpenBackend, room: Arc<Room>) -> Result<Self> {
         let database = Some(open_database(&open_backend)?);
         let opened = RwLock::new(Opened { database, generation: 0 });
-        Ok(Self { open_backend, opened, syncing: Mutex::default(), went_on: Condvar::new(), room })
+        let (changing, syncing) = (Mutex::default(), Mutex::default());
+        Ok(Self { open_backend, opened, changing, syncing, went_on: Condvar::new(), room })
     }
 
     /// Whether there is room left for what removals may need; who adds something asks before.
@@ -130,7 +151,7 @@ impl Database {
     ///
     /// Those of `look`, and those of the database.
     pub(crate) fn read<T>(&self, look: impl Fn(&ReadTransaction) -> Result<T>) -> Result<T> {
-        self.healing(|database| look(&database.begin_read()?))
+        self.healing(|database| look(&database.redb.begin_read()?))
     }
 
     /// Calls `change` and keeps what it did if it succeeds; it is durable then. It may be called again.
@@ -139,45 +160,52 @@ impl Database {
     ///
     /// Those of `change`, after which nothing has changed, and those of the database.
     pub(crate) fn change<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<T> {
-        let (done, number) = self.committed(change)?;
-        let synced = self.sync(number);
-        let mut syncing = self.syncing();
-        syncing.waiting -= 1;
-        if syncing.waiting == 0 {
-            syncing.losses.clear();
-        }
-        drop(syncing);
-        synced.map(|()| done)
+        let (done, waiting) = self.committed(change)?;
+        self.sync(&waiting).map(|()| done)
     }
 
-    /// As [`Self::change`], for what may be forgotten in a crash.
+    /// As [`Self::change`], for what a crash may undo as long as nothing later is durable and nobody has called
+    /// [`Self::make_durable`]. Waits for no disk, unless very much is held.
     ///
     /// # Errors
     ///
     /// As [`Self::change`].
-    pub(crate) fn change_without_sync<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<T> {
-        let (done, _) = self.committed(change)?;
-        self.syncing().waiting -= 1;
+    pub(crate) fn change_for_now<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<T> {
+        let (done, waiting) = self.committed(change)?;
+        if self.held_bytes() > HELD_BYTES_MAX {
+            self.sync(&waiting)?;
+        }
         Ok(done)
     }
 
-    /// What `change` returned, and the number of the commit, for which somebody waits now.
-    fn committed<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<(T, u64)> {
+    /// Returns when no crash undoes any longer what was committed before.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; then what was not durable is undone.
+    pub(crate) fn make_durable(&self) -> Result<()> {
+        let waiting = Waiting::new(self, &mut self.syncing());
+        self.sync(&waiting)
+    }
+
+    /// What `change` returned, and the wait for its commit to be durable.
+    fn committed<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<(T, Waiting<'_>)> {
         let _begun = Begun::new(self);
         self.healing(|database| {
-            let mut transaction = database.begin_write()?;
+            let _alone = self.changing();
+            let mut transaction = database.redb.begin_write()?;
             transaction.set_durability(Durability::None).expect("there are no savepoints");
             let done = change(&transaction)?;
             transaction.commit()?;
             let mut syncing = self.syncing();
             syncing.committed += 1;
-            syncing.waiting += 1;
-            Ok((done, syncing.committed))
+            Ok((done, Waiting::new(self, &mut syncing)))
         })
     }
 
     /// Returns when the commit is durable: syncs, or waits for who does.
-    fn sync(&self, number: u64) -> Result<()> {
+    fn sync(&self, waiting: &Waiting<'_>) -> Result<()> {
+        let number = waiting.number;
         let mut syncing = self.syncing();
         loop {
             if let Some(loss) = syncing.losses.iter().find(|loss| loss.after < number && number <= loss.up_to) {
@@ -212,9 +240,7 @@ impl Database {
     fn sync_all(&self) -> Result<()> {
         let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
         let synced = match &opened.database {
-            Some(database) => {
-                database.begin_write().map_err(MetadataError::from).and_then(|transaction| Ok(transaction.commit()?))
-            }
+            Some(database) => self.seal(database).and_then(|()| database.disk.write_down().map_err(io_error)),
             None => Err(redb::Error::PreviousIo.into()),
         };
         let generation = opened.generation;
@@ -222,8 +248,19 @@ impl Database {
         synced.inspect_err(|error| self.open_again(generation, error))
     }
 
+    fn seal(&self, database: &OpenDatabase) -> Result<()> {
+        let _alone = self.changing();
+        let transaction = database.redb.begin_write()?;
+        Ok(database.disk.sealing(|| transaction.commit())?)
+    }
+
+    fn held_bytes(&self) -> usize {
+        let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
+        opened.database.as_ref().map_or(0, |database| database.disk.bytes_len())
+    }
+
     /// Runs `work`; when the database failed earlier it is opened first, when it fails now it is opened afterwards.
-    fn healing<T>(&self, work: impl Fn(&redb::Database) -> Result<T>) -> Result<T> {
+    fn healing<T>(&self, work: impl Fn(&OpenDatabase) -> Result<T>) -> Result<T> {
         let mut is_second = false;
         loop {
             let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
@@ -274,6 +311,10 @@ impl Database {
         }
     }
 
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn syncing(&self) -> MutexGuard<'_, Syncing> {
         // Numbers that are changed one by one: a panic elsewhere leaves them whole.
         self.syncing.lock().unwrap_or_else(PoisonError::into_inner)
@@ -297,15 +338,42 @@ impl Drop for Begun<'_> {
     }
 }
 
+/// Somebody who has to hear whether all up to a commit is durable.
+struct Waiting<'a> {
+    database: &'a Database,
+    number: u64,
+}
+
+impl<'a> Waiting<'a> {
+    /// For all that is committed.
+    fn new(database: &'a Database, syncing: &mut Syncing) -> Self {
+        syncing.waiting += 1;
+        Self { database, number: syncing.committed }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut syncing = self.database.syncing();
+        syncing.waiting -= 1;
+        if syncing.waiting == 0 {
+            syncing.losses.clear();
+        }
+    }
+}
+
 impl std::fmt::Debug for Database {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Database").finish_non_exhaustive()
     }
 }
 
-fn open_database(open_backend: &OpenBackend) -> Result<redb::Database> {
-    let backend = open_backend().map_err(io_error)?;
-    Ok(Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(AnyBackend(backend))?)
+fn open_database(open_backend: &OpenBackend) -> Result<OpenDatabase> {
+    let disk = Arc::new(HeldDisk::new(open_backend().map_err(io_error)?).map_err(io_error)?);
+    let backend = HeldBackend(Arc::clone(&disk));
+    let redb = Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend)?;
+    disk.hold();
+    Ok(OpenDatabase { redb, disk })
 }
 
 fn io_error(error: io::Error) -> MetadataError {
@@ -336,36 +404,6 @@ fn io_kind(error: &MetadataError) -> io::ErrorKind {
             _ => io::ErrorKind::Other,
         },
         _ => io::ErrorKind::Other,
-    }
-}
-
-/// redb wants a type.
-#[derive(Debug)]
-struct AnyBackend(Box<dyn StorageBackend>);
-
-impl StorageBackend for AnyBackend {
-    fn len(&self) -> io::Result<u64> {
-        self.0.len()
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read(offset, out)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        self.0.sync_data()
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write(offset, data)
-    }
-
-    fn close(&self) -> io::Result<()> {
-        self.0.close()
     }
 }
 

@@ -1,9 +1,10 @@
 //! Deleting what no snapshot has any longer, behind everybody's back.
 //!
 //! Removing a snapshot changes records only, and leaves a record of what is to be deleted. Two tasks delete it: one
-//! what lies in our own directories, one what `lazuli-fused` holds, since that may be slow. A crash loses nothing: the
-//! records are there at the next start. Then, and when containerd asks for a cleanup, the tasks also look for what no
-//! record knows.
+//! what lies in our own directories, one what `lazuli-fused` holds, since that may be slow. They first make durable what
+//! calls have changed without waiting for the disk, so that nothing is deleted that is there again after a crash. A
+//! crash later loses nothing: the records are there at the next start. Then, and when containerd asks for a cleanup, the
+//! tasks also look for what no record knows.
 
 use std::{
     collections::HashSet,
@@ -45,7 +46,7 @@ impl Default for Work {
 }
 
 impl Work {
-    /// Records were added.
+    /// Records have changed: there is something to delete, or only to make durable.
     pub(crate) fn begin(&self) {
         self.directories.notify_one();
         self.lazy.notify_one();
@@ -91,7 +92,7 @@ impl Snapshotter {
 
     /// False when something stays.
     async fn free_lazy_once(&self, search: bool) -> Result<bool> {
-        let recorded = self.blocking(|inner| Ok(inner.metadata.unused()?)).await?;
+        let recorded = self.blocking(|inner| Ok(inner.metadata.deletable()?)).await?;
         let mut is_all = self.free_in_daemon(recorded.into_iter().filter(is_lazy).collect()).await?;
         if search {
             let Listed { snapshots, damaged } = self.blocking(|inner| inner.list()).await?;
@@ -146,7 +147,7 @@ impl Inner {
     /// False when something stays.
     fn free_directories(&self, search: bool) -> Result<bool> {
         let mut is_all = true;
-        for unused in self.metadata.unused()?.into_iter().filter(|unused| !is_lazy(unused)) {
+        for unused in self.metadata.deletable()?.into_iter().filter(|unused| !is_lazy(unused)) {
             let freed = match unused {
                 Unused::Directory(id) => self.remove_snapshot(id),
                 Unused::Mounts(id) => self.id_mapped.remove(id),
@@ -174,6 +175,7 @@ impl Inner {
         let shown = self.id_mapped.listed().map_err(|error| self.failed(error))?;
         let being_made: Vec<_> = self.being_made().iter().map(ToString::to_string).collect();
         let Listed { snapshots, damaged } = self.list()?;
+        self.metadata.make_durable()?;
         if !damaged.is_empty() {
             warn!("directories without a record stay: a record is damaged and may be theirs");
             return Ok(());

@@ -11,6 +11,7 @@ mod database;
 pub mod filter;
 mod freeing;
 pub mod fused;
+mod held;
 pub mod host;
 pub mod id_map;
 pub mod id_mapped;

@@ -162,7 +162,7 @@ async fn serve(config: &Config, snapshotter: Snapshotter) -> Result<(), Box<dyn 
     info!(address = %config.address.display(), root = %config.root.display(), "serving");
     snapshotter.start_tasks();
     service_manager::tell_that_it_serves(&snapshotter);
-    let service = Service::new(snapshotter);
+    let service = Service::new(snapshotter.clone());
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
         .add_service(SnapshotsServer::new(service.clone()))
@@ -181,6 +181,9 @@ async fn serve(config: &Config, snapshotter: Snapshotter) -> Result<(), Box<dyn 
     _ = stop.send(());
     let idle = async {
         service.idle().await;
+        if let Err(error) = snapshotter.make_durable().await {
+            warn!(%error, "the last changes are lost");
+        }
         tokio::time::sleep(ANSWERS_LEAVE_WITHIN).await;
     };
     tokio::select! {

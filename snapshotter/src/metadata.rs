@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     database::Database,
     id_map::UID_MAPPING,
+    remote::{TARGET, is_extraction},
     trust::{Truth, Vouchers},
 };
 
@@ -186,6 +187,14 @@ pub struct NewSnapshot {
     pub parent: Option<SnapshotKey>,
     /// Labels; those with an empty value are left out.
     pub labels: Labels,
+}
+
+impl NewSnapshot {
+    /// Whether a layer is to be unpacked into it. Nobody misses it after a crash: who unpacks begins anew, with a
+    /// snapshot of another name, and what the commit makes of it is durable.
+    pub fn is_extraction(&self) -> bool {
+        self.kind == Kind::Active && self.labels.contains_key(TARGET) && is_extraction(&self.key)
+    }
 }
 
 /// A commit, as it is asked for.
@@ -380,7 +389,8 @@ impl Metadata {
         SnapshotId(self.next_id.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Adds a view or an active snapshot, whose directory must lie on disk.
+    /// Adds a view or an active snapshot, whose directory must lie on disk. That of an extraction need not, and a crash
+    /// may undo it ([`NewSnapshot::is_extraction`]).
     ///
     /// # Errors
     ///
@@ -388,7 +398,7 @@ impl Metadata {
     /// [`MetadataError::AlreadyExists`].
     pub fn create(&self, new: &NewSnapshot, id: SnapshotId, now: Time) -> Result<Chain> {
         self.database.require_room()?;
-        self.database.change(|change| {
+        let create = |change: &WriteTransaction| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
             let parents = parents_of(&snapshots, new)?;
             let top = Snapshot {
@@ -406,7 +416,8 @@ impl Metadata {
             put(&mut snapshots, &top)?;
             link(&mut change.open_table(CHILDREN)?, &top)?;
             Ok(Chain { top, parents })
-        })
+        };
+        if new.is_extraction() { self.database.change_for_now(create) } else { self.database.change(create) }
     }
 
     /// Turns an active snapshot into a committed one of another name; its id stays.
@@ -550,11 +561,15 @@ impl Metadata {
     /// Forgets a snapshot; what it had is [`Self::unused`] from now on. A record that is damaged is forgotten too: its
     /// directory is found by who looks for directories without a record.
     ///
+    /// A crash may undo it, until [`Self::deletable`] has returned or a later change is durable. The snapshot is there
+    /// again then, with all it had; containerd, to which it is gone, removes it when it next collects garbage, since it
+    /// compares what there is with what it knows.
+    ///
     /// # Errors
     ///
     /// [`MetadataError::NotFound`], [`MetadataError::HasChildren`].
     pub fn remove(&self, key: &SnapshotKey) -> Result<()> {
-        self.database.change(|change| {
+        self.database.change_for_now(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
             let mut children = change.open_table(CHILDREN)?;
             let removed = match existing(&snapshots, key) {
@@ -573,13 +588,14 @@ impl Metadata {
         })
     }
 
-    /// Changes the labels of a snapshot and returns it as it is now.
+    /// Changes the labels of a snapshot and returns it as it is now. A crash may undo it, as [`Self::remove`]:
+    /// containerd keeps the labels too, and believes its own.
     ///
     /// # Errors
     ///
     /// [`MetadataError::NotFound`].
     pub fn update_labels(&self, key: &SnapshotKey, labels: &LabelChange, now: Time) -> Result<Snapshot> {
-        self.database.change(|change| {
+        self.database.change_for_now(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
             let mut updated = existing(&snapshots, key)?;
             match labels {
@@ -593,7 +609,27 @@ impl Metadata {
         })
     }
 
-    /// What is to be deleted.
+    /// What is to be deleted, and stays so whatever crashes: before that is sure, nothing is deleted.
+    ///
+    /// # Errors
+    ///
+    /// When the database fails.
+    pub fn deletable(&self) -> Result<Vec<Unused>> {
+        let unused = self.unused()?;
+        self.make_durable()?;
+        Ok(unused)
+    }
+
+    /// Returns when no crash undoes any longer what has changed.
+    ///
+    /// # Errors
+    ///
+    /// When the database fails; then the last changes are undone.
+    pub fn make_durable(&self) -> Result<()> {
+        self.database.make_durable()
+    }
+
+    /// What is to be deleted, if no crash comes.
     ///
     /// # Errors
     ///
@@ -626,7 +662,7 @@ impl Metadata {
     ///
     /// When the database fails.
     pub fn forget_unused(&self, unused: Unused) -> Result<()> {
-        self.database.change_without_sync(|change| {
+        self.database.change_for_now(|change| {
             change.open_table(UNUSED)?.remove(unused.to_key().as_str())?;
             Ok(())
         })

@@ -7,7 +7,8 @@
 //!
 //! Order that makes a crash harmless: a directory exists before its record and goes after it, so what a
 //! crash leaves is a directory without a record, an *orphan*, or a record of what is to be deleted. Who uses
-//! what is always read off the records, never counted.
+//! what is always read off the records, never counted. Removals, labels and extractions are durable a moment after they
+//! are answered: a crash that undoes one leaves a snapshot that containerd collects, or a pull that begins anew.
 
 use std::{
     collections::HashSet,
@@ -243,6 +244,9 @@ impl Snapshotter {
             let active = inner.metadata.snapshot(&new.key)?;
             if active.kind == Kind::Active {
                 new.usage = inner.usage_of(active.id)?;
+                // That of an extraction was not when it was made; and now the names in it are durable too.
+                let upper = inner.directories.upper(active.id);
+                sync_directory(&upper).map_err(|error| Error::Io(upper, error))?;
             }
             inner.metadata.commit(&new, now)?;
             inner.work.begin();
@@ -280,7 +284,12 @@ impl Snapshotter {
     ///
     /// [`MetadataError::NotFound`].
     pub async fn update(&self, key: SnapshotKey, labels: LabelChange, now: Time) -> Result<Snapshot> {
-        self.blocking(move |inner| Ok(inner.metadata.update_labels(&key, &labels, now)?)).await
+        self.blocking(move |inner| {
+            let updated = inner.metadata.update_labels(&key, &labels, now)?;
+            inner.work.begin();
+            Ok(updated)
+        })
+        .await
     }
 
     /// Every snapshot whose record can be read, sorted by key. The others are logged.
@@ -327,6 +336,15 @@ impl Snapshotter {
     /// When they cannot.
     pub async fn check(&self) -> Result<()> {
         self.blocking(|inner| Ok(inner.metadata.unused().map(drop)?)).await
+    }
+
+    /// Returns when no crash undoes any longer what calls have changed.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written down.
+    pub async fn make_durable(&self) -> Result<()> {
+        self.blocking(|inner| Ok(inner.metadata.make_durable()?)).await
     }
 
     /// `Ok(false)` when the layer must be treated as an ordinary one.
@@ -460,11 +478,18 @@ impl Snapshotter {
             // Also when nobody waits for it any longer.
             let _making = making;
             let made = inner.make_directory(id, new.kind, owner.as_ref());
+            // The record must not be on disk before the directory is, unless nobody asks for it after a crash, or for
+            // nothing in it.
+            let is_needed = !new.is_extraction() && (new.kind == Kind::Active || parents.is_empty());
+            let made = made.and_then(|()| if is_needed { sync_directory(&inner.directories.of(id)) } else { Ok(()) });
             let made = made.map_err(|error| Error::Directory(new.key.clone(), error));
             let created = made.and_then(|()| Ok(inner.metadata.create(&new, id, now)?));
             if let Err(error) = created {
                 inner.give_up(id);
                 return Err(error);
+            }
+            if new.is_extraction() {
+                inner.work.begin();
             }
             debug!(key = %new.key, %id, kind = ?new.kind, "snapshot made");
             Ok(inner.mount(new.kind, id, &lower, tree.is_some()))
@@ -622,8 +647,7 @@ impl Inner {
         if let Some((user, group)) = owner {
             std::os::unix::fs::lchown(&upper, Some(user), Some(group))?;
         }
-        // The record must not be on disk before the directory is. Its name gets there with it on ext4, XFS and btrfs.
-        fs::File::open(&directory)?.sync_all()
+        Ok(())
     }
 
     /// Deletes what was made for a snapshot that cannot be.
@@ -651,6 +675,11 @@ enum Owner {
 
 fn id_map(key: &SnapshotKey, labels: &Labels) -> Result<Option<IdMap>> {
     IdMap::from_labels(labels).map_err(|error| Error::IdMap(key.clone(), error))
+}
+
+/// Its name gets to the disk with it on ext4, XFS and btrfs.
+fn sync_directory(path: &Path) -> io::Result<()> {
+    fs::File::open(path)?.sync_all()
 }
 
 pub(crate) fn remove_all(path: &Path) -> io::Result<()> {
