@@ -880,7 +880,7 @@ impl LayerState {
     pub(super) fn failure(&self) -> (Option<u64>, ReadError) {
         let (place, error) = match &self.last_failure {
             Some((place, error)) => (Some(*place), error.clone()),
-            None => (None, SourceError::passing("nothing has come in time")),
+            None => (None, SourceError::passing("nobody answers, or sends enough")),
         };
         (place, ReadError::Source { blob: self.blob, error })
     }

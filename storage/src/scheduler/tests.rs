@@ -75,6 +75,8 @@ struct World {
     failures: usize,
     /// Layers of which a failure was told that readers wait for.
     told: Vec<u64>,
+    /// Places that failures of reads were told with.
+    told_places: Vec<Option<u64>>,
 }
 
 impl World {
@@ -91,6 +93,7 @@ impl World {
             waits: Vec::new(),
             failures: 0,
             told: Vec::new(),
+            told_places: Vec::new(),
         }
     }
 
@@ -158,8 +161,9 @@ impl World {
                     self.cancelled += 1;
                     self.live.retain(|_, live| !Arc::ptr_eq(&live.link, &link));
                 }
-                Effect::Fail { waits, error, .. } => {
+                Effect::Fail { waits, error, place, .. } => {
                     self.failures += usize::from(!waits.is_empty());
+                    self.told_places.extend((!waits.is_empty()).then_some(place));
                     waits.iter().for_each(|wait| {
                         wait.0.borrow_mut().error.get_or_insert(error.clone());
                     });
@@ -359,10 +363,10 @@ fn a_reader_gives_up_when_its_patience_is_over_and_the_next_one_hears_it_at_once
     assert!(!first.is_over());
     world.pass(TICK);
     let error = first.0.borrow().error.clone();
-    assert!(
-        matches!(&error, Some(ReadError::Source { error, .. }) if error.kind == SourceErrorKind::Passing),
-        "{error:?}"
-    );
+    let Some(ReadError::Source { error, .. }) = error else { panic!("{error:?}") };
+    assert_eq!(error.kind, SourceErrorKind::Passing);
+    assert_eq!(error.message, "frame 0 has not come in 60s: nobody answers, or sends enough");
+    assert_eq!(world.told_places, [Some(0)], "the one that hangs");
     assert!(!second.is_over(), "it has its own time");
     world.pass(PATIENCE / 2);
     assert!(second.is_over());

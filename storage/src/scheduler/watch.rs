@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    machine::{Class, Effect, FrameState, Machine, Outcome, Waiter},
+    machine::{Class, Effect, FrameState, Machine, Outcome, Pending, Waiter},
     options::Priority,
 };
-use crate::{places::PlaceRef, source::SourceError};
+use crate::{error::ReadError, places::PlaceRef, source::SourceError};
 
 /// A request below this rate loses its slot when somebody else waits for one, shares the place with it, or there is
 /// another place: less than a modem, and no layer of a usable size comes at it within a reader's patience.
@@ -49,7 +49,7 @@ impl<W: Waiter> Machine<W> {
 
     /// Nobody of `waits` waits for frames of a layer any longer.
     fn give_up(&mut self, layer: u64, waits: Vec<W>, now: Instant) {
-        let Some((place, error)) = self.layers.get(&layer).map(super::machine::LayerState::failure) else { return };
+        let Some((place, error)) = self.overdue(layer, &waits) else { return };
         let until = now + self.options.failure_memory;
         let mut requests = Vec::new();
         for (key, pending) in self.pending.iter_mut().filter(|(key, _)| key.0 == layer) {
@@ -70,6 +70,27 @@ impl<W: Waiter> Machine<W> {
         });
         requests.into_iter().for_each(|request| self.cancel_if_idle(request));
         self.effects.push_back(Effect::Fail { layer, place, waits, error });
+    }
+
+    /// What readers of a layer hear whose patience is over: the frame that has not come, from where, and why, as far as
+    /// anybody knows.
+    fn overdue(&self, layer: u64, waits: &[W]) -> Option<(Option<u64>, ReadError)> {
+        let (place, error) = self.layers.get(&layer)?.failure();
+        let is_waited_for =
+            |pending: &Pending<W>| pending.waits.iter().any(|wait| waits.iter().any(|of| of.is_same(wait)));
+        let frames = self.pending.iter().filter(|(key, pending)| key.0 == layer && is_waited_for(pending));
+        let (Some(((_, frame), pending)), ReadError::Source { blob, error }) =
+            (frames.min_by_key(|(key, _)| key.1), &error)
+        else {
+            return Some((place, error));
+        };
+        let asked = match pending.state {
+            FrameState::Coming { request, .. } => self.running.get(&request).map(|running| running.place.number),
+            _ => None,
+        };
+        let message =
+            format!("frame {frame} has not come in {:?}: {}", self.patience.unwrap_or_default(), error.message);
+        Some((place.or(asked), ReadError::Source { blob: *blob, error: SourceError { message, ..error.clone() } }))
     }
 
     fn end_slow_requests(&mut self, now: Instant) {
