@@ -10,7 +10,7 @@
 pub mod containerd;
 mod source;
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc};
+use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use containerd_client::types::{Descriptor as ContainerdDescriptor, Mount};
 use format_spec::Digest;
@@ -38,6 +38,9 @@ const CRI_LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
 /// On a layer blob: the digest of what it unpacks to.
 const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 
+/// Between two attempts at a layer that the snapshotter cannot take yet; it waits itself before it says so.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
 /// What to pull, and where to.
 #[derive(Debug, Clone)]
 pub struct PullOptions {
@@ -49,6 +52,8 @@ pub struct PullOptions {
     pub namespace: String,
     /// The snapshotter, as containerd's configuration names it.
     pub snapshotter: String,
+    /// How long to ask again for a layer that the snapshotter cannot take yet.
+    pub wait: Duration,
 }
 
 /// What was pulled.
@@ -84,6 +89,8 @@ pub trait PullObserver: Send + Sync {
     fn downloaded(&self, layer: usize, len: u64);
     /// containerd unpacks it.
     fn unpack_starts(&self, layer: usize);
+    /// The snapshotter cannot take it yet, and is asked again.
+    fn waits(&self, layer: usize, digest: &Digest, reason: &str);
     /// It is there.
     fn layer_done(&self, layer: usize, digest: &Digest, outcome: PulledLayer);
 }
@@ -115,6 +122,14 @@ pub enum PullError {
         digest: Digest,
         /// What the source said.
         reason: String,
+    },
+    /// The snapshotter could not take a layer in time.
+    #[error("layer {digest}: the snapshotter cannot take it after {wait:?}; pull again later")]
+    Waiting {
+        /// The blob.
+        digest: Digest,
+        /// How long it was asked.
+        wait: Duration,
     },
     /// A layer unpacks to something else than the image says.
     #[error("layer {digest} unpacks to {found}, the image says {expected}: the image is damaged")]
@@ -226,9 +241,21 @@ impl Pull<'_> {
         }
         let key = format!("extract-{}-{number} {name}", self.containerd.lease_id());
         let labels = self.snapshot_labels(&layer.descriptor, &name);
-        let Prepared::Mounts(mounts) = snapshots.prepare(&key, parent, &name, labels).await? else {
-            return Ok(PulledLayer::Lazy);
+        let prepare = async {
+            loop {
+                match snapshots.prepare(&key, parent, &name, labels.clone()).await {
+                    Err(ContainerdError::NotYet { reason, .. }) => {
+                        self.observer.waits(number, &layer.descriptor.digest, &reason);
+                        tokio::time::sleep(ASK_AGAIN_AFTER).await;
+                    }
+                    prepared => return prepared,
+                }
+            }
         };
+        let Ok(prepared) = tokio::time::timeout(self.options.wait, prepare).await else {
+            return Err(PullError::Waiting { digest: layer.descriptor.digest, wait: self.options.wait });
+        };
+        let Prepared::Mounts(mounts) = prepared? else { return Ok(PulledLayer::Lazy) };
         let unpacked = async {
             let downloaded_len = self.unpack(number, layer, mounts).await?;
             snapshots.commit(&key, &name).await?;

@@ -5,6 +5,7 @@ use std::{
     io::IsTerminal,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use clap::Args;
@@ -30,17 +31,21 @@ pub(crate) struct PullArguments {
     /// The snapshotter, as containerd's configuration names it
     #[arg(long, default_value = "lazuli")]
     snapshotter: String,
+    /// Seconds to ask again for a layer that the snapshotter cannot take yet, as one that lies on layers of another image
+    /// which are being verified
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    wait: u32,
     #[command(flatten)]
     registries: RegistryArguments,
 }
 
 /// Pulls, and prints the name and digest of the image.
 pub(crate) async fn run(arguments: PullArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
-    let PullArguments { reference, address, namespace, snapshotter, registries } = arguments;
+    let PullArguments { reference, address, namespace, snapshotter, wait, registries } = arguments;
     let client = registries.into_client();
-    let options = PullOptions { reference, address, namespace, snapshotter };
+    let options = PullOptions { reference, address, namespace, snapshotter, wait: Duration::from_secs(wait.into()) };
     let observer: Arc<dyn PullObserver> =
-        if std::io::stderr().is_terminal() { Arc::new(Bars::default()) } else { Arc::new(Lines) };
+        if std::io::stderr().is_terminal() { Arc::new(Bars::default()) } else { Arc::new(Lines::default()) };
     let pulled = pull(&options, &client, observer, interrupted).await;
     let pulled = pulled.map_err(|error| format!("{}: {error}", options.reference))?;
     println!("{} {}", pulled.name, pulled.digest);
@@ -61,8 +66,12 @@ fn short(digest: &Digest) -> String {
     digest.hex()[..12].to_owned()
 }
 
-/// A line for every layer that is done.
-struct Lines;
+/// A line for every layer that is done, or that is waited for.
+#[derive(Default)]
+struct Lines {
+    /// The layer that was waited for last.
+    waiting: Mutex<Option<usize>>,
+}
 
 impl PullObserver for Lines {
     fn download_starts(&self, _: usize, _: &Digest, _: u64) {}
@@ -70,6 +79,12 @@ impl PullObserver for Lines {
     fn downloaded(&self, _: usize, _: u64) {}
 
     fn unpack_starts(&self, _: usize) {}
+
+    fn waits(&self, layer: usize, digest: &Digest, reason: &str) {
+        if self.waiting.lock().unwrap_or_else(PoisonError::into_inner).replace(layer) != Some(layer) {
+            eprintln!("layer {}: waits: {reason}", short(digest));
+        }
+    }
 
     fn layer_done(&self, _: usize, digest: &Digest, outcome: PulledLayer) {
         eprintln!("layer {}: {}", short(digest), describe(outcome));
@@ -108,6 +123,13 @@ impl PullObserver for Bars {
 
     fn unpack_starts(&self, layer: usize) {
         self.bar(layer, 0).set_message("unpacking");
+    }
+
+    fn waits(&self, layer: usize, digest: &Digest, reason: &str) {
+        let bar = self.bar(layer, 0);
+        bar.set_style(style("{prefix} waits: {msg}"));
+        bar.set_prefix(short(digest));
+        bar.set_message(reason.to_owned());
     }
 
     fn layer_done(&self, layer: usize, digest: &Digest, outcome: PulledLayer) {

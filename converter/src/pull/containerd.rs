@@ -57,6 +57,14 @@ pub enum ContainerdError {
     /// The namespace cannot be said in a request.
     #[error("{0:?} is no containerd namespace")]
     Namespace(String),
+    /// It cannot yet, and says that asking again helps (gRPC `Unavailable`).
+    #[error("containerd, {what}: {reason}")]
+    NotYet {
+        /// What was asked.
+        what: String,
+        /// What it waits for.
+        reason: String,
+    },
     /// An answer.
     #[error("containerd, {what}: {reason}")]
     Refused {
@@ -307,10 +315,14 @@ impl Snapshots<'_> {
             parent: parent.map(|parent| parent.to_string()).unwrap_or_default(),
             labels,
         };
+        let what = format!("preparing snapshot {name} of {}", self.snapshotter);
         match self.client().prepare(request).await {
             Ok(prepared) => Ok(Prepared::Mounts(prepared.into_inner().mounts)),
             Err(status) if status.code() == Code::AlreadyExists && self.has(name).await? => Ok(Prepared::Exists),
-            Err(status) => Err(refused(&format!("preparing snapshot {name} of {}", self.snapshotter))(status)),
+            Err(status) if status.code() == Code::Unavailable => {
+                Err(ContainerdError::NotYet { what, reason: on_one_line(status.message()) })
+            }
+            Err(status) => Err(refused(&what)(status)),
         }
     }
 
@@ -419,7 +431,11 @@ fn refused(what: &str) -> impl FnOnce(Status) -> ContainerdError {
 }
 
 fn refuse(what: &str, reason: impl fmt::Display) -> ContainerdError {
-    ContainerdError::Refused { what: what.to_owned(), reason: reason.to_string().replace(['\n', '\r'], " ") }
+    ContainerdError::Refused { what: what.to_owned(), reason: on_one_line(&reason.to_string()) }
+}
+
+fn on_one_line(text: &str) -> String {
+    text.replace(['\n', '\r'], " ")
 }
 
 #[cfg(test)]
