@@ -137,7 +137,7 @@ impl Endpoint {
     pub(crate) fn http(&self, what: &str, url: &Url, client: &Client) -> Result<reqwest::Client, Error> {
         let own = Url::parse(&self.root).ok();
         let is_own = own.as_ref().is_some_and(|own| own.host_str() == url.host_str());
-        let is_far = !is_own && !own.is_some_and(|own| leads_near(&own)) && !client.options().near_redirects;
+        let is_far = !is_own && !own.is_some_and(|own| leads_near(&own));
         if is_far && leads_near(url) {
             let reason = format!("to {}, which is this machine or its link", url.host_str().unwrap_or_default());
             return Err(Error::Redirects { what: what.to_owned(), host: self.name.clone(), reason });

@@ -35,9 +35,6 @@ pub struct ClientOptions {
     /// A directory like containerd's `/etc/containerd/certs.d`: in `HOST_PORT_`, `HOST:PORT`, `HOST` or `_default`
     /// a `hosts.toml`, or docker's `*.crt`, `*.cert`, `*.key`. Changes in it count within half a minute.
     pub hosts_dir: Option<PathBuf>,
-    /// Whether a registry elsewhere may redirect to loopback and link-local addresses. It is asked with no credentials
-    /// there, but a cloud's metadata service wants none. Registries on loopback always may.
-    pub near_redirects: bool,
     /// Blobs go up in chunks of so many bytes; `None` sends them whole, and in chunks where a registry refuses that.
     pub upload_chunk_len: Option<u64>,
 }
@@ -57,7 +54,6 @@ impl Default for ClientOptions {
             retry_delay_max: Duration::from_secs(10),
             docker_config: None,
             hosts_dir: None,
-            near_redirects: false,
             upload_chunk_len: None,
         }
     }
