@@ -11,6 +11,7 @@
 #   make torture-mixed a healthy image beside a hostile registry and images that lie; MINUTES=n, 30 unless said
 #   make soak          a node that works for an hour, and what it holds at the end; MINUTES=n
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
+#   make fuzz-check    one change of a converted image after the other, each of which a check must find; CHANGES=n, 100000 unless said
 #   make bench         conversion beside what others take; snapshots and memory; the hot set beside real starts (minutes)
 #   make bench-mounts  both modes of a mount beside ext4 and overlayfs; mounting 100,000 files (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
@@ -22,7 +23,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed soak fuzz bench bench-mounts bench-frames demo lint deps images clean
+.PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed soak fuzz fuzz-check bench bench-mounts bench-frames demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -60,6 +61,9 @@ soak: build
 
 fuzz: deps
 	fuzz/run $(or $(SECONDS),60) $(TARGET)
+
+fuzz-check:
+	LAZULI_CHANGES=$(or $(CHANGES),100000) $(CARGO) test --release --workspace --test check_changes -- --nocapture every_change
 
 bench: build images
 	tests/deps bench

@@ -1,43 +1,35 @@
-//! Checks an image: every digest, every lazy layer's index against its tar stream, and the whole against
-//! the original it was converted from.
+//! Checks images: every digest, every lazy layer's index against its tar stream, and the whole against the original
+//! it was converted from. Of an index everything is checked that it lists.
 //!
 //! Each blob is read once, as a stream: what is held of a layer is its index, the digests of its pieces and
 //! a frame at a time. What is wrong becomes a finding and the check goes on, so that one run names all damage;
 //! an error is what keeps it from looking.
 
+mod artifact;
+mod entries;
 mod frames;
+mod layer;
 mod lazy;
+mod notes;
 mod opening;
 mod original;
 mod report;
 mod space;
 
-use std::{io::Read, sync::Arc, thread};
+use std::collections::{HashMap, HashSet};
 
-use bytes::Bytes;
-use format_spec::{
-    Digest, DigestHasher, Footer, Index, LazyLayer, PublicKey,
-    annotation::{self, AnnotationError},
-    footer::FOOTER_FRAME_LEN,
-    signature::SIGNATURE,
-};
+use format_spec::{Digest, PublicKey};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
-pub use self::report::{CheckReport, Counts, Finding, LayerCheck, Part};
-use self::{
-    lazy::{OpenLayer, Passed, check_blob, open_pieces},
-    report::Findings,
-};
+pub(crate) use self::layer::check_layer;
+pub use self::report::{ArtifactCheck, CheckReport, Counts, Finding, ImageCheck, LayerCheck, Part};
+use self::{original::Original, report::Findings};
 use crate::{
-    blob_reader::BlobReader,
-    blob_thread::{Aborted, read_blob},
-    image::{ImageError, ImageSource},
-    lazy_layer::dedup_range,
-    manifest::{Descriptor, media_type},
+    blob_thread::Aborted,
+    image::ImageSource,
+    manifest::Descriptor,
     platform::Platform,
-    resolve::{ResolveError, resolve_image},
-    sign::{SignatureFacts, signature_facts, signatures_of},
-    stages::ReadAhead,
+    resolve::{FoundManifest, ResolveError, ResolvedImage, resolve_image},
 };
 
 /// Layers checked side by side: hashing keeps a processor busy with each, and each may hold a large index.
@@ -62,289 +54,141 @@ pub enum CheckError {
     },
 }
 
-/// Checks the image for `platform` at `source`, against the one at `original` where that is given. With `keys` each
-/// lazy layer must have a signature of one of them.
+/// Checks what `source` names, against what `original` names where that is given: of an index everything that it
+/// lists, or the image for `platform` alone. With `keys` each lazy layer must have a signature of one of them.
 ///
-/// `layer_done` is told of each layer, lowest first.
+/// `layer_done` is told of each layer, those of an image lowest first.
 ///
 /// # Errors
 ///
-/// When manifest or config of one of them cannot be read or are damaged. Everything else is a finding.
-pub async fn check_image(
+/// When the named manifest or index, or config of the named image, cannot be read or are damaged; the same of the
+/// original's. Everything else is a finding.
+pub async fn check(
     source: &ImageSource,
     original: Option<&ImageSource>,
     platform: Option<&Platform>,
     keys: &[PublicKey],
-    layer_done: impl Fn(&LayerCheck),
+    layer_done: &dyn Fn(&LayerCheck),
 ) -> Result<CheckReport, CheckError> {
-    let image = resolve_image(source, platform).await?;
-    let original = match original {
-        Some(original) => Some(original::find(original, &image, platform).await?),
-        None => None,
-    };
-    let mut findings = Findings::default();
-    let layers: Vec<LayerCheck> = stream::iter(image.manifest.layers.iter().zip(&image.diff_ids))
-        .map(|(descriptor, diff_id)| check_layer(source, descriptor, *diff_id, keys))
-        .buffered(LAYERS_AT_ONCE)
-        .inspect_ok(|layer| layer_done(layer))
-        .try_collect()
-        .await?;
-    if let Some(original) = &original {
-        original::compare(&image, &layers, original, &mut findings).await?;
-    }
-    let is_complete = layers.iter().all(|layer| layer.not_checked.is_empty());
-    let is_sound = is_complete && findings.is_empty() && layers.iter().all(|layer| layer.finding_count() == 0);
-    Ok(CheckReport {
-        digest: image.digest,
-        config_digest: image.manifest.config.digest,
-        platform: image.platform.to_string(),
-        is_sound,
-        is_complete,
-        layers,
-        findings: findings.list,
-        further_findings: findings.further,
-    })
-}
-
-/// Checks one layer of any kind.
-pub(crate) async fn check_layer(
-    source: &ImageSource,
-    descriptor: &Descriptor,
-    diff_id: Digest,
-    keys: &[PublicKey],
-) -> Result<LayerCheck, CheckError> {
-    let mut findings = Findings::default();
-    let open = open_layer(source, descriptor, &mut findings).await;
-    let is_lazy = open.is_lazy;
-    let index = open.layer.as_ref().map(|layer| layer.lazy.index.digest);
-    let signatures = match is_lazy {
-        true => check_signatures(descriptor, index, diff_id, keys, &mut findings),
-        false => Vec::new(),
-    };
-    let passed = read_layer(source, descriptor, is_lazy, open.layer).await?;
-    findings.append(passed.findings);
-    if let Some((found, _)) = passed.tar
-        && found != diff_id
-    {
-        findings.add(Part::Tar, "tar stream", format!("its digest is {found}, the diff ID in the config is {diff_id}"));
-    }
-    Ok(LayerCheck {
-        digest: descriptor.digest,
-        diff_id,
-        media_type: descriptor.media_type.clone(),
-        blob_len: descriptor.size,
-        is_lazy,
-        signatures,
-        tar_digest: passed.tar.map(|(digest, _)| digest),
-        tar_len: passed.tar.map(|(_, len)| len),
-        counts: passed.counts,
-        findings: findings.list,
-        further_findings: findings.further,
-        not_checked: findings.not_checked,
-    })
-}
-
-/// Reads the blob of a layer to its end.
-async fn read_layer(
-    source: &ImageSource,
-    descriptor: &Descriptor,
-    is_lazy: bool,
-    open: Option<OpenLayer>,
-) -> Result<Passed, CheckError> {
-    let (digest, len) = (descriptor.digest, descriptor.size);
-    // Those that must not be redistributed are unpacked as any others.
-    let is_tar = media_type::is_file_system(&descriptor.media_type);
-    let mut passed = Passed::default();
-    // A layer that lies elsewhere, as those of Windows do, need not be here. A lazy one is: a node reads it here.
-    if descriptor.is_elsewhere() && !is_lazy {
-        passed.findings.skip(format!("the blob, since it lies elsewhere: {}", descriptor.media_type));
-        return Ok(passed);
-    }
-    let stream = match source.blob_stream(&digest).await {
-        Ok(stream) => stream,
-        Err(error) => {
-            passed.findings.add(Part::Blob, "blob", error);
-            return Ok(passed);
-        }
-    };
-    let work = move |mut blob: BlobReader<_>| match open {
-        Some(layer) => check_blob(&mut blob, &layer),
-        None => check_ordinary(&mut blob, is_tar),
-    };
-    read_blob(stream, digest, len, work).await.map_err(|error| CheckError::Aborted { digest, error })
-}
-
-/// A layer that is not lazy, or whose index cannot be read.
-fn check_ordinary<P: Iterator<Item = Result<Bytes, String>> + Send>(blob: &mut BlobReader<P>, is_tar: bool) -> Passed {
-    let mut passed = Passed::default();
-    let plain = if is_tar { hash_plain(blob).map(Some) } else { Ok(None) };
-    match (plain, blob.finish()) {
-        (_, Err(error)) => passed.findings.add(Part::Blob, "blob", error),
-        (Err(error), Ok(())) => {
-            passed.findings.add(Part::Tar, "tar stream", format!("it cannot be decompressed: {error}"))
-        }
-        (Ok(tar), Ok(())) => passed.tar = tar,
-    }
-    passed
-}
-
-/// Digest and length of what a blob decompresses to, which another thread does.
-fn hash_plain<P: Iterator<Item = Result<Bytes, String>> + Send>(
-    blob: &mut BlobReader<P>,
-) -> std::io::Result<(Digest, u64)> {
-    thread::scope(|scope| {
-        let mut plain = ReadAhead::start(scope, || blob.decompress());
-        let (mut hasher, mut len) = (DigestHasher::default(), 0);
-        let mut buffer = vec![0; 128 << 10];
-        loop {
-            match plain.read(&mut buffer)? {
-                0 => return Ok((hasher.finish(), len)),
-                read => {
-                    hasher.update(&buffer[..read]);
-                    len += read as u64;
-                }
+    let mut check = Check { source, original, keys, layer_done, done: Done::default(), pairs: HashMap::new() };
+    let mut seen = HashSet::new();
+    let digest = match platform {
+        Some(_) => check.one(resolve_image(source, platform).await?, platform).await?,
+        None => {
+            let stored = source.manifest().await.map_err(ResolveError::from)?;
+            let digest = stored.digest;
+            if stored.is_index() {
+                let theirs = match original {
+                    Some(original) => {
+                        let stored = original.manifest().await;
+                        Some(stored.map_err(|error| CheckError::Original(error.into()))?)
+                    }
+                    None => None,
+                };
+                check.index(stored, theirs, 1, &mut seen).await?;
+            } else {
+                let found = FoundManifest { indexes: Vec::new(), stored, platform: None };
+                check.one(found.read(source, None).await?, None).await?;
             }
-        }
-    })
-}
-
-/// What could be opened of a layer.
-struct Opened {
-    /// Whether annotations or footer say that it is lazy.
-    is_lazy: bool,
-    layer: Option<OpenLayer>,
-}
-
-/// Fetches index and dedup section of a lazy layer: where its annotations say, or where its footer does.
-async fn open_layer(source: &ImageSource, descriptor: &Descriptor, findings: &mut Findings) -> Opened {
-    // What cannot be read here is named by the pass over the blob.
-    let in_footer = read_footer(source, descriptor).await.ok().flatten();
-    let annotated = annotated_layer(descriptor, in_footer.as_ref(), findings);
-    let is_annotated = descriptor.annotation(annotation::VERSION).is_some();
-    let is_lazy = is_annotated || in_footer.is_some();
-    let mut layer = None;
-    for (who, lazy) in [("annotations", annotated), ("footer", in_footer.filter(|found| Some(*found) != annotated))] {
-        let Some(lazy) = lazy.filter(|_| layer.is_none()) else { continue };
-        match open_index(source, descriptor, &lazy).await {
-            Ok(index) => layer = Some((lazy, index)),
-            Err(problem) => findings.add(Part::Index, format!("index where the {who} say"), problem),
-        }
-    }
-    let Some((lazy, index)) = layer else {
-        if is_lazy {
-            findings.skip("frames, files, hot pack and dedup section, since no index can be read");
-        }
-        return Opened { is_lazy, layer: None };
-    };
-    // Everything behind the index is where the index says.
-    if lazy.hot_len != index.hot_len() && findings.list.iter().all(|finding| finding.part != Part::Annotation) {
-        let problem = format!("it is {}, the hot pack has {} bytes", lazy.hot_len, index.hot_len());
-        findings.add(Part::Annotation, format!("annotation {}", annotation::HOT_LEN), problem);
-    }
-    let lazy = LazyLayer { hot_len: index.hot_len(), ..lazy };
-    let pieces = match dedup_range(&lazy, &index) {
-        None => Vec::new(),
-        Some(range) => match source.blob_range(descriptor, range).await {
-            Ok(compressed) => open_pieces(&compressed, &index, findings),
-            Err(error) => {
-                findings.add(Part::Dedup, "dedup section", error);
-                Vec::new()
-            }
-        },
-    };
-    Opened { is_lazy, layer: Some(OpenLayer { lazy, index: Arc::new(index), pieces: pieces.into() }) }
-}
-
-/// The layer that the annotations describe. What is wrong with them is a finding: by what the footer says, where
-/// it can be read.
-fn annotated_layer(
-    descriptor: &Descriptor,
-    in_footer: Option<&LazyLayer>,
-    findings: &mut Findings,
-) -> Option<LazyLayer> {
-    let parsed = LazyLayer::from_annotations(|key| descriptor.annotation(key));
-    let of_descriptor = |lazy| LazyLayer { blob: descriptor.digest, blob_len: descriptor.size, ..lazy };
-    let annotated = parsed.as_ref().ok().copied().flatten().map(of_descriptor);
-    match (in_footer, &parsed) {
-        (Some(_), Ok(None)) => {
-            let problem =
-                "it is missing: the layer is lazy by its footer, but no node will know; convert the image again";
-            findings.add(Part::Annotation, format!("annotation {}", annotation::VERSION), problem);
-        }
-        (Some(expected), _) => compare_annotations(descriptor, expected, findings),
-        (None, Ok(_)) => {
-            annotated.iter().for_each(|expected| compare_annotations(descriptor, expected, findings));
-        }
-        (None, Err(error)) => {
-            let key = match error {
-                AnnotationError::Missing(key) | AnnotationError::Malformed { key, .. } => *key,
-                AnnotationError::Version(_) => annotation::VERSION,
-            };
-            findings.add(Part::Annotation, format!("annotation {key}"), error);
-        }
-    }
-    annotated
-}
-
-/// Adds a finding for every annotation that is not that of the layer `expected`.
-fn compare_annotations(descriptor: &Descriptor, expected: &LazyLayer, findings: &mut Findings) {
-    let expected = expected.to_annotations();
-    for key in annotation::ALL {
-        let (found, expected) = (descriptor.annotation(key), expected.get(key).map(String::as_str));
-        if found != expected {
-            let [found, expected] = [found, expected].map(|value| value.unwrap_or("nothing"));
-            findings.add(Part::Annotation, format!("annotation {key}"), format!("it is {found}, expected {expected}"));
-        }
-    }
-}
-
-/// The signatures of a lazy layer. Those of other keys than the given ones prove nothing and are no finding.
-fn check_signatures(
-    descriptor: &Descriptor,
-    index: Option<Digest>,
-    diff_id: Digest,
-    keys: &[PublicKey],
-    findings: &mut Findings,
-) -> Vec<SignatureFacts> {
-    let mut add = |problem: String| findings.add(Part::Signature, format!("annotation {SIGNATURE}"), problem);
-    let missing = || "there is no signature of the given keys".to_owned();
-    let (signed, index) = match (signatures_of(descriptor), index) {
-        (Some(Ok(signed)), Some(index)) => (signed, index),
-        (Some(Err(error)), _) => {
-            add(error.to_string());
-            return Vec::new();
-        }
-        (None, _) | (_, None) => {
-            if !keys.is_empty() {
-                add(missing());
-            }
-            return Vec::new();
+            digest
         }
     };
-    if signed.tar != diff_id {
-        add(format!("it is about the tar stream {}, the diff ID in the config is {diff_id}", signed.tar));
-    }
-    let facts = signature_facts(&signed, &index, keys);
-    for wrong in facts.iter().filter(|facts| facts.is_verified == Some(false)) {
-        add(format!("that of key {} does not verify", wrong.key));
-    }
-    if !keys.is_empty() && facts.iter().all(|facts| facts.is_verified.is_none()) {
-        add(missing());
-    }
-    facts
+    Ok(check.done.report(digest))
 }
 
-/// What the last bytes of a zstd blob say.
-async fn read_footer(source: &ImageSource, descriptor: &Descriptor) -> Result<Option<LazyLayer>, ImageError> {
-    let is_zstd = media_type::ZSTD_LAYERS.contains(&descriptor.media_type.as_str());
-    let Some(start) = descriptor.size.checked_sub(FOOTER_FRAME_LEN).filter(|_| is_zstd) else { return Ok(None) };
-    let frame = source.blob_range(descriptor, start..descriptor.size).await?;
-    let found = Footer::from_frame(&frame, descriptor.size).ok().flatten();
-    let (blob, blob_len) = (descriptor.digest, descriptor.size);
-    Ok(found.map(|(index, hot_len)| LazyLayer { blob, blob_len, index, hot_len }))
+/// A check under way.
+struct Check<'a> {
+    source: &'a ImageSource,
+    original: Option<&'a ImageSource>,
+    keys: &'a [PublicKey],
+    layer_done: &'a dyn Fn(&LayerCheck),
+    done: Done,
+    /// For what the original's index lists: what this one has in its place.
+    pairs: HashMap<Digest, Digest>,
 }
 
-async fn open_index(source: &ImageSource, descriptor: &Descriptor, lazy: &LazyLayer) -> Result<Index<Vec<u8>>, String> {
-    let compressed = source.blob_range(descriptor, lazy.index.range()).await.map_err(|error| error.to_string())?;
-    Index::from_compressed(&compressed, &lazy.index).map_err(|error| error.to_string())
+/// What has been checked.
+#[derive(Default)]
+struct Done {
+    images: Vec<ImageCheck>,
+    artifacts: Vec<ArtifactCheck>,
+    /// Of the indexes.
+    findings: Findings,
+}
+
+impl Done {
+    fn report(self, digest: Digest) -> CheckReport {
+        let Self { images, artifacts, findings } = self;
+        let mut report = CheckReport {
+            digest,
+            is_sound: false,
+            is_complete: true,
+            images,
+            artifacts,
+            findings: findings.list,
+            further_findings: findings.further,
+        };
+        let layers = report.images.iter().flat_map(|image| &image.layers);
+        report.is_complete = layers.map(|layer| &layer.not_checked).all(Vec::is_empty)
+            && report.artifacts.iter().all(|artifact| artifact.not_checked.is_empty());
+        report.is_sound = report.is_complete && report.finding_count() == 0;
+        report
+    }
+}
+
+impl Check<'_> {
+    /// Checks the image that was named; returns the digest of its manifest.
+    async fn one(&mut self, image: ResolvedImage, platform: Option<&Platform>) -> Result<Digest, CheckError> {
+        let original = match self.original {
+            Some(original) => Some(original::find(original, &image, platform).await?),
+            None => None,
+        };
+        let digest = image.digest;
+        self.image(image, original).await?;
+        Ok(digest)
+    }
+
+    /// Checks one image.
+    async fn image(&mut self, image: ResolvedImage, original: Option<Original<'_>>) -> Result<(), CheckError> {
+        let mut findings = Findings::default();
+        let config = &image.manifest.config;
+        check_len("config", config, image.config.len() as u64, &mut findings);
+        for (number, descriptor) in [config].into_iter().chain(&image.manifest.layers).enumerate() {
+            let place = if number == 0 { "config".to_owned() } else { format!("layer {number}") };
+            check_embedded(&place, descriptor, &mut findings);
+        }
+        let layers: Vec<LayerCheck> = stream::iter(image.manifest.layers.iter().zip(&image.diff_ids))
+            .map(|(descriptor, diff_id)| check_layer(self.source, descriptor, *diff_id, self.keys))
+            .buffered(LAYERS_AT_ONCE)
+            .inspect_ok(|layer| (self.layer_done)(layer))
+            .try_collect()
+            .await?;
+        if let Some(original) = &original {
+            original::compare(&image, &layers, original, &mut findings).await?;
+        }
+        self.done.images.push(ImageCheck {
+            digest: image.digest,
+            config_digest: image.manifest.config.digest,
+            platform: image.platform.to_string(),
+            layers,
+            findings: findings.list,
+            further_findings: findings.further,
+        });
+        Ok(())
+    }
+}
+
+/// Adds a finding where a document of `len` bytes has another length than its descriptor says.
+fn check_len(place: &str, descriptor: &Descriptor, len: u64, findings: &mut Findings) {
+    if descriptor.size != len {
+        let problem = format!("it has {len} bytes, its descriptor says {}", descriptor.size);
+        findings.add(Part::Manifest, place, problem);
+    }
+}
+
+/// Adds a finding where a descriptor brings along other content than that which it names: some programs take it.
+fn check_embedded(place: &str, descriptor: &Descriptor, findings: &mut Findings) {
+    if descriptor.rest.contains_key("data") && descriptor.embedded().is_none() {
+        findings.add(Part::Manifest, format!("{place}, data"), "it is not the content that the descriptor names");
+    }
 }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 use converter::{
-    check::{CheckError, CheckReport, LayerCheck, check_image},
+    check::{CheckError, CheckReport, Finding, LayerCheck, check},
     image::ImageSource,
     location::Location,
     platform::Platform,
@@ -26,7 +26,7 @@ pub(crate) struct CheckArguments {
     /// Each lazy layer must be signed with one of the Ed25519 public keys in this PEM file; can be repeated
     #[arg(long, value_name = "FILE")]
     key: Vec<PathBuf>,
-    /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
+    /// Check the image for this platform alone, for instance linux/arm64 [default: everything that an index lists]
     #[arg(long)]
     platform: Option<Platform>,
     #[command(flatten)]
@@ -65,29 +65,61 @@ pub(crate) async fn run(arguments: CheckArguments) -> Result<ExitCode, String> {
                 print_layer(layer);
             }
         };
-        let report = check_image(&source, original.as_ref(), platform.as_ref(), &keys, print).await;
+        let report = check(&source, original.as_ref(), platform.as_ref(), &keys, &print).await;
         report.map_err(|error: CheckError| fail_with(&named, &error))
     };
     let report: CheckReport = report.await?;
     if json {
         println!("{}", serde_json::to_string_pretty(&report).expect("a report has no maps"));
     } else {
-        report.findings.iter().for_each(|finding| println!("{finding}"));
-        if report.further_findings > 0 {
-            println!("{} findings more of the same kinds", report.further_findings);
-        }
+        print_findings(&report);
     }
     match report.finding_count() {
         0 => {
             let verdict = if report.is_complete { "is sound" } else { "has nothing wrong in what was checked of it" };
             if !json {
-                println!("{named} {} {} {verdict}", report.platform, report.digest);
+                println!("{named} {} {verdict}", describe(&report));
             }
             let is_enough = report.is_complete || allow_unchecked;
             Ok(if is_enough { ExitCode::SUCCESS } else { ExitCode::from(INCOMPLETE) })
         }
         1 => Err(format!("{named}: 1 finding")),
         count => Err(format!("{named}: {count} findings")),
+    }
+}
+
+/// What is wrong beside the layers, which have been printed.
+fn print_findings(report: &CheckReport) {
+    let print = |place: &str, findings: &[Finding], further: u64, not_checked: &[String]| {
+        findings.iter().for_each(|finding| println!("{place}{finding}"));
+        if further > 0 {
+            println!("{place}{further} findings more of the same kinds");
+        }
+        not_checked.iter().for_each(|what| println!("{place}not checked: {what}"));
+    };
+    for image in &report.images {
+        let is_only = report.digest == image.digest || report.images.len() == 1;
+        let place = if is_only { String::new() } else { format!("image {}: ", image.platform) };
+        print(&place, &image.findings, image.further_findings, &[]);
+    }
+    for artifact in &report.artifacts {
+        let place = format!("artifact {}: ", artifact.digest);
+        print(&place, &artifact.findings, artifact.further_findings, &artifact.not_checked);
+    }
+    print("", &report.findings, report.further_findings, &[]);
+}
+
+/// What was checked: the image, or how many the index lists.
+fn describe(report: &CheckReport) -> String {
+    let digest = report.digest;
+    match report.images.as_slice() {
+        [image] if image.digest == digest => format!("{} {digest}", image.platform),
+        images => {
+            let platforms = images.iter().map(|image| image.platform.as_str()).collect::<Vec<_>>().join(", ");
+            let count = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+            let artifacts = count(report.artifacts.len(), "artifact");
+            format!("{digest} with {} ({platforms}) and {artifacts}", count(images.len(), "image"))
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// In an index of buildkit: the image that an attestation is about. Source: buildkit, docs/attestations.
-const REFERENCE_DIGEST: &str = "vnd.docker.reference.digest";
+pub(crate) const REFERENCE_DIGEST: &str = "vnd.docker.reference.digest";
 
 /// A manifest or index as it shall be stored.
 #[derive(Debug, Clone)]

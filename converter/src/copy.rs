@@ -15,12 +15,19 @@ use crate::{
 
 /// The blobs that a manifest names. (`blobs` is what artifact manifests had before OCI 1.1.)
 #[derive(Debug, Deserialize)]
-struct Blobs {
+pub(crate) struct Blobs {
     config: Option<Descriptor>,
     #[serde(default, deserialize_with = "null_is_empty")]
     layers: Vec<Descriptor>,
     #[serde(default, deserialize_with = "null_is_empty")]
     blobs: Vec<Descriptor>,
+}
+
+impl Blobs {
+    /// All of them.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Descriptor> {
+        self.config.iter().chain(&self.layers).chain(&self.blobs)
+    }
 }
 
 /// Brings all blobs of a manifest to the destination, but not the manifest; returns how many bytes had to be moved.
@@ -35,7 +42,7 @@ pub(crate) async fn copy_blobs(
 ) -> Result<u64, ImageError> {
     let blobs: Blobs = parse(manifest)?;
     let mut moved_len = 0;
-    for descriptor in blobs.config.iter().chain(&blobs.layers).chain(&blobs.blobs) {
+    for descriptor in blobs.iter() {
         moved_len += copy_blob(source, destination, descriptor).await?;
     }
     Ok(moved_len)

@@ -71,15 +71,15 @@ fn every_layer_is_signed_and_openssl_and_check_verify_it() {
         openssl(&scene, &[&verify[..], &["-sigfile", "signature"]].concat());
     }
     let report = ok(check(&scene, "oci:dst", &["--key", "two.pub", "--key", "one.pub", "--against", "oci:src"]));
-    assert_eq!(report["layers"][2]["signatures"][0]["key"], one);
-    assert_eq!(report["layers"][2]["signatures"][0]["is_verified"], true);
+    assert_eq!(report["images"][0]["layers"][2]["signatures"][0]["key"], one);
+    assert_eq!(report["images"][0]["layers"][2]["signatures"][0]["is_verified"], true);
     // Without its key there is nothing to compare a signature with; another key is a demand that is not met.
     let report = ok(check(&scene, "oci:dst", &[]));
-    assert_eq!(report["layers"][0]["signatures"][0]["is_verified"], Value::Null);
+    assert_eq!(report["images"][0]["layers"][0]["signatures"][0]["is_verified"], Value::Null);
     let refused = check(&scene, "oci:dst", &["--key", "two.pub"]);
     assert_eq!(refused.status.code(), Some(1));
     let report: Value = serde_json::from_slice(&refused.stdout).unwrap();
-    assert_eq!(report["layers"][0]["findings"][0]["part"], "signature");
+    assert_eq!(report["images"][0]["layers"][0]["findings"][0]["part"], "signature");
     let inspected = ok(scene.lazuli(&["inspect", "oci:dst", "--json"]));
     assert_eq!(inspected["layers"][1]["signed_by"][0], one);
     assert_ne!(one, two);
@@ -140,7 +140,7 @@ fn a_signature_of_another_layer_is_found() {
     assert_eq!(refused.status.code(), Some(1));
     let report: Value = serde_json::from_slice(&refused.stdout).unwrap();
     let problems = |layer: usize| -> Vec<_> {
-        let findings = report["layers"][layer]["findings"].as_array().unwrap();
+        let findings = report["images"][0]["layers"][layer]["findings"].as_array().unwrap();
         findings.iter().map(|finding| finding["problem"].as_str().unwrap().to_owned()).collect()
     };
     assert!(problems(0)[0].starts_with("it is about the tar stream sha256:"), "{:?}", problems(0));

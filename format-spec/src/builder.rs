@@ -91,8 +91,12 @@ impl<'a> BlobTail<'a> {
 }
 
 impl CompressedIndex {
-    /// Compresses bytes in open form.
-    pub(crate) fn of(mut bytes: Vec<u8>) -> Result<Self, FormatError> {
+    /// Compresses bytes in open form, whose sections are not looked at.
+    ///
+    /// # Errors
+    ///
+    /// When header or section table are damaged, or zstd fails.
+    pub fn of(mut bytes: Vec<u8>) -> Result<Self, FormatError> {
         table::to_wire(&mut bytes)?;
         let compressed = zstd::bulk::compress(&bytes, INDEX_COMPRESSION_LEVEL)
             .map_err(|error| FormatError::Compression(error.to_string()))?;

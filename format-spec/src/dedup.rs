@@ -11,7 +11,7 @@ use crate::{
     builder::CompressedIndex,
     digest::Digest,
     index::DedupLocation,
-    table::{self, FormatError, NewSection},
+    table::{self, FormatError, NewSection, Unread},
 };
 
 /// Section kind of the pieces.
@@ -60,6 +60,15 @@ pub fn compress(pieces: &[DedupPiece]) -> Result<CompressedIndex, FormatError> {
 ///
 /// When the bytes are not those of the digest, or break a rule of SPEC.md 5.10.
 pub fn decompress(compressed: &[u8], location: &DedupLocation, space_len: u64) -> Result<Vec<DedupPiece>, FormatError> {
+    pieces(&open(compressed, location)?, space_len)
+}
+
+/// Decompresses a dedup section into the open form.
+///
+/// # Errors
+///
+/// When the bytes are not those of the digest, or no container of the format.
+pub fn open(compressed: &[u8], location: &DedupLocation) -> Result<Vec<u8>, FormatError> {
     let found = Digest::of(compressed);
     let expected = Digest::from_bytes(location.digest);
     if found != expected {
@@ -68,8 +77,30 @@ pub fn decompress(compressed: &[u8], location: &DedupLocation, space_len: u64) -
     let bytes = table::decompress(compressed, location.plain_len.get())?;
     let (_, entries) = table::parse(&bytes)?;
     table::check_sections(&bytes, entries)?;
+    Ok(bytes)
+}
+
+/// What of a dedup section in open form no reader looks at: both lengths of its header are 0 (SPEC.md 5.9).
+///
+/// # Errors
+///
+/// When header or section table are damaged.
+pub fn unread(open: &[u8]) -> Result<Unread, FormatError> {
+    let mut unread = Unread::of(open, &[PIECES])?;
+    let (header, _) = table::parse(open)?;
+    unread.has_stray_bytes |= header.tar_len != 0 || header.space_len != 0;
+    Ok(unread)
+}
+
+/// The pieces in the open form of a dedup section.
+///
+/// # Errors
+///
+/// When they break a rule of SPEC.md 5.10.
+pub fn pieces(open: &[u8], space_len: u64) -> Result<Vec<DedupPiece>, FormatError> {
+    let (_, entries) = table::parse(open)?;
     let entry = entries.iter().find(|entry| entry.kind == PIECES);
-    let section = entry.and_then(table::section_range).and_then(|range| bytes.get(range)).unwrap_or_default();
+    let section = entry.and_then(table::section_range).and_then(|range| open.get(range)).unwrap_or_default();
     let rule = |number, rule| FormatError::Rule { what: "dedup piece", number, rule };
     let pieces = <[DedupPiece]>::ref_from_bytes(section).map_err(|_| rule(0, "record length of another version"))?;
     let mut end = 0;

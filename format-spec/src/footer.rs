@@ -48,7 +48,7 @@ pub fn skippable_header(kind: SkippableKind, content_len: u64) -> Option<[u8; 8]
 }
 
 /// Content of the footer (SPEC.md 3.1).
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct Footer {
     /// [`FOOTER_MAGIC`].
@@ -120,6 +120,13 @@ impl Footer {
     pub fn to_frame(&self) -> Vec<u8> {
         let header = skippable_header(SkippableKind::Footer, FOOTER_LEN).expect("128 fits");
         [&header, self.as_bytes()].concat()
+    }
+
+    /// The fields as they stand in the last [`FOOTER_FRAME_LEN`] bytes of a blob, whatever they say; `None` where no
+    /// skippable frame of that length ends it.
+    pub fn in_frame(frame: &[u8]) -> Option<Self> {
+        let header = skippable_header(SkippableKind::Footer, FOOTER_LEN).expect("128 fits");
+        Self::read_from_bytes(frame.strip_prefix(&header)?).ok()
     }
 
     /// Reads the last [`FOOTER_FRAME_LEN`] bytes of a blob of `blob_len` bytes.

@@ -17,7 +17,7 @@ use zerocopy::{
 use crate::{
     annotation::{INDEX_LEN_MAX, IndexLocation},
     digest::Digest,
-    table::{self, FormatError},
+    table::{self, FormatError, Unread},
 };
 
 /// Alignment of files in the plain address space, in bytes.
@@ -98,6 +98,10 @@ pub mod section {
     pub const HOT_PIECES: u32 = 11;
     /// One [`super::DedupLocation`], or none.
     pub const DEDUP: u32 = 12;
+
+    /// All kinds that this version knows.
+    pub const ALL: [u32; 12] =
+        [INODES, DIRENTS, NAMES, STRINGS, XATTR_SETS, XATTRS, EXTENTS, FRAMES, LAYERS, HOT_FRAMES, HOT_PIECES, DEDUP];
 }
 
 /// One file, directory, link, device or pipe (SPEC.md 5.1).
@@ -447,6 +451,15 @@ impl<B: AsRef<[u8]>> Index<B> {
     /// What holds these bytes.
     pub fn backing(&self) -> &B {
         &self.bytes
+    }
+
+    /// What of it no reader looks at.
+    ///
+    /// # Errors
+    ///
+    /// When header or section table are damaged, which [`Self::open`] finds too.
+    pub fn unread(&self) -> Result<Unread, FormatError> {
+        Unread::of(self.bytes.as_ref(), &section::ALL)
     }
 
     /// Length of the layer's tar stream, in bytes; 0 for a merged tree.

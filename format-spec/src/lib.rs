@@ -22,4 +22,4 @@ pub use digest::{Digest, DigestHasher};
 pub use footer::Footer;
 pub use index::{Dirent, Extent, Frame, HotFrame, HotPiece, Index, Inode};
 pub use signature::{KeyId, LayerSignatures, PublicKey, SigningKey};
-pub use table::FormatError;
+pub use table::{FormatError, Unread};

@@ -270,6 +270,42 @@ pub(crate) fn section_range(entry: &SectionEntry) -> Option<Range<usize>> {
     Some(start..end)
 }
 
+/// What a reader passes over, and a check does not (SPEC.md 4.2, 11).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Unread {
+    /// Features that a reader may ignore: bits of later versions.
+    pub features: u64,
+    /// Kinds of sections that this version does not know.
+    pub kinds: Vec<u32>,
+    /// Whether bytes that must be 0 are not: reserved fields, and what stands between sections.
+    pub has_stray_bytes: bool,
+}
+
+impl Unread {
+    /// What stands in a container beside the sections of `known` kinds.
+    ///
+    /// # Errors
+    ///
+    /// When header or section table are damaged.
+    pub fn of(bytes: &[u8], known: &[u32]) -> Result<Self, FormatError> {
+        let (header, entries) = parse(bytes)?;
+        let mut unread = Self { features: header.features_compatible.get(), ..Self::default() };
+        unread.has_stray_bytes = header.reserved != 0;
+        let mut end = size_of::<Header>() + size_of_val(entries);
+        let is_zero = |range: Range<usize>| bytes.get(range).is_some_and(|bytes| bytes.iter().all(|byte| *byte == 0));
+        for entry in entries {
+            let range = section_range(entry).expect("checked by parse");
+            unread.has_stray_bytes |= !is_zero(end..range.start);
+            end = range.end;
+            if !known.contains(&entry.kind.get()) {
+                unread.kinds.push(entry.kind.get());
+            }
+        }
+        unread.has_stray_bytes |= !is_zero(end..bytes.len());
+        Ok(unread)
+    }
+}
+
 /// Compares every section with its checksum: bytes in open form.
 pub(crate) fn check_sections(bytes: &[u8], table: &[SectionEntry]) -> Result<(), FormatError> {
     for entry in table {

@@ -5,7 +5,7 @@
 //! `main.rs` hands them to libFuzzer, `tests/replay.rs` runs them over the seeds of `corpus/` and over changes
 //! of them. Bytes that a checksum protects are put right first (`seal.rs`), or nothing would get past it.
 
-mod seal;
+pub mod seal;
 pub mod seeds;
 mod targets;
 mod tree_rules;

@@ -6,7 +6,7 @@ use format_spec::table::{Header, SectionEntry};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// An index in open form (SPEC.md 4): its length, the checksum of each section, that of header and table.
-pub(crate) fn index(bytes: &mut [u8]) {
+pub fn index(bytes: &mut [u8]) {
     let len = bytes.len() as u64;
     let Ok((header, _)) = Header::mut_from_prefix(bytes) else { return };
     header.index_len = len.into();
@@ -36,14 +36,14 @@ pub(crate) fn index(bytes: &mut [u8]) {
 }
 
 /// A structure whose last four bytes are the CRC-32 of all before them.
-pub(crate) fn crc_at_end(bytes: &mut [u8]) {
+pub fn crc_at_end(bytes: &mut [u8]) {
     if let Some((content, crc32)) = bytes.split_last_chunk_mut::<4>() {
         *crc32 = crc32fast::hash(content).to_le_bytes();
     }
 }
 
 /// A tar stream: the checksum of every block that stands where a header is expected.
-pub(crate) fn tar(bytes: &mut [u8]) {
+pub fn tar(bytes: &mut [u8]) {
     const BLOCK_LEN: usize = 512;
     const CHECKSUM: std::ops::Range<usize> = 148..156;
     let mut at = 0;

@@ -95,8 +95,10 @@ fn report(image: &str, arguments: &[&str]) -> Result<Value> {
 
 fn findings(image: &str, arguments: &[&str]) -> Result<Vec<String>> {
     let report = report(image, arguments)?;
-    let lists = report["layers"].as_array().into_iter().flatten().map(|layer| &layer["findings"]);
-    let all = lists.chain([&report["findings"]]).flat_map(|list| list.as_array().cloned().unwrap_or_default());
+    let images = || report["images"].as_array().into_iter().flatten();
+    let layers = images().flat_map(|image| image["layers"].as_array().into_iter().flatten());
+    let parts = layers.chain(images()).chain(report["artifacts"].as_array().into_iter().flatten()).chain([&report]);
+    let all = parts.flat_map(|part| part["findings"].as_array().cloned().unwrap_or_default());
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     Ok(all.map(|one| [&one["part"], &one["place"], &one["problem"]].map(text).join(" | ")).collect())
 }
@@ -123,7 +125,7 @@ fn converted_image_is_sound_and_that_of_the_original() -> Result<()> {
     lazuli_ok(["convert", &original, &lazy])?;
     let report = report(&lazy, &["--against", &original])?;
     assert_eq!((&report["is_sound"], &report["findings"]), (&json!(true), &json!([])));
-    for layer in report["layers"].as_array().expect("layers") {
+    for layer in report["images"][0]["layers"].as_array().expect("layers") {
         assert_eq!((&layer["is_lazy"], &layer["tar_digest"]), (&json!(true), &layer["diff_id"]));
         assert!(layer["files"].as_u64() > Some(3) && layer["frames"].as_u64() > Some(0), "{layer}");
         assert_eq!(layer["not_checked"], json!([]));
@@ -140,8 +142,8 @@ fn hot_pack_and_dedup_section_are_compared_with_the_tar_stream() -> Result<()> {
     let given = Given::new("check-hot")?;
     let report = report(&given.layout, &["--against", &given.original])?;
     assert_eq!(report["is_sound"], json!(true), "{report:#}");
-    assert_eq!(report["layers"][0]["hot_pieces"], json!(2));
-    assert_eq!(report["layers"][0]["dedup_pieces"], json!(given.blob.dedup.len()));
+    assert_eq!(report["images"][0]["layers"][0]["hot_pieces"], json!(2));
+    assert_eq!(report["images"][0]["layers"][0]["dedup_pieces"], json!(given.blob.dedup.len()));
     assert!(given.blob.dedup.len() > 3);
     Ok(())
 }
@@ -207,7 +209,7 @@ fn each_changed_annotation_is_named() -> Result<()> {
             let report = report(&given.layout, &[])?;
             check_found(&findings(&given.layout, &[])?, &["annotation | annotation ", key.as_str()]);
             // The footer says where the index is, so the rest is checked all the same.
-            assert_eq!(report["layers"][0]["not_checked"], json!([]), "{key} {value:?}");
+            assert_eq!(report["images"][0]["layers"][0]["not_checked"], json!([]), "{key} {value:?}");
         }
     }
     Ok(())

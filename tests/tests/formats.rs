@@ -283,6 +283,10 @@ fn all_platforms_of_an_index_are_converted_and_the_rest_is_kept() -> Result<()> 
     let outer = format!("oci:{}:lazy", scratch.join("outer").display());
     let nested = layout.reference().replace(":latest", ":nested");
     lazuli_ok(["convert", "--all-platforms", &nested, &outer])?;
+    for (image, original) in [(&lazy, &original), (&outer, &nested)] {
+        let said = lazuli_ok(["check", image, "--against", original])?;
+        assert!(said.contains(" images (linux/") && said.ends_with("and 3 artifacts is sound\n"), "{said}");
+    }
     let entries = list(&layout_manifest(&outer)?["manifests"]);
     assert_eq!(digest_in(&entries[0])?, registry.digest("lazy:v1")?);
     assert_eq!(entries[1]["platform"]["architecture"], "riscv64");

@@ -4,7 +4,7 @@ use std::{io, sync::Arc, thread};
 
 use bytes::Bytes;
 use format_spec::{
-    Digest, Footer, Index, LazyLayer,
+    Digest, Footer, Index, LazyLayer, Unread,
     dedup::{self, DedupPiece},
     footer::{EMPTY_FRAME, FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
     index::FRAME_PLAIN_LEN_MAX,
@@ -17,6 +17,7 @@ use tar_index::{
 
 use super::{
     frames::{BlobCursor, FrameStream, open_frame},
+    layer::note_unread,
     opening::{Openers, SpaceThread},
     report::{Counts, Findings, Part},
     space::SpaceHasher,
@@ -43,7 +44,11 @@ pub(crate) struct Passed {
 /// Reads a dedup section and looks at what only a check needs to know.
 pub(crate) fn open_pieces(compressed: &[u8], index: &Index<Vec<u8>>, findings: &mut Findings) -> Vec<DedupPiece> {
     let Some(location) = index.dedup() else { return Vec::new() };
-    let pieces = match dedup::decompress(compressed, location, index.space_len()) {
+    let opened = dedup::open(compressed, location);
+    if let Ok(opened) = &opened {
+        note_unread("dedup section", Part::Dedup, dedup::unread(opened), findings);
+    }
+    let pieces = match opened.and_then(|opened| dedup::pieces(&opened, index.space_len())) {
         Ok(pieces) => pieces,
         Err(error) => {
             findings.add(Part::Dedup, "dedup section", error);
@@ -298,11 +303,14 @@ fn check_footer<R: io::BufRead>(
         Err(error) => findings.add(Part::Footer, "footer", error),
         Ok(None) => findings.add(Part::Footer, "footer", "there is none behind the last section"),
         Ok(Some(_)) => {
-            // Compatible features are the only thing that may differ.
-            let expected = Footer::new(&lazy.index, hot_len, dedup_len);
-            if Footer::from_frame(&expected.to_frame(), lazy.blob_len) != Footer::from_frame(&frame, lazy.blob_len) {
+            // Compatible features are the only thing that may differ, and the checksum because of them.
+            let expected = Footer { crc32: 0.into(), ..Footer::new(&lazy.index, hot_len, dedup_len) };
+            let found = Footer::in_frame(&frame).unwrap_or(expected);
+            if (Footer { features_compatible: 0.into(), crc32: 0.into(), ..found }) != expected {
                 findings.add(Part::Footer, "footer", "it says other positions, lengths or digests than the index");
             }
+            let unread = Unread { features: found.features_compatible.get(), ..Unread::default() };
+            note_unread("footer", Part::Footer, Ok(unread), findings);
         }
     }
     if cursor.position < lazy.blob_len {

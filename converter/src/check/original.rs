@@ -1,32 +1,34 @@
 //! An image against the one it was converted from: config, platform, tar streams, annotations.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use format_spec::{Digest, annotation, signature::SIGNATURE};
-use serde_json::Value;
 
 use super::{
-    CheckError, LayerCheck, check_ordinary,
-    report::{Findings, Part},
+    CheckError,
+    entries::compare_type,
+    layer::check_ordinary,
+    notes::{compare_fields, compare_notes},
+    report::{Findings, LayerCheck, Part},
 };
 use crate::{
     blob_thread::read_blob,
     image::ImageSource,
     manifest::{Descriptor, media_type},
-    platform::Platform,
+    platform::{DescriptorPlatform, Platform},
     resolve::{ResolvedImage, resolve_image},
     stale::{describes_blob, describes_layers},
 };
 
 /// An image that another one was converted from.
 #[derive(Debug)]
-pub(crate) struct Original<'a> {
-    at: &'a ImageSource,
-    image: ResolvedImage,
+pub(super) struct Original<'a> {
+    pub(super) at: &'a ImageSource,
+    pub(super) image: ResolvedImage,
 }
 
 /// Finds the image at `original` that is for the `wanted` platform, by default that of `image`.
-pub(crate) async fn find<'a>(
+pub(super) async fn find<'a>(
     original: &'a ImageSource,
     image: &ResolvedImage,
     wanted: Option<&Platform>,
@@ -37,7 +39,7 @@ pub(crate) async fn find<'a>(
 }
 
 /// Adds a finding for everything in which `image`, whose `layers` were read, is not the original.
-pub(crate) async fn compare(
+pub(super) async fn compare(
     image: &ResolvedImage,
     layers: &[LayerCheck],
     original: &Original<'_>,
@@ -48,10 +50,17 @@ pub(crate) async fn compare(
     if ours != theirs {
         findings.add(Part::Config, "config", format!("its digest is {ours}, that of the original {theirs}"));
     }
+    compare_configs(&image.manifest.config, &source.manifest.config, findings);
+    if image.manifest.schema_version != source.manifest.schema_version {
+        let (ours, theirs) = (image.manifest.schema_version, source.manifest.schema_version);
+        findings.add(Part::Manifest, "manifest, schemaVersion", format!("it is {ours}, in the original {theirs}"));
+    }
+    let (ours, theirs) = (&image.manifest.media_type, &source.manifest.media_type);
+    compare_type("manifest", ours, theirs, registry::media_type::OCI_MANIFEST, findings);
     let (notes, their_notes) = (image.manifest.annotations.as_ref(), source.manifest.annotations.as_ref());
     let blobs = |image: &ResolvedImage| image.manifest.layers.iter().map(|layer| layer.digest).collect::<Vec<_>>();
     let are_new = blobs(image) != blobs(source);
-    compare_notes("manifest", notes, their_notes, |key| are_new && describes_layers(key), findings);
+    compare_notes("manifest", notes, their_notes, |key| are_new && describes_layers(key), &[], findings);
     compare_fields("manifest", &image.manifest.rest, &source.manifest.rest, findings);
     let (our_count, their_count) = (layers.len(), source.manifest.layers.len());
     if our_count != their_count {
@@ -60,16 +69,7 @@ pub(crate) async fn compare(
     let pairs = image.manifest.layers.iter().zip(layers).zip(source.manifest.layers.iter().zip(&source.diff_ids));
     for (number, ((ours, checked), (theirs, diff_id))) in pairs.enumerate() {
         let place = format!("layer {} {}", number + 1, checked.digest);
-        let is_new = ours.digest != theirs.digest;
-        let may_be_gone = |key: &str| is_new && describes_blob(key);
-        compare_notes(&place, ours.annotations.as_ref(), theirs.annotations.as_ref(), may_be_gone, findings);
-        compare_origin(&place, ours, *diff_id, findings);
-        if is_new {
-            // The rest of a descriptor is about the blob, and that is another one.
-            compare_fields(&place, &ours.rest, &BTreeMap::new(), findings);
-        } else {
-            compare_fields(&place, &ours.rest, &theirs.rest, findings);
-        }
+        compare_descriptors(&place, ours, theirs, *diff_id, findings);
         if checked.diff_id != *diff_id {
             let problem = format!("its diff ID is {}, that of the original {diff_id}", checked.diff_id);
             findings.add(Part::Config, place.clone(), problem);
@@ -77,6 +77,45 @@ pub(crate) async fn compare(
         compare_layer(&place, checked, original.at, theirs, findings).await?;
     }
     Ok(())
+}
+
+/// What points to the config: its type may become that of OCI, and nothing else changes.
+fn compare_configs(ours: &Descriptor, theirs: &Descriptor, findings: &mut Findings) {
+    if ours.media_type != theirs.media_type && ours.media_type != media_type::OCI_CONFIG {
+        let problem = format!("it is {:?}, in the original {:?}", ours.media_type, theirs.media_type);
+        findings.add(Part::Config, "config, mediaType", problem);
+    }
+    compare_notes("config", ours.annotations.as_ref(), theirs.annotations.as_ref(), |_| false, &[], findings);
+    compare_fields("config", &ours.rest, &theirs.rest, findings);
+    compare_platforms("config", ours, theirs.platform.as_ref(), findings);
+}
+
+/// What points to a layer: of a blob that is another one only the annotations that are true of its content stay.
+fn compare_descriptors(place: &str, ours: &Descriptor, theirs: &Descriptor, diff_id: Digest, findings: &mut Findings) {
+    let is_new = ours.digest != theirs.digest;
+    // A layer that is lazy already may have lost its annotations on the way.
+    let origin = SOURCE_NOTES.into_iter().filter(|_| is_new);
+    let added: Vec<&str> = annotation::ALL.into_iter().chain([SIGNATURE]).chain(origin).collect();
+    let (notes, their_notes) = (ours.annotations.as_ref(), theirs.annotations.as_ref());
+    compare_notes(place, notes, their_notes, |key| is_new && describes_blob(key), &added, findings);
+    let nothing = BTreeMap::new();
+    // The rest of a descriptor is about the blob.
+    compare_fields(place, &ours.rest, if is_new { &nothing } else { &theirs.rest }, findings);
+    compare_platforms(place, ours, theirs.platform.as_ref().filter(|_| !is_new), findings);
+    let expected = if is_new { media_type::OCI_LAYER_ZSTD } else { &theirs.media_type };
+    if ours.media_type != expected {
+        let problem = format!("it is {:?}, expected {expected:?}", ours.media_type);
+        findings.add(Part::Manifest, format!("{place}, mediaType"), problem);
+    }
+    if is_new {
+        compare_origin(place, ours, theirs.digest, diff_id, findings);
+    }
+}
+
+fn compare_platforms(place: &str, ours: &Descriptor, expected: Option<&DescriptorPlatform>, findings: &mut Findings) {
+    if ours.platform.as_ref() != expected {
+        findings.add(Part::Manifest, format!("{place}, platform"), "it is not that of the original");
+    }
 }
 
 /// Reads the original's layer and compares the tar streams.
@@ -125,74 +164,15 @@ fn tar_problem(found: Digest, expected: Digest) -> String {
     format!("its tar stream has digest {found}, that of the original {expected}")
 }
 
-type Notes = BTreeMap<String, String>;
-
-/// Annotations of the original are carried over as they are, but for those that describe bytes which were replaced:
-/// of these none may be left. Conversion adds those of this format, and no others.
-fn compare_notes(
-    place: &str,
-    ours: Option<&Notes>,
-    theirs: Option<&Notes>,
-    may_be_gone: impl Fn(&str) -> bool,
-    findings: &mut Findings,
-) {
-    for (key, expected) in theirs.into_iter().flatten() {
-        // A lazy original may have been converted again.
-        if key.starts_with(LAZULI_PREFIX) {
-            continue;
-        }
-        let found = ours.and_then(|ours| ours.get(key));
-        if may_be_gone(key) {
-            if found.is_some() {
-                let problem = "it describes the original's bytes, which are not those of this image";
-                findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
-            }
-        } else if found != Some(expected) {
-            let found = found.map_or("nothing".to_owned(), |found| format!("{found:?}"));
-            let problem = format!("it is {found}, in the original {expected:?}");
-            findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
-        }
-    }
-    let is_of_this_format =
-        |key: &str| annotation::ALL.contains(&key) || SOURCE_NOTES.contains(&key) || key == SIGNATURE;
-    for (key, found) in ours.into_iter().flatten() {
-        let is_theirs = theirs.is_some_and(|theirs| theirs.contains_key(key));
-        if !is_theirs && !is_of_this_format(key) {
-            let problem = format!("it is {found:?}, in the original nothing");
-            findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
-        }
-    }
-}
-
 /// The origin that a converted layer claims.
 const SOURCE_NOTES: [&str; 3] = [annotation::SOURCE_DIGEST, annotation::SOURCE_DIFF_ID, annotation::SOURCE_OPTIONS];
 
-/// Annotations of this format.
-const LAZULI_PREFIX: &str = "containerd.io/snapshot/lazuli/";
-
-/// A layer that says from what it was made says the tar stream that it has.
-fn compare_origin(place: &str, ours: &Descriptor, diff_id: Digest, findings: &mut Findings) {
-    let said = ours.annotation(annotation::SOURCE_DIFF_ID);
-    if let Some(said) = said.filter(|said| *said != diff_id.to_string()) {
-        let problem = format!("it is {said:?}, the diff ID is {diff_id}");
-        findings.add(Part::Annotation, format!("{place}, annotation {}", annotation::SOURCE_DIFF_ID), problem);
-    }
-}
-
-/// What else stands in a document, like the subject of a manifest: the same on both sides, and nothing more.
-fn compare_fields(
-    place: &str,
-    ours: &BTreeMap<String, Value>,
-    theirs: &BTreeMap<String, Value>,
-    findings: &mut Findings,
-) {
-    let keys: BTreeSet<&String> = ours.keys().chain(theirs.keys()).collect();
-    for key in keys {
-        let (found, expected) = (ours.get(key), theirs.get(key));
-        if found != expected {
-            let [found, expected] = [found, expected].map(|value| value.map_or("nothing".to_owned(), Value::to_string));
-            let problem = format!("it is {found}, in the original {expected}");
-            findings.add(Part::Manifest, format!("{place}, {key}"), problem);
+/// A layer that says from what it was made says the blob and the tar stream that the original has.
+fn compare_origin(place: &str, ours: &Descriptor, digest: Digest, diff_id: Digest, findings: &mut Findings) {
+    for (key, expected) in [(annotation::SOURCE_DIGEST, digest), (annotation::SOURCE_DIFF_ID, diff_id)] {
+        if let Some(said) = ours.annotation(key).filter(|said| *said != expected.to_string()) {
+            let problem = format!("it is {said:?}, expected {expected}");
+            findings.add(Part::Annotation, format!("{place}, annotation {key}"), problem);
         }
     }
 }

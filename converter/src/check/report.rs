@@ -11,6 +11,10 @@ use crate::{image::one_line, sign::SignatureFacts};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Part {
+    /// A list of images.
+    List,
+    /// What is no image: an attestation, a signature, a chart.
+    Artifact,
     /// The manifest, beside its layers.
     Manifest,
     /// The config.
@@ -101,17 +105,13 @@ pub struct Counts {
 
 /// The result for an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CheckReport {
+pub struct ImageCheck {
     /// Digest of the manifest.
     pub digest: Digest,
     /// Digest of the config: the image ID.
     pub config_digest: Digest,
     /// `os/architecture[/variant]`.
     pub platform: String,
-    /// Whether nothing was found and everything of the file system was looked at.
-    pub is_sound: bool,
-    /// Whether everything of the file system was looked at.
-    pub is_complete: bool,
     /// The layers, lowest first.
     pub layers: Vec<LayerCheck>,
     /// What is wrong beside the layers, and in what it differs from the original.
@@ -120,8 +120,53 @@ pub struct CheckReport {
     pub further_findings: u64,
 }
 
+/// The result for what an index lists and is no image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ArtifactCheck {
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// What it says that it is.
+    pub kind: String,
+    /// How many blobs were read.
+    pub blobs: u64,
+    /// What is wrong with it, and in what it differs from the original.
+    pub findings: Vec<Finding>,
+    /// How many findings there are beyond those listed.
+    pub further_findings: u64,
+    /// What could not be checked, with the reason.
+    pub not_checked: Vec<String>,
+}
+
+/// The result for what was named: one image, or an index and what it lists.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CheckReport {
+    /// Digest of the manifest or index.
+    pub digest: Digest,
+    /// Whether nothing was found and everything was looked at.
+    pub is_sound: bool,
+    /// Whether everything was looked at.
+    pub is_complete: bool,
+    /// The images, in their order, each once.
+    pub images: Vec<ImageCheck>,
+    /// What else the index lists, each once.
+    pub artifacts: Vec<ArtifactCheck>,
+    /// What is wrong with the index.
+    pub findings: Vec<Finding>,
+    /// How many such findings there are beyond those listed.
+    pub further_findings: u64,
+}
+
 impl CheckReport {
     /// Number of findings.
+    pub fn finding_count(&self) -> u64 {
+        let of_images: u64 = self.images.iter().map(ImageCheck::finding_count).sum();
+        let of_artifacts = self.artifacts.iter().map(|one| one.findings.len() as u64 + one.further_findings);
+        of_images + of_artifacts.sum::<u64>() + self.findings.len() as u64 + self.further_findings
+    }
+}
+
+impl ImageCheck {
+    /// Number of findings, those of its layers included.
     pub fn finding_count(&self) -> u64 {
         let of_layers: u64 = self.layers.iter().map(LayerCheck::finding_count).sum();
         of_layers + self.findings.len() as u64 + self.further_findings
@@ -171,9 +216,5 @@ impl Findings {
 
     pub(crate) fn skip(&mut self, what: impl Into<String>) {
         self.not_checked.push(one_line(&what.into()));
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.list.is_empty()
     }
 }
