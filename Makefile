@@ -31,6 +31,7 @@ build: deps
 test: build
 	tests/images/build busybox debian python
 	$(CARGO) test --release --workspace
+	$(CARGO) test --release -p storage --features shuttle --lib threads
 	$(CARGO) test --release --workspace --test real_images -- --nocapture python
 
 test-images: build images

@@ -154,7 +154,7 @@ impl HotStream {
     }
 
     /// Frames before `frame` are in the cache. Call it on a thread that may block.
-    fn note_kept(&self, frame: usize) {
+    pub(crate) fn note_kept(&self, frame: usize) {
         let mut state = lock(&self.state);
         state.kept_until = frame;
         let ended: Vec<_> = state.waits.extract_if(.., |(until, _)| *until < frame).collect();
@@ -163,7 +163,7 @@ impl HotStream {
     }
 
     /// Nothing more comes; returns who waits still.
-    fn end(&self) -> Vec<(usize, Arc<Wait>)> {
+    pub(crate) fn end(&self) -> Vec<(usize, Arc<Wait>)> {
         let mut state = lock(&self.state);
         state.is_over = true;
         std::mem::take(&mut state.waits)

@@ -68,6 +68,8 @@ mod read_ahead;
 mod scheduler;
 pub mod source;
 mod sync;
+#[cfg(all(test, feature = "shuttle"))]
+mod threads;
 mod transfer;
 mod unpack;
 mod verdict;
