@@ -73,6 +73,7 @@ bench: build images
 	benches/snapshotter
 	$(CARGO) build --release -p converter --example hot_set
 	benches/hot_set
+	benches/bombs
 
 bench-mounts: build images
 	benches/mounts

@@ -1,7 +1,13 @@
 //! A source blob as it streams in: its digest and length are checked on the way, its compression is
 //! detected by its first bytes. The digest is made on a thread of its own.
 
-use std::io::{self, BufRead, Read};
+use std::{
+    io::{self, BufRead, Read},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use bytes::{Buf, Bytes};
 use format_spec::Digest;
@@ -17,6 +23,39 @@ pub(crate) const MAGIC_LEN: usize = 4;
 /// The largest window of a zstd frame that is decoded, as a power of two: 512 MiB, as containerd's library has it.
 /// libzstd by itself stops at 128 MiB. It is a bound: memory is used as far as there is content.
 const WINDOW_LOG_MAX: u32 = 29;
+
+/// Plain bytes that any layer may have, and how many more for each of its compressed bytes. A disk image of 60 GiB that
+/// compresses to one has room; zstd makes 30,000 bytes of zeros out of one, and a blob of 100 MB three terabytes.
+const PLAIN_LEN_MAX: u64 = 32 << 30;
+const PLAIN_RATIO_MAX: u64 = 64;
+
+/// Most plain bytes that a blob of this length may have.
+pub(crate) fn plain_len_max(blob_len: u64) -> u64 {
+    blob_len.saturating_mul(PLAIN_RATIO_MAX).saturating_add(PLAIN_LEN_MAX)
+}
+
+/// Ends with an error where a stream goes on too long for what has arrived of the blob: its length is a stranger's
+/// number until then.
+struct Bounded<R> {
+    stream: R,
+    read_len: u64,
+    arrived_len: Arc<AtomicU64>,
+}
+
+impl<R: Read> Read for Bounded<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.stream.read(buffer)?;
+        self.read_len += read as u64;
+        if self.read_len > plain_len_max(self.arrived_len.load(Ordering::Relaxed)) {
+            let reason = format!(
+                "it has more than {} GiB and {PLAIN_RATIO_MAX} plain bytes for each compressed one, as no layer has",
+                PLAIN_LEN_MAX >> 30
+            );
+            return Err(io::Error::other(reason));
+        }
+        Ok(read)
+    }
+}
 
 /// Pieces are hashed when they have this length together: those of a network may be short.
 const HASHED_LEN_MIN: usize = 256 << 10;
@@ -113,6 +152,8 @@ pub struct BlobReader<P> {
     /// Gone when its digest was compared.
     hasher: Option<DigestThread>,
     read_len: u64,
+    /// The same for who has lent the reader.
+    arrived_len: Arc<AtomicU64>,
     is_at_end: bool,
     failure: Option<BlobError>,
 }
@@ -127,6 +168,7 @@ impl<P: Iterator<Item = Result<Bytes, String>>> BlobReader<P> {
             len,
             hasher: Some(DigestThread::new(HASHED_LEN_MIN)),
             read_len: 0,
+            arrived_len: Arc::default(),
             is_at_end: false,
             failure: None,
         }
@@ -144,6 +186,7 @@ impl<P: Iterator<Item = Result<Bytes, String>>> BlobReader<P> {
                 Some(Ok(piece)) if piece.is_empty() => {}
                 Some(Ok(piece)) => {
                     self.read_len += piece.len() as u64;
+                    self.arrived_len.store(self.read_len, Ordering::Relaxed);
                     if self.read_len > self.len {
                         return self.fail(BlobError::TooLong(self.len));
                     }
@@ -190,7 +233,8 @@ impl<P: Iterator<Item = Result<Bytes, String>>> BlobReader<P> {
             }
             self.piece = if self.piece.is_empty() { next } else { [&self.piece[..], &next[..]].concat().into() };
         }
-        Compression::of(&self.piece).reader(self)
+        let (start, arrived_len) = (self.piece.clone(), Arc::clone(&self.arrived_len));
+        Ok(Box::new(Bounded { stream: Compression::of(&start).reader(self)?, read_len: 0, arrived_len }))
     }
 }
 
@@ -217,6 +261,17 @@ impl<P: Iterator<Item = Result<Bytes, String>>> Read for BlobReader<P> {
 
 #[cfg(test)]
 mod tests {
+    /// Nobody waits until 32 GiB of zeros have been decompressed: the bound itself is tried with a stream.
+    #[test]
+    fn a_stream_that_is_longer_than_any_layer_ends_with_an_error() {
+        let read_len = plain_len_max(10) - 1000;
+        let mut stream = Bounded { stream: io::repeat(0), read_len, arrived_len: Arc::new(10.into()) };
+        let error = io::copy(&mut stream, &mut io::sink()).unwrap_err().to_string();
+        assert!(error.contains("more than 32 GiB and 64 plain bytes"), "{error}");
+        assert_eq!(plain_len_max(100 << 20), (32 << 30) + (6400 << 20));
+        assert_eq!(plain_len_max(u64::MAX), u64::MAX);
+    }
+
     use std::io::Write;
 
     use super::*;

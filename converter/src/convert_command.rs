@@ -1,9 +1,11 @@
 //! `lazuli convert`: flags in, progress and report out.
 
 use std::{
+    io::Read,
     num::NonZeroUsize,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use clap::Args;
@@ -77,7 +79,9 @@ pub(crate) struct ConvertArguments {
 }
 
 /// Converts, and prints the name and digest of the new image.
-pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
+///
+/// When it is interrupted, uploads under way are ended at the registry.
+pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
     let ConvertArguments {
         source,
         destination,
@@ -123,21 +127,35 @@ pub(crate) async fn run(arguments: ConvertArguments) -> Result<(), String> {
         let options = ConvertOptions { platforms, referrers, cache, level, jobs, hot_pack, sign };
         convert(&source, &destination, &options, progress::observer(json)).await
     };
-    let report = report.await.map_err(|error: ConvertError| fail_with(&named, &error))?;
+    let report = tokio::select! {
+        report = report => Some(report),
+        () = interrupted => None,
+    };
+    let Some(report) = report else {
+        client.uploads_have_ended(UPLOADS_END_PATIENCE).await;
+        return Err("interrupted".to_owned());
+    };
+    if report.is_err() {
+        client.uploads_have_ended(UPLOADS_END_PATIENCE).await;
+    }
+    let report = report.map_err(|error: ConvertError| fail_with(&named, &error))?;
     print(&report, json);
     Ok(())
 }
 
+/// How long a conversion that gives up waits for registries to be told of it.
+const UPLOADS_END_PATIENCE: Duration = Duration::from_secs(3);
 /// Longest profile read, in bytes: a line a file makes some megabytes at most.
 const PROFILE_LEN_MAX: u64 = 256 << 20;
 
 fn read_profile(path: &Path) -> Result<HotPackChoice, String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-    let len = std::fs::metadata(path).map_err(|error| failed(&error))?.len();
-    if len > PROFILE_LEN_MAX {
-        return Err(failed(&format!("it has {len} bytes, a profile has at most {PROFILE_LEN_MAX}")));
+    let file = std::fs::File::open(path).map_err(|error| failed(&error))?;
+    let mut bytes = Vec::new();
+    file.take(PROFILE_LEN_MAX + 1).read_to_end(&mut bytes).map_err(|error| failed(&error))?;
+    if bytes.len() as u64 > PROFILE_LEN_MAX {
+        return Err(failed(&format!("a profile has at most {PROFILE_LEN_MAX} bytes")));
     }
-    let bytes = std::fs::read(path).map_err(|error| failed(&error))?;
     let profile = Profile::parse(&bytes).map_err(|error| failed(&error))?;
     Ok(HotPackChoice::Profile { profile: Arc::new(profile), digest: Digest::of(&bytes) })
 }

@@ -5,6 +5,7 @@ use std::{
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -25,6 +26,12 @@ use crate::{
 
 /// Longest config accepted: real ones have kilobytes.
 pub(crate) const CONFIG_LEN_MAX: u64 = 16 << 20;
+
+/// How long a document may take, beside a second for each [`DOCUMENT_PACE`] bytes: one that comes a byte at a time
+/// never stalls.
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of a document that have to come within a second, in the long run.
+const DOCUMENT_PACE: u64 = 32 << 10;
 
 /// An image cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -223,14 +230,22 @@ impl ImageSource {
             let reason = format!("it has {} bytes, allowed are {len_max}", descriptor.size);
             return Err(ImageError::Malformed { what: format!("blob {digest}"), reason });
         }
-        let mut stream = self.blob_stream(&digest).await?;
-        let mut bytes = Vec::new();
-        while let Some(piece) = stream.next().await {
-            bytes.extend_from_slice(&piece.map_err(|error| ImageError::Stream { digest, reason: error.message })?);
-            if bytes.len() as u64 > descriptor.size {
-                break;
+        let read = async {
+            let mut stream = self.blob_stream(&digest).await?;
+            let mut bytes = Vec::new();
+            while let Some(piece) = stream.next().await {
+                bytes.extend_from_slice(&piece.map_err(|error| ImageError::Stream { digest, reason: error.message })?);
+                if bytes.len() as u64 > descriptor.size {
+                    break;
+                }
             }
-        }
+            Ok::<_, ImageError>(bytes)
+        };
+        let limit = DOCUMENT_TIMEOUT + Duration::from_secs(descriptor.size / DOCUMENT_PACE);
+        let bytes = tokio::time::timeout(limit, read).await.unwrap_or_else(|_| {
+            let reason = format!("it has not arrived within {} s", limit.as_secs());
+            Err(ImageError::Stream { digest, reason })
+        })?;
         let found = Digest::of(&bytes);
         if found == digest { Ok(bytes.into()) } else { Err(ImageError::Digest { expected: digest, found }) }
     }

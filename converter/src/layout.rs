@@ -3,7 +3,8 @@
 //! Source: OCI image specification, image-layout.md.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -123,7 +124,14 @@ impl Layout {
     /// When an archive does not have it; a directory says so when it is read.
     pub fn blob(&self, digest: &Digest) -> Result<FileSource, ImageError> {
         match &self.place {
-            Place::Directory(path) => Ok(FileSource::new(blob_path(path, digest))),
+            Place::Directory(path) => {
+                let path = blob_path(path, digest);
+                // Where there is none, reading says so.
+                match fs::metadata(&path).map(|metadata| check_is_file(&metadata)) {
+                    Ok(Err(error)) => Err(ImageError::File { path, error }),
+                    _ => Ok(FileSource::new(path)),
+                }
+            }
             Place::Archive(archive) => {
                 let found = archive.find(&format!("blobs/sha256/{}", digest.hex()));
                 let range = found.ok_or_else(|| ImageError::Archive {
@@ -166,15 +174,23 @@ pub(crate) fn index_path(directory: &Path) -> PathBuf {
 pub(crate) fn read_index(directory: &Path) -> Result<Option<ImageIndex>, ImageError> {
     let path = index_path(directory);
     let failed = |error| ImageError::File { path: path.clone(), error };
-    let len = match fs::metadata(&path) {
+    match fs::metadata(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        metadata => metadata.map_err(failed)?.len(),
-    };
-    if len > INDEX_LEN_MAX {
-        let reason = format!("it has {len} bytes, allowed are {INDEX_LEN_MAX}");
+        metadata => check_is_file(&metadata.map_err(failed)?).map_err(failed)?,
+    }
+    let mut bytes = Vec::new();
+    let file = fs::File::open(&path).map_err(failed)?;
+    file.take(INDEX_LEN_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > INDEX_LEN_MAX {
+        let reason = format!("it has more than {INDEX_LEN_MAX} bytes");
         return Err(ImageError::Malformed { what: path.display().to_string(), reason });
     }
-    parse_index(&path, &fs::read(&path).map_err(failed)?).map(Some)
+    parse_index(&path, &bytes).map(Some)
+}
+
+/// A device or pipe in the place of a file has no end, or no beginning.
+fn check_is_file(metadata: &fs::Metadata) -> io::Result<()> {
+    if metadata.is_file() { Ok(()) } else { Err(io::Error::other("it is no regular file")) }
 }
 
 fn parse_index(path: &Path, bytes: &[u8]) -> Result<ImageIndex, ImageError> {

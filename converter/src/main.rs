@@ -67,10 +67,7 @@ fn main() -> ExitCode {
     let result = runtime.block_on(async {
         let interrupted = interruption().map_err(|error| error.to_string())?;
         match command.action {
-            Action::Convert(arguments) => tokio::select! {
-                result = convert_command::run(arguments) => result,
-                () = interrupted => Err("interrupted".to_owned()),
-            },
+            Action::Convert(arguments) => convert_command::run(arguments, interrupted).await,
             Action::Check(arguments) => tokio::select! {
                 result = check_command::run(arguments) => return result,
                 () = interrupted => Err("interrupted".to_owned()),

@@ -178,7 +178,7 @@ impl OciDirectoryWriter {
     /// Gives a complete file its name.
     pub(crate) fn put_file(&self, digest: &Digest, file: &File) -> Result<(), ImageError> {
         let path = blob_path(&self.directory, digest);
-        file.set_permissions(fs::Permissions::from_mode(0o644)).map_err(failed(&path))?;
+        file.set_permissions(fs::Permissions::from_mode(file_mode())).map_err(failed(&path))?;
         let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
         match linkat(CWD, &unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
             Ok(()) => {
@@ -301,7 +301,14 @@ fn replace_file(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) ->
     let directory = path.parent().unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(directory).map_err(failed(path))?;
     write(file.as_file_mut()).map_err(failed(path))?;
-    file.as_file().set_permissions(fs::Permissions::from_mode(0o644)).map_err(failed(path))?;
+    file.as_file().set_permissions(fs::Permissions::from_mode(file_mode())).map_err(failed(path))?;
     file.persist(path).map_err(|error| failed(path)(error.error))?;
     Ok(())
+}
+/// The mode of new files, as the user's mask has it: a private image is nobody else's. Files made under a temporary
+/// name have 0600. Source: proc_pid_status(5).
+fn file_mode() -> u32 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| u32::from_str_radix(line.strip_prefix("Umask:")?.trim(), 8).ok());
+    0o666 & !mask.unwrap_or(0o022)
 }

@@ -188,9 +188,10 @@ pub async fn pull(
     };
     // What a failed pull leaves is collected at once; a successful one leaves nothing.
     let ended = containerd.end_lease(pulled.is_err()).await;
-    let pulled = pulled?;
-    ended?;
-    Ok(pulled)
+    if let (Ok(_), Err(error)) = (&pulled, ended) {
+        tracing::warn!(%error, "the image is there; the lease of the pull ends by itself within a day");
+    }
+    pulled
 }
 
 /// One pull under its lease.

@@ -3,14 +3,17 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use registry::{Client, ClientOptions};
+use registry::{Client, ClientOptions, PlainHttp};
 
 /// How registries are spoken to.
 #[derive(Debug, Args)]
 pub(crate) struct RegistryArguments {
-    /// Speak plain HTTP to registries; loopback addresses are spoken to in plain HTTP anyway
-    #[arg(long)]
-    plain_http: bool,
+    /// Speak plain HTTP to these registries, named with their ports; on loopback that is done anyway
+    #[arg(long, value_name = "HOST", value_delimiter = ',', require_equals = true)]
+    plain_http: Vec<String>,
+    /// Hosts that a registry may have uploads sent to, beside itself
+    #[arg(long, value_name = "HOST", value_delimiter = ',', require_equals = true)]
+    upload_host: Vec<String>,
     /// Directory of mirrors and certificates as containerd's /etc/containerd/certs.d [default: $LAZULI_HOSTS_DIR]
     #[arg(long, value_name = "DIR")]
     hosts_dir: Option<PathBuf>,
@@ -19,9 +22,14 @@ pub(crate) struct RegistryArguments {
 impl RegistryArguments {
     /// A client that does as the flags and the environment say.
     pub(crate) fn into_client(self) -> Client {
-        let Self { plain_http, hosts_dir } = self;
+        let Self { plain_http, upload_host, hosts_dir } = self;
+        let plain_http = match plain_http.is_empty() {
+            true => PlainHttp::Never,
+            false => PlainHttp::Hosts(plain_http.into_iter().collect()),
+        };
+        let upload_hosts = upload_host.into_iter().collect();
         let options = ClientOptions::from_environment();
         let hosts_dir = hosts_dir.or(options.hosts_dir);
-        Client::new(ClientOptions { plain_http, hosts_dir, ..options })
+        Client::new(ClientOptions { plain_http, upload_hosts, hosts_dir, ..options })
     }
 }

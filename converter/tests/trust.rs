@@ -6,6 +6,8 @@ mod scene;
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
     process::{Command, Stdio},
 };
 
@@ -386,4 +388,40 @@ fn a_cache_lies_in_the_directory_of_a_user_or_nowhere() {
         assert!(expected.is_none_or(|path| fs::exists(path).unwrap()));
     }
     assert_eq!(list(scene.directory.path()), ["dst", "home", "src"]);
+}
+
+/// A layout that somebody else has made may hold anything under any name.
+#[test]
+fn what_is_no_file_in_a_layout_is_refused_and_not_read_without_end() {
+    let scene = Scene::new();
+    let manifest = scene.index_of_layout("src").known().next().unwrap().digest;
+    let layer = scene.manifest("src", &manifest).layers[0].digest;
+    let refused = |scene: &Scene| {
+        let output = scene.lazuli(&["convert", "oci:src", "oci:dst"]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains("it is no regular file") && output.status.code() == Some(1), "{text}");
+    };
+    let path = scene.blob("src", &layer);
+    let blob = fs::read(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    refused(&scene);
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, blob).unwrap();
+    fs::remove_file(scene.path("src/index.json")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", scene.path("src/index.json")).unwrap();
+    refused(&scene);
+}
+
+#[test]
+fn a_layout_is_as_private_as_its_user_wants_it() {
+    let scene = Scene::new();
+    let program = env!("CARGO_BIN_EXE_lazuli");
+    let command = format!("umask 077 && exec {program} convert --no-cache oci:src oci:dst");
+    assert!(Command::new("sh").args(["-c", &command]).current_dir(scene.path("")).status().unwrap().success());
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let blobs = scene.path("dst/blobs/sha256");
+    let mut files: Vec<_> = list(&blobs).iter().map(|name| blobs.join(name)).collect();
+    files.extend(["index.json", "oci-layout"].map(|name| scene.path("dst").join(name)));
+    assert!(files.len() > 5 && files.iter().all(|file| mode(file) == 0o600), "{files:?}");
 }

@@ -22,7 +22,7 @@ use fusefs::{
     factory::on_runtime,
     log::{Log, LogTarget},
 };
-use registry::{BlobSource, Client, ClientOptions, Reference};
+use registry::{BlobSource, Client, ClientOptions, PlainHttp, Reference};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use storage::{CacheOptions, RestOptions, Source, SourceError};
@@ -143,7 +143,7 @@ fn main() -> ExitCode {
     };
     let environment = ClientOptions::from_environment();
     let client = Client::new(ClientOptions {
-        plain_http: environment.plain_http || arguments.plain_http,
+        plain_http: if arguments.plain_http { PlainHttp::Always } else { environment.plain_http },
         patience: CLIENT_PATIENCE,
         first_contact_patience: CLIENT_PATIENCE,
         ..environment

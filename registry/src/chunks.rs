@@ -36,6 +36,7 @@ pub(crate) struct ChunkedUpload {
 impl ChunkedUpload {
     pub(crate) async fn begin(push: &Push<'_>) -> Result<Self, Error> {
         let (response, location) = push.place().begin().await?;
+        push.begun.goes_on_at(&location);
         let chunk_len_min = header_text(response.headers(), MIN_LEN).and_then(|text| text.parse().ok()).unwrap_or(0);
         Ok(Self { location, offset: 0, chunk_len_min })
     }
@@ -95,7 +96,8 @@ impl ChunkedUpload {
     /// Takes over where the registry is, and where it wants to be asked next.
     fn follow(&mut self, push: &Push<'_>, response: &Response) -> Result<(), Error> {
         if response.headers().contains_key(header::LOCATION) {
-            self.location = upload_location(&push.what, &push.endpoint, response)?;
+            self.location = upload_location(&push.what, &push.endpoint, response, push.client.options())?;
+            push.begun.goes_on_at(&self.location);
         }
         let Some(text) = header_text(response.headers(), header::RANGE) else { return Ok(()) };
         match parse_range_end(text) {

@@ -45,6 +45,8 @@ struct Inner {
     gates: Gates,
     /// Hosts that take blobs in chunks of at most so many bytes only.
     upload_chunks: Mutex<HashMap<String, u64>>,
+    /// Counts the uploads under way.
+    uploads: Arc<()>,
     /// One list of referrers is changed at a time: each change reads it and writes it back.
     referrers: tokio::sync::Mutex<()>,
 }
@@ -66,6 +68,7 @@ impl Client {
             reached: Mutex::default(),
             gates: Gates::default(),
             upload_chunks: Mutex::default(),
+            uploads: Arc::default(),
             referrers: tokio::sync::Mutex::default(),
         }))
     }
@@ -92,6 +95,10 @@ impl Client {
 
     pub(crate) fn redirects(&self) -> &Redirects {
         &self.0.redirects
+    }
+
+    pub(crate) fn uploads(&self) -> &Arc<()> {
+        &self.0.uploads
     }
 
     pub(crate) fn gates(&self) -> &Gates {

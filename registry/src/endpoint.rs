@@ -75,7 +75,7 @@ impl Endpoint {
     pub(crate) fn new(registry: &str, settings: HostSettings, options: &ClientOptions) -> Self {
         let root = match &settings.config.root {
             Some(root) => root.as_str().trim_end_matches('/').to_owned(),
-            None => own_root(registry, options.plain_http, settings.has_tls()),
+            None => own_root(registry, options.plain_http.is_for(registry), settings.has_tls()),
         };
         let root = root.replacen("://docker.io/", "://registry-1.docker.io/", 1);
         let authority = root.split("://").nth(1).and_then(|rest| rest.split('/').next()).unwrap_or(registry);
@@ -133,9 +133,17 @@ impl Endpoint {
     ///
     /// # Errors
     ///
-    /// [`Error::Redirects`] where a host elsewhere redirects to this machine or its link.
+    /// [`Error::Redirects`] where a host elsewhere redirects to this machine or its link, or one that is spoken to by
+    /// TLS to plain HTTP: whoever is on that way reads what is sent, and says what a tag means.
     pub(crate) fn http(&self, what: &str, url: &Url, client: &Client) -> Result<reqwest::Client, Error> {
         let own = Url::parse(&self.root).ok();
+        if own.as_ref().is_some_and(|own| own.scheme() == "https") && url.scheme() == "http" {
+            let host = authority(url);
+            if !client.options().plain_http.is_for(&host) {
+                let reason = format!("to {host} in plain HTTP; --plain-http={host} allows it");
+                return Err(Error::Redirects { what: what.to_owned(), host: self.name.clone(), reason });
+            }
+        }
         let is_own = own.as_ref().is_some_and(|own| own.host_str() == url.host_str());
         let is_far = !is_own && !own.is_some_and(|own| leads_near(&own));
         if is_far && leads_near(url) {
@@ -143,6 +151,19 @@ impl Endpoint {
             return Err(Error::Redirects { what: what.to_owned(), host: self.name.clone(), reason });
         }
         self.connections.to(url, is_far, client.options(), &self.settings, client.look_ups())
+    }
+
+    /// Whether `url` may be sent something: it is the host itself, or one that is named for uploads. A host of plain
+    /// HTTP may go on to TLS.
+    pub(crate) fn takes_uploads_at(&self, url: &Url, options: &ClientOptions) -> bool {
+        options.upload_hosts.contains(&authority(url)) || self.is_own(url)
+    }
+
+    /// Whether `url` is of the host itself.
+    pub(crate) fn is_own(&self, url: &Url) -> bool {
+        let Ok(own) = Url::parse(&self.root) else { return false };
+        let is_upgrade = own.scheme() == "http" && url.scheme() == "https" && own.host_str() == url.host_str();
+        own.origin() == url.origin() || is_upgrade
     }
 
     /// Notes that TLS with it has failed.
@@ -197,6 +218,12 @@ impl fmt::Debug for Endpoint {
     }
 }
 
+/// Host and port of an address, the port where it is not the usual one.
+pub(crate) fn authority(url: &Url) -> String {
+    let port = url.port().map_or(String::new(), |port| format!(":{port}"));
+    format!("{}{port}", url.host_str().unwrap_or_default())
+}
+
 fn real_host(registry: &str) -> &str {
     if registry == DOCKER_HUB { DOCKER_HUB_HOST } else { registry }
 }
@@ -210,7 +237,7 @@ fn own_root(registry: &str, plain_http: bool, has_tls_settings: bool) -> String 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hosts::HostConfig;
+    use crate::{hosts::HostConfig, options::PlainHttp};
 
     #[test]
     fn rests_grow_for_who_fails_again_soon() {
@@ -235,6 +262,25 @@ mod tests {
         assert_eq!(Rest::next(Some(first), start, SLOW_REST, None), first);
     }
 
+    /// Whoever is on the way would read what is sent, and say what a tag means.
+    #[tokio::test]
+    async fn no_way_leads_from_tls_to_plain_http_unless_the_host_is_named() {
+        let check = |registry: &str, plain_http: PlainHttp, to: &str, is_allowed: bool| {
+            let client = Client::new(ClientOptions { plain_http, ..ClientOptions::default() });
+            let endpoint = Endpoint::new(registry, HostSettings::default(), client.options());
+            let result = endpoint.http("read", &to.parse().unwrap(), &client);
+            assert_eq!(result.is_ok(), is_allowed, "{registry} to {to}: {:?}", result.err());
+        };
+        let named = || PlainHttp::Hosts(["cdn.example:8080".to_owned()].into());
+        check("r.example", PlainHttp::Never, "https://cdn.example/blob", true);
+        check("r.example", PlainHttp::Never, "http://cdn.example/blob", false);
+        check("r.example", PlainHttp::Never, "http://r.example/v2/a/blobs/uploads/1", false);
+        check("r.example", named(), "http://cdn.example:8080/blob", true);
+        check("r.example", named(), "http://cdn.example/blob", false);
+        // Who speaks plain HTTP with a registry has nothing to lose.
+        check("127.0.0.1:5000", PlainHttp::Never, "http://127.0.0.1:5001/blob", true);
+    }
+
     #[test]
     fn plain_http_is_for_loopback_or_on_demand() {
         let check = |plain_http, host: &str, expected: &str| assert_eq!(own_root(host, plain_http, false), expected);
@@ -244,6 +290,8 @@ mod tests {
         check(false, "localhost.example", "https://localhost.example/v2");
         check(false, "128.0.0.1", "https://128.0.0.1/v2");
         check(true, "r.example", "http://r.example/v2");
+        let named = PlainHttp::Hosts(["r.example:5000".to_owned()].into());
+        assert_eq!(["r.example:5000", "r.example", "docker.io"].map(|host| named.is_for(host)), [true, false, false]);
         check(false, "docker.io", "https://registry-1.docker.io/v2");
         assert_eq!(own_root("127.0.0.1:5000", false, true), "https://127.0.0.1:5000/v2");
     }

@@ -13,6 +13,7 @@ use reqwest::{Method, StatusCode, Url, header};
 use tokio::sync::watch;
 
 use crate::{
+    begun::BegunUpload,
     client::Client,
     error::Error,
     push::{UploadPlace, upload_location},
@@ -81,6 +82,7 @@ pub struct UncommittedBlob {
     client: Client,
     reference: Reference,
     location: Url,
+    begun: BegunUpload,
 }
 
 impl Client {
@@ -103,7 +105,9 @@ impl Client {
         }
         let what = format!("push of a new blob to {}", reference.name());
         let place = UploadPlace { client: self, reference, endpoint: &endpoint, what: &what };
+        let begun = BegunUpload::new(self, reference);
         let (_, location) = place.begin().await?;
+        begun.goes_on_at(&location);
         let content = BlobContent::Growing(file);
         let upload = Upload { content: &content, len: u64::MAX, range: 0..u64::MAX, progress: &progress };
         let request = Request::new(&what, &endpoint, Method::PATCH, location.clone(), place.scopes())
@@ -112,15 +116,20 @@ impl Client {
             .payload(Payload::Upload(&upload));
         let sent = match self.send(&request).await {
             Ok(response) if matches!(response.status(), StatusCode::ACCEPTED | StatusCode::NO_CONTENT) => {
-                upload_location(&what, &endpoint, &response)
+                upload_location(&what, &endpoint, &response, self.options())
             }
             Ok(response) => Err(refusal(self, &what, &endpoint, response).await),
             Err(error) => Err(error),
         };
         match sent {
-            Ok(location) => Ok(Some(UncommittedBlob { client: self.clone(), reference: reference.clone(), location })),
+            Ok(location) => {
+                begun.goes_on_at(&location);
+                let (client, reference) = (self.clone(), reference.clone());
+                Ok(Some(UncommittedBlob { client, reference, location, begun }))
+            }
             Err(error) => {
                 place.end(location).await;
+                begun.settle();
                 Err(error)
             }
         }
@@ -134,7 +143,7 @@ impl UncommittedBlob {
     ///
     /// When the registry does not; then it has nothing.
     pub async fn commit(self, digest: &Digest) -> Result<(), Error> {
-        let Self { client, reference, location } = self;
+        let Self { client, reference, location, begun } = self;
         let endpoint = client.push_endpoint(reference.host()).await?;
         let what = format!("push of blob {digest} to {}", reference.name());
         let place = UploadPlace { client: &client, reference: &reference, endpoint: &endpoint, what: &what };
@@ -142,6 +151,7 @@ impl UncommittedBlob {
         if committed.is_err() {
             place.end(location).await;
         }
+        begun.settle();
         committed
     }
 }

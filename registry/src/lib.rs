@@ -11,6 +11,7 @@
 //! Blob content is not verified here: whoever knows a digest of what he reads checks it. Manifests are.
 
 mod auth;
+mod begun;
 mod blob;
 mod chunks;
 mod client;
@@ -48,7 +49,7 @@ pub use client::Client;
 pub use error::Error;
 pub use growing::{GrowingFile, Growth, UncommittedBlob};
 pub use manifest::{MANIFEST_LEN_MAX, Manifest, media_type};
-pub use options::ClientOptions;
+pub use options::{ClientOptions, PlainHttp};
 pub use reference::{ParseReferenceError, Reference};
 pub use referrers::Referrer;
 pub use source::BlobSource;

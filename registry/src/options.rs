@@ -1,17 +1,44 @@
 //! What a user can say about talking to registries.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+
+/// Which hosts are spoken to without TLS, beside those on loopback that have no certificates configured.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum PlainHttp {
+    /// No others.
+    #[default]
+    Never,
+    /// These, as they are named in references: with their ports.
+    Hosts(BTreeSet<String>),
+    /// All.
+    Always,
+}
+
+impl PlainHttp {
+    /// Whether it is for this host.
+    pub fn is_for(&self, host: &str) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Hosts(hosts) => hosts.contains(host),
+            Self::Always => true,
+        }
+    }
+}
 
 /// How a [`crate::Client`] behaves. A plain struct: the program fills it in once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientOptions {
-    /// Plain HTTP for every registry without an address in a `hosts.toml`. Loopback hosts are spoken to in plain
-    /// HTTP anyway, unless certificates are configured for them.
-    pub plain_http: bool,
+    /// Which registries without an address in a `hosts.toml` are spoken to in plain HTTP.
+    pub plain_http: PlainHttp,
+    /// Hosts that a registry may have a client send uploads to, beside itself.
+    pub upload_hosts: BTreeSet<String>,
     /// Longest wait for a TCP and TLS connection.
     pub connect_timeout: Duration,
     /// Longest wait for the next few kilobytes of an answer, or for the next byte of an upload to leave.
     pub stall_timeout: Duration,
+    /// How long a manifest, a config or a token may take, beside a second for each 32 KiB of it that have come: an
+    /// answer that comes a byte at a time never stalls.
+    pub document_timeout: Duration,
     /// The same for an answer to a read as long as another host may be faster: then that one is asked for the rest.
     pub slow_timeout: Duration,
     /// How long one host is waited for before the next one is asked for the same part of a blob as well.
@@ -43,9 +70,11 @@ impl Default for ClientOptions {
     /// Suits a command that a person waits for; no credentials.
     fn default() -> Self {
         Self {
-            plain_http: false,
+            plain_http: PlainHttp::default(),
+            upload_hosts: BTreeSet::new(),
             connect_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(30),
+            document_timeout: Duration::from_secs(60),
             slow_timeout: Duration::from_secs(3),
             hedge_delay: Duration::from_millis(1500),
             patience: Duration::from_secs(60),

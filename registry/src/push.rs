@@ -7,11 +7,13 @@ use reqwest::{Method, Response, StatusCode, Url, header};
 
 use crate::{
     auth::Scopes,
+    begun::BegunUpload,
     chunks::{ChunkedUpload, smaller_chunk_len},
     client::Client,
-    endpoint::Endpoint,
+    endpoint::{Endpoint, authority},
     error::Error,
     manifest::announced_digest,
+    options::ClientOptions,
     reference::Reference,
     retry::Retry,
     transport::{Payload, Request, header_text, refusal},
@@ -34,6 +36,8 @@ pub(crate) struct Push<'a> {
     pub(crate) progress: &'a Progress,
     /// The operation, as errors name it.
     pub(crate) what: String,
+    /// The upload that was begun last.
+    pub(crate) begun: BegunUpload,
 }
 
 /// A repository that takes uploads.
@@ -65,7 +69,15 @@ impl Client {
         let endpoint = self.push_endpoint(reference.host()).await?;
         let what = format!("push of blob {digest} to {}", reference.name());
         let (content, progress) = (&content, &progress);
-        let push = Push { client: self, reference, endpoint, digest, len, content, progress, what };
+        let begun = BegunUpload::new(self, reference);
+        let push = Push { client: self, reference, endpoint, digest, len, content, progress, what, begun };
+        let result = self.push_with_retries(&push).await;
+        push.begun.settle();
+        result
+    }
+
+    async fn push_with_retries(&self, push: &Push<'_>) -> Result<(), Error> {
+        let Push { reference, digest, len, .. } = *push;
         let mut retry = Retry::new(self, reference.host());
         let mut chunk_len = self.upload_chunk_len(push.endpoint.name());
         let mut chunked = None;
@@ -145,7 +157,7 @@ impl Client {
             StatusCode::ACCEPTED => {
                 // It has begun an upload instead.
                 tracing::debug!(host = endpoint.name(), %digest, "blob not mounted");
-                if let Ok(location) = upload_location(&what, endpoint, &response) {
+                if let Ok(location) = upload_location(&what, endpoint, &response, self.options()) {
                     UploadPlace { client: self, reference: to, endpoint, what: &what }.end(location).await;
                 }
                 Ok(false)
@@ -164,6 +176,7 @@ impl Push<'_> {
     /// One attempt to send everything in one request.
     async fn send_whole(&self) -> Result<(), Error> {
         let (_, location) = self.place().begin().await?;
+        self.begun.goes_on_at(&location);
         let upload = Upload { content: self.content, len: self.len, range: 0..self.len, progress: self.progress };
         self.place().finish(location, self.digest, self.len, Payload::Upload(&upload)).await
     }
@@ -211,7 +224,7 @@ impl UploadPlace<'_> {
         if response.status() != StatusCode::ACCEPTED {
             return Err(refusal(self.client, self.what, self.endpoint, response).await);
         }
-        let location = upload_location(self.what, self.endpoint, &response)?;
+        let location = upload_location(self.what, self.endpoint, &response, self.client.options())?;
         Ok((response, location))
     }
 
@@ -242,9 +255,13 @@ impl UploadPlace<'_> {
         }
     }
 
-    /// Has the registry forget an upload. Left alone it would expire, so a failure is no loss.
+    /// Has the registry forget an upload. Left alone it would expire, so a failure is no loss. Only the registry itself
+    /// is ever asked to delete something.
     pub(crate) async fn end(&self, location: Url) {
         let Ok(own) = self.uploads_url() else { return };
+        if !self.endpoint.is_own(&location) {
+            return;
+        }
         let request = Request::new(self.what, self.endpoint, Method::DELETE, location, self.scopes());
         let ended = self.client.send(&request.trusted_like(&own)).await;
         tracing::debug!(host = self.endpoint.name(), ended = ended.is_ok(), "upload ended");
@@ -252,9 +269,25 @@ impl UploadPlace<'_> {
 }
 
 /// Where an upload goes on; the registry may give it relative to the address asked.
-pub(crate) fn upload_location(what: &str, endpoint: &Endpoint, response: &Response) -> Result<Url, Error> {
-    header_text(response.headers(), header::LOCATION)
+///
+/// # Errors
+///
+/// Where there is none, or another host is to take it: a registry could make a client send requests to any address
+/// that it can reach.
+pub(crate) fn upload_location(
+    what: &str,
+    endpoint: &Endpoint,
+    response: &Response,
+    options: &ClientOptions,
+) -> Result<Url, Error> {
+    let url = header_text(response.headers(), header::LOCATION)
         .and_then(|text| response.url().join(text).ok())
         .filter(|url| matches!(url.scheme(), "http" | "https"))
-        .ok_or_else(|| Error::malformed(what, endpoint.name(), "an upload without a usable Location"))
+        .ok_or_else(|| Error::malformed(what, endpoint.name(), "an upload without a usable Location"))?;
+    if !endpoint.takes_uploads_at(&url, options) {
+        let host = authority(&url);
+        let reason = format!("it wants the upload at {host}, which is another host; --upload-host={host} allows it");
+        return Err(Error::malformed(what, endpoint.name(), reason));
+    }
+    Ok(url)
 }

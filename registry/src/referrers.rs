@@ -27,6 +27,8 @@ use crate::{
 
 /// Pages of a list of referrers that are read at most.
 const PAGES_MAX: usize = 100;
+/// Bytes of all pages together: some ten thousand referrers, and more than anybody follows.
+const PAGES_LEN_MAX: u64 = 2 * MANIFEST_LEN_MAX;
 /// Ends of the tags under which cosign stores signatures, attestations and SBOMs.
 const COSIGN_ENDS: [&str; 3] = [".sig", ".att", ".sbom"];
 
@@ -93,6 +95,7 @@ impl Client {
         }
         let own = url.clone();
         let mut all = Vec::new();
+        let mut left = PAGES_LEN_MAX;
         for _ in 0..PAGES_MAX {
             let request = Request::new(&what, &endpoint, Method::GET, url, scopes.clone())
                 .header(header::ACCEPT, media_type::OCI_INDEX)
@@ -113,7 +116,8 @@ impl Client {
                 .and_then(next_link)
                 .and_then(|link| response.url().join(link).ok())
                 .filter(|url| matches!(url.scheme(), "http" | "https"));
-            let bytes = read_bounded(self, &what, host, response, MANIFEST_LEN_MAX).await?;
+            let bytes = read_bounded(self, &what, host, response, MANIFEST_LEN_MAX.min(left)).await?;
+            left -= bytes.len() as u64;
             all.append(&mut parse_index(&what, host, &bytes)?);
             match next {
                 Some(next) => url = next,

@@ -7,17 +7,20 @@ use std::time::{Duration, SystemTime};
 use bytes::{Bytes, BytesMut};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url, header};
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use crate::{
     auth::{Authorization, Challenge, Scopes},
     client::Client,
-    endpoint::Endpoint,
+    endpoint::{Endpoint, authority},
     error::{Error, clean},
     upload::Upload,
 };
 
 /// Longest part of an error answer that is read.
 const REFUSAL_LEN_MAX: usize = 16 << 10;
+/// Bytes of a document that have to come within a second, in the long run: a slow mobile link.
+const DOCUMENT_PACE: usize = 32 << 10;
 /// Redirects followed for one request, as browsers and Go do.
 const REDIRECTS_MAX: usize = 10;
 
@@ -114,6 +117,14 @@ impl Client {
                 None => return Ok(response),
                 Some(target) => url = target,
             }
+            let is_read = matches!(request.method, Method::GET | Method::HEAD);
+            if !is_read && !request.endpoint.takes_uploads_at(&url, self.options()) {
+                let (what, host) = (request.what.to_owned(), request.endpoint.name().to_owned());
+                let other = authority(&url);
+                let reason =
+                    format!("a {} to {other}, which is another host; --upload-host={other} allows it", request.method);
+                return Err(Error::Redirects { what, host, reason });
+            }
             is_trusted &= url.origin() == request.url.origin();
         }
         let (what, host) = (request.what.to_owned(), request.endpoint.name().to_owned());
@@ -176,8 +187,7 @@ fn redirect_target(method: &Method, response: &Response) -> Option<Url> {
 pub(crate) fn host_shown(endpoint: &Endpoint, url: &Url) -> String {
     match Url::parse(endpoint.root()) {
         Ok(own) if own.origin() != url.origin() => {
-            let port = url.port().map_or(String::new(), |port| format!(":{port}"));
-            format!("{}{port} (for {})", url.host_str().unwrap_or_default(), endpoint.name())
+            format!("{} (for {})", authority(url), endpoint.name())
         }
         _ => endpoint.name().to_owned(),
     }
@@ -187,18 +197,8 @@ pub(crate) fn stalled(what: &str, host: &str, limit: Duration) -> Error {
     Error::Stalled { what: what.to_owned(), host: host.to_owned(), seconds: limit.as_secs() }
 }
 
-/// The next piece of an answer's body; `None` at its end.
-pub(crate) async fn next_piece(
-    client: &Client,
-    what: &str,
-    host: &str,
-    response: &mut Response,
-) -> Result<Option<Bytes>, Error> {
-    let stall = client.options().stall_timeout;
-    next_piece_within(what, host, response, stall, stall).await
-}
-
-/// The same within `patience`, which is what is left of `limit`.
+/// The next piece of an answer's body; `None` at its end. It is waited for as long as `patience`, which is what is left
+/// of `limit`.
 pub(crate) async fn next_piece_within(
     what: &str,
     host: &str,
@@ -218,6 +218,7 @@ pub(crate) async fn next_piece_within(
 /// # Errors
 ///
 /// [`Error::TooLong`] when it has more than `limit_bytes`; never holds more than that and one piece.
+/// [`Error::Stalled`] when it takes longer than [`crate::ClientOptions::document_timeout`] allows.
 pub(crate) async fn read_bounded(
     client: &Client,
     what: &str,
@@ -230,7 +231,14 @@ pub(crate) async fn read_bounded(
         return Err(too_long());
     }
     let mut body = BytesMut::new();
-    while let Some(piece) = next_piece(client, what, host, &mut response).await? {
+    let started = Instant::now();
+    loop {
+        let options = client.options();
+        let allowed = options.document_timeout + Duration::from_secs((body.len() / DOCUMENT_PACE) as u64);
+        let left = allowed.saturating_sub(started.elapsed());
+        let (patience, limit) =
+            if left < options.stall_timeout { (left, allowed) } else { (options.stall_timeout, options.stall_timeout) };
+        let Some(piece) = next_piece_within(what, host, &mut response, patience, limit).await? else { break };
         if (body.len() + piece.len()) as u64 > limit_bytes {
             return Err(too_long());
         }

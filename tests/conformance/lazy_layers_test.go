@@ -112,7 +112,7 @@ func publish(tar []byte) (map[string]string, error) {
 	// One repository: layers of others below would have to be verified first.
 	tag := fmt.Sprintf("lazy-%d", atomic.AddInt64(&imageNumber, 1))
 	image := registry + "/conformance:" + tag
-	convert := exec.Command(os.Getenv("LAZULI"), "convert", "--plain-http", "oci:"+layout, image)
+	convert := exec.Command(os.Getenv("LAZULI"), "convert", "oci:"+layout, image)
 	convert.Env = append(os.Environ(), "XDG_CACHE_HOME=/dev/null")
 	if output, err := convert.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("lazuli convert: %w: %s", err, output)

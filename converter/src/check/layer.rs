@@ -16,7 +16,7 @@ use super::{
     report::{Findings, LayerCheck, Part},
 };
 use crate::{
-    blob_reader::BlobReader,
+    blob_reader::{BlobReader, plain_len_max},
     blob_thread::read_blob,
     image::{ImageError, ImageSource},
     lazy_layer::dedup_range,
@@ -159,6 +159,11 @@ async fn open_layer(source: &ImageSource, descriptor: &Descriptor, findings: &mu
         return Opened { is_lazy, layer: None };
     };
     note_unread("index", Part::Index, index.unread(), findings);
+    if index.tar_len() > plain_len_max(lazy.blob_len) {
+        let problem = format!("it says {} bytes of tar, more than any layer has that is so short", index.tar_len());
+        findings.add(Part::Index, "index", problem);
+        return Opened { is_lazy, layer: None };
+    }
     if index.layers().len() > 0 {
         findings.add(Part::Index, "index", "it names layers, as only the merged tree of a node does");
     }

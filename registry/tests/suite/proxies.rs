@@ -106,7 +106,7 @@ async fn run_again(name: &'static str, variables: Vec<(&'static str, String)>) {
 async fn plain_http_goes_through_the_proxy_of_the_environment() {
     const INNER: &str = "PLAIN_PROXY_TEST";
     if let Ok(digest) = std::env::var(INNER) {
-        let client = Client::new(ClientOptions { plain_http: true, ..options() });
+        let client = Client::new(ClientOptions { plain_http: registry::PlainHttp::Always, ..options() });
         assert_eq!(client.manifest(&by_proxy()).await.unwrap().digest, digest.parse().unwrap());
         return;
     }

@@ -1,8 +1,10 @@
 //! Uploads to a registry that misbehaves.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use format_spec::Digest;
-use registry::{BlobContent, Error};
+use registry::{BlobContent, Client, ClientOptions, Error};
 
 use crate::{
     client,
@@ -76,18 +78,67 @@ async fn unusable_answers_to_an_upload_are_refused() {
     assert!(matches!(error, Error::DigestMismatch { found, .. } if found == other), "{error}");
 }
 
-#[tokio::test]
-async fn an_upload_elsewhere_goes_without_credentials() {
-    let storage = FaultServer::start(|_, _| Reply::status(201)).await;
+/// A registry that says where an upload goes on: at `storage`.
+async fn sends_on(storage: &FaultServer) -> FaultServer {
     let location = format!("Location: http://{}/upload?state=1", storage.host());
-    let server = FaultServer::start(move |_, request| match request.header("authorization") {
+    FaultServer::start(move |_, request| match request.header("authorization") {
         "" => Reply::full(401, &["WWW-Authenticate: Basic realm=\"cave\""], b""),
         _ => Reply::full(202, &[&location], b""),
     })
-    .await;
+    .await
+}
+
+/// A registry could make a build machine send requests to any address that it reaches.
+#[tokio::test]
+async fn nothing_is_sent_to_another_host_and_nothing_deleted_there_unless_it_is_named() {
+    let storage = FaultServer::start(|_, _| Reply::status(201)).await;
+    let server = sends_on(&storage).await;
     let directory = tempfile::tempdir().unwrap();
     let client = logged_in_client(directory.path(), server.host(), "aladdin", "open sesame");
+    let content = || BlobContent::Bytes(Bytes::from_static(BLOB));
+    let reference = server.reference("a");
+    let error = client.push_blob(&reference, &Digest::of(BLOB), 4, content(), no_progress()).await.unwrap_err();
+    let words =
+        format!("it wants the upload at {0}, which is another host; --upload-host={0} allows it", storage.host());
+    assert!(error.to_string().ends_with(&words), "{error}");
+    let other = format!("{}/b", server.host()).parse().unwrap();
+    assert!(!client.mount_blob(&other, &reference, &Digest::of(BLOB)).await.unwrap());
+
+    let location = format!("Location: http://{}/", storage.host());
+    let redirecting = FaultServer::start(move |_, _| Reply::full(307, &[&location], b"")).await;
+    let error = push(&redirecting).await.unwrap_err().to_string();
+    assert!(error.contains("redirects a POST to") && error.contains("--upload-host="), "{error}");
+    assert_eq!(storage.requests(), [] as [String; 0]);
+}
+
+#[tokio::test]
+async fn an_upload_to_a_host_that_is_named_goes_without_credentials() {
+    let storage = FaultServer::start(|_, _| Reply::status(201)).await;
+    let server = sends_on(&storage).await;
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("config.json");
+    drop(logged_in_client(directory.path(), server.host(), "aladdin", "open sesame"));
+    let upload_hosts = [storage.host().to_owned()].into();
+    let client = Client::new(ClientOptions { docker_config: Some(config), upload_hosts, ..crate::options() });
     let content = BlobContent::Bytes(Bytes::from_static(BLOB));
     client.push_blob(&server.reference("a"), &Digest::of(BLOB), 4, content, no_progress()).await.unwrap();
     assert_eq!((storage.requests(), storage.headers("authorization")), (vec![put()], vec![String::new()]));
+}
+
+/// Whoever waits for a push may be interrupted; some registries keep what was sent for ever.
+#[tokio::test]
+async fn an_upload_that_nobody_waits_for_any_more_is_ended() {
+    let server = FaultServer::start(|_, request| match request.method.as_str() {
+        "POST" => Reply::full(202, &["Location: /upload?state=1"], b""),
+        "PUT" => Reply::Silence,
+        _ => Reply::status(204),
+    })
+    .await;
+    let client = client();
+    let content = BlobContent::Bytes(Bytes::from_static(BLOB));
+    let (reference, digest) = (server.reference("a"), Digest::of(BLOB));
+    let push = client.push_blob(&reference, &digest, 4, content, no_progress());
+    assert!(tokio::time::timeout(Duration::from_millis(500), push).await.is_err());
+    client.uploads_have_ended(Duration::from_secs(5)).await;
+    assert_eq!(server.requests(), ["POST /v2/a/blobs/uploads/".to_owned(), put(), "DELETE /upload?state=1".to_owned()]);
 }

@@ -157,3 +157,17 @@ async fn cosigns_tags_are_found() {
     }
     assert_eq!(client.cosign_tags(&reference, &subject).await.unwrap(), tags);
 }
+
+/// A hundred pages of 4 MiB would be held before anybody counted.
+#[tokio::test]
+async fn a_list_of_referrers_without_end_is_given_up() {
+    let page = format!(r#"{{"manifests":[],"filler":"{}"}}"#, "x".repeat(3 << 20));
+    let server = FaultServer::start(move |_, _| {
+        let headers = [format!("Content-Type: {}", media_type::OCI_INDEX), "Link: </again>; rel=\"next\"".to_owned()];
+        Reply::full(200, &headers.each_ref().map(String::as_str), page.as_bytes())
+    })
+    .await;
+    let error = client().referrers(&server.reference("a"), &Digest::of(b""), None).await.unwrap_err();
+    assert!(matches!(error, Error::TooLong { .. }), "{error}");
+    assert_eq!(server.requests().len(), 3);
+}

@@ -153,3 +153,17 @@ async fn the_only_host_may_be_slow() {
     assert!(bytes == pattern(LEN)[1000..390_000]);
     assert_eq!(server.requests().len(), 1);
 }
+
+/// It never stalls, and would take years.
+#[tokio::test]
+async fn a_document_that_comes_a_byte_at_a_time_is_given_up() {
+    let text = format!(r#"{{"mediaType":"{}"}}"#, registry::media_type::OCI_MANIFEST);
+    let server = FaultServer::start(move |_, _| {
+        Reply::slow(200, &["Content-Type: application/json"], text.as_bytes(), 1, Duration::from_millis(100))
+    })
+    .await;
+    let (document_timeout, patience) = (Duration::from_millis(400), Duration::from_millis(10));
+    let options = registry::ClientOptions { document_timeout, patience, ..crate::options() };
+    let error = registry::Client::new(options).manifest(&server.reference("a")).await.unwrap_err();
+    assert!(error.to_string().contains("sent next to nothing for 0 s"), "{error}");
+}
