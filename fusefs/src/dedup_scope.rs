@@ -87,6 +87,8 @@ mod tests {
             ("host:5000/team/app:1", "host:5000/team/app:2@sha256:00", [true, true, true]),
             ("host:5000/team/app:1", "host:5000/team/other:1", [false, true, true]),
             ("host:5000/team/app:1", "host:5001/team/app:1", [false, false, true]),
+            ("host/team/app:1", "host:443/team/app:1", [false, false, true]),
+            ("host/team/app:1", "HOST/team/app:1", [false, false, true]),
             ("host:5000/team/app", "host:5000/team/apple", [false, true, true]),
         ] {
             let found = [DedupScope::Repository, DedupScope::Registry, DedupScope::Node].map(|s| share(s, one, other));

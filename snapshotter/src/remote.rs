@@ -40,6 +40,18 @@ pub fn is_extraction(key: &SnapshotKey) -> bool {
     own.starts_with(EXTRACTION)
 }
 
+/// Whether a target may name a snapshot of ours.
+///
+/// The target of a base layer is the diff ID that an image's config gives, and containerd does not look at its form
+/// (`images.RootFS`, `identity.ChainID`). So it may be a digest that nobody can compare, or `NAMESPACE/NUMBER/NAME`,
+/// the name that containerd will choose for a snapshot of somebody else.
+fn is_fit(target: &SnapshotKey) -> bool {
+    let name = target.as_str();
+    let number = name.split('/').nth(1);
+    let is_of_containerd = number.is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit()));
+    name.parse::<Digest>().is_ok() || !(name.contains(':') || is_of_containerd)
+}
+
 /// A layer that needs no download now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RemoteRequest {
@@ -95,6 +107,10 @@ pub fn remote_request(key: &SnapshotKey, labels: &Labels) -> Result<Option<Remot
     if let Some(actual) = label(CRI_LAYER_DIGEST).filter(|actual| *actual != layer.blob.to_string()) {
         return Err(LabelError::AnotherBlob { target, described: layer.blob, actual: actual.to_owned() });
     }
+    if !is_fit(&target) {
+        warn!(target = %target.as_str().escape_debug(), "the target is no chain ID, the layer is pulled completely");
+        return Ok(None);
+    }
     let Some(image) = label(CRI_IMAGE) else {
         warn!(%target, "labels name no image to fetch from, layer is pulled completely");
         return Ok(None);
@@ -115,13 +131,13 @@ mod tests {
 
     fn check(change: impl FnOnce(&mut Labels), expected: Result<Option<&str>, ()>) {
         let mut labels = layer().to_annotations();
-        labels.insert(TARGET.to_owned(), "sha256:chain".to_owned());
+        labels.insert(TARGET.to_owned(), Digest::of(b"chain").to_string());
         labels.insert(CRI_IMAGE.to_owned(), "host/repo:tag".to_owned());
         labels.insert(CRI_LAYER_DIGEST.to_owned(), layer().blob.to_string());
         change(&mut labels);
         let expected = expected.map(|image| {
             image.map(|image| RemoteRequest {
-                target: SnapshotKey::new("sha256:chain").unwrap(),
+                target: SnapshotKey::new(Digest::of(b"chain").to_string()).unwrap(),
                 layer: RemoteLayer { layer: layer(), image: image.to_owned() },
             })
         });
@@ -147,11 +163,30 @@ mod tests {
         check(alone, Ok(None));
     }
 
+    /// A config may call a base layer whatever it likes, and so the snapshot of it.
+    #[test]
+    fn no_config_takes_a_name_that_is_no_chain_id() {
+        let hex = Digest::of(b"chain").hex();
+        for name in [
+            format!("sha256:{}", hex.to_uppercase()),
+            format!("SHA256:{hex}"),
+            format!("sha256:{hex} "),
+            format!("sha256:{hex}0"),
+            format!("sha512:{hex}{hex}"),
+            "sha256:".to_owned(),
+            format!("k8s.io/7/sha256:{hex}"),
+            "k8s.io/58/0123456789abcdef".to_owned(),
+            "default/9/extract-1".to_owned(),
+        ] {
+            check(|labels| _ = labels.insert(TARGET.to_owned(), name), Ok(None));
+        }
+    }
+
     /// The annotations of a pod become labels of its sandbox's snapshot.
     #[test]
     fn no_pod_asks_for_a_layer() {
         let mut labels = layer().to_annotations();
-        labels.insert(TARGET.to_owned(), "sha256:chain".to_owned());
+        labels.insert(TARGET.to_owned(), Digest::of(b"chain").to_string());
         labels.insert(CRI_IMAGE.to_owned(), "private/repo:tag".to_owned());
         for key in ["k8s.io/7/0123456789abcdef", "0123", "k8s.io/7/x/extract-1"] {
             assert_eq!(remote_request(&SnapshotKey::new(key).unwrap(), &labels), Ok(None), "{key}");

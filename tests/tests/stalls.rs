@@ -192,13 +192,12 @@ impl Lazy {
     fn make(calls: &mut Calls<'_>) -> Result<Self> {
         let all = calls.list("List")?;
         let is_lazy = |info: &&Info| info.labels.contains_key("containerd.io/snapshot/remote");
-        let bottom = all.iter().filter(is_lazy).find(|info| info.parent.is_empty() && !info.name.contains("/1/"));
+        let bottom = all.iter().filter(is_lazy).find(|info| info.parent.is_empty() && !info.name.starts_with("again-"));
         let bottom = bottom.cloned().ok_or_else(|| HarnessError::Unexpected(format!("nothing is lazy: {all:?}")))?;
-        let chain = bottom.name.rsplit('/').next().unwrap_or_default().to_owned();
         let mut names = Vec::new();
         for round in 0..ROUNDS {
             let name = format!("{}-{round}", calls.stall.replace(' ', "-"));
-            let (layer, active) = (format!("{name}/1/{chain}"), format!("active-{name}"));
+            let (layer, active) = (format!("again-{name}"), format!("active-{name}"));
             let mut labels = bottom.labels.clone();
             labels.remove("containerd.io/snapshot/remote");
             labels.insert("containerd.io/snapshot.ref".to_owned(), layer.clone());
