@@ -8,8 +8,11 @@ use std::{
 };
 
 use format_spec::{Digest, LayerId};
-use fusefs::control::{
-    LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, TreeMode, TreeStatus, Verdict,
+use fusefs::{
+    chains::{CHAINS_FILE, ChainStatus},
+    control::{
+        LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, TreeMode, TreeStatus, Verdict,
+    },
 };
 use serde::Serialize;
 use tokio::{
@@ -30,6 +33,8 @@ pub struct NodeStatus {
     pub mode: ModeStatus,
     /// Every image that has layers here, sorted by name.
     pub images: Vec<ImageStatus>,
+    /// What is known of the layers under the chain IDs by which containerd knows them, sorted by chain ID.
+    pub chains: Vec<ChainStatus>,
     /// Images that were pulled completely because `lazuli-fused` could not read them, oldest first.
     pub not_lazy: Vec<NotLazy>,
 }
@@ -133,11 +138,12 @@ pub async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> {
         _ => StatusError::Connection { path: path.clone(), error },
     })?;
     let refuse = |problem| StatusError::Answer { path: path.clone(), problem };
-    // It is for people: one that cannot be read says nothing.
+    // Both are for people: one that cannot be read says nothing.
+    let chains = ChainStatus::read(&root.join(CHAINS_FILE)).unwrap_or_default();
     let not_lazy = NotLazy::read(&root.join(NOT_LAZY_FILE)).unwrap_or_default();
     match serde_json::from_slice(&answer) {
         Ok(Response::Status { mode, layers, trees }) => {
-            Ok(NodeStatus { mode, images: images(layers, &trees), not_lazy })
+            Ok(NodeStatus { mode, images: images(layers, &trees), chains, not_lazy })
         }
         Ok(Response::Error { message, .. }) => Err(refuse(message)),
         Ok(_) => Err(refuse("the answer is none to the question".to_owned())),

@@ -1,11 +1,18 @@
 //! `lazuli status`: flags in, a table or JSON out.
 
-use std::path::PathBuf;
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use clap::Args;
 use converter::status::{ImageLayer, ImageStatus, NodeStatus, node_status};
-use fusefs::control::{Reading, Verdict};
-use indicatif::{HumanBytes, HumanCount};
+use fusefs::{
+    chains::{ChainStatus, Truth},
+    control::{Reading, Verdict},
+};
+use indicatif::{HumanBytes, HumanCount, HumanDuration};
 
 /// What `lazuli status` is told.
 #[derive(Debug, Args)]
@@ -26,26 +33,39 @@ pub(crate) async fn run(arguments: StatusArguments) -> Result<(), String> {
     let mut status = node_status(&arguments.root).await.map_err(|error| error.to_string())?;
     if let Some(wanted) = &arguments.image {
         status.images.retain(|image| image.image == *wanted);
+        status.chains.retain(|chain| chain.image == *wanted);
         status.not_lazy.retain(|known| known.image == *wanted);
-        if status.images.is_empty() && status.not_lazy.is_empty() {
+        if status.images.is_empty() && status.chains.is_empty() && status.not_lazy.is_empty() {
             return Err(format!("{wanted}: no layer of it is here; `lazuli status` lists what is"));
         }
     }
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&status).expect("a status has text keys only"));
     } else {
-        print!("{}", describe(&status, arguments.image.is_some()));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        print!("{}", describe(&status, arguments.image.is_some(), now));
     }
     Ok(())
 }
 
-fn describe(status: &NodeStatus, with_layers: bool) -> String {
+/// `now` is the time since 1970.
+fn describe(status: &NodeStatus, with_layers: bool, now: Duration) -> String {
     let mut text = format!("mode {}: {}\n", status.mode.in_use, status.mode.reason);
     for image in &status.images {
         text += &format!("\n{}\n", image.image);
         text += &lines_of(image);
         if with_layers {
             text += &image.layers.iter().map(layer_line).collect::<String>();
+        }
+        text += &chain_lines(status, &image.image, with_layers, now);
+    }
+    // Those whose layers are in the cache for other images only, or no longer.
+    let is_elsewhere = |image: &&str| status.images.iter().all(|other| other.image != *image);
+    let others: BTreeSet<&str> = status.chains.iter().map(|chain| chain.image.as_str()).filter(is_elsewhere).collect();
+    for image in others {
+        let lines = chain_lines(status, image, with_layers, now);
+        if !lines.is_empty() {
+            text += &format!("\n{image}\n{lines}");
         }
     }
     for known in &status.not_lazy {
@@ -85,6 +105,35 @@ fn lines_of(image: &ImageStatus) -> String {
         text += &format!("  {} layers believed, not verified yet\n", HumanCount(unverified as u64));
     }
     text + &files.iter().map(|file| format!("  read now: {file}\n")).collect::<String>()
+}
+
+/// What is to be said of the chains of an image; all of them, or those with which something is.
+fn chain_lines(status: &NodeStatus, image: &str, all: bool, now: Duration) -> String {
+    let of_image = status.chains.iter().filter(|chain| chain.image == image);
+    of_image.filter_map(|chain| chain_line(chain, all, now)).collect()
+}
+
+fn chain_line(chain: &ChainStatus, all: bool, now: Duration) -> Option<String> {
+    let ago = |since: i64| {
+        let since = Duration::from_secs(u64::try_from(since).unwrap_or_default());
+        HumanDuration(now.saturating_sub(since))
+    };
+    let is_remarkable = all || chain.waited_for_since.is_some() || matches!(chain.truth, Truth::Refused { .. });
+    if !is_remarkable {
+        return None;
+    }
+    let name = chain.chain.get(..19).unwrap_or(&chain.chain);
+    let since = ago(chain.since);
+    let truth = match &chain.truth {
+        Truth::Believed => format!("believed for {since}"),
+        Truth::Verified => format!("verified {since} ago"),
+        Truth::Refused { reason } => {
+            format!("REFUSED {since} ago, nothing is started on it: {reason}; remove the image")
+        }
+    };
+    let waits = chain.waited_for_since.map(|since| format!(", its verification is waited for since {}", ago(since)));
+    let signed: String = chain.signed_by.iter().map(|key| format!(", signed by key {key}")).collect();
+    Some(format!("  chain {name}: {truth}{}{signed}\n", waits.unwrap_or_default()))
 }
 
 fn arrived(is_complete: bool, frames_present: u64, frames_total: u64) -> String {

@@ -9,6 +9,7 @@
 //! Words: a *tree* is what a container sees of an image; a *session* is one FUSE mount; a *slot* is the
 //! place of a tree among the node numbers of the session.
 
+pub mod chains;
 mod connection;
 pub mod control;
 pub mod daemon;

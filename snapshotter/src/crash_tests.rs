@@ -167,7 +167,7 @@ fn lazy(metadata: &Metadata, name: &str) -> Result<bool> {
     let index = format_spec::IndexLocation { offset: 0, compressed_len: 1, plain_len: 1, digest };
     let layer = format_spec::LazyLayer { blob: digest, blob_len: 9, index, hot_len: 0 };
     let layer = RemoteLayer { layer, image: "h/r:t".to_owned() };
-    Ok(metadata.insert_lazy(&key(name), None, &Labels::new(), &layer, NOW)? == LazyInsert::There)
+    Ok(metadata.insert_lazy(&key(name), None, &Labels::new(), &layer, &Signers::new(), NOW)? == LazyInsert::There)
 }
 
 /// All that the store says.

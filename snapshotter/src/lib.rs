@@ -6,6 +6,7 @@
 //! containerd asks to prepare it, and read through `lazuli-fused` when a container needs it.
 
 pub mod api;
+mod chains;
 pub mod config;
 mod database;
 pub mod filter;
@@ -21,6 +22,7 @@ mod not_lazy;
 mod probes;
 pub mod remote;
 pub mod service;
+pub mod signers;
 pub mod snapshotter;
 pub mod socket;
 mod system_calls;

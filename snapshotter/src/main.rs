@@ -18,6 +18,7 @@ use snapshotter::{
     config::{CONFIG_PATH, Config, Settings},
     fused::FusedProgram,
     service::Service,
+    signers::read_keys,
     snapshotter::Snapshotter,
     socket, user_namespace,
 };
@@ -153,7 +154,11 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         trust: None,
         log,
     };
-    Ok(flags.or(file, program.parent()))
+    let keys = file.trust.as_ref().map(|trust| read_keys(&trust.keys)).transpose();
+    let keys = keys.map_err(|error| format!("configuration {}: {error}", path.display()))?.unwrap_or_default();
+    let mut config = flags.or(file, program.parent());
+    config.trust.keys = keys;
+    Ok(config)
 }
 
 async fn serve(config: &Config, snapshotter: Snapshotter) -> Result<(), Box<dyn std::error::Error>> {

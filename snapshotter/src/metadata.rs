@@ -22,6 +22,7 @@ use crate::{
     database::Database,
     id_map::UID_MAPPING,
     remote::{TARGET, is_extraction},
+    signers::Signers,
     trust::{Truth, Vouchers},
 };
 
@@ -151,9 +152,15 @@ pub struct LazySnapshot {
     /// Whether it is what the chain ID names.
     #[serde(default)]
     pub truth: Truth,
+    /// When that was found out; `None` while it is believed.
+    #[serde(default)]
+    pub truth_since: Option<Time>,
     /// Repositories of further images that name this layer for this chain.
     #[serde(default)]
     pub further_vouchers: Vouchers,
+    /// Keys that have signed this layer for this chain, of those that were configured when it was pulled.
+    #[serde(default)]
+    pub signers: Signers,
 }
 
 /// What became of a lazy layer.
@@ -472,7 +479,8 @@ impl Metadata {
     /// Adds a committed snapshot for a lazy layer, which has no directory.
     ///
     /// `parent` must be lazy too, since one tree holds a whole chain of lazy layers. A chain that is recorded with
-    /// another layer stays so if that is verified; one that is refused makes way when nothing is built on it.
+    /// another layer stays so if that is verified; one that is refused makes way when nothing is built on it. `signers`
+    /// have signed this very layer for this very chain.
     ///
     /// # Errors
     ///
@@ -483,6 +491,7 @@ impl Metadata {
         parent: Option<&SnapshotKey>,
         labels: &Labels,
         layer: &RemoteLayer,
+        signers: &Signers,
         now: Time,
     ) -> Result<LazyInsert> {
         self.database.require_room()?;
@@ -500,7 +509,9 @@ impl Metadata {
                     return Ok(LazyInsert::Ordinary);
                 };
                 if lazy.layer.layer.id() == layer.layer.id() {
-                    if lazy.add_voucher(&layer.image) {
+                    let has_new_signer = !signers.is_subset(&lazy.signers);
+                    lazy.signers.extend(signers.iter().cloned());
+                    if lazy.add_voucher(&layer.image) || has_new_signer {
                         put(&mut snapshots, &existing)?;
                     }
                     return Ok(LazyInsert::There);
@@ -527,7 +538,9 @@ impl Metadata {
                     layer: layer.clone(),
                     tree,
                     truth: Truth::default(),
+                    truth_since: None,
                     further_vouchers: Vouchers::new(),
+                    signers: signers.clone(),
                 }),
             };
             never_again(&mut change.open_table(NUMBERS)?, id)?;
@@ -546,12 +559,14 @@ impl Metadata {
     /// # Errors
     ///
     /// When the database fails.
-    pub fn set_truth(&self, key: &SnapshotKey, layer: LayerId, truth: &Truth) -> Result<()> {
+    pub fn set_truth(&self, key: &SnapshotKey, layer: LayerId, truth: &Truth, now: Time) -> Result<()> {
         self.database.change(|change| {
             let mut snapshots = change.open_table(SNAPSHOTS)?;
             let Some(mut snapshot) = find(&snapshots, key)? else { return Ok(()) };
             match &mut snapshot.lazy {
-                Some(lazy) if lazy.layer.layer.id() == layer => lazy.truth = truth.clone(),
+                Some(lazy) if lazy.layer.layer.id() == layer => {
+                    (lazy.truth, lazy.truth_since) = (truth.clone(), Some(now));
+                }
                 _ => return Ok(()),
             }
             put(&mut snapshots, &snapshot)

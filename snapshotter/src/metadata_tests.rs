@@ -43,7 +43,14 @@ impl Store {
 
     fn lazy(&self, name: &str, parent: &str) -> Result<bool> {
         let parent = SnapshotKey::new(parent);
-        let inserted = self.metadata.insert_lazy(&key(name), parent.as_ref(), &Labels::new(), &remote(name), NOW)?;
+        let inserted = self.metadata.insert_lazy(
+            &key(name),
+            parent.as_ref(),
+            &Labels::new(),
+            &remote(name),
+            &Signers::new(),
+            NOW,
+        )?;
         Ok(inserted == LazyInsert::There)
     }
 }

@@ -158,7 +158,9 @@ mod tests {
                 layer,
                 tree: blob,
                 truth: Default::default(),
+                truth_since: None,
                 further_vouchers: Default::default(),
+                signers: Default::default(),
             }),
         }
     }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use fusefs::control::{NOT_LAZY_FILE, NotLazy};
+use serde::Serialize;
 use tracing::warn;
 
 use crate::metadata::Time;
@@ -48,18 +49,18 @@ impl NotLazyImages {
         let before = images.clone();
         change(images);
         if *images != before
-            && let Err(error) = self.write(images)
+            && let Err(error) = replace(&self.path, images)
         {
             warn!(path = %self.path.display(), %error, "what is not lazy is not noted");
         }
     }
+}
 
-    /// Readers see the old file or the new one. Nothing depends on it after a crash.
-    fn write(&self, images: &[NotLazy]) -> io::Result<()> {
-        let new = self.path.with_extension("new");
-        fs::write(&new, serde_json::to_vec(images)?)?;
-        fs::rename(&new, &self.path)
-    }
+/// Writes a file for people: readers see the old one or the new one. Nothing depends on it after a crash.
+pub(crate) fn replace(path: &Path, content: &(impl Serialize + ?Sized)) -> io::Result<()> {
+    let new = path.with_extension("new");
+    fs::write(&new, serde_json::to_vec(content)?)?;
+    fs::rename(&new, path)
 }
 
 #[cfg(test)]

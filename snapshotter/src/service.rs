@@ -311,7 +311,8 @@ fn to_timestamp(time: Time) -> Timestamp {
     Timestamp { seconds: time.seconds, nanos: time.nanos }
 }
 
-fn now() -> Time {
+/// The time, which nothing below asks for itself.
+pub(crate) fn now() -> Time {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Time {
         seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),

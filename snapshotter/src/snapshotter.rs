@@ -20,11 +20,12 @@ use std::{
 };
 
 use containerd_client::types::Mount;
-use fusefs::control::RemoteLayer;
+use fusefs::control::{RemoteLayer, repository_of};
 use tokio::{sync::Notify, time::timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::{
+    chains::Chains,
     freeing::Work,
     fused::{Fused, FusedError, FusedProgram},
     host::{self, Root, RootError},
@@ -38,11 +39,14 @@ use crate::{
     not_lazy::NotLazyImages,
     probes::Probes,
     remote::{LabelError, REMOTE_MARK, RemoteRequest, remote_request},
+    signers::{Signers, signers},
     trees::{Tree, TreeError, Trees},
     trust::{Asker, Trust, Unverified},
     usage::disk_usage,
 };
 
+/// Things that were told of and are remembered: images may cause any number of them.
+const TOLD_MAX: usize = 1000;
 /// User and group of the host's root.
 const HOST_ROOT: (u32, u32) = (0, 0);
 
@@ -75,15 +79,16 @@ pub(crate) struct Inner {
     pub(crate) trees: Arc<Trees>,
     probes: Arc<Probes>,
     not_lazy: NotLazyImages,
+    pub(crate) chains: Chains,
     pub(crate) limits: Limits,
     /// Ids whose directories are made, and which have no record yet.
     being_made: Mutex<HashSet<SnapshotId>>,
     pub(crate) work: Work,
     pub(crate) lazy_added: Notify,
-    /// There is a lazy layer to verify.
-    pub(crate) lazy_believed: Notify,
+    /// There is a lazy layer to verify, or something else to say about chains.
+    pub(crate) truth_changed: Notify,
     pub(crate) trust: Trust,
-    /// Damaged records that were told of.
+    /// What was told of already and is not told again.
     told: Mutex<HashSet<String>>,
     _root: Root,
 }
@@ -179,12 +184,13 @@ impl Snapshotter {
             trees: Arc::new(Trees::new(Arc::clone(&fused))),
             probes: Arc::new(Probes::new(Arc::clone(&fused))),
             not_lazy: NotLazyImages::new(root.path()),
+            chains: Chains::new(root.path()),
             fused,
             limits,
             being_made: Mutex::default(),
             work: Work::default(),
             lazy_added: Notify::new(),
-            lazy_believed: Notify::new(),
+            truth_changed: Notify::new(),
             trust,
             told: Mutex::default(),
             _root: root,
@@ -264,6 +270,7 @@ impl Snapshotter {
         self.blocking(move |inner| {
             inner.metadata.remove(&key)?;
             inner.work.begin();
+            inner.truth_changed.notify_one();
             Ok(())
         })
         .await
@@ -402,7 +409,8 @@ impl Snapshotter {
         }
         let mut labels = new.labels.clone();
         labels.insert(REMOTE_MARK.0.to_owned(), REMOTE_MARK.1.to_owned());
-        let mut inserted = self.insert_lazy(request, new, &labels, now).await?;
+        let signers = self.signers(request, new);
+        let mut inserted = self.insert_lazy(request, new, &labels, &signers, now).await?;
         if let LazyInsert::Claimed(claimed) = &inserted {
             let claimed = (**claimed).clone();
             let other = claimed.lazy.as_ref().map_or("", |lazy| lazy.layer.image.as_str()).to_owned();
@@ -411,15 +419,17 @@ impl Snapshotter {
             } else {
                 warn!(%target, %blob, image, other, "another layer was pulled for this chain: it is verified first");
                 self.verify(vec![claimed], self.inner.trust.wait).await?;
-                inserted = self.insert_lazy(request, new, &labels, now).await?;
+                inserted = self.insert_lazy(request, new, &labels, &signers, now).await?;
             }
         }
         let committed = inserted == LazyInsert::There;
         if committed {
-            info!(%target, %blob, image, "layer is lazy");
+            info!(%target, %blob, image, ?signers, "layer is lazy");
             self.inner.lazy_added.notify_one();
-            self.inner.lazy_believed.notify_one();
-            if self.inner.trust.unverified == Unverified::Wait {
+            self.inner.truth_changed.notify_one();
+            let trust = &self.inner.trust;
+            let is_believed = !signers.is_empty() || trust.includes(repository_of(image));
+            if trust.unverified == Unverified::Wait && !is_believed {
                 self.begin_to_verify(vec![request.layer.clone()]);
             }
         } else if matches!(inserted, LazyInsert::Claimed(_)) {
@@ -431,17 +441,29 @@ impl Snapshotter {
         Ok(committed)
     }
 
+    /// The keys of the configuration that have signed the layer; why none, where it has signatures, is told once.
+    fn signers(&self, request: &RemoteRequest, new: &NewSnapshot) -> Signers {
+        signers(&self.inner.trust.keys, &new.labels, request, new.parent.as_ref()).unwrap_or_else(|reason| {
+            let (target, layer, image) = (&request.target, request.layer.layer.id(), &request.layer.image);
+            if self.inner.is_news(format!("signature {target} {layer} {reason}")) {
+                warn!(%target, %layer, image, reason, "a signature of this layer is not believed");
+            }
+            Signers::new()
+        })
+    }
+
     async fn insert_lazy(
         &self,
         request: &RemoteRequest,
         new: &NewSnapshot,
         labels: &Labels,
+        signers: &Signers,
         now: Time,
     ) -> Result<LazyInsert> {
         let RemoteRequest { target: key, layer } = request.clone();
-        let (parent, labels) = (new.parent.clone(), labels.clone());
+        let (parent, labels, signers) = (new.parent.clone(), labels.clone(), signers.clone());
         self.blocking(move |inner| {
-            let inserted = inner.metadata.insert_lazy(&key, parent.as_ref(), &labels, &layer, now)?;
+            let inserted = inner.metadata.insert_lazy(&key, parent.as_ref(), &labels, &layer, &signers, now)?;
             if inserted == LazyInsert::There {
                 inner.not_lazy.remove(&layer.image);
             }
@@ -573,13 +595,21 @@ impl Inner {
     /// All records; damaged ones are logged, each once.
     pub(crate) fn list(&self) -> Result<Listed> {
         let listed = self.metadata.list()?;
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         for damaged in listed.damaged.iter().map(ToString::to_string) {
-            if told.insert(damaged.clone()) {
+            if self.is_news(damaged.clone()) {
                 error!(error = damaged, "this snapshot is left out, others go on: remove it");
             }
         }
         Ok(listed)
+    }
+
+    /// Whether this was not told before.
+    fn is_news(&self, told: String) -> bool {
+        let mut known = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= TOLD_MAX {
+            known.clear();
+        }
+        known.insert(told)
     }
 
     pub(crate) fn being_made(&self) -> MutexGuard<'_, HashSet<SnapshotId>> {

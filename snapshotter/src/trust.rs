@@ -3,13 +3,14 @@
 //! A lazy layer is recorded under a chain ID, which containerd computes from an image's config, and shows what its
 //! index says. Until `lazuli-fused` has hashed the layer's tar stream, that it is the one that the chain ID names is the
 //! word of the images that were pulled with it: their repositories *vouch* for it. Whoever else comes to the chain gets
-//! it when it is verified, or when the operator trusts a repository that vouches.
+//! it when it is verified, or when the operator trusts a repository that vouches, or a key that has signed it.
 
-use std::{collections::BTreeSet, fmt, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
-use format_spec::Digest;
+use format_spec::{Digest, PublicKey};
+pub use fusefs::chains::Truth;
 use fusefs::control::repository_of;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::{
     metadata::{Labels, LazySnapshot, NewSnapshot, Snapshot, SnapshotKey},
@@ -39,6 +40,11 @@ pub struct TrustSettings {
     /// Repositories, or what begins them up to a slash, whose indexes are believed: `host/team` or `host/team/app`.
     #[serde(default)]
     pub repositories: Vec<String>,
+    /// Ed25519 public keys whose signatures are believed, in PEM or as paths of files of such: [`read_keys`].
+    ///
+    /// [`read_keys`]: crate::signers::read_keys
+    #[serde(default)]
+    pub keys: Vec<String>,
     /// What containers of other images get.
     #[serde(default)]
     pub unverified: Unverified,
@@ -50,6 +56,8 @@ pub struct TrustSettings {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trust {
     repositories: Vec<String>,
+    /// Keys whose signatures are believed.
+    pub keys: Vec<PublicKey>,
     /// What containers of images from elsewhere get.
     pub unverified: Unverified,
     /// How long a call waits for a verification.
@@ -62,11 +70,12 @@ impl Default for Trust {
     }
 }
 
+/// Without the keys: whoever fills this in reads them.
 impl From<TrustSettings> for Trust {
     fn from(settings: TrustSettings) -> Self {
-        let TrustSettings { repositories, unverified, wait_seconds } = settings;
+        let TrustSettings { repositories, keys: _, unverified, wait_seconds } = settings;
         let wait = wait_seconds.map_or(WAIT, |seconds| Duration::from_secs(seconds.into()));
-        Self { repositories, unverified, wait }
+        Self { repositories, keys: Vec::new(), unverified, wait }
     }
 }
 
@@ -81,17 +90,22 @@ impl Trust {
         self.repositories.iter().any(begins)
     }
 
+    /// Whether the operator believes one of the repositories that vouch for a layer, or of the keys that signed it.
+    fn believes(&self, layer: &LazySnapshot) -> bool {
+        layer.vouchers().any(|repository| self.includes(repository))
+            || self.keys.iter().any(|key| layer.signers.contains(&key.id().to_string()))
+    }
+
     /// Whether somebody may be shown a lazy layer now.
     pub fn may_see(&self, asker: Asker<'_>, layer: &LazySnapshot) -> bool {
-        let is_trusted = || layer.vouchers().any(|repository| self.includes(repository));
         match (&layer.truth, asker) {
             (Truth::Verified, _) => true,
             (Truth::Refused { .. }, _) => false,
             (Truth::Believed, Asker::Image(image)) => {
-                layer.vouchers().any(|repository| repository == repository_of(image)) || is_trusted()
+                layer.vouchers().any(|repository| repository == repository_of(image)) || self.believes(layer)
             }
-            (Truth::Believed, Asker::UnknownImage) => is_trusted(),
-            (Truth::Believed, Asker::Container) => self.unverified == Unverified::Believe || is_trusted(),
+            (Truth::Believed, Asker::UnknownImage) => self.believes(layer),
+            (Truth::Believed, Asker::Container) => self.unverified == Unverified::Believe || self.believes(layer),
         }
     }
 }
@@ -123,32 +137,6 @@ impl<'a> Asker<'a> {
     }
 }
 
-/// What is known of a lazy layer under its chain ID.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(tag = "truth", rename_all = "snake_case")]
-pub enum Truth {
-    /// Nothing yet.
-    #[default]
-    Believed,
-    /// Its tar stream has the digest that the chain ID names, and its index says what the stream does.
-    Verified,
-    /// It is something else: it is not shown.
-    Refused {
-        /// One line.
-        reason: String,
-    },
-}
-
-impl fmt::Display for Truth {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Believed => f.write_str("believed"),
-            Self::Verified => f.write_str("verified"),
-            Self::Refused { reason } => write!(f, "refused: {reason}"),
-        }
-    }
-}
-
 /// What follows for a snapshot from the digest of its layer's tar stream.
 ///
 /// Source: OCI image specification, config.md, "Layer ChainID". A name that is no chain ID binds nothing and can
@@ -164,7 +152,8 @@ pub fn truth_under(key: &SnapshotKey, parent: Option<&SnapshotKey>, tar: &Digest
     if found.to_string() == key.as_str() {
         Truth::Verified
     } else {
-        Truth::Refused { reason: format!("its tar stream has digest {tar}, the image's config names another") }
+        let chain = if parent.is_some() { format!(", which makes chain {found}") } else { String::new() };
+        Truth::Refused { reason: format!("its tar stream has digest {tar}{chain}; the image's config names {key}") }
     }
 }
 
@@ -197,13 +186,21 @@ mod tests {
     use fusefs::control::RemoteLayer;
 
     use super::*;
+    use crate::signers::Signers;
 
     fn lazy(image: &str, truth: Truth) -> LazySnapshot {
         let digest = Digest::of(b"layer");
         let index = IndexLocation { offset: 0, compressed_len: 1, plain_len: 1, digest };
         let layer = LazyLayer { blob: digest, blob_len: 1, index, hot_len: 0 };
         let layer = RemoteLayer { layer, image: image.to_owned() };
-        LazySnapshot { layer, tree: digest, truth, further_vouchers: Vouchers::new() }
+        LazySnapshot {
+            layer,
+            tree: digest,
+            truth,
+            truth_since: None,
+            further_vouchers: Vouchers::new(),
+            signers: Signers::new(),
+        }
     }
 
     #[test]
@@ -216,6 +213,9 @@ mod tests {
             (Asker::Image("host:5000/team/apple:1"), false),
             (Asker::Image("host:5000/team:1"), false),
             (Asker::Image("other/team/app:1"), false),
+            (Asker::Image("host/team/app:1"), false),
+            (Asker::Image("host:5001/team/app:1"), false),
+            (Asker::Image("HOST:5000/team/app:1"), false),
             (Asker::UnknownImage, false),
             (Asker::Container, true),
         ] {
@@ -249,6 +249,23 @@ mod tests {
         }
         let nobody = Trust { repositories: vec![String::new(), "/".into()], ..Trust::default() };
         assert!(!nobody.includes("host/team/app"));
+    }
+
+    #[test]
+    fn whose_key_signed_it_is_believed_by_everybody_as_long_as_the_key_is_there() {
+        const PEM: &str = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=\n-----END PUBLIC KEY-----\n";
+        let keys = PublicKey::all_from_pem(PEM).unwrap();
+        let mut signed = lazy("host/app:1", Truth::Believed);
+        signed.signers.insert(keys[0].id().to_string());
+        let refused = LazySnapshot { truth: Truth::Refused { reason: String::new() }, ..signed.clone() };
+        for (keys, expected) in [(keys, true), (Vec::new(), false)] {
+            let trust = Trust { keys, unverified: Unverified::Wait, ..Trust::default() };
+            for asker in [Asker::Image("else/where:1"), Asker::UnknownImage, Asker::Container] {
+                assert_eq!(trust.may_see(asker, &signed), expected, "{asker:?}");
+                assert!(!trust.may_see(asker, &lazy("host/app:1", Truth::Believed)), "{asker:?}");
+                assert!(!trust.may_see(asker, &refused), "{asker:?}");
+            }
+        }
     }
 
     #[test]

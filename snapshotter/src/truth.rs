@@ -7,6 +7,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     metadata::{LazySnapshot, Snapshot, SnapshotKey},
+    service::now,
     snapshotter::{Error, Result, Snapshotter},
     trust::{Asker, Truth, Unverified, objections, truth_under},
 };
@@ -15,9 +16,11 @@ use crate::{
 const LOOK: Duration = Duration::from_millis(25);
 /// How often verdicts are asked for that nobody waits for.
 const WATCH: Duration = Duration::from_secs(2);
+/// How long a change of chains may wait for further ones before it is noted.
+const SETTLE: Duration = Duration::from_millis(200);
 
 impl Snapshotter {
-    /// Says once what is believed, and notes verdicts as they come. Never returns.
+    /// Says once what is believed, and notes verdicts as they come, for containers and for people. Never returns.
     pub(crate) async fn watch_truth(&self) {
         let trust = &self.inner.trust;
         match trust.unverified {
@@ -31,10 +34,14 @@ impl Snapshotter {
         loop {
             let believed = self.blocking(|inner| {
                 let snapshots = inner.list()?.snapshots;
+                inner.chains.show(&snapshots);
                 Ok(snapshots.into_iter().filter(is_believed).collect::<Vec<_>>())
             });
             match believed.await {
-                Ok(believed) if believed.is_empty() => self.inner.lazy_believed.notified().await,
+                Ok(believed) if believed.is_empty() => {
+                    self.inner.truth_changed.notified().await;
+                    tokio::time::sleep(SETTLE).await;
+                }
                 Ok(believed) => {
                     if let Err(error) = self.note_verdicts(believed).await {
                         debug!(%error, "verdicts cannot be asked for");
@@ -61,6 +68,7 @@ impl Snapshotter {
         let unseen: Vec<Snapshot> = objections(trust, asker, parents).into_iter().cloned().collect();
         let Some(first) = unseen.first() else { return Ok(()) };
         let chain = first.key.clone();
+        unseen.iter().for_each(|waited_for| self.inner.chains.wait_for(&waited_for.key, now().seconds));
         let known = self.verify(unseen, trust.wait).await?;
         check_not_refused(key, &known)?;
         if objections(trust, asker, &known).is_empty() {
@@ -133,7 +141,11 @@ impl Snapshotter {
             truth => debug!(snapshot = %key, %layer, image, %truth, "snapshot"),
         }
         lazy.truth = truth.clone();
-        self.blocking(move |inner| Ok(inner.metadata.set_truth(&key, layer, &truth)?)).await
+        let since = now();
+        lazy.truth_since = Some(since);
+        self.blocking(move |inner| Ok(inner.metadata.set_truth(&key, layer, &truth, since)?)).await?;
+        self.inner.truth_changed.notify_one();
+        Ok(())
     }
 }
 

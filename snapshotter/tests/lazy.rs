@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "lazy/trust.rs"]
+mod trust;
 
 use std::{
     collections::HashMap,

@@ -176,8 +176,16 @@ fn every_test_that_the_promises_name_exists() {
 #[test]
 fn every_test_that_the_page_on_trust_names_exists() {
     let text = fs::read_to_string(root().join("docs/TRUST.md")).expect("readable");
-    let directories =
-        ["storage/tests", "fusefs/src", "fusefs/tests", "snapshotter/src", "snapshotter/tests", "tests/tests"];
+    let directories = [
+        "format-spec/tests",
+        "converter/tests",
+        "storage/tests",
+        "fusefs/src",
+        "fusefs/tests",
+        "snapshotter/src",
+        "snapshotter/tests",
+        "tests/tests",
+    ];
     let sources = directories.iter().flat_map(|directory| sources(&root().join(directory)));
     let code: String = sources.map(|source| fs::read_to_string(source).expect("readable")).collect();
     let is_test_name = |word: &&str| {

@@ -3,12 +3,12 @@
 
 use std::path::Path;
 
-use format_spec::{LazyLayer, index::hot_reason};
+use format_spec::{LazyLayer, index::hot_reason, signature::SIGNATURE};
 use lazuli_tests::{
     Compression, HarnessError, ImageBuilder, Node, Result, Scratch, TarLayer, TestRegistry,
     containerd::LAZULI,
     error::Context as _,
-    image::{layout_blob, layout_manifest, replace_layer},
+    image::{edit_manifest, layout_blob, layout_manifest, replace_layer},
     lazy_blob::LazyBlob,
     process::{Finished, command, finish, run, wait_for},
     programs::{lazuli_ok, program},
@@ -24,11 +24,16 @@ const OTHER: &str = "other";
 
 /// An image of two layers, the upper one of which says `name`, and its conversion: two layouts.
 fn image(scratch: &Scratch, name: &str) -> Result<(String, String)> {
+    converted(scratch, name, &[])
+}
+
+/// The same, converted with `options`.
+fn converted(scratch: &Scratch, name: &str, options: &[&str]) -> Result<(String, String)> {
     let layer = TarLayer::new().directory("etc").file(NAME, name).finish()?;
     let image = ImageBuilder::new().layer(readable_layers()?.swap_remove(0), Compression::Gzip);
     let original = image.layer(layer, Compression::Gzip).write(scratch, &format!("{name}-original"))?;
     let lazy = format!("oci:{}:latest", scratch.join(format!("{name}-lazy")).display());
-    lazuli_ok(["convert", &original, &lazy])?;
+    lazuli_ok([&["convert", &original, &lazy], options].concat())?;
     Ok((original, lazy))
 }
 
@@ -79,6 +84,24 @@ fn status(root: &Path, reference: &str) -> Result<Value> {
     Ok(status["images"][0].clone())
 }
 
+/// What `lazuli status` says of a chain of this image that is as it is wanted.
+fn wait_for_chain(root: &Path, reference: &str, is_wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+    wait_for("no chain is as it is wanted", || {
+        let mut status = command(program("lazuli")?, ["status", "--json", "--root"]);
+        let status: Value = serde_json::from_str(&run(status.arg(root))?).context("reading a status")?;
+        let chains = status["chains"].as_array().cloned().unwrap_or_default();
+        Ok(chains.into_iter().find(|chain| chain["image"] == reference && is_wanted(chain)))
+    })
+}
+
+/// A node that starts nothing from elsewhere before it is verified, and fetches nothing that nobody reads.
+fn strict_node(scratch: &Scratch, trust: &str) -> Result<Node> {
+    let configuration = scratch.join("config.toml");
+    std::fs::write(&configuration, format!("[trust]\nunverified = 'wait'\n{trust}"))
+        .context("writing a configuration")?;
+    Node::start_with(&["--background-rate", "0", "--config", &configuration.display().to_string()], scratch)
+}
+
 /// The trap is pulled first, into a namespace of its own, and never started. Whatever was found out by the time that
 /// the honest image comes: it shows its own content.
 #[test]
@@ -111,6 +134,17 @@ fn an_image_that_lies_about_its_chain_is_refused_and_the_honest_one_takes_its_pl
     let (trap, good) = (registry.reference("trap:latest"), registry.reference("good:original"));
     pulled(&node, "default", &trap)?;
     wait_for_refusal(&node)?;
+    let refused = wait_for_chain(node.snapshotter.root(), &trap, |chain| chain["truth"] == "refused")?;
+    let reason = refused["reason"].as_str().unwrap_or_default();
+    assert!(reason.starts_with("its tar stream has digest sha256:"), "{refused}");
+    assert!(reason.ends_with(&format!("the image's config names {}", refused["chain"].as_str().unwrap_or("none"))));
+    assert!(refused["since"].as_i64() > Some(1_600_000_000), "{refused}");
+    // The layer itself is sound: it is what its tar stream says.
+    let layers = status(node.snapshotter.root(), &trap)?["layers"].as_array().cloned().unwrap_or_default();
+    assert!(layers.iter().all(|layer| layer["verdict"]["verdict"] == "verified"), "{layers:?}");
+    let mut told = command(program("lazuli")?, ["status", "--root"]);
+    let told = run(told.arg(node.snapshotter.root()))?;
+    assert!(told.contains(" ago, nothing is started on it: its tar stream has digest"), "{told}");
     node.containerd.pull(&good, LAZULI)?;
     for (image, id) in [(&trap, "trapped"), (&good, "deceived")] {
         let finished = read_name(&node, "default", image, id)?;
@@ -194,5 +228,57 @@ fn in_strict_mode_a_container_starts_when_its_layers_are_verified() -> Result<()
         let finished = read_name(&node, OTHER, &trap, "trapped")?;
         assert!(!finished.stdout.contains("evil"), "{}", finished.stdout);
     }
+    Ok(())
+}
+
+/// The converter has said who it is, and the node believes it: that is enough to start, and no more.
+#[test]
+fn a_signed_image_starts_at_once_on_a_strict_node_and_others_wait() -> Result<()> {
+    let scratch = Scratch::new("truth-signed")?;
+    let registry = TestRegistry::start(&scratch)?;
+    let path = |name: &str| scratch.join(name).display().to_string();
+    run(&mut command("openssl", ["genpkey", "-algorithm", "ed25519", "-out", &path("key.pem")]))?;
+    run(&mut command("openssl", ["pkey", "-in", &path("key.pem"), "-pubout", "-out", &path("key.pub")]))?;
+    let (_, good) = converted(&scratch, "good", &["--sign", &path("key.pem")])?;
+    let (_, plain) = image(&scratch, "plain")?;
+    let (signed, unsigned) = (registry.push(&good, "good:signed")?, registry.push(&plain, "plain:lazy")?);
+    // The config of `good` with a layer of `evil`, and the signature that `good` has in its place.
+    let (_, evil) = image(&scratch, "evil")?;
+    let signature = layout_manifest(&good)?["layers"][1]["annotations"][SIGNATURE].clone();
+    assert!(signature.is_string(), "{signature}");
+    let (blob, described) = lazy_layer(&evil, 1)?;
+    replace_layer(&good, 1, &blob, &described)?;
+    edit_manifest(&good, |manifest| manifest["layers"][1]["annotations"][SIGNATURE] = signature)?;
+    let trap = registry.push(&good, "trap:signed")?;
+
+    let node = strict_node(&scratch, &format!("keys = ['{}']\n", path("key.pub")))?;
+    let root = node.snapshotter.root();
+    pulled(&node, OTHER, &trap)?;
+    let finished = read_name(&node, OTHER, &trap, "trapped")?;
+    assert!(finished.code != Some(0) && !finished.stdout.contains("evil"), "{}", finished.stdout);
+    wait_for_chain(root, &trap, |chain| chain["truth"] == "refused")?;
+    pulled(&node, OTHER, &trap)?;
+    assert_eq!(node.snapshotter.log().matches("a signature of this layer is not believed").count(), 1);
+    run(&mut node.containerd.ctr(["-n", OTHER, "images", "rm", "--sync", &trap]))?;
+
+    pulled(&node, "default", &signed)?;
+    let finished = read_name(&node, "default", &signed, "signed")?;
+    assert_eq!((finished.code, finished.stdout.as_str()), (Some(0), "good"), "{}", finished.stderr);
+    let chain = wait_for_chain(root, &signed, |chain| chain["signed_by"][0].is_string())?;
+    assert_eq!(chain["truth"], "believed");
+
+    pulled(&node, "default", &unsigned)?;
+    let mut attempt = 0;
+    let finished = wait_for("the container did not start", || {
+        attempt += 1;
+        let finished = read_name(&node, "default", &unsigned, &format!("unsigned-{attempt}"))?;
+        Ok((!finished.stderr.contains("ask again")).then_some(finished))
+    })?;
+    assert_eq!((finished.code, finished.stdout.as_str()), (Some(0), "plain"), "{}", finished.stderr);
+    // Not before all of it was known, while of the signed one nobody had to know.
+    let is_of_it = |chain: &Value| chain["truth"] == "verified" && chain["signed_by"] == Value::Array(Vec::new());
+    wait_for_chain(root, &unsigned, is_of_it)?;
+    let signed = wait_for_chain(root, &signed, |_| true)?;
+    assert_eq!(signed["truth"], "believed", "{signed}");
     Ok(())
 }

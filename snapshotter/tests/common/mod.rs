@@ -243,6 +243,10 @@ fn command(directory: &Path, arguments: &[&str]) -> Command {
     if !arguments.contains(&"--address") {
         command.arg("--address").arg(directory.join("s.sock"));
     }
+    let config = directory.join("node.toml");
+    if config.exists() {
+        command.arg("--config").arg(config);
+    }
     command.args(arguments);
     command
 }
