@@ -9,38 +9,46 @@
 //! What stays outside: how a registry is spoken to (`registry` implements [`Source`]), what the files of
 //! a layer are called (`fusefs` reads the index), and who decides that a layer is no longer needed.
 //!
-//! `layer.rs` is the way of a read, `bring.rs` decides how what it misses comes: `dedup.rs` copies it from
-//! another layer, `hot_pack.rs` receives what a start-up reads, `scheduler/` decides what else is requested, and when
-//! and where, and `transfer.rs` carries a request out. `places.rs` holds where a layer comes from. `frame_store.rs` keeps
-//! it all, `presence.rs` knows what is there, `unpack.rs` makes indexes of what is fetched, `directory.rs` keeps the
-//! files and `disk.rs` changes them.
+//! `layer_core.rs` is what everything here knows of a layer; `layer.rs` is the way of a read. `bring.rs` decides how
+//! what it misses comes: `warm.rs` says what comes by itself, `dedup.rs` copies it from another layer, `hot_pack.rs`
+//! receives what a start-up reads, `scheduler/` decides what else is requested, and when and where, and `transfer.rs`
+//! carries a request out. `places.rs` holds where a layer comes from. `frame_store.rs` keeps it all, `presence.rs`
+//! knows what is there, `unpack.rs` makes indexes of what is fetched, `directory.rs` keeps the files and `disk.rs`
+//! changes them. `threads.rs` checks what threads may do to each other.
 //!
 //! # Who tries again
 //!
 //! - A [`Source`] goes on where a connection broke, and asks the mirrors of its registry. On a node it has a second for
 //!   that (`fusefs/src/main.rs`); it waits for nobody's sake.
-//! - The scheduler's machine does everything else for frames: it asks for a frame again when a request failed, was too
-//!   slow or brought wrong bytes, at the next place of the layer, after the pause of a place that failed, until its
-//!   readers' patience is over. What nobody is blocked for fails with its places.
-//! - Whoever opens a layer (`cache/opening.rs`), receives a hot pack, a dedup section or frames for a proof takes a slot
-//!   for each request; the machine chooses the place and keeps the pauses, and they decide how often they come back: an
-//!   opening as long as a reader would, the others once, or twice at each of several places.
-//! - `layer.rs` begins a read again only when content has vanished between arrival and read, `bring.rs` when what was near
-//!   did not bring what it should. `cache/rest.rs` and `cache/verifying.rs` come back to a layer after pauses of their own.
+//! - The scheduler's machine does everything else for frames. What a reader waits for it asks for again when a request
+//!   failed or was too slow, at the next place of the layer or after the pause of one that failed, until the reader's
+//!   patience is over; wrong bytes twice, or once at each other place; what nobody is blocked for as long as a place is
+//!   not in a pause. Failures are remembered for two seconds: who asks again before that gets the same answer, and
+//!   wrong bytes are asked for after it.
+//! - Whoever opens a layer (`cache/opening.rs`), receives a hot pack, a dedup section or frames for a proof takes a
+//!   slot for each request; the machine chooses the place and keeps the pauses, and they decide how often they come
+//!   back. An opening asks again as long as a reader would wait, if the failure may pass; three times in all for an
+//!   index that is wrong; and in any case while some place was not asked. The others ask once, or twice for each of
+//!   several places.
+//! - `layer.rs` begins a read again, three times at most, when content has vanished between arrival and read or the
+//!   disk has lost it. `bring.rs` waits twice at most for what is near, then for frames only. `cache/rest.rs` and
+//!   `cache/verifying.rs` come back to a layer after pauses of their own, from a minute to an hour.
 //!
 //! # Locks
 //!
 //! In this order; who holds one takes only those after it:
 //!
-//! 1. the places' writer, the opening's cancellation, and `durable` of a store: held over writes to the disk, and taken
-//!    only where blocking is allowed;
+//! 1. a layer's writer of places, and the cancellation of an opening; `flushed`, then `writing` of a store; the burial
+//!    of a directory; the list of boots, and the records of `gaps`;
 //! 2. the map of layers of a [`Cache`];
-//! 3. copies, hot pack and read-ahead of a layer;
+//! 3. read-ahead and `Warm` of a layer;
 //! 4. the scheduler's state, in which frames are looked up and waits counted;
-//! 5. the places of a layer, a stream's state, the parts of a wait.
+//! 5. each with nothing after it: the places of a layer, a stream's state, the parts of a wait, refused indexes, and of
+//!    a store its file, its seal, its verdict and the frames that the disk did not take.
 //!
-//! Those from 2 on are taken by threads of the reactor and of FUSE sessions, and held for map operations only. Callbacks
-//! of readers run under none of them.
+//! Those of 1 are held over writes to the disk, and taken only where blocking is allowed. The others are taken by
+//! threads of the reactor and of FUSE sessions, and held for a look or a change. Callbacks of readers run under none of
+//! them.
 
 mod bitmap;
 mod boots;
