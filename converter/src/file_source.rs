@@ -10,7 +10,7 @@ use std::{
 };
 
 use futures_util::TryStreamExt;
-use storage::{ByteStream, FetchFuture, Source, SourceError};
+use storage::{ByteStream, FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
@@ -91,11 +91,19 @@ impl FileSource {
 }
 
 impl Source for FileSource {
+    fn origin(&self) -> Option<String> {
+        None
+    }
+
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
         Box::pin(async move {
             let file = self.open(Some(range)).await.map_err(|error| self.describe(&error))?;
             Ok(self.to_stream(file))
         })
+    }
+
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
+        WideStream::exact(range.clone(), self.fetch(range))
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::Stream;
-use storage::{ByteStream, FetchFuture, Source, SourceError};
+use storage::{ByteStream, FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
 use tokio::runtime::Handle;
 
 use crate::control::RemoteLayer;
@@ -49,13 +49,27 @@ struct OnRuntime {
     runtime: Handle,
 }
 
+impl OnRuntime {
+    fn within<T>(&self, inner: T) -> Within<T> {
+        Within { runtime: self.runtime.clone(), inner }
+    }
+}
+
 impl Source for OnRuntime {
+    fn origin(&self) -> Option<String> {
+        self.source.origin()
+    }
+
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
-        let fetched = Within { runtime: self.runtime.clone(), inner: self.source.fetch(range) };
+        let fetched = self.within(self.source.fetch(range));
+        Box::pin(async move { Ok(Box::pin(self.within(fetched.await?)) as ByteStream) })
+    }
+
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
+        let fetched = self.within(self.source.fetch_wide(range));
         Box::pin(async move {
-            let runtime = self.runtime.clone();
-            let stream = Within { runtime, inner: fetched.await? };
-            Ok(Box::pin(stream) as ByteStream)
+            let WideStream { range, stream } = fetched.await?;
+            Ok(WideStream { range, stream: Box::pin(self.within(stream)) })
         })
     }
 }
@@ -66,13 +80,13 @@ struct Within<T> {
     inner: T,
 }
 
-impl Future for Within<FetchFuture<'_>> {
-    type Output = Result<ByteStream, SourceError>;
+impl<F: Future + Unpin> Future for Within<F> {
+    type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let _entered = this.runtime.enter();
-        this.inner.as_mut().poll(context)
+        Pin::new(&mut this.inner).poll(context)
     }
 }
 

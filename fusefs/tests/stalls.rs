@@ -18,7 +18,7 @@ use fusefs::{
     control::{RemoteLayer, Request, Response},
     factory::on_runtime,
 };
-use storage::{FetchFuture, Source, SourceError};
+use storage::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
 use support::{
     daemon::{Connection, Running, options},
     *,
@@ -128,6 +128,10 @@ impl Hanging {
 struct HangingSource(Arc<Hanging>);
 
 impl Source for HangingSource {
+    fn origin(&self) -> Option<String> {
+        None
+    }
+
     fn fetch(&self, _: Range<u64>) -> FetchFuture<'_> {
         let hanging = self.0.clone();
         Box::pin(async move {
@@ -138,6 +142,10 @@ impl Source for HangingSource {
             tokio::task::spawn_blocking(hang).await.unwrap();
             Err(SourceError::refused("it hung"))
         })
+    }
+
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
+        WideStream::exact(range.clone(), self.fetch(range))
     }
 }
 

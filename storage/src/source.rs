@@ -26,13 +26,12 @@ pub struct WideStream {
 }
 
 /// One layer blob, readable by range. Mirrors are the source's own business.
+///
+/// Nothing has a default: a source that wraps another one cannot forget to pass something on.
 pub trait Source: Send + Sync + 'static {
-    /// What answers, as a host's name: sources with the same one share what one source may have.
-    ///
-    /// By default it is like no other.
-    fn origin(&self) -> Option<String> {
-        None
-    }
+    /// What answers, as a host's name: sources with the same one share what one source may have. `None` is like no
+    /// other.
+    fn origin(&self) -> Option<String>;
 
     /// Starts to fetch `range` (compressed bytes of the blob).
     ///
@@ -41,9 +40,15 @@ pub trait Source: Send + Sync + 'static {
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_>;
 
     /// The same, from a source that may have the blob as a whole only: then the stream is all of it, so that whoever
-    /// can use what passes by need not have it sent again. Otherwise it is exactly the range.
-    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
-        Box::pin(async move { Ok(WideStream { range: range.clone(), stream: self.fetch(range).await? }) })
+    /// can use what passes by need not have it sent again. Otherwise it is exactly the range: see
+    /// [`WideStream::exact`].
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_>;
+}
+
+impl WideStream {
+    /// What [`Source::fetch_wide`] returns of a source that always has ranges; `fetched` is what it has for `range`.
+    pub fn exact(range: Range<u64>, fetched: FetchFuture<'_>) -> FetchWideFuture<'_> {
+        Box::pin(async move { Ok(Self { range, stream: fetched.await? }) })
     }
 }
 

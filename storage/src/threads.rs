@@ -43,7 +43,7 @@ use crate::{
     places::{Place, Places},
     presence::{Counts, Presence, PresenceBits},
     scheduler::{Fetch, Outcome, Priority, RequestOptions, Scheduler},
-    source::{FetchFuture, Source, SourceError},
+    source::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream},
     sync::{Mutex, lock},
     unpack::Unpacker,
     wait::Wait,
@@ -403,8 +403,16 @@ fn nobody_waits_for_a_hot_pack_that_has_ended() {
 struct NoSource;
 
 impl Source for NoSource {
+    fn origin(&self) -> Option<String> {
+        None
+    }
+
     fn fetch(&self, _: Range<u64>) -> FetchFuture<'_> {
         Box::pin(async { Err(SourceError::passing("no source")) })
+    }
+
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
+        WideStream::exact(range.clone(), self.fetch(range))
     }
 }
 

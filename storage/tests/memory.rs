@@ -17,7 +17,7 @@ use bytes::Bytes;
 use format_spec::{Digest, IndexLocation, LazyLayer, index::section, table};
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
-use storage::{ByteStream, Cache, CacheError, CacheOptions, FetchFuture, Source};
+use storage::{ByteStream, Cache, CacheError, CacheOptions, FetchFuture, FetchWideFuture, Source, WideStream};
 use zerocopy::IntoBytes;
 
 /// The budget of the openings, and what else a process needs: threads, zstd, this test.
@@ -28,10 +28,18 @@ const SMALL_CHANGE: u64 = 16 << 20;
 struct Blob(Bytes, AtomicUsize);
 
 impl Source for Blob {
+    fn origin(&self) -> Option<String> {
+        None
+    }
+
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
         self.1.fetch_add(1, Ordering::SeqCst);
         let bytes = self.0.slice(range.start as usize..range.end as usize);
         async { Ok(stream::iter([Ok(bytes)]).boxed() as ByteStream) }.boxed()
+    }
+
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
+        WideStream::exact(range.clone(), self.fetch(range))
     }
 }
 

@@ -27,7 +27,7 @@ use fusefs::{
     SourceFactory,
     control::{RemoteLayer, TreeId, tree_id},
 };
-use storage::{FetchFuture, Source, SourceError};
+use storage::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
 use tokio::sync::watch;
 
 /// Frames are this long, so that files have several.
@@ -362,6 +362,10 @@ struct BlobSource {
 }
 
 impl Source for BlobSource {
+    fn origin(&self) -> Option<String> {
+        None
+    }
+
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
         let inner = &self.registry.0;
         inner.requests.fetch_add(1, Ordering::Relaxed);
@@ -375,6 +379,10 @@ impl Source for BlobSource {
             let stream: storage::ByteStream = Box::pin(futures_util::stream::iter([Ok(bytes)]));
             Ok(stream)
         })
+    }
+
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
+        WideStream::exact(range.clone(), self.fetch(range))
     }
 }
 

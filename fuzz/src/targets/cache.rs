@@ -12,7 +12,7 @@ use bytes::Bytes;
 use format_spec::{Index, LazyLayer};
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
-use storage::{Cache, CacheOptions, FetchFuture, Layer, Source};
+use storage::{Cache, CacheOptions, FetchFuture, FetchWideFuture, Layer, Source, WideStream};
 use tokio::runtime::Runtime;
 
 use super::{choose, layer::convert};
@@ -122,10 +122,18 @@ impl Pristine {
 struct Memory(Bytes);
 
 impl Source for Memory {
+    fn origin(&self) -> Option<String> {
+        None
+    }
+
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
         let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
         let piece = self.0.slice(at(range.start)..at(range.end));
         async move { Ok(stream::iter([Ok(piece)]).boxed()) }.boxed()
+    }
+
+    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
+        WideStream::exact(range.clone(), self.fetch(range))
     }
 }
 

@@ -455,6 +455,10 @@ impl MemorySource {
 }
 
 impl Source for MemorySource {
+    fn origin(&self) -> Option<String> {
+        None
+    }
+
     fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
         /// Odd on purpose: pieces end nowhere near the frames.
         const PIECE_LEN: u64 = 7919;
