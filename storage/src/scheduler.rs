@@ -28,7 +28,9 @@ use crate::{
 mod health;
 mod machine;
 mod options;
+mod rotation;
 mod slot;
+mod standing;
 #[cfg(test)]
 mod tests;
 mod turns;

@@ -5,7 +5,8 @@
 //! (or two, where the next place is asked too), or received and being decoded. However many readers wait for it, it is
 //! pending once.
 //!
-//! `turns.rs` decides who has the next slot, `health.rs` when a place may be asked, `watch.rs` what time changes.
+//! `turns.rs` decides who has the next slot, `rotation.rs` who gives one up, `standing.rs` knows the sources, `health.rs`
+//! when a place may be asked, `watch.rs` what time changes.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque, hash_map::Entry},
@@ -19,6 +20,7 @@ use format_spec::{Digest, index::FRAME_COMPRESSED_LEN_MAX};
 use super::{
     health::PlaceState,
     options::{Priority, RequestLimits, RequestOptions},
+    standing::Standings,
     turns::{Candidate, Taken, choose},
 };
 use crate::{error::ReadError, link::Link, places::PlaceRef, source::SourceError};
@@ -49,7 +51,7 @@ pub(crate) enum Class {
 }
 
 impl Class {
-    const ALL: [Self; 4] = [
+    pub(super) const ALL: [Self; 4] = [
         Self::Frames(Priority::Read),
         Self::Opening,
         Self::Frames(Priority::HotPack),
@@ -101,6 +103,8 @@ pub(crate) enum Outcome {
     Failed(SourceError),
     /// It came too slowly: others go first.
     Slow,
+    /// Its turn was over, and a source that had none has its slot now.
+    Displaced,
     /// Its task is gone, as when the process shuts down.
     Lost,
 }
@@ -127,6 +131,7 @@ pub(crate) struct Machine<W> {
     pub(super) pending: HashMap<FrameKey, Pending<W>>,
     pub(super) layers: BTreeMap<u64, LayerState>,
     pub(super) running: BTreeMap<u64, Running>,
+    pub(super) standings: Standings,
     /// Until when each reader is ready to wait.
     pub(super) readers: Vec<(Instant, u64, W)>,
     /// Frames that readers did not get a moment ago, until when that is remembered, and why.
@@ -196,6 +201,8 @@ pub(super) struct Running {
     pub(super) is_hedged: bool,
     /// Whether it brings all of the layer: see [`Machine::take_all`].
     is_whole: bool,
+    /// Whether right bytes have come with it.
+    pub(super) has_brought: bool,
 }
 
 impl<W: Waiter> Machine<W> {
@@ -206,6 +213,7 @@ impl<W: Waiter> Machine<W> {
             pending: HashMap::new(),
             layers: BTreeMap::new(),
             running: BTreeMap::new(),
+            standings: Standings::default(),
             readers: Vec::new(),
             given_up: HashMap::new(),
             deferred: Vec::new(),
@@ -335,9 +343,11 @@ impl<W: Waiter> Machine<W> {
 
     /// Right bytes have come with a stream.
     pub(crate) fn stream_works(&mut self, request: u64) {
-        if let Some(running) = self.running.get(&request)
+        if let Some(running) = self.running.get_mut(&request)
             && let Some(layer) = self.layers.get_mut(&running.layer)
         {
+            running.has_brought = true;
+            self.standings.note_right(&running.place.source);
             layer.work(running.place.number);
         }
     }
@@ -377,7 +387,7 @@ impl<W: Waiter> Machine<W> {
         }
         others.sort_unstable();
         others.dedup();
-        others.into_iter().filter(|other| *other != request).for_each(|other| self.cancel_if_idle(other));
+        others.into_iter().filter(|other| *other != request).for_each(|other| self.cancel_if_idle(other, now));
         self.advance(now);
     }
 
@@ -397,7 +407,7 @@ impl<W: Waiter> Machine<W> {
         pending.state = FrameState::Received { request, place };
         // The first answer wins.
         if let Some(loser) = if first == request { hedge } else { Some(first) } {
-            self.take_from(loser);
+            self.take_from(loser, now);
             self.advance(now);
         }
         true
@@ -407,8 +417,14 @@ impl<W: Waiter> Machine<W> {
     pub(crate) fn arrive(&mut self, request: u64, layer: u64, frame: u32, now: Instant) -> Vec<W> {
         let Some((pending, place)) = self.settle(request, layer, frame) else { return Vec::new() };
         self.note_urgent(pending.priority, now);
+        if let Some(running) = self.running.get_mut(&request) {
+            running.has_brought = true;
+        }
         if let Some(layer) = self.layers.get_mut(&layer) {
             layer.work(place);
+            if let Some(state) = layer.place_mut(place) {
+                self.standings.note_right(&state.place.source);
+            }
         }
         self.given_up.retain(|key, _| key.0 != layer);
         self.advance(now);
@@ -448,6 +464,7 @@ impl<W: Waiter> Machine<W> {
         if running.class != Class::Frames(Priority::Background) {
             self.last_urgent = Some(now);
         }
+        self.note_end_of_turn(request, &running, Some(&outcome), now);
         self.judge(&running, &outcome, now);
         let (mut failed, mut is_waited_for) = (Vec::new(), false);
         // The queue is filled at its front, last frame first: these have waited longest.
@@ -459,7 +476,7 @@ impl<W: Waiter> Machine<W> {
             }
             let Some(layer) = self.layers.get_mut(&running.layer) else { continue };
             let is_asked_again = match &outcome {
-                Outcome::Done | Outcome::Slow => true,
+                Outcome::Done | Outcome::Slow | Outcome::Displaced => true,
                 Outcome::Lost => false,
                 Outcome::Failed(_) => match pending.priority {
                     Priority::Read if pending.waits.is_empty() => false,
@@ -471,7 +488,7 @@ impl<W: Waiter> Machine<W> {
             is_waited_for |= is_asked_again && pending.priority == Priority::Read;
             match outcome {
                 _ if !is_asked_again => failed.extend(self.pending.remove(&key).map(|pending| pending.waits)),
-                Outcome::Slow => queue.push_back(frame),
+                Outcome::Slow | Outcome::Displaced => queue.push_back(frame),
                 _ => queue.push_front(frame),
             }
         }
@@ -500,7 +517,7 @@ impl<W: Waiter> Machine<W> {
         match outcome {
             Outcome::Failed(error) => layer.fail(running, error, now, &self.options),
             Outcome::Slow => layer.slow_down(running.place.number, at_place + 1, now),
-            Outcome::Done | Outcome::Lost => {}
+            Outcome::Done | Outcome::Displaced | Outcome::Lost => {}
         }
     }
 
@@ -517,6 +534,8 @@ impl<W: Waiter> Machine<W> {
         }
         self.given_up.retain(|key, _| key.0 != layer);
         if let Some(state) = self.layers.remove(&layer) {
+            let places = || self.layers.values().flat_map(|layer| &layer.places);
+            self.standings.retain(|source| places().any(|state| &*state.place.source == source));
             self.effects.push_back(Effect::Fail { layer, place: None, waits, error: ReadError::Stopped(state.blob) });
         }
         self.advance(now);
@@ -530,7 +549,7 @@ impl<W: Waiter> Machine<W> {
         };
         let dropped: Vec<_> = self.pending.extract_if(|key, pending| is_dropped(key, pending)).collect();
         let requests: Vec<u64> = self.running.keys().copied().collect();
-        requests.into_iter().for_each(|request| self.cancel_if_idle(request));
+        requests.into_iter().for_each(|request| self.cancel_if_idle(request, now));
         let waits: Vec<W> = dropped.into_iter().flat_map(|(_, pending)| pending.waits).collect();
         if let Some(state) = self.layers.get(&layer).filter(|_| !waits.is_empty()) {
             let (place, error) = state.failure();
@@ -594,18 +613,18 @@ impl<W: Waiter> Machine<W> {
     }
 
     /// Takes all frames that another request brings too from a request, and ends it if nothing is left.
-    fn take_from(&mut self, request: u64) {
+    fn take_from(&mut self, request: u64, now: Instant) {
         let Some(running) = self.running.get(&request) else { return };
         for frame in running.frames.clone() {
             if let Some(pending) = self.pending.get_mut(&(running.layer, frame)) {
                 pending.state.detach_shared(request);
             }
         }
-        self.cancel_if_idle(request);
+        self.cancel_if_idle(request, now);
     }
 
     /// Ends a request for frames that has nothing more to bring.
-    pub(super) fn cancel_if_idle(&mut self, request: u64) {
+    pub(super) fn cancel_if_idle(&mut self, request: u64, now: Instant) {
         let Some(running) = self.running.get(&request).filter(|running| !running.frames.is_empty()) else { return };
         let mut frames = running.frames.clone();
         let has_frame = frames.any(|frame| {
@@ -613,6 +632,7 @@ impl<W: Waiter> Machine<W> {
             pending.is_some_and(|pending| pending.state.is_coming_with(request))
         });
         if !has_frame && let Some(running) = self.running.remove(&request) {
+            self.note_end_of_turn(request, &running, None, now);
             self.effects.push_back(Effect::Cancel(running.link));
         }
     }
@@ -634,16 +654,22 @@ impl<W: Waiter> Machine<W> {
         }
     }
 
-    fn start_one(&mut self, class: Class, now: Instant) -> bool {
+    /// The layers that have something to ask for, each with the place that it would ask.
+    pub(super) fn candidates(&mut self, class: Class, now: Instant) -> Vec<Candidate> {
         let mut candidates = Vec::new();
         for (number, layer) in &mut self.layers {
             let Some(avoided) = layer.front(*number, class, &self.pending) else { continue };
             if let Some(PlaceState { place, window, .. }) = layer.place_for(avoided, now) {
-                let (place, source) = (place.number, place.source.clone());
+                let (place, source, standing) = (place.number, place.source.clone(), self.standings.of(&place.source));
                 let (layer, window, last_turn) = (*number, *window, layer.last_turn);
-                candidates.push(Candidate { layer, place, source, window, last_turn });
+                candidates.push(Candidate { layer, place, source, window, last_turn, standing });
             }
         }
+        candidates
+    }
+
+    fn start_one(&mut self, class: Class, now: Instant) -> bool {
+        let candidates = self.candidates(class, now);
         if candidates.is_empty() {
             return false;
         }
@@ -664,6 +690,7 @@ impl<W: Waiter> Machine<W> {
             place: running.place.number,
             source: running.place.source.clone(),
             is_of_class: running.class == class,
+            is_proven: self.standings.of(&running.place.source).is_proven,
         };
         self.running.values().map(taken).collect()
     }
@@ -726,6 +753,7 @@ impl<W: Waiter> Machine<W> {
         if let Some(state) = self.layers.get_mut(&layer) {
             state.last_turn = request;
         }
+        self.standings.note_turn(&place.source, request);
         let (sample, is_hedged) = ((now, 0), false);
         let running = Running {
             class,
@@ -738,6 +766,7 @@ impl<W: Waiter> Machine<W> {
             sample,
             is_hedged,
             is_whole: false,
+            has_brought: false,
         };
         self.running.insert(request, running);
         (request, link)

@@ -15,16 +15,28 @@ pub enum Priority {
 
 /// How many requests of one class run at the same time.
 ///
-/// A source that has none running may always have one, also beyond `node`: sources that do not answer never keep one
-/// that does from being asked.
+/// Sources that do not answer keep none that does from being asked, and no number of names gets more than the node has:
+///
+/// - A source that has one running gets a second one as long as fewer than `node` run. One whose last requests brought
+///   nothing has one at most.
+/// - A source that has none running gets one beyond `node` too, as long as fewer than [`Self::node_max`] run; where it
+///   has brought nothing yet, or nothing lately, only as long as fewer than `node` such run.
+/// - Where that leaves a source without any, a request that has had its turn ([`RequestOptions::turn`]) gives way to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestLimits {
-    /// On the whole node.
+    /// On the whole node, those aside that are the only one of their source.
     pub node: usize,
     /// At one source: whatever has the same [`crate::Source::origin`].
     pub source: usize,
     /// For one layer.
     pub layer: usize,
+}
+
+impl RequestLimits {
+    /// On the whole node, whatever the sources are called: twice `node`.
+    pub fn node_max(self) -> usize {
+        self.node.saturating_mul(2)
+    }
 }
 
 /// The limits of each class, and the times that decide when somebody else is asked.
@@ -50,6 +62,9 @@ pub struct RequestOptions {
     pub answer_max: Duration,
     /// The same for a layer that is being opened and has another place to ask.
     pub opening_answer_max: Duration,
+    /// What a request has at least before it gives its slot to a source that has none, where there are not enough; up
+    /// to four times as long for a source that brings nothing.
+    pub turn: Duration,
     /// The time over which the rate of a request is measured.
     pub rate_window: Duration,
     /// How long a read that failed is remembered: whoever asks for the same at once again gets the same answer.
@@ -72,6 +87,7 @@ impl Default for RequestOptions {
             // A registry that fetches the blob from another one first is slow to answer.
             answer_max: Duration::from_secs(30),
             opening_answer_max: Duration::from_secs(3),
+            turn: Duration::from_secs(2),
             rate_window: Duration::from_secs(10),
             // The kernel asks a second time for a page that could not be read.
             failure_memory: Duration::from_secs(2),

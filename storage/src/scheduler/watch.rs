@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::{
     machine::{Class, Effect, FrameState, Machine, Outcome, Pending, Waiter},
     options::Priority,
+    turns::Slots,
 };
 use crate::{error::ReadError, places::PlaceRef, source::SourceError};
 
@@ -30,6 +31,7 @@ impl<W: Waiter> Machine<W> {
         self.queue_deferred(now);
         self.end_readers(now);
         self.end_slow_requests(now);
+        self.rotate(now);
         self.ask_next_places(now);
         self.advance(now);
     }
@@ -68,7 +70,7 @@ impl<W: Waiter> Machine<W> {
             let is_of_read = key.0 == layer && pending.priority == Priority::Read;
             !(is_of_read && pending.waits.is_empty() && is_unwanted(pending.state))
         });
-        requests.into_iter().for_each(|request| self.cancel_if_idle(request));
+        requests.into_iter().for_each(|request| self.cancel_if_idle(request, now));
         self.effects.push_back(Effect::Fail { layer, place, waits, error });
     }
 
@@ -164,13 +166,12 @@ impl<W: Waiter> Machine<W> {
     /// Another place for a request that has a slot for it.
     fn next_place(&self, request: u64, now: Instant) -> Option<PlaceRef> {
         let running = self.running.get(&request)?;
-        let (limits, taken) = (self.limits(running.class), self.taken(running.class));
+        let taken = self.taken(running.class);
+        let slots = Slots::new(&taken, self.limits(running.class));
         let layer = self.layers.get(&running.layer)?;
         let has_slot = |place: &PlaceRef, window: usize| {
-            let at_source = taken.iter().filter(|taken| taken.is_of_class && taken.source == place.source).count();
-            let at_place = taken.iter().filter(|taken| taken.place == place.number).count();
-            let on_node = taken.iter().filter(|taken| taken.is_of_class).count();
-            at_place < window && at_source < limits.source && (at_source == 0 || on_node < limits.node)
+            let standing = self.standings.of(&place.source);
+            slots.is_open(running.layer, place.number, window) && slots.has_room_for(&place.source, standing)
         };
         let others = layer.places.iter().filter(|state| state.place.number != running.place.number);
         let mut others = others.filter(|state| !state.is_paused(now));
