@@ -54,6 +54,7 @@ use crate::{
 };
 
 mod opening;
+mod quiet;
 mod rest;
 mod scrub;
 mod start_up;

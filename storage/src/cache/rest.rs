@@ -16,7 +16,7 @@ use std::{
 use format_spec::index::FRAME_PLAIN_LEN_MAX;
 use tokio::{runtime::Handle, task::JoinSet};
 
-use super::CacheInner;
+use super::{CacheInner, quiet::Quiet};
 use crate::{layer::Layer, scheduler::Priority};
 
 /// Plain bytes of a step: a request or two.
@@ -73,8 +73,7 @@ struct Plan {
     busy: HashMap<u64, Option<Arc<str>>>,
     /// No step begins before: the rate.
     not_before: Instant,
-    /// Since when there was something to do and somebody was in the way.
-    held_since: Option<Instant>,
+    quiet: Quiet,
 }
 
 /// A layer that has not arrived completely.
@@ -157,7 +156,8 @@ fn step_time(bytes: u64, bytes_per_second: NonZeroU64) -> Duration {
 impl Plan {
     fn new(options: RestOptions, now: Instant) -> Self {
         let (incomplete, busy) = (HashMap::new(), HashMap::new());
-        Self { options, incomplete, busy, not_before: now, held_since: None }
+        let quiet = Quiet::new(options.start_up_max);
+        Self { options, incomplete, busy, not_before: now, quiet }
     }
 
     /// What to fetch now, if now is the time.
@@ -174,7 +174,6 @@ impl Plan {
         }
         self.incomplete.retain(|number, _| open.iter().any(|layer| layer.core().number == *number));
         let is_starting_up = open.iter().any(|layer| layer.inner().is_warming_up());
-        let is_held_long = self.held_since.is_some_and(|since| now.duration_since(since) >= self.options.start_up_max);
         // Those that fail last, so that they keep no other waiting.
         open.sort_by_key(|layer| {
             let number = layer.core().number;
@@ -188,13 +187,9 @@ impl Plan {
             if now < known.not_before || self.busy.values().any(|busy| *busy == source) {
                 return None;
             }
-            if is_starting_up || !cache.scheduler.is_quiet_since(now.checked_sub(quiet)?) {
-                self.held_since.get_or_insert(now);
-                if !is_held_long {
-                    return None;
-                }
-            } else {
-                self.held_since = None;
+            let is_quiet = !is_starting_up && cache.scheduler.is_quiet_since(now.checked_sub(quiet)?);
+            if !self.quiet.is_time(is_quiet, now) {
+                return None;
             }
             let missing = layer.core().first_missing(known.from);
             if missing.is_none() {

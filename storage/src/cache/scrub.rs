@@ -8,12 +8,14 @@ use std::{
 
 use tokio::runtime::Handle;
 
-use super::CacheInner;
+use super::{CacheInner, quiet::Quiet};
 
 /// Plain bytes of a step.
 const STEP_LEN: u64 = 8 << 20;
 /// Nobody has to have waited for this long.
 const QUIET: Duration = Duration::from_secs(5);
+/// A step is held up for this long at most: somebody may be waiting for a registry that does not answer.
+const HELD_MAX: Duration = Duration::from_secs(30);
 /// From the end of a pass over all layers to the next one: disks lose bits over months.
 const PASS_PAUSE: Duration = Duration::from_secs(24 * 3600);
 /// How often it is looked whether there are layers, or whether it is quiet.
@@ -28,12 +30,14 @@ struct Position {
 
 /// Compares everything again and again, until the cache is gone.
 pub(super) async fn scrub_layers(cache: Weak<CacheInner>, runtime: Handle, rate: NonZeroU64) {
-    let mut position = Position::default();
+    let (mut position, mut quiet) = (Position::default(), Quiet::new(HELD_MAX));
     loop {
         // The last handle of the cache or of a layer may be ours: it must go where blocking is allowed.
         let Some(inner) = cache.upgrade() else { return };
         let started = Instant::now();
-        let Ok(next) = runtime.spawn_blocking(move || step(&inner, position)).await else { return };
+        let stepped = runtime.spawn_blocking(move || (step(&inner, position, &mut quiet), quiet));
+        let Ok((next, known)) = stepped.await else { return };
+        quiet = known;
         let pause = match next {
             Step::Wait => LOOK_INTERVAL,
             Step::Done(next) => {
@@ -58,10 +62,10 @@ enum Step {
     End,
 }
 
-fn step(cache: &CacheInner, from: Position) -> Step {
-    let mut open = cache.open_layers();
-    let is_quiet = Instant::now().checked_sub(QUIET).is_some_and(|since| cache.scheduler.is_quiet_since(since));
-    if open.is_empty() || !is_quiet {
+fn step(cache: &CacheInner, from: Position, quiet: &mut Quiet) -> Step {
+    let (mut open, now) = (cache.open_layers(), Instant::now());
+    let is_quiet = || now.checked_sub(QUIET).is_some_and(|since| cache.scheduler.is_quiet_since(since));
+    if open.is_empty() || !quiet.is_time(is_quiet(), now) {
         return Step::Wait;
     }
     open.sort_by_key(|layer| layer.core().number);

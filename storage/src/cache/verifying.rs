@@ -8,7 +8,7 @@ use std::{
 
 use tokio::runtime::Handle;
 
-use super::{CacheInner, RestOptions};
+use super::{CacheInner, RestOptions, quiet::Quiet};
 use crate::{
     layer_core::LayerCore,
     verify::{UnderWay, verify},
@@ -22,17 +22,17 @@ type Failures = HashMap<u64, (u32, Instant)>;
 
 /// Verifies every open layer that is complete, until the cache is gone.
 pub(super) async fn verify_layers(cache: Weak<CacheInner>, runtime: Handle, options: RestOptions) {
-    let mut failures = Failures::new();
+    let (mut failures, mut held) = (Failures::new(), Quiet::new(options.start_up_max));
     loop {
         // The last handle of the cache or of a layer may be ours: it must go where blocking is allowed.
         let Some(inner) = cache.upgrade() else { return };
         let quiet = options.quiet;
         let chosen = runtime.spawn_blocking(move || {
-            let next = next_layer(&inner, &mut failures, quiet);
-            (failures, next)
+            let next = next_layer(&inner, &mut failures, quiet, &mut held);
+            (failures, held, next)
         });
-        let Ok((known, next)) = chosen.await else { return };
-        failures = known;
+        let Ok((known, known_held, next)) = chosen.await else { return };
+        (failures, held) = (known, known_held);
         let Some((layer, under_way)) = next else {
             tokio::time::sleep(options.quiet / 4).await;
             continue;
@@ -51,20 +51,23 @@ pub(super) async fn verify_layers(cache: Weak<CacheInner>, runtime: Handle, opti
     }
 }
 
-fn next_layer(cache: &Arc<CacheInner>, failures: &mut Failures, quiet: Duration) -> Option<(Arc<LayerCore>, UnderWay)> {
+fn next_layer(
+    cache: &Arc<CacheInner>,
+    failures: &mut Failures,
+    quiet: Duration,
+    held: &mut Quiet,
+) -> Option<(Arc<LayerCore>, UnderWay)> {
     let now = Instant::now();
     let open = cache.open_layers();
     failures.retain(|number, _| open.iter().any(|layer| layer.core().number == *number));
-    if !cache.scheduler.is_quiet_since(now.checked_sub(quiet)?) {
-        return None;
-    }
+    let since = now.checked_sub(quiet)?;
     open.into_iter().filter(|layer| layer.is_complete()).find_map(|layer| {
         let layer = layer.core();
         let is_left_alone = failures.get(&layer.number).is_some_and(|(_, until)| now < *until);
         if is_left_alone {
-            None
-        } else {
-            UnderWay::begin(layer, &cache.scheduler).map(|under_way| (layer.clone(), under_way))
+            return None;
         }
+        let under_way = UnderWay::begin(layer, &cache.scheduler)?;
+        held.is_time(cache.scheduler.is_quiet_since(since), now).then(|| (layer.clone(), under_way))
     })
 }

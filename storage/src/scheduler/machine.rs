@@ -261,8 +261,7 @@ impl<W: Waiter> Machine<W> {
                 Err((place, error)) => {
                     // One part that never ends: the wait fails a moment later, and is not complete before.
                     parts += usize::from(wait.is_some());
-                    let waits = wait.cloned().into_iter().collect();
-                    self.effects.push_back(Effect::Fail { layer, place, waits, error });
+                    self.end_waits(layer, place, wait.cloned().into_iter().collect(), error, now);
                     break;
                 }
             }
@@ -438,7 +437,8 @@ impl<W: Waiter> Machine<W> {
         let FrameState::Received { request: by, place } = pending.state else { return };
         let Some(state) = self.layers.get_mut(&layer).filter(|_| by == request) else { return };
         pending.wrong_places.push(place);
-        if pending.wrong_places.len() > RETRIES_MAX.max(state.places.len().saturating_sub(1)) {
+        let is_enough = pending.wrong_places.len() > RETRIES_MAX.max(state.places.len().saturating_sub(1));
+        if is_enough || !pending.is_wanted() {
             return self.fail(request, layer, frame, error, now);
         }
         pending.state = FrameState::Queued;
@@ -452,7 +452,7 @@ impl<W: Waiter> Machine<W> {
         if !matches!(error, ReadError::Stopped(_)) {
             self.given_up.insert((layer, frame), (now + self.options.failure_memory, error.clone()));
         }
-        self.effects.push_back(Effect::Fail { layer, place: Some(place), waits: pending.waits, error });
+        self.end_waits(layer, Some(place), pending.waits, error, now);
         self.advance(now);
     }
 
@@ -476,10 +476,10 @@ impl<W: Waiter> Machine<W> {
             }
             let Some(layer) = self.layers.get_mut(&running.layer) else { continue };
             let is_asked_again = match &outcome {
+                _ if !pending.is_wanted() => false,
                 Outcome::Done | Outcome::Slow | Outcome::Displaced => true,
                 Outcome::Lost => false,
                 Outcome::Failed(_) => match pending.priority {
-                    Priority::Read if pending.waits.is_empty() => false,
                     Priority::Read if self.patience.is_some() => true,
                     _ => layer.has_open_place(now),
                 },
@@ -505,8 +505,8 @@ impl<W: Waiter> Machine<W> {
                 Outcome::Failed(error) => ReadError::Source { blob, error },
                 _ => ReadError::Stopped(blob),
             };
-            let (layer, place) = (running.layer, Some(running.place.number));
-            self.effects.push_back(Effect::Fail { layer, place, waits: failed.into_iter().flatten().collect(), error });
+            let waits = failed.into_iter().flatten().filter(|wait| !wait.is_over()).collect();
+            self.end_waits(running.layer, Some(running.place.number), waits, error, now);
         }
         self.advance(now);
     }
@@ -553,9 +553,38 @@ impl<W: Waiter> Machine<W> {
         let waits: Vec<W> = dropped.into_iter().flat_map(|(_, pending)| pending.waits).collect();
         if let Some(state) = self.layers.get(&layer).filter(|_| !waits.is_empty()) {
             let (place, error) = state.failure();
-            self.effects.push_back(Effect::Fail { layer, place, waits, error });
+            self.end_waits(layer, place, waits, error, now);
         }
         self.advance(now);
+    }
+
+    /// `waits` get `error`, and wait for nothing of the layer any longer.
+    pub(super) fn end_waits(
+        &mut self,
+        layer: u64,
+        place: Option<u64>,
+        waits: Vec<W>,
+        error: ReadError,
+        now: Instant,
+    ) -> Vec<FrameKey> {
+        let (mut unwanted, mut requests) = (Vec::new(), Vec::new());
+        let of_layer = self.pending.iter_mut().filter(|(key, _)| key.0 == layer && !waits.is_empty());
+        for (key, pending) in of_layer {
+            let before = pending.waits.len();
+            pending.waits.retain(|wait| !waits.iter().any(|ended| ended.is_same(wait)));
+            let is_received = matches!(pending.state, FrameState::Received { .. });
+            if pending.waits.len() < before && !pending.is_wanted() && !is_received {
+                unwanted.push(*key);
+            }
+        }
+        for pending in unwanted.iter().filter_map(|key| self.pending.remove(key)) {
+            if let FrameState::Coming { request, hedge } = pending.state {
+                requests.extend([Some(request), hedge].into_iter().flatten());
+            }
+        }
+        requests.into_iter().for_each(|request| self.cancel_if_idle(request, now));
+        self.effects.push_back(Effect::Fail { layer, place, waits, error });
+        unwanted
     }
 
     /// What is wanted of a layer at this moment.
@@ -564,7 +593,7 @@ impl<W: Waiter> Machine<W> {
         for ((_, frame), pending) in self.pending.iter().filter(|((number, _), _)| *number == layer) {
             activity.frames_wanted += 1;
             activity.frames_under_way += u64::from(pending.state != FrameState::Queued);
-            if !pending.waits.is_empty() {
+            if pending.is_awaited() {
                 activity.frames_awaited.push(*frame);
             }
         }
@@ -574,7 +603,8 @@ impl<W: Waiter> Machine<W> {
 
     /// Whether nothing more urgent than the rest is under way, or was later than `since`.
     pub(crate) fn is_quiet_since(&self, since: Instant) -> bool {
-        let is_under_way = self.pending.values().any(|pending| pending.priority < Priority::Background);
+        let is_urgent = |pending: &Pending<W>| pending.priority < Priority::Background && pending.is_wanted();
+        let is_under_way = self.pending.values().any(is_urgent);
         !is_under_way && self.last_urgent.is_none_or(|last| last <= since)
     }
 
@@ -792,6 +822,18 @@ impl<W: Waiter> Machine<W> {
             }
         }
         self.effects.push_back(Effect::Fetch(Fetch { request: hedge, layer, place: number, priority, frames, link }));
+    }
+}
+
+impl<W: Waiter> Pending<W> {
+    /// Whether somebody waits for it still.
+    fn is_awaited(&self) -> bool {
+        self.waits.iter().any(|wait| !wait.is_over())
+    }
+
+    /// Whether it is to come: a read is for those who wait.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.priority != Priority::Read || self.is_awaited()
     }
 }
 

@@ -49,7 +49,13 @@ impl<W: Waiter> Machine<W> {
     }
 
     /// A request does not run any longer: what that says of its source.
-    pub(super) fn note_end_of_turn(&mut self, request: u64, running: &Running, outcome: Option<&Outcome>, now: Instant) {
+    pub(super) fn note_end_of_turn(
+        &mut self,
+        request: u64,
+        running: &Running,
+        outcome: Option<&Outcome>,
+        now: Instant,
+    ) {
         let source = &running.place.source;
         let has_had_turn = now.duration_since(running.started) >= self.standings.of(source).turn(self.options.turn);
         let is_fruitless = match outcome {

@@ -456,7 +456,7 @@ fn a_reader_gives_up_when_its_patience_is_over_and_the_next_one_hears_it_at_once
     let error = first.0.borrow().error.clone();
     let Some(ReadError::Source { error, .. }) = error else { panic!("{error:?}") };
     assert_eq!(error.kind, SourceErrorKind::Passing);
-    assert_eq!(error.message, "frame 0 has not come in 60s: nobody answers, or sends enough");
+    assert_eq!(error.message, "frame 0 has not come in 60s: no answer within 30 s");
     assert_eq!(world.told_places, [Some(0)], "the one that hangs");
     assert!(!second.is_over(), "it has its own time");
     world.pass(PATIENCE / 2);
@@ -469,6 +469,50 @@ fn a_reader_gives_up_when_its_patience_is_over_and_the_next_one_hears_it_at_once
     assert_eq!(world.asked.len(), asked);
     world.pass(Duration::from_secs(3));
     assert!(!world.want(0, 0..1, Priority::Read).is_over());
+}
+
+/// A read over several frames, of which one had failed a moment ago, was answered, and waited on for the others: they
+/// were asked for every 30 s for ever, and nothing was verified meanwhile.
+#[test]
+fn a_read_that_was_answered_left_frames_that_nobody_gave_up() {
+    let mut world = World::with_layers(&["hanging"]);
+    world.want(0, 3..4, Priority::Read);
+    world.pass(PATIENCE);
+    let several = world.want(0, 1..5, Priority::Read);
+    assert!(several.0.borrow().error.is_some());
+    assert!(world.machine.pending.is_empty() && world.live.is_empty(), "{:?}", world.machine.pending);
+    assert_eq!(world.machine.activity(0), super::machine::Activity::default());
+    let asked = world.asked.len();
+    world.pass(PATIENCE * 2);
+    assert_eq!(world.asked.len(), asked);
+    assert!(world.machine.is_quiet_since(world.now - PATIENCE));
+
+    // The same of wrong bytes, which are in the way of what another reader wants.
+    let several = world.want(0, 0..4, Priority::Read);
+    let other = world.want(0, 2..3, Priority::Read);
+    let request = world.last_of(0);
+    world.receive(request);
+    let (request, layer, frame) = world.received.swap_remove(0);
+    world.machine.fail(request, layer, frame, corrupt(frame), world.now);
+    world.drain();
+    assert!(several.0.borrow().error.is_some() && !other.is_over());
+    assert_eq!(world.machine.activity(0).frames_awaited, [2]);
+    world.end(request, Outcome::Done);
+    assert_eq!(world.asked.last(), Some(&(0, 0, 2..3)));
+}
+
+/// A reader may be answered in another way: its file is removed, or the process that asked has gone.
+#[test]
+fn who_waits_no_longer_is_nobody_to_wait_for() {
+    let mut world = World::with_layers(&["hanging"]);
+    let wait = world.want(0, 0..1, Priority::Read);
+    assert!(!world.machine.is_quiet_since(world.now));
+    wait.0.borrow_mut().error = Some(corrupt(0));
+    assert!(world.machine.is_quiet_since(world.now));
+    assert!(world.machine.activity(0).frames_awaited.is_empty());
+    world.fail(world.last_of(0), SourceError::passing("reset"));
+    world.pass(PATIENCE);
+    assert_eq!((world.asked.len(), world.machine.pending.len()), (1, 0));
 }
 
 #[test]
@@ -775,6 +819,8 @@ impl World {
                     assert_ne!(bringing[0].1.place, bringing[1].1.place);
                 }
             }
+            let is_received = matches!(pending.state, FrameState::Received { .. });
+            assert!(is_received || pending.is_wanted(), "frame {frame} of {layer} is fetched for nobody");
             assert!(!self.present.contains(&(*layer, *frame)) || matches!(pending.state, FrameState::Received { .. }));
         }
         let classes = [READ, Class::Opening, Class::Frames(Priority::HotPack), Class::Frames(Priority::Background)];

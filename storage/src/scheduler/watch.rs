@@ -53,25 +53,9 @@ impl<W: Waiter> Machine<W> {
     fn give_up(&mut self, layer: u64, waits: Vec<W>, now: Instant) {
         let Some((place, error)) = self.overdue(layer, &waits) else { return };
         let until = now + self.options.failure_memory;
-        let mut requests = Vec::new();
-        for (key, pending) in self.pending.iter_mut().filter(|(key, _)| key.0 == layer) {
-            let before = pending.waits.len();
-            pending.waits.retain(|wait| !waits.iter().any(|given_up| given_up.is_same(wait)));
-            if pending.waits.len() == before || !pending.waits.is_empty() || pending.priority != Priority::Read {
-                continue;
-            }
-            self.given_up.insert(*key, (until, error.clone()));
-            if let FrameState::Coming { request, hedge } = pending.state {
-                requests.extend([Some(request), hedge].into_iter().flatten());
-            }
+        for key in self.end_waits(layer, place, waits, error.clone(), now) {
+            self.given_up.insert(key, (until, error.clone()));
         }
-        let is_unwanted = |state: FrameState| !matches!(state, FrameState::Received { .. });
-        self.pending.retain(|key, pending| {
-            let is_of_read = key.0 == layer && pending.priority == Priority::Read;
-            !(is_of_read && pending.waits.is_empty() && is_unwanted(pending.state))
-        });
-        requests.into_iter().for_each(|request| self.cancel_if_idle(request, now));
-        self.effects.push_back(Effect::Fail { layer, place, waits, error });
     }
 
     /// What readers of a layer hear whose patience is over: the frame that has not come, from where, and why, as far as

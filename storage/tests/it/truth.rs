@@ -43,6 +43,24 @@ fn refusal(verdict: Verdict) -> String {
     }
 }
 
+/// One reader of a registry that does not answer kept every other layer of the node from its verdict.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_read_that_is_not_answered_kept_all_other_layers_from_their_verdicts() {
+    let rest = RestOptions { start_up_max: Duration::from_secs(1), ..in_background().rest.unwrap() };
+    let options = CacheOptions { rest: Some(rest), ..options() };
+    let dead = TestLayer::of_frames(5, 10_000);
+    let fixture = Fixture::with_options(&dead, options).await;
+    fixture.source.hold_at(0);
+    let (layer, plain) = (fixture.layer.clone(), dead.plain_of_frame(0));
+    let reader = tokio::spawn(async move { layer.read_async(plain.start, 100).await });
+    fixture.source.wait_for_frame_requests(1).await;
+    let test = maker(&files()).make();
+    let layer = fixture.cache.layer(&test.lazy, MemorySource::new(&test), json!("other")).await.unwrap();
+    assert_eq!(wait_for_verdict(&layer).await, verified(&test));
+    assert!(!reader.is_finished());
+    reader.abort();
+}
+
 /// Nothing is read any more, from memory neither, and no file is given away.
 async fn assert_shows_nothing(layer: &Layer) {
     let error = layer.read_async(0, 10).await.unwrap_err();
