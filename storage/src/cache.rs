@@ -57,6 +57,7 @@ mod opening;
 mod quiet;
 mod rest;
 mod scrub;
+mod shares;
 mod start_up;
 mod verifying;
 

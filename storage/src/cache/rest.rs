@@ -1,7 +1,8 @@
 //! What nobody has asked for: fetched when nobody asks for anything else, so that no layer stays incomplete.
 //!
-//! One step at a time for each source, a few for the whole cache, at a bounded rate: of the layer that was opened first
-//! among those that do not fail. A source that does not answer holds up its own layers only. It begins when start-ups
+//! One step at a time for each source, a few for the whole cache, at a bounded rate: of the source that has had the
+//! least time, and there of the layer that was opened first among those that do not fail. A source that is slow, or
+//! does not answer, holds up its own layers only. It begins when start-ups
 //! are over: when no reader has waited for a while, and no hot pack is on its way. A reader who comes during a step has
 //! requests of its own, and shares the link with what is left of the steps.
 
@@ -16,7 +17,11 @@ use std::{
 use format_spec::index::FRAME_PLAIN_LEN_MAX;
 use tokio::{runtime::Handle, task::JoinSet};
 
-use super::{CacheInner, quiet::Quiet};
+use super::{
+    CacheInner,
+    quiet::Quiet,
+    shares::{Shares, SourceName},
+};
 use crate::{layer::Layer, scheduler::Priority};
 
 /// Plain bytes of a step: a request or two.
@@ -70,7 +75,8 @@ struct Plan {
     /// By the number of the layer.
     incomplete: HashMap<u64, Incomplete>,
     /// The sources of the steps that run, by the number of the layer.
-    busy: HashMap<u64, Option<Arc<str>>>,
+    busy: HashMap<u64, SourceName>,
+    shares: Shares,
     /// No step begins before: the rate.
     not_before: Instant,
     quiet: Quiet,
@@ -157,7 +163,7 @@ impl Plan {
     fn new(options: RestOptions, now: Instant) -> Self {
         let (incomplete, busy) = (HashMap::new(), HashMap::new());
         let quiet = Quiet::new(options.start_up_max);
-        Self { options, incomplete, busy, not_before: now, quiet }
+        Self { options, incomplete, busy, shares: Shares::default(), not_before: now, quiet }
     }
 
     /// What to fetch now, if now is the time.
@@ -174,16 +180,21 @@ impl Plan {
         }
         self.incomplete.retain(|number, _| open.iter().any(|layer| layer.core().number == *number));
         let is_starting_up = open.iter().any(|layer| layer.inner().is_warming_up());
-        // Those that fail last, so that they keep no other waiting.
+        let sources: HashMap<u64, SourceName> =
+            self.incomplete.keys().map(|number| (*number, cache.scheduler.source_of(*number))).collect();
+        let source_of = |layer: &Layer| sources.get(&layer.core().number).cloned().flatten();
+        self.shares.retain(|wanted| sources.values().any(|source| source == wanted));
+        // Of a source those that fail last, so that they keep no other waiting.
         open.sort_by_key(|layer| {
             let number = layer.core().number;
-            (self.incomplete.get(&number).map(|known| known.failure_count), number)
+            let failure_count = self.incomplete.get(&number).map(|known| known.failure_count);
+            (self.shares.time_of(&source_of(layer)), failure_count, number)
         });
         open.into_iter().find_map(|layer| {
             let known = self.incomplete.get_mut(&layer.core().number)?;
             let has_started = now.duration_since(known.since) >= self.options.start_up_max;
             let quiet = if has_started { Duration::ZERO } else { self.options.quiet };
-            let source = cache.scheduler.source_of(layer.core().number);
+            let source = source_of(&layer);
             if now < known.not_before || self.busy.values().any(|busy| *busy == source) {
                 return None;
             }
@@ -197,6 +208,7 @@ impl Plan {
                 known.from = 0;
             }
             let missing = missing?;
+            self.shares.begin(&source);
             self.busy.insert(layer.core().number, source);
             Some(Step { layer, missing })
         })
@@ -212,7 +224,9 @@ impl Plan {
     }
 
     fn note_step(&mut self, step: EndedStep, now: Instant) {
-        self.busy.remove(&step.number);
+        if let Some(source) = self.busy.remove(&step.number) {
+            self.shares.end(&source, now.duration_since(step.started));
+        }
         self.not_before = self.not_before.max(step.started) + step_time(step.fetched, self.options.bytes_per_second);
         let Some(known) = self.incomplete.get_mut(&step.number) else { return };
         if step.has_arrived {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use serde_json::json;
-use storage::{CacheOptions, Layer, RestOptions};
+use storage::{Cache, CacheOptions, Layer, RestOptions};
 
 use crate::support::{Fault, Fixture, MemorySource, TestFile, TestLayer, check_read, options};
 
@@ -164,4 +164,32 @@ async fn layers_whose_sources_hang_hold_up_no_other_and_steps_that_are_given_up_
     // That of the index, and that of the step.
     fixture.source.wait_for_ended(2).await;
     assert_eq!(fixture.layer.progress().frames_present, 0);
+}
+
+/// Layers that were opened earlier, and came slowly, kept all steps: of one that was opened later nothing came.
+#[tokio::test(flavor = "multi_thread")]
+async fn old_layers_of_slow_sources_kept_the_rest_of_a_new_one_away() {
+    /// A step is as long as a hole.
+    const HOLE_LEN: usize = 8 << 20;
+    let directory = tempfile::tempdir().unwrap();
+    let cache = Cache::open(directory.path(), tokio::runtime::Handle::current(), with_rate(FAST)).unwrap();
+    let mut slow = Vec::new();
+    for count in 10..14 {
+        let test = TestLayer::new(&[TestFile(vec![(HOLE_LEN, 5000); count])], &[5000]);
+        let source = MemorySource::new(&test);
+        let frames: Vec<u64> = test.frames.iter().map(|frame| frame.blob_offset.get()).collect();
+        frames.iter().for_each(|frame| source.hold_at(*frame));
+        slow.push(cache.layer(&test.lazy, source.clone(), json!(count)).await.unwrap());
+        tokio::spawn(async move {
+            for frame in frames {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                source.release(frame);
+            }
+        });
+    }
+    tokio::time::sleep(QUIET * 4).await;
+    let test = TestLayer::of_frames(6, 10_000);
+    let new = cache.layer(&test.lazy, MemorySource::new(&test), json!("new")).await.unwrap();
+    wait_until_complete(&new).await;
+    assert!(slow.iter().all(|layer| !layer.is_complete()), "it had to wait for one of them");
 }
