@@ -84,6 +84,7 @@ pub fn derive<B: AsRef<[u8]>>(tree: &Index<B>, content: &mut dyn FileContent, co
         program_count: 0,
     };
     program::start(&mut search);
+    search.files.report();
     search.hot.finish()
 }
 

@@ -5,7 +5,7 @@
 mod scene;
 
 use std::{
-    fs,
+    fs, iter,
     os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Stdio},
@@ -286,6 +286,36 @@ fn a_config_that_only_the_hint_cannot_read_does_not_end_a_conversion() {
     let output = scene.lazuli(&["convert", "oci:src", "oci:dst"]);
     let told = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success() && told.contains("no hot packs"), "{told}");
+}
+
+/// Each word of a command is looked up in each directory of its `PATH`.
+#[test]
+fn a_start_that_takes_too_long_to_find_out_is_said() {
+    let scene = Scene::new();
+    // A program of 64 bits without sections and segments (ELF-64 object file format, 3).
+    let mut program = b"\x7fELF\x02\x01\x01".to_vec();
+    program.resize(64, 0);
+    program[20] = 1;
+    program[52] = 64;
+    let mut header = tar::Header::new_gnu();
+    header.set_size(program.len() as u64);
+    header.set_mode(0o755);
+    let mut builder = tar::Builder::new(Vec::new());
+    builder.append_data(&mut header, "run", program.as_slice()).unwrap();
+    let tar = builder.into_inner().unwrap();
+    let layer = scene.put(&layer_type("+gzip"), &gzip(&tar));
+    let directory = "/".to_owned() + &("d".repeat(250) + "/").repeat(15) + ":";
+    let is_said = |word_count: usize, directory_count: usize| {
+        let words = (0..word_count).map(|word| format!("w{word}"));
+        let words: Vec<_> = iter::once("/run".to_owned()).chain(words).collect();
+        let config = json!({"Cmd": words, "Env": [format!("PATH={}", directory.repeat(directory_count))]});
+        let config = json!({"os": "linux", "architecture": "amd64", "config": config});
+        scene.put_index(vec![scene.put_image_for(config, vec![layer.clone()], &[Digest::of(&tar)])]);
+        let output = scene.lazuli(&["convert", "--no-cache", "oci:src", "oci:dst"]);
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap().contains("the search for what a start reads was ended")
+    };
+    assert_eq!([is_said(10, 10), is_said(600, 200)], [false, true]);
 }
 
 /// Two conversions into one layout: the one that is interrupted takes nothing away that the other relies on.

@@ -68,6 +68,21 @@ impl<'a> Files<'a> {
         self.step_count.get() > STEP_COUNT_MAX
     }
 
+    /// Says how far the search went: aloud when it was ended, since hot packs may lack files then.
+    pub(super) fn report(&self) {
+        let steps = self.step_count.get();
+        if self.is_over() {
+            tracing::warn!(steps, "the search for what a start reads was ended: hot packs may lack files");
+        } else {
+            tracing::debug!(
+                steps,
+                reads = self.read_count,
+                read_len = self.read_len,
+                "searched for what a start reads"
+            );
+        }
+    }
+
     /// The regular file under a path, links followed.
     pub(super) fn find_file(&self, path: &[u8]) -> Option<Found> {
         self.find(path).filter(|found| self.inode(found.inode).is_some_and(Inode::is_regular))
