@@ -9,6 +9,7 @@
 #   make torture       faults injected for real: a table of what a container sees and what is logged; ROWS="name ..." for some
 #   make torture-kills kill -9 of each daemon from the first millisecond of a start on, KILLS times each, 100 unless said
 #   make torture-mixed a healthy image beside a hostile registry and images that lie; MINUTES=n, 30 unless said
+#   make torture-builds two build machines that publish to the same places, honest, interrupted and hostile; MINUTES=n, 10 unless said
 #   make soak          a node that works for an hour, and what it holds at the end; MINUTES=n
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
 #   make fuzz-check    one change of a converted image after the other, each of which a check must find; CHANGES=n, 100000 unless said
@@ -23,7 +24,7 @@
 CARGO ?= cargo
 SHELL := /bin/bash
 
-.PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed soak fuzz fuzz-check bench bench-mounts bench-frames demo lint deps images clean
+.PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed torture-builds soak fuzz fuzz-check bench bench-mounts bench-frames demo lint deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -56,6 +57,9 @@ torture-kills: build
 
 torture-mixed: build
 	$(CARGO) test --release --workspace --test torture -- mixed $(or $(MINUTES),30)
+
+torture-builds: build
+	LAZULI_BUILD_MINUTES=$(or $(MINUTES),10) $(CARGO) test --release --workspace --test builds -- --nocapture
 
 soak: build
 	$(CARGO) test --release --workspace --test torture -- soak $(or $(MINUTES),60)
