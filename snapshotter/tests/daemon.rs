@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{collections::HashSet, fs};
+use std::{collections::HashSet, fs, os::unix::net::UnixDatagram, time::Duration};
 
 use common::{Daemon, Mounted, run, settles};
 use rustix::process::Signal;
@@ -149,4 +149,61 @@ async fn a_foreign_socket_in_place_of_the_other_daemon_makes_no_layer_lazy() {
 async fn wrong_usage_exits_with_two() {
     let directory = tempfile::tempdir().unwrap();
     assert_eq!(run(directory.path(), &["--no-such-flag"]).status.code(), Some(2));
+}
+
+/// What a daemon holds: descriptors and threads.
+fn held(id: u32) -> (usize, usize) {
+    let count = |what: &str| fs::read_dir(format!("/proc/{id}/{what}")).unwrap().count();
+    (count("fd"), count("task"))
+}
+
+#[tokio::test]
+async fn descriptors_and_threads_are_what_they_were_after_many_snapshots() {
+    let daemon = Daemon::start().await;
+    daemon.layer("base", "", |root| fs::write(root.join("file"), "base").unwrap()).await;
+    let round = async |number: usize| {
+        let key = format!("active-{number}");
+        let mount = daemon.prepare(&key, "base").await.unwrap();
+        assert_eq!(fs::read_to_string(Mounted::new(&mount).path().join("file")).unwrap(), "base");
+        daemon.remove(&key).await.unwrap();
+    };
+    for number in 0..20 {
+        round(number).await;
+    }
+    let (descriptors, threads) = held(daemon.id());
+    for number in 20..120 {
+        round(number).await;
+    }
+    let is_as_before = || held(daemon.id()).0 <= descriptors && held(daemon.id()).1 <= threads + 4;
+    settles(is_as_before, true).await;
+}
+
+/// A service manager starts a daemon again that is silent (`WatchdogSec`).
+#[test]
+fn a_daemon_that_hangs_is_silent_to_the_service_manager() {
+    let directory = tempfile::tempdir().unwrap();
+    let manager = directory.path().join("notify");
+    let socket = UnixDatagram::bind(&manager).unwrap();
+    let receive = |within: Duration| {
+        socket.set_read_timeout(Some(within)).unwrap();
+        let mut message = [0; 100];
+        socket.recv(&mut message).ok().map(|len| String::from_utf8_lossy(&message[..len]).trim().to_owned())
+    };
+    let (soon, watchdog) = (Duration::from_secs(60), Duration::from_millis(600));
+    let mut command = common::command(directory.path(), &[]);
+    command.env("NOTIFY_SOCKET", &manager).env("WATCHDOG_USEC", watchdog.as_micros().to_string());
+    let mut child = command.spawn().unwrap();
+    let id = rustix::process::Pid::from_child(&child);
+    let heard = [receive(soon), receive(soon), receive(soon)];
+    rustix::process::kill_process(id, Signal::STOP).unwrap();
+    // What was said before is heard first.
+    while receive(watchdog).is_some() {}
+    let silent = receive(2 * watchdog);
+    rustix::process::kill_process(id, Signal::CONT).unwrap();
+    let again = receive(soon);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let heard: Vec<_> = heard.iter().flatten().map(String::as_str).collect();
+    assert_eq!(heard, ["READY=1", "WATCHDOG=1", "WATCHDOG=1"]);
+    assert_eq!((silent, again.as_deref()), (None, Some("WATCHDOG=1")));
 }

@@ -69,6 +69,10 @@ impl Daemon {
         self.child.wait().unwrap();
     }
 
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn root(&self) -> PathBuf {
         self.directory.path().join("root")
     }
@@ -237,7 +241,7 @@ pub fn run(directory: &Path, arguments: &[&str]) -> Output {
     command(directory, arguments).output().unwrap()
 }
 
-fn command(directory: &Path, arguments: &[&str]) -> Command {
+pub fn command(directory: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli-snapshotter"));
     command.arg("--root").arg(directory.join("root")).arg("--fused").arg("/nonexistent/lazuli-fused");
     if !arguments.contains(&"--address") {
