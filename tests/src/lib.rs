@@ -11,6 +11,7 @@ pub mod compare;
 pub mod containerd;
 mod containerd_config;
 pub mod cri;
+pub mod disks;
 pub mod error;
 pub mod faulty_registry;
 pub mod image;

@@ -15,7 +15,6 @@
 #![allow(missing_docs)]
 
 mod bench;
-mod disks;
 mod images;
 mod kills;
 mod lies;

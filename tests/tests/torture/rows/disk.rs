@@ -4,6 +4,7 @@ use std::{fs, path::PathBuf, thread, time::Duration};
 
 use lazuli_tests::{
     FaultyRegistry, HarnessError, Node, Result, SnapshotterOptions,
+    disks::{BadDisk, SmallDisk},
     error::Context as _,
     process::{command, run},
 };
@@ -12,7 +13,6 @@ use tonic::Code;
 
 use crate::{
     bench::{Bench, HEALTHY_WITHIN, fused, logged, send},
-    disks::{BadDisk, SmallDisk},
     images::{HEALTHY_FILES, HEALTHY_LEN, SINGLE_LEN, healthy_content, single, single_content},
     reader::{Seen, flip_bit, forget_pages},
     snapshots::{Call, Snapshots, has_code, words},

@@ -1,4 +1,4 @@
-//! Disks that are small, and disks with blocks that cannot be read.
+//! Disks that are small, and disks that are slow or have blocks that cannot be read.
 
 use std::{
     ffi::OsStr,
@@ -7,7 +7,11 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -16,20 +20,26 @@ use fuser::{
     LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
     WriteFlags,
 };
-use lazuli_tests::{
+
+use crate::{
     HarnessError, Result, Scratch,
     error::Context as _,
     process::{command, run},
 };
 
 /// A file system of its own, on a loop device.
-pub(crate) struct SmallDisk {
+#[derive(Debug)]
+pub struct SmallDisk {
     directory: PathBuf,
 }
 
 impl SmallDisk {
     /// Mounts an empty ext4 of `len` bytes at `<scratch>/<name>`.
-    pub(crate) fn mount(scratch: &Scratch, name: &str, len: u64) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// Without loop devices.
+    pub fn mount(scratch: &Scratch, name: &str, len: u64) -> Result<Self> {
         let image = scratch.join(format!("{name}.img"));
         let file = File::create(&image).at("creating", &image)?;
         file.set_len(len).at("extending", &image)?;
@@ -46,7 +56,11 @@ impl SmallDisk {
     }
 
     /// Takes all the room that is left.
-    pub(crate) fn fill(&self) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When no file can be made.
+    pub fn fill(&self) -> Result<()> {
         let path = self.directory.join("filling");
         let mut file = File::create(&path).at("creating", &path)?;
         for piece_len in [1 << 20, 64 << 10, 4 << 10] {
@@ -57,37 +71,65 @@ impl SmallDisk {
     }
 
     /// Gives it back.
-    pub(crate) fn free(&self) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When it was not taken.
+    pub fn free(&self) -> Result<()> {
         let path = self.directory.join("filling");
         fs::remove_file(&path).at("removing", &path)?;
         run(command("sync", ["-f"]).arg(&self.directory)).map(drop)
     }
 }
 
-/// A disk of which blocks can become unreadable: an ext4 on a loop device over a file that this process serves.
-pub(crate) struct BadDisk {
+/// A disk that can become slow, and of which blocks can become unreadable: an ext4 on a loop device over a file that this
+/// process serves.
+#[derive(Debug)]
+pub struct BadDisk {
     bad: Arc<Mutex<Vec<Range<u64>>>>,
+    sync_takes_ms: Arc<AtomicU64>,
+    directory: PathBuf,
     _session: BackgroundSession,
 }
 
 impl BadDisk {
     /// Mounts an empty one of `len` bytes at `<scratch>/<name>`.
-    pub(crate) fn mount(scratch: &Scratch, name: &str, len: u64) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// Without loop devices, or FUSE.
+    pub fn mount(scratch: &Scratch, name: &str, len: u64) -> Result<Self> {
         let backing = scratch.join(format!("{name}.backing"));
         let file = File::options().read(true).write(true).create_new(true).open(&backing).at("creating", &backing)?;
         file.set_len(len).at("extending", &backing)?;
         let served = scratch.directory(format!("{name}.served"))?;
         let bad = Arc::<Mutex<Vec<Range<u64>>>>::default();
-        let filesystem = OneFile { file, len, bad: Arc::clone(&bad) };
+        let sync_takes_ms = Arc::<AtomicU64>::default();
+        let filesystem = OneFile { file, len, bad: Arc::clone(&bad), sync_takes_ms: Arc::clone(&sync_takes_ms) };
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("bad-disk".to_owned())];
         let session = fuser::spawn_mount(filesystem, &served, &config).context("mounting a disk")?;
-        SmallDisk::mount_image(scratch, name, &served.join(FILE_NAME))?;
-        Ok(Self { bad, _session: session })
+        let directory = SmallDisk::mount_image(scratch, name, &served.join(FILE_NAME))?.directory;
+        Ok(Self { bad, sync_takes_ms, directory, _session: session })
+    }
+
+    /// Has each flush of its cache take so long from now on, and do nothing else meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When what is dirty by now, and not of what comes, cannot be written.
+    pub fn slow_down(&self, sync_takes: Duration) -> Result<()> {
+        run(command("sync", ["-f"]).arg(&self.directory))?;
+        self.sync_takes_ms.store(u64::try_from(sync_takes.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        Ok(())
     }
 
     /// Makes the first block of a file that lies on it unreadable.
-    pub(crate) fn spoil(&self, file: &Path) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When its blocks cannot be found.
+    pub fn spoil(&self, file: &Path) -> Result<()> {
         let printed = run(command("filefrag", ["-v", "-b4096"]).arg(file))?;
         // `   0:        0..       0:      34816..     34816:      1:             last,eof`
         let first = printed.lines().find_map(|line| line.trim().strip_prefix("0:"));
@@ -109,6 +151,7 @@ struct OneFile {
     file: File,
     len: u64,
     bad: Arc<Mutex<Vec<Range<u64>>>>,
+    sync_takes_ms: Arc<AtomicU64>,
 }
 
 impl OneFile {
@@ -199,6 +242,7 @@ impl Filesystem for OneFile {
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         // The machine does not crash in these tests: a sync that is none makes them faster.
+        thread::sleep(Duration::from_millis(self.sync_takes_ms.load(Ordering::Relaxed)));
         reply.ok();
     }
 }
