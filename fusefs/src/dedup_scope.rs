@@ -42,6 +42,11 @@ impl DedupScope {
     }
 }
 
+/// The repository that a layer comes from, by its description in storage.
+pub(crate) fn owner_of(layer: &Value) -> String {
+    repository_of(image_of(layer)).to_owned()
+}
+
 fn image_of(layer: &Value) -> &str {
     layer.get(IMAGE).and_then(Value::as_str).unwrap_or_default()
 }

@@ -13,13 +13,14 @@ use std::{
 use format_spec::{Digest, LayerId, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use futures_util::StreamExt;
-use serde_json::json;
-use storage::{Cache, CacheOptions, KnownLayer, Layer, Sources, Verdict};
+use serde_json::{Value, json};
+use storage::{Cache, CacheOptions, KnownLayer, Layer, Source, Sources, Verdict};
 use tokio::{runtime::Handle, task::JoinSet};
 use tracing::{debug, info, warn};
 
 use crate::{
     control::{LayerStatus, RemoteLayer, TreeId, tree_id},
+    dedup_scope::owner_of,
     error::Error,
     factory::SourceFactory,
     merge::{MergeError, merge},
@@ -75,7 +76,7 @@ impl Stores {
         sources: Arc<dyn SourceFactory>,
         cache: CacheOptions,
     ) -> Result<Self, Error> {
-        let cache = CacheOptions { sources: places(&sources), ..cache };
+        let cache = CacheOptions { sources: places(&sources), owner: owner_of, ..cache };
         Ok(Self {
             sources,
             cache: Cache::open(&root.join("cache"), runtime, cache)?,
@@ -156,12 +157,34 @@ impl Service {
     ///
     /// When there is no source for it or its index cannot be had.
     pub(crate) async fn layer(&self, remote: &RemoteLayer) -> Result<Layer, Error> {
-        let (blob, image) = (remote.layer.blob, &remote.image);
-        let refuse = |error| Error::Source { blob, image: image.clone(), error };
-        let source = self.0.sources.source(remote).map_err(refuse)?;
-        let layer = self.0.cache.layer(&remote.layer, source, json!({ IMAGE: image })).await?;
+        let (source, description) = self.place_of(remote)?;
+        let layer = self.0.cache.layer(&remote.layer, source, description).await?;
         self.0.namespace.add_layer(&layer);
         Ok(layer)
+    }
+
+    /// The same for a tree: the image stays a place of the layer until the tree is released.
+    async fn layer_of_tree(&self, remote: &RemoteLayer) -> Result<Layer, Error> {
+        let (source, description) = self.place_of(remote)?;
+        let layer = self.0.cache.held_layer(&remote.layer, source, description).await?;
+        self.0.namespace.add_layer(&layer);
+        Ok(layer)
+    }
+
+    /// Makes images places of the layers of a tree that is there, until it is released.
+    fn hold_places(&self, layers: &[RemoteLayer]) {
+        for remote in layers {
+            match self.place_of(remote) {
+                Ok((source, description)) => self.0.cache.hold_place(&remote.layer, source, description),
+                Err(error) => debug!(%error, "image is no place of the layer"),
+            }
+        }
+    }
+
+    fn place_of(&self, remote: &RemoteLayer) -> Result<(Arc<dyn Source>, Value), Error> {
+        let (blob, image) = (remote.layer.blob, &remote.image);
+        let refuse = |error| Error::Source { blob, image: image.clone(), error };
+        Ok((self.0.sources.source(remote).map_err(refuse)?, json!({ IMAGE: image })))
     }
 
     /// Opens a layer in the background; failures show when a tree needs it.
@@ -235,12 +258,16 @@ impl Service {
         let id = tree_id(layers.iter().map(|layer| layer.layer.id())).filter(|_| layers.len() <= LAYER_COUNT_MAX);
         let id = id.ok_or(MergeError::LayerCount(layers.len()))?;
         let waiting = match self.0.trees.want(id, layers)? {
-            Wanted::Made { tree, new_places } => {
+            Wanted::Made(tree) => {
                 // Another image of the same layers is another place of them.
-                new_places.into_iter().for_each(|place| self.announce(place));
+                self.hold_places(layers);
                 return Ok(tree);
             }
-            Wanted::Coming(waiting) => waiting,
+            Wanted::Coming(waiting) => {
+                let tree = waiting.outcome().await?;
+                self.hold_places(layers);
+                return Ok(tree);
+            }
             Wanted::Absent(attempt, waiting) => {
                 let (service, layers) = (self.clone(), layers.to_vec());
                 attempt.run(|attempt| tokio::spawn(async move { service.make_tree(attempt, id, layers).await }));
@@ -273,7 +300,7 @@ impl Service {
         let mut tasks = JoinSet::new();
         for (number, remote) in layers.iter().cloned().enumerate() {
             let service = self.clone();
-            tasks.spawn(async move { (number, service.layer(&remote).await) });
+            tasks.spawn(async move { (number, service.layer_of_tree(&remote).await) });
         }
         let mut opened: Vec<Option<Layer>> = vec![None; layers.len()];
         while let Some(finished) = tasks.join_next().await {

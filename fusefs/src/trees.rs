@@ -80,12 +80,7 @@ struct Making {
 #[derive(Debug)]
 pub(crate) enum Wanted {
     /// All of it.
-    Made {
-        /// The tree.
-        tree: Arc<Tree>,
-        /// Its layers, as far as they are named by an image that nobody has asked by before.
-        new_places: Vec<RemoteLayer>,
-    },
+    Made(Arc<Tree>),
     /// Somebody is making it.
     Coming(Waiting),
     /// Nothing: this attempt is the caller's to make, in a task of its own.
@@ -125,14 +120,12 @@ impl Trees {
         let mut table = self.table();
         let attempt = table.next_attempt;
         let entry = table.trees.entry(id).or_default();
-        let is_new = |remote: &&RemoteLayer| !entry.images.contains(&remote.image);
-        let new_places: Vec<RemoteLayer> = layers.iter().filter(is_new).cloned().collect();
         if !matches!(&entry.state, State::Making(making) if making.waiting_count >= WAITING_MAX) {
-            entry.images.extend(new_places.iter().map(|place| place.image.clone()));
+            entry.images.extend(layers.iter().map(|place| place.image.clone()));
         }
         let waiting = |attempt, outcome| Waiting { trees: self.clone(), id, attempt, outcome };
         match &mut entry.state {
-            State::Made(tree) => Ok(Wanted::Made { tree: tree.clone(), new_places }),
+            State::Made(tree) => Ok(Wanted::Made(tree.clone())),
             State::Making(making) if making.waiting_count >= WAITING_MAX => Err(Error::Crowded(id)),
             State::Making(making) => {
                 making.waiting_count += 1;

@@ -83,6 +83,8 @@ pub struct CacheOptions {
     pub rest: Option<RestOptions>,
     /// Who may read a layer, by its description: content is copied between layers for which this says the same.
     pub domain: fn(&Value) -> String,
+    /// Whose a place is, by its description: of too many places of a layer, those of whoever has most go first.
+    pub owner: fn(&Value) -> String,
     /// Time between two writes of what arrived to the disk.
     pub flush_interval: Duration,
     /// Bytes of memory that all indexes together use while they are opened, whatever they claim.
@@ -103,6 +105,7 @@ impl Default for CacheOptions {
             sources: Sources::default(),
             rest: None,
             domain: |_| String::new(),
+            owner: |_| String::new(),
             flush_interval: Duration::from_secs(3),
             index_memory: 64 << 20,
             scrub_rate: None,
@@ -148,6 +151,7 @@ struct CacheInner {
     /// Layers are verified as soon as they are complete.
     verifies: bool,
     domain: fn(&Value) -> String,
+    owner: fn(&Value) -> String,
     flush_soon: Arc<Notify>,
     place_count: AtomicU64,
     unpacker: Arc<Unpacker>,
@@ -211,6 +215,7 @@ impl Cache {
             layer_count: AtomicU64::new(0),
             verifies: options.rest.is_some(),
             domain: options.domain,
+            owner: options.owner,
             flush_soon: Arc::default(),
             place_count: AtomicU64::new(0),
         });
@@ -237,9 +242,9 @@ impl Cache {
 
     /// Opens a layer, fetching its index if the cache does not have it. Concurrent calls share one request.
     ///
-    /// `source` is a place of the layer and `description` its name: a call with another description than those before
-    /// adds a place, which is asked when the others do not answer. Descriptions are kept beside the layer for a later
-    /// process ([`CacheOptions::sources`], [`Self::known_layers`]).
+    /// `source` is a place of the layer and `description` its name: a call with another description than those before,
+    /// or with another blob under the same index, adds a place, which is asked when the others do not answer. Places are
+    /// kept beside the layer for a later process ([`CacheOptions::sources`], [`Self::known_layers`]).
     ///
     /// # Errors
     ///
@@ -250,26 +255,57 @@ impl Cache {
         source: Arc<dyn Source>,
         description: Value,
     ) -> Result<Layer, CacheError> {
-        let place = self.inner.new_place(source, description);
+        self.open_from(layer, self.inner.new_place(layer, source, description), false).await
+    }
+
+    /// Like [`Self::layer`], for somebody who goes on using the layer: until [`Self::forget_place`] this place is given
+    /// up for none that is only named.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::layer`].
+    pub async fn held_layer(
+        &self,
+        layer: &LazyLayer,
+        source: Arc<dyn Source>,
+        description: Value,
+    ) -> Result<Layer, CacheError> {
+        self.open_from(layer, self.inner.new_place(layer, source, description), true).await
+    }
+
+    /// Adds a place to a layer that is open, or holds one that it has, as [`Self::held_layer`] does. Opens nothing.
+    pub fn hold_place(&self, layer: &LazyLayer, source: Arc<dyn Source>, description: Value) {
+        let open = match lock(&self.inner.layers).get(&layer.id()) {
+            Some(Entry::Open(open)) => open.clone(),
+            _ => return,
+        };
+        let place = self.inner.new_place(layer, source, description);
+        if open.core().places.add(place, true) {
+            self.inner.scheduler.places_changed(open.core().number, layer.blob);
+            self.inner.keep_places(&open);
+        }
+    }
+
+    async fn open_from(&self, layer: &LazyLayer, place: Place, is_held: bool) -> Result<Layer, CacheError> {
         let (mut place, mut added_to) = (Some(place), None);
         let open = loop {
             let looked = {
                 let mut layers = lock(&self.inner.layers);
                 match layers.get(&layer.id()) {
                     Some(Entry::Open(open)) => {
-                        let is_new = place.take().is_some_and(|place| open.core().places.add(place));
+                        let is_new = place.take().is_some_and(|place| open.core().places.add(place, is_held));
                         added_to = is_new.then_some(open.core().number).or(added_to);
                         Ok(futures_util::future::ready(Ok(open.clone())).boxed().shared())
                     }
                     Some(Entry::Opening(opening)) => {
-                        let is_new = place.take().is_some_and(|place| opening.places.add(place));
+                        let is_new = place.take().is_some_and(|place| opening.places.add(place, is_held));
                         added_to = is_new.then_some(opening.number).or(added_to);
                         Ok(opening.result.clone())
                     }
                     Some(Entry::Leaving(left)) => Err(left.clone()),
                     None => {
                         let Some(place) = place.take() else { return Err(CacheError::Stopped(layer.blob)) };
-                        let opening = self.inner.start_to_open(*layer, place);
+                        let opening = self.inner.start_to_open(*layer, place, is_held);
                         let result = opening.result.clone();
                         layers.insert(layer.id(), Entry::Opening(opening));
                         Ok(result)
@@ -291,7 +327,8 @@ impl Cache {
         Ok(open)
     }
 
-    /// Takes a place away from an open layer, as when the image that it belongs to is gone; the only one stays.
+    /// Takes the places with this description away from an open layer, as when the image that they belong to is gone; the
+    /// last one stays.
     ///
     /// Returns whether there is one less.
     pub fn forget_place(&self, id: LayerId, description: &Value) -> bool {
@@ -425,8 +462,9 @@ impl CacheInner {
     }
 
     /// A place that no layer has yet.
-    fn new_place(&self, source: Arc<dyn Source>, description: Value) -> Place {
-        Place { number: self.place_count.fetch_add(1, Ordering::Relaxed), source, description }
+    fn new_place(&self, layer: &LazyLayer, source: Arc<dyn Source>, description: Value) -> Place {
+        let (number, owner) = (self.place_count.fetch_add(1, Ordering::Relaxed), (self.owner)(&description));
+        Place { number, layer: *layer, source, description, owner }
     }
 
     /// Writes down the places of a layer, which may take as long as the disk takes: nobody waits for it.
@@ -442,10 +480,10 @@ impl CacheInner {
     }
 
     /// Runs the opening as a task of its own: a caller that goes away does not end it for the others.
-    fn start_to_open(self: &Arc<Self>, layer: LazyLayer, first: Place) -> OpeningEntry {
+    fn start_to_open(self: &Arc<Self>, layer: LazyLayer, first: Place, is_held: bool) -> OpeningEntry {
         let (id, number) = (layer.id(), self.layer_count.fetch_add(1, Ordering::Relaxed));
         let place = OpeningPlace { directory: self.directory(id), is_cancelled: Arc::default() };
-        let places = Places::new(first);
+        let places = Places::new(first, is_held);
         self.scheduler.add_layer(number, layer.blob, &places);
         let (inner, at, known) = (self.clone(), place.clone(), places.clone());
         let task = self.runtime.spawn(async move {

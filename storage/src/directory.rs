@@ -34,6 +34,7 @@ use serde_json::Value;
 use crate::{
     disk::{Disk, DiskFile, is_lost},
     mapping::{FileChecksum, LayerIndex, Map},
+    places::PlaceRecord,
     presence::{Counts, PresenceBits},
     sync::{Mutex, lock},
     unpack::NewIndex,
@@ -46,25 +47,51 @@ const TEMPORARY: &str = "new";
 /// Content of `layer.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct LayerRecord {
-    /// What names the layer.
+    /// What names the layer, as the newest of its places has it.
     pub(crate) layer: LazyLayer,
     /// Where it comes from, in the words of the caller: the newest of its places.
     pub(crate) description: Value,
     /// Its other places, newest first. Files written before there were several do not have it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(crate) older: Vec<Value>,
+    older: Vec<Value>,
+    /// The layer as each of `older` has it; nothing where all have it as the newest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    older_layers: Vec<LazyLayer>,
+    /// Which of all places are held; 0 is the newest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    held: Vec<usize>,
 }
 
 impl LayerRecord {
-    /// The record of a layer with these places, newest first.
-    pub(crate) fn new(layer: LazyLayer, descriptions: Vec<Value>) -> Self {
-        let mut descriptions = descriptions.into_iter();
-        Self { layer, description: descriptions.next().unwrap_or_default(), older: descriptions.collect() }
+    /// The record of a layer with these places, newest first; `layer` is what names it where there is none.
+    pub(crate) fn new(layer: LazyLayer, places: Vec<PlaceRecord>) -> Self {
+        let held = (0..).zip(&places).filter(|(_, place)| place.is_held).map(|(number, _)| number).collect();
+        let mut places = places.into_iter().map(|place| (place.layer, place.description));
+        let (layer, description) = places.next().unwrap_or((layer, Value::Null));
+        let (mut older_layers, older): (Vec<_>, Vec<_>) = places.unzip();
+        if older_layers.iter().all(|older| *older == layer) {
+            older_layers.clear();
+        }
+        Self { layer, description, older, older_layers, held }
+    }
+
+    /// What the caller calls its places, newest first.
+    pub(crate) fn descriptions(&self) -> impl Iterator<Item = &Value> {
+        std::iter::once(&self.description).chain(&self.older)
     }
 
     /// All places, newest first.
-    pub(crate) fn descriptions(&self) -> impl Iterator<Item = &Value> {
-        std::iter::once(&self.description).chain(&self.older)
+    pub(crate) fn places(&self) -> impl Iterator<Item = PlaceRecord> {
+        let is_same = |older: &&LazyLayer| older.id() == self.layer.id();
+        let layer = move |number: usize| match number.checked_sub(1).and_then(|older| self.older_layers.get(older)) {
+            Some(older) if is_same(&older) => *older,
+            _ => self.layer,
+        };
+        (0..).zip(self.descriptions()).map(move |(number, description)| PlaceRecord {
+            layer: layer(number),
+            description: description.clone(),
+            is_held: self.held.contains(&number),
+        })
     }
 }
 

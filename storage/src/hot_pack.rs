@@ -250,7 +250,7 @@ async fn ask(
     frames: Range<usize>,
 ) -> Result<(Slot, Result<Incoming, SourceError>), HotError> {
     let slot = scheduler.slot(layer.number).await.ok_or(HotError::Stopped)?;
-    let (start, range) = (layer.hot_start(), stream.layout.range_of(&frames));
+    let (start, range) = (layer.hot_start(slot.place()), stream.layout.range_of(&frames));
     tracing::debug!(blob = %layer.blob(), ?range, place = %slot.place().description, "hot pack requested");
     let opened = slot.open(start.saturating_add(range.start)..start.saturating_add(range.end)).await;
     Ok((slot, opened))

@@ -12,7 +12,7 @@ use crate::{
     directory::LayerRecord,
     error::ReadError,
     frame_store::FrameStore,
-    places::Places,
+    places::{Place, Places},
     presence::frame_runs,
     sync::{
         Mutex,
@@ -42,6 +42,7 @@ pub struct Progress {
 pub(crate) struct LayerCore {
     /// Unique in the process; unlike the digest never used again after the layer was removed.
     pub(crate) number: u64,
+    /// What names it, as whoever opened it said; each place has its own.
     pub(crate) layer: LazyLayer,
     pub(crate) store: FrameStore,
     pub(crate) places: Arc<Places>,
@@ -91,7 +92,7 @@ impl LayerCore {
     /// Keeps the places for the next process; blocks.
     pub(crate) fn write_places(&self) -> io::Result<()> {
         let _writing = lock(&self.places_writer);
-        let record = LayerRecord::new(self.layer, self.places.descriptions());
+        let record = LayerRecord::new(self.layer, self.places.to_records());
         self.store.directory().write_record(&record)
     }
 
@@ -137,16 +138,16 @@ impl LayerCore {
         frame_runs(self.store.index(), frame).find(|run| run.end > from && !self.store.has(run))
     }
 
-    /// Offset of the hot pack in the blob.
-    pub(crate) fn hot_start(&self) -> u64 {
-        self.layer.index.range().end.saturating_add(SKIPPABLE_HEADER_LEN)
+    /// Offset of the hot pack in the blob of a place.
+    pub(crate) fn hot_start(&self, place: &Place) -> u64 {
+        place.layer.index.range().end.saturating_add(SKIPPABLE_HEADER_LEN)
     }
 
-    /// The bytes of the blob that hold the dedup section, which has this length (SPEC.md 5.9).
-    pub(crate) fn dedup_range(&self, compressed_len: u64) -> Range<u64> {
+    /// The bytes of the blob of a place that hold the dedup section, which has this length (SPEC.md 5.9).
+    pub(crate) fn dedup_range(&self, place: &Place, compressed_len: u64) -> Range<u64> {
         let hot_len = self.store.index().hot_len();
         let before = if hot_len == 0 { 0 } else { hot_len.saturating_add(SKIPPABLE_HEADER_LEN) };
-        let start = self.hot_start().saturating_add(before);
+        let start = self.hot_start(place).saturating_add(before);
         start..start.saturating_add(compressed_len)
     }
 

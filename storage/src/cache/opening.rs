@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     io::{self, Write},
-    ops::Range,
     sync::Arc,
     time::Duration,
 };
@@ -20,7 +19,7 @@ use crate::{
     layer::Layer,
     layer_core::LayerCore,
     mapping::LayerIndex,
-    places::Places,
+    places::{PlaceRecord, Places},
     scheduler::Slot,
     source::{SourceError, SourceErrorKind},
     sync::{Mutex, lock},
@@ -92,9 +91,9 @@ impl CacheInner {
         if let Some((record, store)) = cached {
             self.add_older_places(&places, &record);
             self.scheduler.places_changed(number, blob);
-            let core = LayerCore::new(number, record.layer, store, places, self.runtime.clone(), 0);
+            let core = LayerCore::new(number, *layer, store, places, self.runtime.clone(), 0);
             let layer = Layer::new(core, self.scheduler.clone());
-            if !layer.descriptions().iter().eq(record.descriptions()) {
+            if !layer.core().places.to_records().into_iter().eq(record.places()) {
                 self.keep_places(&layer);
             }
             self.start_up(&layer, None, has_peers);
@@ -104,25 +103,25 @@ impl CacheInner {
             return Err(error);
         }
         // Where other layers may have what the hot pack has, it is asked for when that is known.
-        let with_hot_pack = layer.hot_range().filter(|_| !has_peers);
-        let end = with_hot_pack.as_ref().map_or(layer.index.range().end, |hot| hot.end);
-        let fetched = self.fetch_index(number, layer, end, &places).await?;
+        let fetched = self.fetch_index(number, layer, !has_peers, &places).await?;
         let FetchedIndex { index, incoming, slot, fetched_bytes } = fetched;
         let (inner, at) = (self.clone(), place.clone());
-        let record = LayerRecord::new(*layer, places.descriptions());
+        let record = LayerRecord::new(*layer, places.to_records());
         let store = self.blocking(blob, move || inner.store_layer(&at, &record, index)).await?;
         let core = LayerCore::new(number, *layer, store, places, self.runtime.clone(), fetched_bytes);
         let layer = Layer::new(core, self.scheduler.clone());
-        self.start_up(&layer, with_hot_pack.map(|_| (incoming, slot)), has_peers);
+        let has_hot_pack = !has_peers && slot.place().layer.hot_len > 0;
+        self.start_up(&layer, has_hot_pack.then_some((incoming, slot)), has_peers);
         Ok(layer)
     }
 
     /// Adds the places that an earlier process knew.
     fn add_older_places(&self, places: &Places, record: &LayerRecord) {
-        let sources =
-            record.descriptions().map(|description| (self.sources.get(&record.layer, description), description));
-        places
-            .add_older(sources.filter_map(|(source, description)| Some(self.new_place(source?, description.clone()))));
+        let to_place = |PlaceRecord { layer, description, is_held }| {
+            let source = self.sources.get(&layer, &description)?;
+            Some((self.new_place(&layer, source, description), is_held))
+        };
+        places.add_older(record.places().filter_map(to_place));
     }
 
     /// Opens what the directory holds; `None` without a whole record and index.
@@ -167,7 +166,7 @@ impl CacheInner {
         work().map_err(|error| disk_error(place.directory.path(), error))
     }
 
-    /// Fetches and verifies an index, in a request that goes on up to `end` of the blob.
+    /// Fetches and verifies an index, in a request that goes on to the end of the hot pack if that is wanted.
     ///
     /// What is wrong or refused at one place is asked for at the next. What may pass is waited for as long as a reader
     /// would.
@@ -175,17 +174,12 @@ impl CacheInner {
         &self,
         number: u64,
         layer: &LazyLayer,
-        end: u64,
+        with_hot_pack: bool,
         places: &Places,
     ) -> Result<FetchedIndex, CacheError> {
-        let LazyLayer { blob, index: location, .. } = *layer;
-        if location.compressed_len > INDEX_LEN_MAX {
-            let (expected, found) = (INDEX_LEN_MAX, location.compressed_len);
-            let error = FormatError::Length { what: "compressed index", expected, found };
-            return Err(CacheError::Index { blob, error });
-        }
+        let blob = layer.blob;
         let mut tries = IndexTries::default();
-        let fetch = self.try_index(number, layer, location.offset..end, places, &mut tries);
+        let fetch = self.try_index(number, blob, with_hot_pack, places, &mut tries);
         let fetched = match self.scheduler.patience() {
             None => fetch.await,
             Some(patience) => tokio::time::timeout(patience, fetch).await.unwrap_or_else(|_| {
@@ -200,21 +194,24 @@ impl CacheInner {
     async fn try_index(
         &self,
         number: u64,
-        layer: &LazyLayer,
-        range: Range<u64>,
+        blob: Digest,
+        with_hot_pack: bool,
         places: &Places,
         tries: &mut IndexTries,
     ) -> Result<FetchedIndex, CacheError> {
-        let blob = layer.blob;
         let mut fetched_bytes = 0;
         loop {
             let slot = self.scheduler.slot(number).await.ok_or(CacheError::Stopped(blob))?;
             tries.asked.push(slot.place().number);
+            // Each place has the index where its own blob does.
+            let layer = slot.place().layer;
+            let index = layer.index.range();
+            let end = layer.hot_range().filter(|_| with_hot_pack).map_or(index.end, |hot| hot.end);
             let before = fetched_bytes;
             let receive = async {
-                let incoming = slot.open(range.clone()).await;
+                let incoming = slot.open(index.start..end).await;
                 let mut incoming = incoming.map_err(|error| CacheError::Source { blob, error })?;
-                let index = self.receive_index(layer, &mut incoming, &mut fetched_bytes).await?;
+                let index = self.receive_index(&layer, &mut incoming, &mut fetched_bytes).await?;
                 Ok((incoming, index))
             };
             let error = match receive.await {
@@ -232,13 +229,16 @@ impl CacheInner {
                     slot.fail(&error);
                     CacheError::Source { blob, error }
                 }
-                Err(error) => {
-                    // The bytes are right, and will be as wrong again.
-                    if matches!(error, CacheError::Index { .. }) {
-                        self.refusals.note(layer, &error);
+                Err(error @ CacheError::Index { .. }) => {
+                    // The bytes are right, and will be as wrong again: unless another place says another length.
+                    self.refusals.note(&layer, &error);
+                    slot.fail(&SourceError::unusable(error.to_string()));
+                    if places.to_records().iter().all(|place| self.refusals.find(&place.layer).is_some()) {
+                        return Err(error);
                     }
-                    return Err(error);
+                    continue;
                 }
+                Err(error) => return Err(error),
             };
             let is_patient = self.scheduler.patience().is_some();
             let has_other = places.to_refs().iter().any(|place| !tries.asked.contains(&place.number));
@@ -257,6 +257,11 @@ impl CacheInner {
         fetched_bytes: &mut u64,
     ) -> Result<NewIndex, CacheError> {
         let LazyLayer { blob, index: location, .. } = *layer;
+        if location.compressed_len > INDEX_LEN_MAX {
+            let (expected, found) = (INDEX_LEN_MAX, location.compressed_len);
+            let error = FormatError::Length { what: "compressed index", expected, found };
+            return Err(CacheError::Index { blob, error });
+        }
         let path = self.unpacker.directory().to_owned();
         let disk_error = move |error| disk_error(&path, error);
         let (unpacker, failed) = (self.unpacker.clone(), disk_error.clone());

@@ -58,9 +58,9 @@ impl CacheInner {
         let section = index.dedup().copied().filter(|_| !store.is_dedup_kept());
         let seeks_first = has_peers && section.is_some() && !store.is_complete();
         let hot = match &with_index {
-            Some(_) if index.hot_len() == core.layer.hot_len => HotStream::of_all(index),
-            Some(_) => {
-                let (found, expected) = (core.layer.hot_len, index.hot_len());
+            Some((_, slot)) if index.hot_len() == slot.place().layer.hot_len => HotStream::of_all(index),
+            Some((_, slot)) => {
+                let (found, expected) = (slot.place().layer.hot_len, index.hot_len());
                 tracing::warn!(blob = %core.blob(), found, expected, "hot pack ignored: it has another length");
                 None
             }
@@ -279,9 +279,7 @@ async fn fetch_section(layer: &Arc<LayerInner>, location: &DedupLocation) -> Res
         return Err(SectionError::Length(compressed_len.max(location.plain_len.get())));
     }
     let core = &layer.core;
-    let range = core.dedup_range(compressed_len);
-    tracing::debug!(blob = %core.blob(), ?range, "dedup section requested");
-    let compressed = fetch_range(layer, range).await?;
+    let compressed = fetch_section_bytes(layer, compressed_len).await?;
     let location = *location;
     let decompress =
         move |core: &Arc<LayerCore>| section::decompress(&compressed, &location, core.store.index().space_len());
@@ -289,14 +287,16 @@ async fn fetch_section(layer: &Arc<LayerInner>, location: &DedupLocation) -> Res
     Ok(pieces.into())
 }
 
-/// Bytes that nobody waits for, from the places of a layer in their turn.
-async fn fetch_range(layer: &Arc<LayerInner>, range: Range<u64>) -> Result<Bytes, SectionError> {
-    let len = usize::try_from(range.end - range.start).map_err(|_| SectionError::Length(range.end - range.start))?;
+/// The bytes of the dedup section, which nobody waits for, from the places of a layer in their turn.
+async fn fetch_section_bytes(layer: &Arc<LayerInner>, compressed_len: u64) -> Result<Bytes, SectionError> {
+    let len = usize::try_from(compressed_len).map_err(|_| SectionError::Length(compressed_len))?;
     let core = &layer.core;
     let mut tries_left = core.places.tries();
     loop {
         let slot = layer.scheduler.slot(core.number).await.ok_or(SectionError::Stopped)?;
-        let take = async { slot.open(range.clone()).await?.take(len, |len| core.count_fetched(len)).await };
+        let range = core.dedup_range(slot.place(), compressed_len);
+        tracing::debug!(blob = %core.blob(), ?range, "dedup section requested");
+        let take = async { slot.open(range).await?.take(len, |len| core.count_fetched(len)).await };
         match take.await {
             Ok(bytes) => return Ok(bytes),
             Err(error) => {
