@@ -161,6 +161,10 @@ pub struct LazySnapshot {
     /// Keys that have signed this layer for this chain, of those that were configured when it was pulled.
     #[serde(default)]
     pub signers: Signers,
+    /// The layer as further images name it: with their own blob, which may be another one under the same index. One
+    /// image a repository.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub further_places: Vec<RemoteLayer>,
 }
 
 /// What became of a lazy layer.
@@ -511,7 +515,7 @@ impl Metadata {
                 if lazy.layer.layer.id() == layer.layer.id() {
                     let has_new_signer = !signers.is_subset(&lazy.signers);
                     lazy.signers.extend(signers.iter().cloned());
-                    if lazy.add_voucher(&layer.image) || has_new_signer {
+                    if lazy.add_voucher(&layer.image) | lazy.add_place(layer) || has_new_signer {
                         put(&mut snapshots, &existing)?;
                     }
                     return Ok(LazyInsert::There);
@@ -541,6 +545,7 @@ impl Metadata {
                     truth_since: None,
                     further_vouchers: Vouchers::new(),
                     signers: signers.clone(),
+                    further_places: Vec::new(),
                 }),
             };
             never_again(&mut change.open_table(NUMBERS)?, id)?;

@@ -5,6 +5,7 @@
 //! merged tree. Pure; the same mounts as containerd's overlayfs snapshotter gives for the same chain.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -14,6 +15,9 @@ use format_spec::LayerId;
 use fusefs::{LAYER_CACHES, control::RemoteLayer};
 
 use crate::metadata::{Kind, Snapshot, SnapshotId};
+
+/// Further images that a container's layers are looked for at.
+const IMAGES_MAX: usize = 16;
 
 /// Where snapshots lie on disk: `<root>/snapshots/<id>/{fs,work}`, and the caches of lazy layers.
 #[derive(Debug, Clone)]
@@ -83,6 +87,17 @@ impl Lower {
         let ordinary = parents.iter().take_while(|parent| parent.lazy.is_none()).map(|parent| parent.id);
         let lazy = parents.iter().rev().map_while(|parent| parent.lazy.as_ref()).map(|lazy| lazy.layer.clone());
         Self { ordinary: ordinary.collect(), lazy: lazy.collect() }
+    }
+
+    /// The lazy layers below a snapshot as further images name them, lowest first; where an image has not named a layer,
+    /// it stands as the first one did.
+    pub fn named_by_others(parents: &[Snapshot]) -> Vec<Vec<RemoteLayer>> {
+        let lazy: Vec<_> = parents.iter().rev().map_while(|parent| parent.lazy.as_ref()).collect();
+        let images: BTreeSet<_> = lazy.iter().flat_map(|lazy| &lazy.further_places).map(|place| &place.image).collect();
+        let named_by = |image: &String| -> Vec<RemoteLayer> {
+            lazy.iter().map(|lazy| lazy.named_by(image).unwrap_or(&lazy.layer).clone()).collect()
+        };
+        images.into_iter().take(IMAGES_MAX).map(named_by).collect()
     }
 
     /// The lower directories, topmost first; `tree` shows the lazy layers when there are any.
@@ -161,6 +176,7 @@ mod tests {
                 truth_since: None,
                 further_vouchers: Default::default(),
                 signers: Default::default(),
+                further_places: Vec::new(),
             }),
         }
     }

@@ -375,9 +375,10 @@ impl Snapshotter {
             return Ok(false);
         }
         // The layers below are part of this image too: its registry is a place of them, perhaps the only one left.
-        let below = parents.iter().filter_map(|parent| parent.lazy.as_ref()).map(|lazy| &lazy.layer);
-        for layer in below.filter(|layer| layer.image != *image) {
-            self.inner.probes.announce(RemoteLayer { image: image.clone(), ..layer.clone() });
+        // It may have them in blobs of its own.
+        for lazy in parents.iter().filter_map(|parent| parent.lazy.as_ref()).filter(|lazy| lazy.layer.image != *image) {
+            let named = lazy.named_by(image).unwrap_or(&lazy.layer);
+            self.inner.probes.announce(RemoteLayer { image: image.clone(), layer: named.layer });
         }
         self.check_truth(target, Asker::Image(image), &parents).await?;
         if let Some(existing) = existing {
@@ -525,7 +526,7 @@ impl Snapshotter {
         if lazy.is_empty() {
             return Ok(None);
         }
-        let tree = self.inner.trees.get(lazy, self.inner.limits.start).await;
+        let tree = self.inner.trees.get(lazy, Lower::named_by_others(parents), self.inner.limits.start).await;
         tree.map(Some).map_err(|error| Error::Tree(key.clone(), error))
     }
 

@@ -14,6 +14,7 @@ use std::{
 
 use fusefs::control::{RemoteLayer, TreeId, tree_id};
 use tokio::sync::{Semaphore, watch};
+use tracing::debug;
 
 use crate::fused::{Fused, FusedError};
 
@@ -76,13 +77,18 @@ impl Trees {
         Self { fused, under_way: Mutex::default(), releasing: watch::Sender::default(), looks }
     }
 
-    /// The tree of `layers`, lowest first, at least one.
+    /// The tree of `layers`, lowest first, at least one; `others` are the same layers as further images name them.
     ///
     /// # Errors
     ///
     /// When it cannot be had, or not within that time; then it is brought all the same.
-    pub(crate) async fn get(self: &Arc<Self>, layers: Vec<RemoteLayer>, within: Duration) -> Brought {
-        let mut waiting = self.join(layers);
+    pub(crate) async fn get(
+        self: &Arc<Self>,
+        layers: Vec<RemoteLayer>,
+        others: Vec<Vec<RemoteLayer>>,
+        within: Duration,
+    ) -> Brought {
+        let mut waiting = self.join(layers, others);
         let brought = tokio::time::timeout(within, waiting.wait_for(Option::is_some)).await;
         match brought {
             Err(_) => Err(TreeError::Pending(within)),
@@ -91,7 +97,7 @@ impl Trees {
         }
     }
 
-    fn join(self: &Arc<Self>, layers: Vec<RemoteLayer>) -> Waiting {
+    fn join(self: &Arc<Self>, layers: Vec<RemoteLayer>, others: Vec<Vec<RemoteLayer>>) -> Waiting {
         let tree = tree_id(layers.iter().map(|layer| layer.layer.id())).expect("at least one layer");
         let name = (tree, layers.last().map(|top| top.image.clone()).unwrap_or_default());
         let mut under_way = self.under_way();
@@ -103,18 +109,24 @@ impl Trees {
         under_way.insert(name.clone(), waiting.clone());
         let trees = Arc::clone(self);
         tokio::spawn(async move {
-            let brought = trees.bring(tree, layers).await;
+            let brought = trees.bring(tree, layers, others).await;
             trees.under_way().remove(&name);
             sender.send_replace(Some(brought));
         });
         waiting
     }
 
-    async fn bring(&self, tree: TreeId, layers: Vec<RemoteLayer>) -> Brought {
+    async fn bring(&self, tree: TreeId, layers: Vec<RemoteLayer>, others: Vec<Vec<RemoteLayer>>) -> Brought {
         let mut releasing = self.releasing.subscribe();
         // It cannot fail: the sender is ours.
         drop(releasing.wait_for(|releasing| !releasing.contains(&tree)).await);
         let path = self.fused.mount_tree(layers).await.map_err(Arc::new)?;
+        // containerd does not say of which of the images the container is.
+        for layers in others {
+            if let Err(error) = self.fused.mount_tree(layers).await {
+                debug!(%tree, %error, "a further image of the layers is no place of them");
+            }
+        }
         let look = path.clone();
         let owner = self.looking(move || fs::metadata(&look).map(|root| (root.uid(), root.gid()))).await;
         match owner {

@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use format_spec::{Digest, PublicKey};
 pub use fusefs::chains::Truth;
-use fusefs::control::repository_of;
+use fusefs::control::{RemoteLayer, repository_of};
 use serde::Deserialize;
 
 use crate::{
@@ -169,6 +169,27 @@ impl LazySnapshot {
         let is_news = !self.vouchers().any(|known| known == repository) && self.further_vouchers.len() < VOUCHERS_MAX;
         is_news && self.further_vouchers.insert(repository.to_owned())
     }
+
+    /// Another image names the layer, which it may have in another blob; whether that is news.
+    pub(crate) fn add_place(&mut self, layer: &RemoteLayer) -> bool {
+        let repository = repository_of(&layer.image);
+        if self.named_by(&layer.image).is_some_and(|known| known.layer == layer.layer) {
+            return false;
+        }
+        let known = self.further_places.len();
+        self.further_places.retain(|place| repository_of(&place.image) != repository);
+        let has_room = self.further_places.len() < VOUCHERS_MAX;
+        if has_room {
+            self.further_places.push(layer.clone());
+        }
+        has_room || self.further_places.len() < known
+    }
+
+    /// The layer as the repository of an image has named it last.
+    pub(crate) fn named_by(&self, image: &str) -> Option<&RemoteLayer> {
+        let mut places = self.further_places.iter().chain([&self.layer]);
+        places.find(|place| repository_of(&place.image) == repository_of(image))
+    }
 }
 
 /// The lazy snapshots among `parents` that `asker` may not be shown, nearest first.
@@ -183,7 +204,6 @@ pub type Vouchers = BTreeSet<String>;
 #[cfg(test)]
 mod tests {
     use format_spec::{IndexLocation, LazyLayer};
-    use fusefs::control::RemoteLayer;
 
     use super::*;
     use crate::signers::Signers;
@@ -200,6 +220,7 @@ mod tests {
             truth_since: None,
             further_vouchers: Vouchers::new(),
             signers: Signers::new(),
+            further_places: Vec::new(),
         }
     }
 

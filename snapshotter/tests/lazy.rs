@@ -549,6 +549,38 @@ async fn an_image_whose_layer_is_there_already_is_a_place_of_it_too() {
     fused.wait_until_asked(&Request::AnnounceLayer { layer: place }).await;
 }
 
+/// The first image had the same index in a blob of its own; containers of all images asked for that one.
+#[tokio::test]
+async fn containers_name_the_blob_of_every_image_of_their_chain() {
+    let (daemon, fused) = start().await;
+    let (tar, chain, above) = chains();
+    let elsewhere = |image: &str, blob: &[u8]| {
+        let layer = LazyLayer { blob: Digest::of(blob), ..remote("base").layer };
+        RemoteLayer { layer, image: image.to_owned() }
+    };
+    let (evil, honest) = (elsewhere("evil/trap:1", b"evil"), elsewhere("host/good:1", b"honest"));
+    for (number, place) in [&evil, &honest].into_iter().enumerate() {
+        let mut labels = labels_of("base", &chain, &place.image);
+        labels.extend(place.layer.to_annotations());
+        labels.insert("containerd.io/snapshot/cri.layer-digest".to_owned(), place.layer.blob.to_string());
+        assert_eq!(code(daemon.prepare_with(&format!("extract-{number} x"), "", labels).await), Code::AlreadyExists);
+    }
+    fused.wait_until_asked(&Request::AnnounceLayer { layer: honest.clone() }).await;
+    daemon.prepare("container", &chain).await.unwrap();
+    let asked = fused.take_asked();
+    for layers in [vec![evil.clone()], vec![honest.clone()]] {
+        let wanted = Request::MountTree { layers };
+        assert!(asked.contains(&wanted), "{wanted:?}: {asked:?}");
+    }
+    // A further layer of the honest image says again where it has those below.
+    fused.hashed("base", tar);
+    let labels = labels_of("above", &above, "host/good:1");
+    assert_eq!(code(daemon.prepare_with("extract-3 x", &chain, labels).await), Code::AlreadyExists);
+    fused.wait_until_asked(&Request::AnnounceLayer { layer: honest }).await;
+    let guess = RemoteLayer { image: "host/good:1".to_owned(), ..evil };
+    assert!(!fused.take_asked().contains(&Request::AnnounceLayer { layer: guess }));
+}
+
 #[tokio::test]
 async fn a_layer_above_the_unverified_base_of_another_image_waits_for_the_verdict() {
     let (daemon, fused) = start().await;
