@@ -20,7 +20,7 @@ use crate::{
     layer_core::LayerCore,
     mapping::LayerIndex,
     ranges::without,
-    scheduler::{Scheduler, Slot, WAIT_LEN_MAX},
+    scheduler::{Scheduler, Slot, StreamKind, WAIT_LEN_MAX},
     source::SourceError,
     sync::{
         Mutex,
@@ -249,7 +249,7 @@ async fn ask(
     stream: &HotStream,
     frames: Range<usize>,
 ) -> Result<(Slot, Result<Incoming, SourceError>), HotError> {
-    let slot = scheduler.slot(layer.number).await.ok_or(HotError::Stopped)?;
+    let slot = scheduler.slot(layer.number, StreamKind::Opening).await.ok_or(HotError::Stopped)?;
     let (start, range) = (layer.hot_start(slot.place()), stream.layout.range_of(&frames));
     tracing::debug!(blob = %layer.blob(), ?range, place = %slot.place().description, "hot pack requested");
     let opened = slot.open(start.saturating_add(range.start)..start.saturating_add(range.end)).await;

@@ -15,6 +15,8 @@ pub(crate) struct Link {
     received: AtomicU64,
     /// Whether the request waits for its source at this moment, not for the disk or a processor.
     is_waiting: AtomicBool,
+    /// Whether another source has its slot now.
+    is_displaced: AtomicBool,
     cancelled: Notify,
     /// Why it is ended, where that is the source's fault.
     reason: OnceLock<SourceError>,
@@ -44,6 +46,16 @@ impl Link {
     /// Ends the request, at once or as soon as it waits for its source again.
     pub(crate) fn cancel(&self) {
         self.cancelled.notify_one();
+    }
+
+    /// Another source has the slot of the request now.
+    pub(crate) fn displace(&self) {
+        self.is_displaced.store(true, Ordering::Release);
+    }
+
+    /// Whether one has.
+    pub(crate) fn is_displaced(&self) -> bool {
+        self.is_displaced.load(Ordering::Acquire)
     }
 
     /// Says why the request is going to be ended.

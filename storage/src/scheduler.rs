@@ -39,7 +39,7 @@ mod watch;
 use machine::{Effect, Machine, Waiter};
 
 pub use machine::Activity;
-pub(crate) use machine::{Fetch, Outcome, WAIT_LEN_MAX};
+pub(crate) use machine::{Fetch, Outcome, StreamKind, WAIT_LEN_MAX};
 pub use options::{Priority, RequestLimits, RequestOptions};
 pub(crate) use slot::Slot;
 
@@ -195,11 +195,11 @@ impl Scheduler {
     }
 
     /// Waits for a slot for a request of the caller's own; `None` when the layer is no longer fetched.
-    pub(crate) async fn slot(self: &Arc<Self>, layer: u64) -> Option<Slot> {
+    pub(crate) async fn slot(self: &Arc<Self>, layer: u64, kind: StreamKind) -> Option<Slot> {
         let (sender, receiver) = oneshot::channel();
         {
             let mut state = lock(&self.state);
-            let ticket = state.machine.want_stream(layer, Instant::now())?;
+            let ticket = state.machine.want_stream(layer, kind, Instant::now())?;
             state.streams.insert(ticket, (layer, sender));
         }
         self.dispatch();

@@ -1,8 +1,9 @@
 //! How a layer gets its verdict: what the proof needs and nobody has wanted is fetched, then the proof is made.
 //!
-//! In the background that happens to complete layers, one at a time and at the rate of everything else that nobody
-//! waits for (`cache/verifying.rs`). Where somebody waits it happens at once and as fast as the source is, content
-//! that is missing included: the blob is read in long ranges, one after the other, past the queues of readers.
+//! In the background that happens to complete layers, one of each source at a time and at the rate of everything else
+//! that nobody waits for (`cache/verifying.rs`). Where somebody waits it happens at once and as fast as the source is,
+//! content that is missing included: the blob is read in long ranges, one after the other, past the queues of readers.
+//! The scheduler has slots for that, a few for the node: a step has one, not a layer, and sources take turns.
 
 use std::{
     collections::VecDeque,
@@ -20,9 +21,9 @@ use crate::{
     error::ReadError,
     layer_core::LayerCore,
     proof::ProofError,
-    scheduler::{Scheduler, Slot},
+    scheduler::{Scheduler, Slot, StreamKind},
     source::SourceError,
-    sync::atomic::Ordering,
+    sync::{Mutex, atomic::Ordering, lock},
     verdict::Verdict,
 };
 
@@ -36,8 +37,8 @@ const STEP_RATE_MIN: u64 = 64 << 10;
 const HASTE_LOOK: Duration = Duration::from_millis(50);
 /// Proofs at a time in this process: each may hold the tree of a layer, a few hundred bytes a file.
 static PROOFS: Semaphore = Semaphore::const_new(1);
-/// Layers at a time whose parts are fetched because somebody waits: bounds the requests that this adds to readers'.
-static HASTY: Semaphore = Semaphore::const_new(8);
+/// Times that a step gives its slot to another source without having brought anything.
+const DISPLACED_MAX: usize = 4;
 
 /// Frames to fetch in one request, with their records.
 type Step = Vec<(u32, Frame)>;
@@ -69,7 +70,6 @@ pub(crate) fn verify_in_haste(layer: &Arc<LayerCore>, scheduler: &Arc<Scheduler>
     let Some(under_way) = UnderWay::begin(layer, scheduler) else { return };
     let layer = layer.clone();
     layer.runtime().clone().spawn(async move {
-        let _permit = HASTY.acquire().await;
         if let Err(error) = verify(under_way, None).await {
             tracing::warn!(blob = %layer.blob(), %error, "layer cannot be verified yet");
         }
@@ -116,12 +116,34 @@ impl LayerCore {
     }
 }
 
-/// Verifies a layer; the rate holds until somebody waits.
+/// The rate of everything that is fetched for verifications for which nobody waits.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    bytes_per_second: NonZeroU64,
+    /// No step begins before.
+    not_before: Mutex<Instant>,
+}
+
+impl Pace {
+    pub(crate) fn new(bytes_per_second: NonZeroU64) -> Self {
+        Self { bytes_per_second, not_before: Mutex::new(Instant::now()) }
+    }
+
+    /// So much was fetched since `started`; when the next step may begin.
+    fn note(&self, started: Instant, fetched: u64) -> Instant {
+        let mut not_before = lock(&self.not_before);
+        let took = Duration::from_millis(fetched.saturating_mul(1000) / self.bytes_per_second);
+        *not_before = (*not_before).max(started) + took;
+        *not_before
+    }
+}
+
+/// Verifies a layer; the pace is kept until somebody waits.
 ///
 /// # Errors
 ///
 /// When something cannot be fetched or kept: there is no verdict then, and another try may bring one.
-pub(crate) async fn verify(under_way: UnderWay, rate: Option<NonZeroU64>) -> Result<Verdict, ReadError> {
+pub(crate) async fn verify(under_way: UnderWay, pace: Option<&Pace>) -> Result<Verdict, ReadError> {
     let UnderWay { layer, scheduler } = &under_way;
     let stopped = || ReadError::Stopped(layer.blob());
     let mut from = 0;
@@ -138,10 +160,9 @@ pub(crate) async fn verify(under_way: UnderWay, rate: Option<NonZeroU64>) -> Res
             break;
         }
         let fetched = layer.fetched_bytes().saturating_sub(before);
-        let pause = rate.map_or(0, |rate| fetched.saturating_mul(1000) / rate);
-        let give_up_at = started + Duration::from_millis(pause);
-        while Instant::now() < give_up_at && !layer.is_urgent() {
-            tokio::time::sleep(HASTE_LOOK.min(give_up_at.saturating_duration_since(Instant::now()))).await;
+        let not_before = pace.map_or(started, |pace| pace.note(started, fetched));
+        while Instant::now() < not_before && !layer.is_urgent() {
+            tokio::time::sleep(HASTE_LOOK.min(not_before.saturating_duration_since(Instant::now()))).await;
         }
     }
     let _permit = PROOFS.acquire().await;
@@ -168,17 +189,21 @@ pub(crate) async fn verify(under_way: UnderWay, rate: Option<NonZeroU64>) -> Res
 async fn fetch_step(layer: &Arc<LayerCore>, scheduler: &Arc<Scheduler>, step: Step) -> Result<(), ReadError> {
     let blob = layer.blob();
     let mut left: VecDeque<_> = step.into();
-    let mut tries_left = layer.places.tries();
+    let (mut tries_left, mut displaced_left) = (layer.places.tries(), DISPLACED_MAX);
     loop {
-        let slot = scheduler.slot(layer.number).await.ok_or(ReadError::Stopped(blob))?;
+        let slot = scheduler.slot(layer.number, StreamKind::Proof).await.ok_or(ReadError::Stopped(blob))?;
         let bytes: u64 = left.iter().map(|(_, frame)| u64::from(frame.compressed_len.get())).sum();
         let time_max = STEP_TIME_MAX + Duration::from_secs(bytes / STEP_RATE_MIN);
+        let before = left.len();
         let fetched = tokio::time::timeout(time_max, fetch_frames(layer, &slot, &mut left)).await;
         let fetched = fetched.unwrap_or_else(|_| {
             let error = SourceError::passing(format!("it did not bring a step within {time_max:?}"));
             Err(ReadError::Source { blob, error })
         });
         match fetched {
+            Err(ReadError::Source { .. }) if slot.is_displaced() && (left.len() < before || displaced_left > 0) => {
+                displaced_left -= usize::from(left.len() == before);
+            }
             Err(ReadError::Source { error, .. }) => {
                 slot.fail(&error);
                 tries_left -= 1;

@@ -20,7 +20,7 @@ use crate::{
     layer_core::LayerCore,
     mapping::LayerIndex,
     places::{PlaceRecord, Places},
-    scheduler::Slot,
+    scheduler::{Slot, StreamKind},
     source::{SourceError, SourceErrorKind},
     sync::{Mutex, lock},
     unpack::{NewIndex, UnpackError},
@@ -201,7 +201,7 @@ impl CacheInner {
     ) -> Result<FetchedIndex, CacheError> {
         let mut fetched_bytes = 0;
         loop {
-            let slot = self.scheduler.slot(number).await.ok_or(CacheError::Stopped(blob))?;
+            let slot = self.scheduler.slot(number, StreamKind::Opening).await.ok_or(CacheError::Stopped(blob))?;
             tries.asked.push(slot.place().number);
             // Each place has the index where its own blob does.
             let layer = slot.place().layer;

@@ -30,7 +30,7 @@ use crate::{
     layer::{Layer, LayerInner},
     layer_core::LayerCore,
     mapping::LayerIndex,
-    scheduler::{Priority, Slot},
+    scheduler::{Priority, Slot, StreamKind},
     source::SourceError,
     sync::lock,
     warm::Event,
@@ -293,7 +293,7 @@ async fn fetch_section_bytes(layer: &Arc<LayerInner>, compressed_len: u64) -> Re
     let core = &layer.core;
     let mut tries_left = core.places.tries();
     loop {
-        let slot = layer.scheduler.slot(core.number).await.ok_or(SectionError::Stopped)?;
+        let slot = layer.scheduler.slot(core.number, StreamKind::Opening).await.ok_or(SectionError::Stopped)?;
         let range = core.dedup_range(slot.place(), compressed_len);
         tracing::debug!(blob = %core.blob(), ?range, "dedup section requested");
         let take = async { slot.open(range).await?.take(len, |len| core.count_fetched(len)).await };

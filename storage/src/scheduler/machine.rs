@@ -33,6 +33,7 @@ pub(crate) const WAIT_LEN_MAX: u64 = 512 << 10;
 /// Times a frame is asked for again when its bytes were wrong, or once for each place if there are more.
 const RETRIES_MAX: usize = 2;
 const PRIORITY_COUNT: usize = 3;
+const STREAM_KIND_COUNT: usize = 2;
 
 /// Somebody who waits for frames.
 pub(crate) trait Waiter: Clone {
@@ -47,13 +48,23 @@ pub(crate) trait Waiter: Clone {
 pub(crate) enum Class {
     Frames(Priority),
     /// A stream that somebody else receives: see [`Machine::want_stream`].
+    Stream(StreamKind),
+}
+
+/// What streams are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StreamKind {
+    /// To open a layer: its index, its hot pack, its dedup section.
     Opening,
+    /// To verify one.
+    Proof,
 }
 
 impl Class {
-    pub(super) const ALL: [Self; 4] = [
+    pub(super) const ALL: [Self; 5] = [
         Self::Frames(Priority::Read),
-        Self::Opening,
+        Self::Stream(StreamKind::Opening),
+        Self::Stream(StreamKind::Proof),
         Self::Frames(Priority::HotPack),
         Self::Frames(Priority::Background),
     ];
@@ -179,8 +190,8 @@ pub(super) struct LayerState {
     pub(super) preferred: Option<u64>,
     /// Frames in the order they were wanted. An entry whose frame is no longer queued in this class is stale.
     queues: [VecDeque<u32>; PRIORITY_COUNT],
-    /// Streams that wait for a slot.
-    tickets: VecDeque<u64>,
+    /// Streams of each kind that wait for a slot.
+    tickets: [VecDeque<u64>; STREAM_KIND_COUNT],
     last_turn: u64,
     pub(super) last_failure: Option<(u64, SourceError)>,
 }
@@ -333,9 +344,9 @@ impl<W: Waiter> Machine<W> {
     }
 
     /// Wants a slot for a request that somebody else makes: [`Effect::Grant`] names the ticket that this returns.
-    pub(crate) fn want_stream(&mut self, layer: u64, now: Instant) -> Option<u64> {
+    pub(crate) fn want_stream(&mut self, layer: u64, kind: StreamKind, now: Instant) -> Option<u64> {
         let ticket = self.new_number();
-        self.layers.get_mut(&layer)?.tickets.push_back(ticket);
+        self.layers.get_mut(&layer)?.tickets[kind as usize].push_back(ticket);
         self.advance(now);
         Some(ticket)
     }
@@ -707,7 +718,7 @@ impl<W: Waiter> Machine<W> {
         let Some(chosen) = choose(&candidates, &running, self.limits(class)) else { return false };
         let place = PlaceRef { number: chosen.place, source: chosen.source.clone() };
         match class {
-            Class::Opening => self.start_stream(chosen.layer, place, now),
+            Class::Stream(kind) => self.start_stream(chosen.layer, place, kind, now),
             Class::Frames(priority) => self.start_frames(chosen.layer, place, priority, now),
         }
         true
@@ -728,16 +739,18 @@ impl<W: Waiter> Machine<W> {
     pub(super) fn limits(&self, class: Class) -> RequestLimits {
         match class {
             Class::Frames(Priority::Read) => self.options.read,
-            Class::Opening => self.options.opening,
+            Class::Stream(StreamKind::Opening) => self.options.opening,
+            Class::Stream(StreamKind::Proof) => self.options.proof,
             Class::Frames(Priority::HotPack) => self.options.hot,
             Class::Frames(Priority::Background) => self.options.background,
         }
     }
 
-    fn start_stream(&mut self, layer: u64, place: PlaceRef, now: Instant) {
-        let Some(ticket) = self.layers.get_mut(&layer).and_then(|layer| layer.tickets.pop_front()) else { return };
+    fn start_stream(&mut self, layer: u64, place: PlaceRef, kind: StreamKind, now: Instant) {
+        let state = self.layers.get_mut(&layer);
+        let Some(ticket) = state.and_then(|layer| layer.tickets[kind as usize].pop_front()) else { return };
         let number = place.number;
-        let (request, link) = self.start(Class::Opening, layer, place, 0..0, 0, now);
+        let (request, link) = self.start(Class::Stream(kind), layer, place, 0..0, 0, now);
         self.effects.push_back(Effect::Grant { ticket, grant: Grant { request, place: number, link } });
     }
 
@@ -870,7 +883,7 @@ impl LayerState {
             places: Vec::new(),
             preferred: None,
             queues: Default::default(),
-            tickets: VecDeque::new(),
+            tickets: Default::default(),
             last_turn: 0,
             last_failure: None,
         }
@@ -885,7 +898,10 @@ impl LayerState {
         class: Class,
         pending: &'a HashMap<FrameKey, Pending<W>>,
     ) -> Option<&'a [u64]> {
-        let Class::Frames(priority) = class else { return (!self.tickets.is_empty()).then_some(&[]) };
+        let priority = match class {
+            Class::Frames(priority) => priority,
+            Class::Stream(kind) => return (!self.tickets[kind as usize].is_empty()).then_some(&[]),
+        };
         let queue = &mut self.queues[priority as usize];
         while let Some(frame) = queue.front() {
             match pending.get(&(number, *frame)) {
@@ -914,7 +930,7 @@ impl LayerState {
 
     /// Whether frames or streams wait for a slot; stale entries count too.
     pub(super) fn has_queue(&self) -> bool {
-        !self.tickets.is_empty() || self.queues.iter().any(|queue| !queue.is_empty())
+        self.tickets.iter().any(|tickets| !tickets.is_empty()) || self.queues.iter().any(|queue| !queue.is_empty())
     }
 
     fn place_mut(&mut self, number: u64) -> Option<&mut PlaceState> {

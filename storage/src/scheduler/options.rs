@@ -46,6 +46,8 @@ pub struct RequestOptions {
     pub read: RequestLimits,
     /// Requests that open a layer: its index, with its hot pack, and its dedup section.
     pub opening: RequestLimits,
+    /// Requests for what nobody has wanted, and a verification needs.
+    pub proof: RequestLimits,
     /// Requests for what will be read soon.
     pub hot: RequestLimits,
     /// Requests for everything else.
@@ -78,6 +80,8 @@ impl Default for RequestOptions {
             read: RequestLimits { node: 24, source: 16, layer: 12 },
             // Images of thirty layers are opened at once, and nothing of them is kept in memory but what arrives.
             opening: RequestLimits { node: 64, source: 32, layer: 4 },
+            // One after the other for a layer; each holds a frame in memory.
+            proof: RequestLimits { node: 8, source: 2, layer: 1 },
             hot: RequestLimits { node: 8, source: 4, layer: 4 },
             background: RequestLimits { node: 4, source: 2, layer: 2 },
             pause_min: Duration::from_millis(250),

@@ -15,6 +15,7 @@ impl<W: Waiter> Machine<W> {
             // Those that get a slot have their turn now, so this ends.
             while let Some(request) = self.next_to_yield(class, now) {
                 if let Some(running) = self.running.get(&request) {
+                    running.link.displace();
                     running.link.set_reason(SourceError::passing("too many sources wait, and it was slow"));
                     self.effects.push_back(Effect::Cancel(running.link.clone()));
                 }

@@ -37,6 +37,11 @@ impl Slot {
         &self.place
     }
 
+    /// Whether another source has got it meanwhile.
+    pub(crate) fn is_displaced(&self) -> bool {
+        self.link.is_displaced()
+    }
+
     /// Gives the slot back: the request has failed.
     pub(crate) fn fail(self, error: &SourceError) {
         self.scheduler.end(self.number, Outcome::Failed(error.clone()));

@@ -13,7 +13,7 @@ use format_spec::Digest;
 use proptest::prelude::*;
 
 use super::{
-    machine::{Class, Effect, FrameState, Machine, Outcome, Waiter},
+    machine::{Class, Effect, FrameState, Machine, Outcome, StreamKind, Waiter},
     options::{Priority, RequestLimits, RequestOptions},
 };
 use crate::{
@@ -135,7 +135,11 @@ impl World {
     }
 
     fn want_stream(&mut self, layer: u64) {
-        self.machine.want_stream(layer, self.now);
+        self.want_stream_for(layer, StreamKind::Opening);
+    }
+
+    fn want_stream_for(&mut self, layer: u64, kind: StreamKind) {
+        self.machine.want_stream(layer, kind, self.now);
         self.drain();
     }
 
@@ -154,7 +158,8 @@ impl World {
                     grant.link.set_waiting(true);
                     self.granted.push(layer);
                     let (place, link) = (grant.place, grant.link);
-                    let live = Live { class: Class::Opening, layer, place, frames: 0..0, link };
+                    let class = self.machine.running[&grant.request].class;
+                    let live = Live { class, layer, place, frames: 0..0, link };
                     self.live.insert(grant.request, live);
                 }
                 Effect::Cancel(link) => {
@@ -305,15 +310,15 @@ fn many_sources_that_do_not_answer_take_no_slot_from_one_that_does() {
 fn names_of_one_registry_had_a_slot_each_without_limit() {
     let names: Vec<String> = (0..300).map(|number| format!("port {number}")).collect();
     let mut world = World::with_layers(&names.iter().map(String::as_str).collect::<Vec<_>>());
-    for class in [READ, Class::Opening, Class::Frames(Priority::HotPack), Class::Frames(Priority::Background)] {
+    for class in Class::ALL {
         let want = |world: &mut World, layer, frame| match class {
-            Class::Opening => world.want_stream(layer),
+            Class::Stream(kind) => world.want_stream_for(layer, kind),
             Class::Frames(priority) => drop(world.want(layer, frame..frame + 1, priority)),
         };
         // All of them have brought something before.
         (0..300).for_each(|layer| want(&mut world, layer, 0));
         while let Some(request) = world.live.keys().next().copied() {
-            if class == Class::Opening {
+            if matches!(class, Class::Stream(_)) {
                 world.machine.stream_works(request);
                 world.end(request, Outcome::Done);
             } else {
@@ -823,8 +828,7 @@ impl World {
             assert!(is_received || pending.is_wanted(), "frame {frame} of {layer} is fetched for nobody");
             assert!(!self.present.contains(&(*layer, *frame)) || matches!(pending.state, FrameState::Received { .. }));
         }
-        let classes = [READ, Class::Opening, Class::Frames(Priority::HotPack), Class::Frames(Priority::Background)];
-        for class in classes {
+        for class in Class::ALL {
             let limits = self.machine.limits(class);
             let taken: Vec<_> = self.machine.taken(class).into_iter().filter(|taken| taken.is_of_class).collect();
             let at = |source: &str| taken.iter().filter(|taken| &*taken.source == source).count();

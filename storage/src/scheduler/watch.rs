@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    machine::{Class, Effect, FrameState, Machine, Outcome, Pending, Waiter},
+    machine::{Class, Effect, FrameState, Machine, Outcome, Pending, StreamKind, Waiter},
     options::Priority,
     turns::Slots,
 };
@@ -109,7 +109,7 @@ impl<W: Waiter> Machine<W> {
         let (since, before) = running.sample;
         let (received, elapsed) = (running.link.received(), now.duration_since(since));
         if received == 0 {
-            let is_opening = running.class == Class::Opening;
+            let is_opening = running.class == Class::Stream(StreamKind::Opening);
             let answer_max =
                 if is_opening && other_place { self.options.opening_answer_max } else { self.options.answer_max };
             let error = || SourceError::passing(format!("no answer within {} s", seconds(answer_max)));

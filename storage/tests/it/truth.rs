@@ -61,6 +61,53 @@ async fn one_read_that_is_not_answered_kept_all_other_layers_from_their_verdicts
     reader.abort();
 }
 
+/// Eight layers whose registry stands still had all that there was for awaited verdicts, for 20 s and more each.
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_that_do_not_come_kept_an_awaited_verdict_from_everybody() {
+    let first = TestLayer::of_frames(5, 10_000);
+    let fixture = Fixture::new(&first).await;
+    fixture.source.hold_at(0);
+    fixture.layer.verify();
+    let mut held = Vec::new();
+    for count in 6..26 {
+        let test = TestLayer::of_frames(count, 10_000);
+        let source = MemorySource::new(&test);
+        source.hold_at(0);
+        let layer = fixture.cache.layer(&test.lazy, source, json!(count)).await.unwrap();
+        layer.verify();
+        held.push(layer);
+    }
+    let test = maker(&files()).make();
+    let layer = fixture.cache.layer(&test.lazy, MemorySource::new(&test), json!("other")).await.unwrap();
+    let started = std::time::Instant::now();
+    layer.verify();
+    assert_eq!(wait_for_verdict(&layer).await, verified(&test));
+    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    assert!(held.iter().all(|layer| layer.verdict().is_none()));
+}
+
+/// A layer that was complete, and had lost what a proof needs, kept the background of all others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_whose_proof_does_not_come_kept_all_others_from_theirs() {
+    let first = TestLayer::of_frames(5, 10_000);
+    let fixture = Fixture::new(&first).await;
+    check_read(&fixture.layer, &first, 0..first.files[0].end).await;
+    fixture.layer.flush().unwrap();
+    let crashed = fixture.crash();
+    fs::remove_file(crashed.path().join("layers").join(first.lazy.id().hex()).join("gaps")).unwrap();
+    let cache = Cache::open(crashed.path(), tokio::runtime::Handle::current(), in_background()).unwrap();
+    let source = MemorySource::new(&first);
+    source.hold_at(0);
+    let incomplete = cache.layer(&first.lazy, source.clone(), json!("test")).await.unwrap();
+    source.wait_for_frame_requests(0).await;
+    let test = maker(&files()).make();
+    let layer = cache.layer(&test.lazy, MemorySource::new(&test), json!("other")).await.unwrap();
+    let started = std::time::Instant::now();
+    assert_eq!(wait_for_verdict(&layer).await, verified(&test));
+    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    assert_eq!((incomplete.is_complete(), incomplete.verdict()), (true, None));
+}
+
 /// Nothing is read any more, from memory neither, and no file is given away.
 async fn assert_shows_nothing(layer: &Layer) {
     let error = layer.read_async(0, 10).await.unwrap_err();
