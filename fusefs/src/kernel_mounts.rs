@@ -55,6 +55,9 @@ struct Record {
     session: u64,
     /// Layers that it reads from their cache files.
     direct_layers: Vec<LayerId>,
+    /// The inode numbers of these files.
+    #[serde(default)]
+    files: Vec<u64>,
     /// Whether these are all.
     is_direct: bool,
 }
@@ -73,10 +76,11 @@ enum Plan {
 /// Decides from what is alive, and how many of the layers are complete.
 ///
 /// A mount is replaced once only, when no layer is left that needs the session: the page cache of one mount serves
-/// no other.
-fn plan(alive: Option<&Record>, are_all_complete: bool) -> Plan {
+/// no other. But one over a file in which the disk has changed something is used no longer.
+fn plan(alive: Option<&Record>, are_all_complete: bool, is_damaged: bool) -> Plan {
     match alive {
         None => Plan::Mount,
+        Some(_) if is_damaged => Plan::Replace,
         Some(record) if are_all_complete && !record.is_direct => Plan::Replace,
         Some(_) => Plan::Keep,
     }
@@ -92,17 +96,26 @@ pub(crate) struct Devices {
     paths: Vec<PathBuf>,
     /// Layers of which it is the cache file.
     direct_layers: Vec<LayerId>,
+    /// The inode numbers of these files.
+    files: Vec<u64>,
 }
 
 impl Devices {
     /// Of each layer its cache file if it is complete, else the file that the session has in `session_layers`.
     pub(crate) fn of(layers: &[Layer], session_layers: &Path) -> Self {
-        let mut devices = Self { paths: Vec::with_capacity(layers.len()), direct_layers: Vec::new() };
+        let mut devices =
+            Self { paths: Vec::with_capacity(layers.len()), direct_layers: Vec::new(), files: Vec::new() };
         for layer in layers {
             let id = layer.lazy_layer().id();
-            let cache_file = layer.complete_file();
-            devices.direct_layers.extend(cache_file.is_some().then_some(id));
-            devices.paths.push(cache_file.unwrap_or_else(|| session_layers.join(id.hex())));
+            // The number first: it never names a newer file than the path.
+            match (layer.file_number(), layer.complete_file()) {
+                (Ok(number), Some(path)) => {
+                    devices.direct_layers.push(id);
+                    devices.files.push(number);
+                    devices.paths.push(path);
+                }
+                _ => devices.paths.push(session_layers.join(id.hex())),
+            }
         }
         devices
     }
@@ -126,6 +139,14 @@ impl Devices {
         }
         Ok(mount)
     }
+}
+
+/// Whether a mount reads a file in whose place another one is, because the disk has changed something in it.
+fn is_damaged(record: &Record, layers: &[Layer]) -> bool {
+    record.direct_layers.iter().zip(&record.files).any(|(id, number)| {
+        let layer = layers.iter().find(|layer| layer.lazy_layer().id() == *id);
+        layer.and_then(|layer| layer.file_number().ok()).is_some_and(|now| now != *number)
+    })
 }
 
 impl KernelMounts {
@@ -175,7 +196,9 @@ impl KernelMounts {
         let is_complete =
             |layer: &Layer| layer.complete_file_within(until.saturating_duration_since(Instant::now())).is_some();
         let are_all_complete = tree.layers.iter().all(is_complete);
-        match plan(self.alive(tree.id).as_ref(), are_all_complete) {
+        let alive = self.alive(tree.id);
+        let is_damaged = alive.as_ref().is_some_and(|record| is_damaged(record, &tree.layers));
+        match plan(alive.as_ref(), are_all_complete, is_damaged) {
             Plan::Keep => return Ok(mount_point),
             Plan::Mount => {
                 let prepared = self.unmount(tree.id).and_then(|()| fs::create_dir(&mount_point));
@@ -201,7 +224,8 @@ impl KernelMounts {
         let path = self.record_path(tree.id);
         let record = || -> io::Result<()> {
             let (device, is_direct) = (mount.device()?, devices.are_direct());
-            let record = Record { device, session: self.session, direct_layers: devices.direct_layers, is_direct };
+            let Devices { direct_layers, files, .. } = devices;
+            let record = Record { device, session: self.session, direct_layers, files, is_direct };
             // Durable it need not be: without the kernel that wrote it there is no mount.
             let temporary = path.with_extension("new");
             fs::write(&temporary, serde_json::to_vec(&record)?)?;
@@ -266,11 +290,15 @@ mod tests {
 
     #[test]
     fn a_mount_is_replaced_once_when_nothing_needs_the_session_any_longer() {
-        let record = |is_direct| Record { device: 1, session: 2, direct_layers: Vec::new(), is_direct };
-        assert_eq!(plan(None, false), Plan::Mount);
-        assert_eq!(plan(None, true), Plan::Mount);
-        assert_eq!(plan(Some(&record(false)), false), Plan::Keep);
-        assert_eq!(plan(Some(&record(false)), true), Plan::Replace);
-        assert_eq!(plan(Some(&record(true)), true), Plan::Keep);
+        let record =
+            |is_direct| Record { device: 1, session: 2, direct_layers: Vec::new(), files: Vec::new(), is_direct };
+        assert_eq!(plan(None, false, false), Plan::Mount);
+        assert_eq!(plan(None, true, false), Plan::Mount);
+        assert_eq!(plan(Some(&record(false)), false, false), Plan::Keep);
+        assert_eq!(plan(Some(&record(false)), true, false), Plan::Replace);
+        assert_eq!(plan(Some(&record(true)), true, false), Plan::Keep);
+        for are_all_complete in [false, true] {
+            assert_eq!(plan(Some(&record(true)), are_all_complete, true), Plan::Replace);
+        }
     }
 }

@@ -58,6 +58,15 @@ impl Bitmap {
         }
     }
 
+    /// Clears all bits of a range.
+    pub(crate) fn clear(&self, range: Range<u64>) {
+        for (word, mask) in masks(range) {
+            let Some(word) = self.words.get(word) else { return };
+            let cleared = word.fetch_and(!mask, Ordering::SeqCst) & mask;
+            self.set_count.fetch_sub(u64::from(cleared.count_ones()), Ordering::SeqCst);
+        }
+    }
+
     /// Clears every bit that is set in `words`.
     pub(crate) fn clear_all(&self, words: &[u64]) {
         for (word, mask) in self.words.iter().zip(words) {
@@ -117,6 +126,8 @@ mod tests {
         );
         bitmap.clear_all(&[1 << 3 | 1 << 4, 0]);
         assert_eq!((bitmap.set_count(), bitmap.snapshot()), (1, vec![0, 1 << 5]));
+        [60..70, 60..400].into_iter().for_each(|range| bitmap.clear(range));
+        assert_eq!((bitmap.set_count(), bitmap.snapshot()), (0, vec![0, 0]));
     }
 
     #[test]

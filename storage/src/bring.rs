@@ -90,7 +90,7 @@ impl LayerInner {
             Warm::Hot(hot) => (None, Some(hot)),
             Warm::Copies(plan, hot) => (Some(plan), hot.as_ref()),
         };
-        if let Some(plan) = plan {
+        if let Some(plan) = plan.filter(|plan| plan.is_current(&self.core.store)) {
             let (pieces, left) = plan.take(runs);
             *runs = left;
             near.copies = (!pieces.is_empty()).then(|| (plan.clone(), pieces));
@@ -112,7 +112,7 @@ impl LayerInner {
 
     /// Copies one piece from another layer; whether there is a point in copying more. Blocks.
     pub(crate) fn copy(&self, plan: &CopyPlan, piece: usize) -> bool {
-        if self.core.is_removed() {
+        if self.core.is_removed() || !plan.is_current(&self.core.store) {
             return false;
         }
         match plan.copy(&self.core.store, piece) {

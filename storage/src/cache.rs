@@ -3,7 +3,6 @@
 //! ```text
 //! <root>/layers/<64 hex digits of the index digest>/   see directory.rs
 //! <root>/removed/                                      what is being deleted
-//! <root>/boots                                         see boots.rs
 //! <root>/incoming/                                     indexes that are being unpacked, see unpack.rs
 //! ```
 //!
@@ -36,7 +35,6 @@ use tokio::{
 };
 
 use crate::{
-    boots::Boots,
     directory::{LayerDirectory, LayerRecord},
     disk::Disk,
     error::{CacheError, ReadError},
@@ -89,10 +87,9 @@ pub struct CacheOptions {
     pub flush_interval: Duration,
     /// Bytes of memory that all indexes together use while they are opened, whatever they claim.
     pub index_memory: u64,
-    /// Bytes a second at which cached content is compared with its checksums when nobody waits; `None` for never.
+    /// Bytes a second at which cached content is compared with its checksums when nobody waits; without it only what an
+    /// earlier process left is compared, when it is read and when it would be mounted.
     pub scrub_rate: Option<NonZeroU64>,
-    /// What tells one boot of the machine from another; `None` asks the kernel.
-    pub boot: Option<String>,
     /// Where files are changed.
     pub disk: Disk,
 }
@@ -109,7 +106,6 @@ impl Default for CacheOptions {
             flush_interval: Duration::from_secs(3),
             index_memory: 64 << 20,
             scrub_rate: None,
-            boot: None,
             disk: Disk::default(),
         }
     }
@@ -155,7 +151,6 @@ struct CacheInner {
     flush_soon: Arc<Notify>,
     place_count: AtomicU64,
     unpacker: Arc<Unpacker>,
-    boots: Boots,
     refusals: opening::Refusals,
 }
 
@@ -204,7 +199,6 @@ impl Cache {
         let unpacker = Unpacker::open(root.join("incoming"), options.disk.clone(), options.index_memory);
         let inner = Arc::new(CacheInner {
             unpacker: Arc::new(unpacker.map_err(disk_error)?),
-            boots: Boots::open(root, options.boot.clone()).map_err(disk_error)?,
             refusals: opening::Refusals::default(),
             root: root.to_owned(),
             scheduler: Scheduler::new(runtime.clone(), options.requests, options.patience, transfer::start),
@@ -229,9 +223,7 @@ impl Cache {
         }
         let soon = inner.flush_soon.clone();
         inner.runtime.spawn(flush_now_and_then(Arc::downgrade(&inner), soon, options.flush_interval));
-        if let Some(rate) = options.scrub_rate {
-            inner.runtime.spawn(scrub::scrub_layers(Arc::downgrade(&inner), inner.runtime.clone(), rate));
-        }
+        inner.runtime.spawn(scrub::scrub_layers(Arc::downgrade(&inner), inner.runtime.clone(), options.scrub_rate));
         if let Some(rest) = options.rest {
             let (weak, runtime) = (Arc::downgrade(&inner), inner.runtime.clone());
             inner.runtime.spawn(verifying::verify_layers(weak.clone(), runtime.clone(), rest.clone()));
@@ -533,15 +525,10 @@ impl CacheInner {
 impl Drop for Ending {
     fn drop(&mut self) {
         // Not left to the layers: requests that are just ending may hold them a little longer.
-        let mut is_durable = true;
         for layer in self.0.open_layers() {
             if let Err(error) = layer.flush() {
-                is_durable = false;
                 tracing::warn!(%error, "what arrived last is fetched again");
             }
-        }
-        if is_durable && let Err(error) = self.0.boots.note_end() {
-            tracing::debug!(%error, "after a power cut everything will be verified");
         }
     }
 }

@@ -146,6 +146,11 @@ impl CopyPlan {
         (numbers, without(runs, &coming))
     }
 
+    /// Whether what it copies may be said to be there: no content was given up since.
+    pub(crate) fn is_current(&self, store: &FrameStore) -> bool {
+        self.epoch == store.epoch()
+    }
+
     /// Number of pieces.
     pub(crate) fn len(&self) -> usize {
         self.pieces.len()

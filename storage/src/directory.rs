@@ -230,11 +230,8 @@ impl LayerDirectory {
         {
             return Ok((data, bits));
         }
-        // In this order: no `presence` may speak of a file that it does not know.
-        if self.path.join("presence").exists() {
-            self.disk.remove_if_there(&self.path.join("presence"))?;
-            self.disk.sync_directory(&self.path)?;
-        }
+        // Should the machine go down in between, checksums tell that `presence` speaks of another file.
+        self.disk.remove_if_there(&self.path.join("presence"))?;
         self.disk.remove_if_there(&self.data_path())?;
         let data = self.disk.create(&self.data_path())?;
         data.set_len(space_len)?;
@@ -244,6 +241,11 @@ impl LayerDirectory {
     /// What `presence` says; `None` where it does not fit.
     pub(crate) fn read_presence(&self, counts: Counts, index: &Digest) -> io::Result<Option<PresenceBits>> {
         Ok(self.read("presence")?.and_then(|bytes| PresenceBits::decode(&bytes, counts, index)))
+    }
+
+    /// The file `presence`, whose bytes [`Self::read_presence`] has compared.
+    pub(crate) fn open_presence(&self) -> io::Result<Option<File>> {
+        self.disk.open_if_there(&self.path.join("presence"))
     }
 
     /// A file that may become `data`.
@@ -262,7 +264,6 @@ impl LayerDirectory {
             return Err(io::Error::other("layer was removed"));
         }
         self.disk.remove_if_there(&self.path.join("presence"))?;
-        self.disk.sync_directory(&self.path)?;
         self.disk.rename(&new.path, &self.data_path())?;
         Ok(new.file)
     }

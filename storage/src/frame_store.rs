@@ -20,7 +20,6 @@ use format_spec::{Digest, index::PLAIN_ALIGN};
 use tokio::sync::Notify;
 
 use crate::{
-    boots::Boots,
     directory::{CopySource, LayerDirectory},
     disk::DiskFile,
     mapping::LayerIndex,
@@ -31,6 +30,7 @@ use crate::{
         atomic::{AtomicBool, AtomicU64, Ordering},
         lock,
     },
+    unchecked::Unchecked,
 };
 
 /// Frames kept in memory when the disk does not take them; older ones give way. At usual frame sizes a few
@@ -77,7 +77,8 @@ pub(crate) struct FrameStore {
     sealed: Condvar,
     /// Hears that everything is there, and that nothing but a flush is missing.
     flush_soon: Arc<Notify>,
-    boot: u64,
+    /// Content of an earlier process.
+    pub(crate) unchecked: Unchecked,
     /// Pages that were damaged, since the layer was opened.
     pub(crate) healed_pages: AtomicU64,
 }
@@ -85,24 +86,22 @@ pub(crate) struct FrameStore {
 impl FrameStore {
     /// Opens the files beside an index that was verified against `index_digest`.
     ///
-    /// `flush_soon` is notified when a flush would seal the layer. Content of a boot that `boots` does not trust is
-    /// compared with its checksums.
+    /// `flush_soon` is notified when a flush would seal the layer. Content is looked at when it is used.
     pub(crate) fn open(
         directory: LayerDirectory,
         index: LayerIndex,
         index_digest: Digest,
         flush_soon: Arc<Notify>,
-        boots: &Boots,
     ) -> io::Result<Self> {
-        let (data, mut bits) = directory.open_data(index.space_len(), Counts::of(&index), &index_digest)?;
+        let counts = Counts::of(&index);
+        let (data, mut bits) = directory.open_data(index.space_len(), counts, &index_digest)?;
+        let unchecked = Unchecked::new(&index, &bits.pages, directory.open_presence()?);
         let presence = Presence::new(&index, bits.clone());
         let proof = Proof::open(&directory, &index, index_digest, presence.is_complete())?;
         // Bits of content that needs no bytes may be set here alone.
         let is_sealed = presence.is_complete() && presence.snapshot().pages == bits.pages;
-        let has_content = bits.checksums.iter().any(|checksum| *checksum != 0);
-        let is_trusted = !has_content || boots.is_trusted(bits.boot);
         let mut checksums = std::mem::take(&mut bits.checksums);
-        if is_sealed && is_trusted {
+        if is_sealed {
             checksums = Vec::new();
         } else {
             checksums.resize(usize::try_from(Counts::of(&index).pages).map_err(io::Error::other)?, 0);
@@ -112,7 +111,7 @@ impl FrameStore {
             directory,
             index_digest,
             data: RwLock::new(Arc::new(data)),
-            has_unwritten_bits: AtomicBool::new(presence.is_complete() && !is_sealed && is_trusted),
+            has_unwritten_bits: AtomicBool::new(presence.is_complete() && !is_sealed),
             unkept: Mutex::default(),
             has_unkept: AtomicBool::new(false),
             is_disk_refusing: AtomicBool::new(false),
@@ -122,17 +121,11 @@ impl FrameStore {
             seal: Mutex::new(is_sealed),
             sealed: Condvar::new(),
             flush_soon,
-            boot: boots.current(),
+            unchecked,
             healed_pages: AtomicU64::new(0),
             presence,
             index,
         };
-        if !is_trusted {
-            let damaged = store.find_damaged(&(0..store.index.space_len()))?;
-            store.heal(&damaged)?;
-            // Not before: what could not be verified must not be said to be, not even by dropping it.
-            store.note_change();
-        }
         store.ask_for_seal();
         Ok(store)
     }
@@ -223,9 +216,9 @@ impl FrameStore {
         drop(wait.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The file that holds the content, if it is sealed.
+    /// The file that holds the content, if it is sealed and what an earlier process left in it was compared.
     pub(crate) fn sealed_data_path(&self) -> Option<PathBuf> {
-        self.is_sealed().then(|| self.directory.data_path())
+        (self.is_sealed() && self.unchecked.is_empty()).then(|| self.directory.data_path())
     }
 
     /// Everything may be there by now, and nobody should wait long for the flush that is missing.
@@ -290,7 +283,8 @@ impl FrameStore {
 
     /// Reads from `offset`, if all content needed is there, in `extra` or among the frames the disk did not take.
     ///
-    /// `Ok(None)` when some is missing. Otherwise the bytes read: all of `buffer`, or less where the space ends.
+    /// `Ok(None)` when some is missing. Otherwise the bytes read: all of `buffer`, or less where the space ends. The error
+    /// of [`Self::check`] where content of an earlier process is not what was written.
     pub(crate) fn read_present(
         &self,
         offset: u64,
@@ -298,8 +292,10 @@ impl FrameStore {
         extra: &UnkeptFrames,
     ) -> io::Result<Option<usize>> {
         let plain = self.clip(offset, buffer.len());
-        // The file before the bits: what a new file lacks is missing before it is here.
+        // The file before the bits: what a new file lacks is missing before it is here. And what turns out to be damaged is
+        // missing before it counts as compared.
         let data = self.data();
+        self.check(&data, &plain)?;
         let mut from_memory = UnkeptFrames::new();
         if !self.presence.has_pages(&plain) {
             for frame in self.missing_frames(&plain) {
@@ -462,13 +458,15 @@ impl FrameStore {
     /// have given up any of it.
     pub(crate) fn flush(&self) -> io::Result<()> {
         let mut flushed = lock(&self.flushed);
-        if !self.has_unwritten_bits.swap(false, Ordering::AcqRel) {
+        // A sealed layer has nothing to write, also where a late writer of content that was there says otherwise: its
+        // checksums are in the file alone.
+        if !self.has_unwritten_bits.swap(false, Ordering::AcqRel) || self.is_sealed() {
             return Ok(());
         }
         let (mut bits, data) = {
             let writing = lock(&self.writing);
             let bits = self.presence.snapshot();
-            (PresenceBits { checksums: writing.checksums.clone(), boot: self.boot, ..bits }, self.data())
+            (PresenceBits { checksums: writing.checksums.clone(), ..bits }, self.data())
         };
         if let Err(error) = data.sync_data() {
             let mut writing = lock(&self.writing);

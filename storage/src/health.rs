@@ -4,10 +4,14 @@
 //! Digests are of compressed frames, so what lies in `data` has checksums of its own: a CRC-32 a page, taken when the
 //! page is there, kept in `presence`. A page that differs, or that the disk cannot read, counts as missing and is fetched
 //! again. If the file is sealed, somebody may have it mounted: then the good pages are copied to a new one.
+//!
+//! Content of an earlier process is compared once before it is used ([`crate::unchecked`]), everything now and then by
+//! the scrub (`cache/scrub.rs`).
 
 use std::{io, ops::Range};
 
 use format_spec::index::PLAIN_ALIGN;
+use rustix::io::Errno;
 
 use crate::{
     disk::{DiskFile, is_lost},
@@ -84,7 +88,7 @@ impl FrameStore {
         });
         let checksums = std::mem::take(&mut writing.checksums);
         let mut taken = Vec::new();
-        let is_new = |page: u64| get(&checksums, page) == 0 && self.has_page(page);
+        let is_new = |page: u64| get(&checksums, page) == 0 && self.has_page(page) && !self.unchecked.has(page);
         let read = for_each_batch(pages, is_new, |batch| {
             for (page, content) in read_pages(&self.data(), &batch)? {
                 taken.extend(content.map(|content| (page, checksum_of(&content))));
@@ -103,6 +107,40 @@ impl FrameStore {
         }
     }
 
+    /// Compares what an earlier process left in the pages that a plain range touches, unless that was done. `data` is the
+    /// file as it was when the caller began. Blocks where something is left to compare.
+    ///
+    /// # Errors
+    ///
+    /// One that [`is_lost`] where a page is not what was written, or cannot be read: [`Self::heal`] helps.
+    pub(crate) fn check(&self, data: &DiskFile, plain: &Range<u64>) -> io::Result<()> {
+        if self.unchecked.is_empty() {
+            return Ok(());
+        }
+        for_each_batch(
+            pages_of(plain),
+            |page| self.unchecked.has(page),
+            |batch| {
+                let Some(checksums) = self.unchecked.checksums_of(&batch)? else { return Ok(()) };
+                let mut bytes =
+                    vec![0; usize::try_from((batch.end - batch.start) * PLAIN_ALIGN).map_err(io::Error::other)?];
+                data.read_sparse(start_of(batch.start), &mut bytes)?;
+                let mut pages = bytes.chunks_exact(PAGE_LEN).zip(checksums);
+                if !pages.all(|(content, checksum)| checksum_of(content) == checksum) {
+                    return Err(Errno::BADMSG.into());
+                }
+                self.unchecked.note_checked(batch);
+                Ok(())
+            },
+        )
+    }
+
+    /// A part, of so many bytes at most, of what an earlier process left and nobody has compared.
+    pub(crate) fn next_unchecked(&self, from: u64, len: u64) -> Option<Range<u64>> {
+        let start = self.unchecked.next(from / PLAIN_ALIGN).map(start_of)?;
+        Some(start..start.saturating_add(len).min(self.index().space_len()))
+    }
+
     /// The pages that a plain range touches and whose content is not what was written. Reads all of it; blocks.
     ///
     /// # Errors
@@ -114,11 +152,15 @@ impl FrameStore {
             checksums => checksums,
         };
         let (data, mut damaged) = (self.data(), Vec::new());
-        let is_known = |page: u64| get(&checksums, page) != 0 && self.has_page(page);
+        // One to be compared whose checksum the disk has lost is damaged too.
+        let is_known = |page: u64| (get(&checksums, page) != 0 || self.unchecked.has(page)) && self.has_page(page);
         for_each_batch(pages_of(plain), is_known, |batch| {
             for (page, content) in read_pages(&data, &batch)? {
-                let is_good = content.is_some_and(|content| checksum_of(&content) == get(&checksums, page));
-                damaged.extend((!is_good).then_some(page));
+                if content.is_some_and(|content| checksum_of(&content) == get(&checksums, page)) {
+                    self.unchecked.note_checked(page..page + 1);
+                } else {
+                    damaged.push(page);
+                }
             }
             Ok(())
         })?;
@@ -165,6 +207,7 @@ impl FrameStore {
     fn give_up(&self, pages: &[u64], flushed: &mut PresenceBits, writing: &mut Writing) {
         self.next_epoch();
         self.clear_pages(pages);
+        pages.iter().for_each(|page| self.unchecked.note_checked(*page..page + 1));
         flushed.clear_pages(pages);
         for page in pages {
             if let Some(known) = usize::try_from(*page).ok().and_then(|page| writing.checksums.get_mut(page)) {
@@ -176,7 +219,8 @@ impl FrameStore {
 
     /// Brings what is good into a new file, in the place of the one that somebody may have mounted.
     fn rebuild(&self, damaged: &[u64], flushed: &mut PresenceBits, writing: &mut Writing) -> io::Result<()> {
-        let checksums = self.kept_checksums()?;
+        let mut checksums = self.kept_checksums()?;
+        checksums.resize(usize::try_from(Counts::of(self.index()).pages).map_err(io::Error::other)?, 0);
         let (old, new) = (self.data(), self.directory().new_data(self.index().space_len())?);
         let mut lost = damaged.to_vec();
         let is_known = |page: u64| get(&checksums, page) != 0;
@@ -193,6 +237,9 @@ impl FrameStore {
             }
             Ok(())
         })?;
+        // Without its checksum nothing is known of a page, and it was not copied.
+        let with_content = self.index().extents().iter().flat_map(|extent| pages_of(&extent.plain_range()));
+        lost.extend(with_content.filter(|page| !is_known(*page)));
         lost.sort_unstable();
         lost.dedup();
         new.file.sync_data()?;
@@ -202,6 +249,8 @@ impl FrameStore {
         self.unseal();
         self.give_up(&lost, flushed, writing);
         self.set_data(file);
+        // All of it was compared on its way.
+        self.unchecked.note_checked(0..Counts::of(self.index()).pages);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::{
     ops::Range,
     path::PathBuf,
     sync::{Arc, mpsc},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use format_spec::LazyLayer;
@@ -32,6 +32,9 @@ use crate::{
 
 /// Times a read fetches what it needs: more than once only if content vanishes between arrival and read.
 const READ_ATTEMPTS_MAX: u32 = 4;
+
+/// Plain bytes that are compared between two looks at the clock.
+const CHECK_LEN: u64 = 1 << 20;
 
 /// A layer of the cache. Cheap to clone; safe from many threads.
 #[derive(Debug, Clone)]
@@ -229,19 +232,36 @@ impl Layer {
         verify_in_haste(self.core(), &self.inner.scheduler);
     }
 
-    /// The file that is the plain address space, once everything is in it and durable; `None` before that, and where a
-    /// verdict is to come as long as there is none.
+    /// The file that is the plain address space, once everything is in it and durable; `None` before that, where a verdict
+    /// is to come as long as there is none, and as long as content of an earlier process was not compared with its
+    /// checksums.
     ///
     /// It becomes durable soon after [`Self::is_complete`], or with [`Self::flush`]. Nothing is written to the file any
-    /// longer, by no later process either. It is gone with the layer, but not for who has it open or mounted.
+    /// longer, by no later process either; where the disk has changed it, another file takes its place
+    /// ([`Self::file_number`]). It is gone with the layer, but not for who has it open or mounted.
     pub fn complete_file(&self) -> Option<PathBuf> {
         self.core().store.sealed_data_path().filter(|_| self.core().store.proof().may_leave())
     }
 
-    /// [`Self::complete_file`], after a short wait for a complete layer to become durable; blocks.
+    /// [`Self::complete_file`], after a short wait for a complete layer to become durable, and for its content to be
+    /// compared where that is possible in this time; otherwise it is compared in the background, soon. Blocks.
     pub fn complete_file_within(&self, timeout: Duration) -> Option<PathBuf> {
+        let deadline = Instant::now() + timeout;
         self.core().store.wait_for_seal(timeout);
+        if self.core().store.is_sealed() {
+            self.inner.check_until(deadline);
+        }
         self.complete_file()
+    }
+
+    /// The inode number of the file that has the content: another one from the moment on when the disk was found to have
+    /// changed what may be mounted.
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub fn file_number(&self) -> io::Result<u64> {
+        self.core().store.data().number()
     }
 
     /// How much has arrived.
@@ -304,11 +324,41 @@ impl Layer {
 }
 
 impl LayerInner {
+    /// Compares what an earlier process left in a plain range, unless that was done; what is damaged counts as missing
+    /// afterwards. Blocks.
+    pub(crate) fn check(&self, plain: Range<u64>) -> io::Result<()> {
+        match self.core.store.check(&self.core.store.data(), &plain) {
+            Err(error) if is_lost(&error) => self.heal(plain),
+            checked => checked,
+        }
+    }
+
+    /// The same for all of it, unless that would take longer. Blocks.
+    fn check_until(&self, deadline: Instant) {
+        let (started, count) = (Instant::now(), self.core.store.unchecked.count());
+        let mut next = 0;
+        while let Some(part) = self.core.store.next_unchecked(next, CHECK_LEN) {
+            next = part.end;
+            if let Err(error) = self.check(part) {
+                tracing::warn!(blob = %self.core.blob(), %error, "cached content cannot be compared or healed now");
+                break;
+            }
+            let left = self.core.store.unchecked.count();
+            let done = count.saturating_sub(left).max(1);
+            let time_left = started.elapsed().as_secs_f64() * left as f64 / done as f64;
+            if left > 0 && Instant::now() + Duration::from_secs_f64(time_left) > deadline {
+                break;
+            }
+        }
+        if !self.core.store.unchecked.is_empty() {
+            self.core.store.unchecked.want();
+        }
+    }
+
     /// Compares the content of a plain range with its checksums; what is damaged counts as missing afterwards. Blocks.
     pub(crate) fn heal(&self, plain: Range<u64>) -> io::Result<()> {
         let (core, store) = (&self.core, &self.core.store);
-        // Copies that are under way say what they have written.
-        if core.is_removed() || self.is_warming_up() {
+        if core.is_removed() {
             return Ok(());
         }
         let plain = plain.start..plain.end.min(store.index().space_len());

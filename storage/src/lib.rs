@@ -51,7 +51,6 @@
 //! them.
 
 mod bitmap;
-mod boots;
 mod bring;
 pub mod cache;
 mod decode;
@@ -79,6 +78,7 @@ mod sync;
 #[cfg(all(test, feature = "shuttle"))]
 mod threads;
 mod transfer;
+mod unchecked;
 mod unpack;
 mod verdict;
 mod verify;

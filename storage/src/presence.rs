@@ -5,9 +5,9 @@
 //! beginning where there is none. The bit of a *frame* is set when all content of the frame is there, however it came:
 //! frames end in the middle of pages, and such a page is there when all frames are that have bytes in it.
 //!
-//! Both are kept in the file `presence`, with the checksums of pages ([`crate::health`]) and the boot of the kernel
-//! under which they were written ([`crate::boots`]), bound to the layer's index by its digest and closed by a CRC-32.
-//! Whatever does not fit is treated as "nothing there": the price is bytes fetched again, never a wrong byte.
+//! Both are kept in the file `presence`, with the checksums of pages ([`crate::health`]), bound to the layer's index by
+//! its digest and closed by a CRC-32. Whatever does not fit is treated as "nothing there": the price is bytes fetched
+//! again, never a wrong byte.
 
 use std::ops::Range;
 
@@ -22,7 +22,8 @@ use crate::{
 const MAGIC: [u8; 8] = *b"LAZULIP2";
 /// Magic number, index digest, number of frames, number of pages.
 const HEADER_LEN: usize = 8 + 32 + 8 + 8;
-const BOOT_LEN: usize = 8;
+/// Bytes behind the header that mean nothing.
+const RESERVED_LEN: usize = 8;
 const CRC_LEN: usize = 4;
 
 /// What is there. All methods may be called from many threads at once.
@@ -40,8 +41,6 @@ pub(crate) struct PresenceBits {
     pub(crate) pages: Vec<u64>,
     /// One a page, 0 for those without content; or none at all.
     pub(crate) checksums: Vec<u32>,
-    /// Under which they were written.
-    pub(crate) boot: u64,
 }
 
 /// How many frames and pages a layer has.
@@ -198,7 +197,7 @@ impl Presence {
     pub(crate) fn snapshot(&self) -> PresenceBits {
         // Frames first: a page that only its frames tell of is found through them, whatever its own bit says.
         let frames = self.frames.snapshot();
-        PresenceBits { frames, pages: self.pages.snapshot(), checksums: Vec::new(), boot: 0 }
+        PresenceBits { frames, pages: self.pages.snapshot(), checksums: Vec::new() }
     }
 
     /// Clears what is set and not in `flushed`, and every frame of which a page is cleared.
@@ -234,12 +233,7 @@ impl Presence {
 impl PresenceBits {
     /// Nothing is there.
     pub(crate) fn empty(counts: Counts) -> Self {
-        Self {
-            frames: bitmap::empty(counts.frames),
-            pages: bitmap::empty(counts.pages),
-            checksums: Vec::new(),
-            boot: 0,
-        }
+        Self { frames: bitmap::empty(counts.frames), pages: bitmap::empty(counts.pages), checksums: Vec::new() }
     }
 
     /// Clears pages.
@@ -259,14 +253,20 @@ impl PresenceBits {
     pub(crate) fn encode(&self, counts: Counts, index: &Digest) -> Vec<u8> {
         let page_count = usize::try_from(counts.pages).unwrap_or(usize::MAX);
         let words_len = (self.frames.len() + self.pages.len()) * 8 + page_count * 4;
-        let mut bytes = Vec::with_capacity(HEADER_LEN + BOOT_LEN + words_len + CRC_LEN);
+        let mut bytes = Vec::with_capacity(HEADER_LEN + RESERVED_LEN + words_len + CRC_LEN);
         bytes.extend_from_slice(&header(counts, index));
-        bytes.extend_from_slice(&self.boot.to_le_bytes());
+        bytes.extend_from_slice(&[0; RESERVED_LEN]);
         self.frames.iter().chain(&self.pages).for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
         let checksums = self.checksums.iter().copied().chain(std::iter::repeat(0)).take(page_count);
         checksums.for_each(|checksum| bytes.extend_from_slice(&checksum.to_le_bytes()));
         bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
         bytes
+    }
+
+    /// Where the checksums begin in the file.
+    pub(crate) fn checksums_offset(counts: Counts) -> u64 {
+        let word_count = |count: u64| count.div_ceil(u64::from(u64::BITS));
+        (HEADER_LEN + RESERVED_LEN) as u64 + (word_count(counts.frames) + word_count(counts.pages)) * 8
     }
 
     /// Reads what [`Self::encode`] wrote for a layer with this index; `None` for anything else.
@@ -278,7 +278,7 @@ impl PresenceBits {
     pub(crate) fn decode_any(bytes: &[u8], index: &Digest) -> Option<(Counts, Self)> {
         let (content, crc32) = bytes.split_at_checked(bytes.len().checked_sub(CRC_LEN)?)?;
         let (found, rest) = content.split_at_checked(HEADER_LEN)?;
-        let (boot, rest) = rest.split_first_chunk::<BOOT_LEN>()?;
+        let (_, rest) = rest.split_at_checked(RESERVED_LEN)?;
         let number = |at: usize| Some(u64::from_le_bytes(found.get(at..at + 8)?.try_into().ok()?));
         let counts = Counts { frames: number(40)?, pages: number(48)? };
         let word_count = |count: u64| usize::try_from(count.div_ceil(u64::BITS.into())).ok();
@@ -296,8 +296,7 @@ impl PresenceBits {
             bitmap::has_no_spare_bits(&frames, counts.frames) && bitmap::has_no_spare_bits(&pages, counts.pages);
         let checksums =
             checksums.chunks_exact(4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")));
-        let (checksums, boot) = (checksums.collect(), u64::from_le_bytes(*boot));
-        is_whole.then_some((counts, Self { frames, pages, checksums, boot }))
+        is_whole.then(|| (counts, Self { frames, pages, checksums: checksums.collect() }))
     }
 }
 
@@ -357,14 +356,18 @@ mod tests {
             bitmap.snapshot()
         });
         let checksums = (0..counts.pages).zip(0u32..).map(|(_, page)| page * 7).collect();
-        PresenceBits { frames, pages, checksums, boot: 9 }
+        PresenceBits { frames, pages, checksums }
     }
 
     #[test]
     fn file_form_is_reversible() {
         for counts in [(0, 0), (1, 64), (63, 65), (65, 1000)].map(|(frames, pages)| Counts { frames, pages }) {
             let bits = sample(counts);
-            assert_eq!(PresenceBits::decode(&bits.encode(counts, &INDEX), counts, &INDEX), Some(bits), "{counts:?}");
+            let bytes = bits.encode(counts, &INDEX);
+            let checksums = usize::try_from(PresenceBits::checksums_offset(counts)).unwrap();
+            let expected: Vec<u8> = bits.checksums.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
+            assert_eq!(bytes[checksums..bytes.len() - CRC_LEN], expected, "{counts:?}");
+            assert_eq!(PresenceBits::decode(&bytes, counts, &INDEX), Some(bits), "{counts:?}");
         }
     }
 
@@ -388,7 +391,7 @@ mod tests {
     fn refuses_bits_past_the_count() {
         let counts = Counts { frames: 5, pages: 6 };
         for (frames, pages) in [(1 << 5, 0), (0, 1 << 6)] {
-            let bits = PresenceBits { frames: vec![frames], pages: vec![pages], checksums: Vec::new(), boot: 0 };
+            let bits = PresenceBits { frames: vec![frames], pages: vec![pages], checksums: Vec::new() };
             assert_eq!(PresenceBits::decode(&bits.encode(counts, &INDEX), counts, &INDEX), None);
         }
     }

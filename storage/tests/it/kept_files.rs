@@ -167,7 +167,7 @@ fn writes_to_data(disk: &WatchedDisk) -> Vec<(u64, u64, u64)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_later_process_gives_away_the_same_file_at_once() {
+async fn a_later_process_gives_away_the_same_file_when_it_has_compared_it() {
     let test = TestLayer::of_frames(3, 10_000);
     let fixture = Fixture::new(&test).await;
     check_read(&fixture.layer, &test, 0..test.space.len() as u64).await;
@@ -182,7 +182,8 @@ async fn a_later_process_gives_away_the_same_file_at_once() {
     let disk = Arc::new(WatchedDisk::default());
     let cache = Cache::open(directory.path(), tokio::runtime::Handle::current(), disk.options()).unwrap();
     let layer = cache.layer(&test.lazy, MemorySource::new(&test), json!("test")).await.unwrap();
-    assert!(layer.complete_file().is_some());
+    assert_eq!(layer.complete_file(), None);
+    assert!(layer.complete_file_within(Duration::from_secs(10)).is_some());
     check_read(&layer, &test, 0..test.space.len() as u64).await;
     assert_eq!((inode(), writes_to_data(&disk)), (before, vec![]));
 }

@@ -44,6 +44,7 @@ pub(crate) struct WatchedDisk {
 #[derive(Debug, Default)]
 struct State {
     changes: Vec<Change>,
+    read_count: usize,
     paths: HashMap<u64, PathBuf>,
     failing: Vec<(Kind, String, i32)>,
     held: Vec<(Kind, String)>,
@@ -59,6 +60,11 @@ impl WatchedDisk {
     /// What was changed so far.
     pub(crate) fn changes(&self) -> Vec<Change> {
         self.state.lock().unwrap().changes.clone()
+    }
+
+    /// How often files that are written in place were read.
+    pub(crate) fn read_count(&self) -> usize {
+        self.state.lock().unwrap().read_count
     }
 
     /// Something was changed that the cache did not do.
@@ -102,6 +108,7 @@ impl WatchedDisk {
 impl Observer for WatchedDisk {
     fn before(&self, operation: Operation<'_>) -> io::Result<()> {
         let mut state = self.state.lock().unwrap();
+        state.read_count += usize::from(matches!(operation, Operation::ReadAt { .. }));
         let path_of = |file: u64| state.paths.get(&file).cloned();
         let (kind, path, change) = match operation {
             Operation::MakeDirectory { path } => (None, None, Some(Change::MakeDirectory(path.to_owned()))),
