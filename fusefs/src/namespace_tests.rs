@@ -31,7 +31,7 @@ fn tree(store: &TreeStore, name: &[u8]) -> Arc<Tree> {
 
 fn with_store<T>(test: impl FnOnce(&TreeStore) -> T) -> T {
     let directory = tempfile::tempdir().unwrap();
-    test(&TreeStore::open(directory.path().to_owned()).unwrap())
+    test(&TreeStore::open(directory.path().to_owned(), storage::disk::Disk::default()).unwrap())
 }
 
 fn number(namespace: &Namespace, path: &str) -> u64 {

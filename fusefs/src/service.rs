@@ -77,10 +77,11 @@ impl Stores {
         cache: CacheOptions,
     ) -> Result<Self, Error> {
         let cache = CacheOptions { sources: places(&sources), owner: owner_of, ..cache };
+        let disk = cache.disk.clone();
         Ok(Self {
             sources,
             cache: Cache::open(&root.join("cache"), runtime, cache)?,
-            trees: TreeStore::open(root.join("trees"))?,
+            trees: TreeStore::open(root.join("trees"), disk)?,
             pools: Pools::new().map_err(Error::disk(root))?,
         })
     }

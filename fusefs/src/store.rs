@@ -8,11 +8,15 @@
 //! Bytes and image are read whole and compared with a checksum before they are used: that of the bytes is in the
 //! record, that of the image in `<hex ID>.erofs-sum`. What the disk has changed or lost is made again, in a new file
 //! and for the same slot, so that node numbers stay.
+//!
+//! Every file is durable before it gets its name, and the names are before anybody hears of tree or image
+//! (`store_order_tests.rs`). A removal may be undone by a machine that goes down: then the tree goes as one that nobody
+//! knows.
 
 use std::{
     collections::HashSet,
     fs::{self, File},
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -20,7 +24,7 @@ use std::{
 use format_spec::{Extent, Index, LayerId};
 use serde::{Deserialize, Serialize};
 use storage::{
-    create_private_directory,
+    disk::{Disk, DiskFile},
     mapping::{FileChecksum, Map},
 };
 use tracing::warn;
@@ -37,11 +41,14 @@ const RECORD_SUFFIX: &str = ".json";
 const IMAGE_SUFFIX: &str = ".erofs";
 const IMAGE_CHECKSUM_SUFFIX: &str = ".erofs-sum";
 const NEXT_SLOT: &str = "next-slot";
+/// Of files that are not whole yet.
+const TEMPORARY_SUFFIX: &str = ".new";
 
 /// The directory of trees.
 #[derive(Debug)]
 pub(crate) struct TreeStore {
     directory: PathBuf,
+    disk: Disk,
     next_slot: Mutex<u32>,
     /// Trees whose image this process has made or compared.
     known_images: Mutex<HashSet<TreeId>>,
@@ -69,20 +76,32 @@ pub(crate) struct StoredTree {
 }
 
 impl TreeStore {
-    /// Opens the store, making it if needed.
+    /// Opens the store, making it if needed; files are changed through `disk`.
     ///
     /// # Errors
     ///
     /// When the disk refuses.
-    pub(crate) fn open(directory: PathBuf) -> Result<Self, Error> {
-        create_private_directory(&directory).map_err(Error::disk(&directory))?;
+    pub(crate) fn open(directory: PathBuf, disk: Disk) -> Result<Self, Error> {
+        disk.make_directory(&directory).map_err(Error::disk(&directory))?;
         let next_slot = Mutex::new(Slot::FIRST.number());
-        let store = Self { directory, next_slot, known_images: Mutex::default() };
+        let store = Self { directory, disk, next_slot, known_images: Mutex::default() };
+        store.remove_temporary().map_err(Error::disk(&store.directory))?;
         let mut next_slot = store.read_next_slot();
         for (_, record) in store.records()? {
             next_slot = next_slot.max(record.slot.saturating_add(1));
         }
         Ok(Self { next_slot: Mutex::new(next_slot), ..store })
+    }
+
+    /// What an earlier process did not bring to its name.
+    fn remove_temporary(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if path.to_string_lossy().ends_with(TEMPORARY_SUFFIX) {
+                self.disk.remove_if_there(&path)?;
+            }
+        }
+        Ok(())
     }
 
     fn read_next_slot(&self) -> u32 {
@@ -161,14 +180,15 @@ impl TreeStore {
             Some(slot) => slot,
             None => self.take_slot()?,
         };
-        self.write(&path, |file| file.write_all(bytes))?;
+        self.write(&path, |file| file.write_all_at(bytes, 0))?;
         let mapped = map(&path).map_err(Error::disk(&path))?;
         let checksum = Some(FileChecksum::of_bytes(bytes));
         let index = Index::open(mapped).map_err(|error| Error::Tree { path, error })?;
         let block_count = tree::block_count(&index);
         let record = TreeRecord { slot: slot.number(), layers: layers.to_vec(), block_count, checksum };
         let record = serde_json::to_vec(&record).expect("a record has text keys only");
-        self.write(&self.record_path(id), |file| file.write_all(&record))?;
+        self.write(&self.record_path(id), |file| file.write_all_at(&record, 0))?;
+        self.sync_names()?;
         Ok(StoredTree { slot, index, block_count })
     }
 
@@ -184,21 +204,23 @@ impl TreeStore {
         let path = self.image_path(id);
         self.remove_image(id)?;
         let (mut refused, mut checksum) = (None, None);
-        let written = self.write(&path, |file| match erofs::write_sparse_image(index, extents, &mut *file) {
-            Ok(_) => {
-                checksum = Some(FileChecksum::of(file)?);
-                Ok(())
-            }
-            Err(erofs::WriteError::Io(error)) => Err(error),
-            Err(error) => {
-                refused = Some(error);
-                Err(io::ErrorKind::Unsupported.into())
-            }
-        });
+        let written =
+            self.write(&path, |file| match erofs::write_sparse_image(index, extents, Writer { file, len: 0 }) {
+                Ok(_) => {
+                    checksum = Some(FileChecksum::of(&file.try_clone()?)?);
+                    Ok(())
+                }
+                Err(erofs::WriteError::Io(error)) => Err(error),
+                Err(error) => {
+                    refused = Some(error);
+                    Err(io::ErrorKind::Unsupported.into())
+                }
+            });
         // After the image: who finds it finds an image.
         let written = written.and_then(|()| {
             let checksum = serde_json::to_vec(&checksum).expect("two numbers");
-            self.write(&self.image_checksum_path(id), |file| file.write_all(&checksum))?;
+            self.write(&self.image_checksum_path(id), |file| file.write_all_at(&checksum, 0))?;
+            self.sync_names()?;
             lock(&self.known_images).insert(id);
             Ok(())
         });
@@ -248,8 +270,12 @@ impl TreeStore {
 
     fn remove_image(&self, id: TreeId) -> Result<(), Error> {
         lock(&self.known_images).remove(&id);
-        remove_if_there(&self.image_checksum_path(id))?;
-        remove_if_there(&self.image_path(id))
+        self.remove_if_there(&self.image_checksum_path(id))?;
+        self.remove_if_there(&self.image_path(id))
+    }
+
+    fn remove_if_there(&self, path: &Path) -> Result<(), Error> {
+        self.disk.remove_if_there(path).map_err(Error::disk(path))
     }
 
     /// Deletes a tree; unknown ones are deleted already.
@@ -258,33 +284,46 @@ impl TreeStore {
     ///
     /// When the disk refuses.
     pub(crate) fn remove(&self, id: TreeId) -> Result<(), Error> {
-        remove_if_there(&self.record_path(id))?;
-        remove_if_there(&self.path(id))?;
+        self.remove_if_there(&self.record_path(id))?;
+        self.remove_if_there(&self.path(id))?;
         self.remove_image(id)
     }
 
-    /// The slot is taken on disk before anybody can see it.
+    /// The slot is taken on disk before anybody can see it: with the names of the tree that gets it.
     fn take_slot(&self) -> Result<Slot, Error> {
         let mut next_slot = lock(&self.next_slot);
         let path = self.directory.join(NEXT_SLOT);
         let exhausted = || Error::Disk { path: path.clone(), error: io::Error::other("no slots are left") };
         let slot = Slot::new(*next_slot).ok_or_else(exhausted)?;
         let after = slot.number().checked_add(1).ok_or_else(exhausted)?;
-        self.write(&path, |file| file.write_all(after.to_string().as_bytes()))?;
+        self.write(&path, |file| file.write_all_at(after.to_string().as_bytes(), 0))?;
         *next_slot = after;
         Ok(slot)
     }
 
-    /// All of it or nothing, and durable.
-    fn write(&self, path: &Path, content: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), Error> {
+    /// All of it or nothing, and durable, but for the name: that takes [`Self::sync_names`].
+    fn write(&self, path: &Path, content: impl FnOnce(&DiskFile) -> io::Result<()>) -> Result<(), Error> {
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(TEMPORARY_SUFFIX);
+        let temporary = PathBuf::from(temporary);
         let write = || -> io::Result<()> {
-            let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
-            content(file.as_file_mut())?;
-            file.as_file().sync_all()?;
-            file.persist(path)?;
-            File::open(&self.directory)?.sync_all()
+            // Of an attempt that failed.
+            self.disk.remove_if_there(&temporary)?;
+            let file = self.disk.create(&temporary)?;
+            content(&file)?;
+            file.sync_data()?;
+            self.disk.rename(&temporary, path)
         };
-        write().map_err(Error::disk(path))
+        write().map_err(|error| {
+            // Best effort: the error that counts is there already.
+            let _ = self.disk.remove_if_there(&temporary);
+            Error::Disk { path: path.to_owned(), error }
+        })
+    }
+
+    /// Files keep their names from now on.
+    fn sync_names(&self) -> Result<(), Error> {
+        self.disk.sync_directory(&self.directory).map_err(Error::disk(&self.directory))
     }
 
     fn path(&self, id: TreeId) -> PathBuf {
@@ -309,10 +348,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn remove_if_there(path: &Path) -> Result<(), Error> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::Disk { path: path.to_owned(), error }),
-        _ => Ok(()),
+/// Appends to a file.
+struct Writer<'a> {
+    file: &'a DiskFile,
+    len: u64,
+}
+
+impl io::Write for Writer<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write_all_at(bytes, self.len)?;
+        self.len += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -336,6 +386,10 @@ fn map_checked(path: &Path, expected: Option<FileChecksum>) -> Result<Map, Strin
 }
 
 #[cfg(test)]
+#[path = "store_order_tests.rs"]
+mod order_tests;
+
+#[cfg(test)]
 mod tests {
     use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
@@ -343,13 +397,13 @@ mod tests {
 
     use super::*;
 
-    fn layers(blob: &[u8]) -> Vec<RemoteLayer> {
+    pub(super) fn layers(blob: &[u8]) -> Vec<RemoteLayer> {
         let index = IndexLocation { offset: 0, compressed_len: 1, plain_len: 2, digest: Digest::of(b"index") };
         let layer = LazyLayer { blob: Digest::of(blob), blob_len: 1, index, hot_len: 0 };
         vec![RemoteLayer { layer, image: "host/repository:tag".to_owned() }]
     }
 
-    fn tree(layers: &[RemoteLayer]) -> Vec<u8> {
+    pub(super) fn tree(layers: &[RemoteLayer]) -> Vec<u8> {
         let mut builder = IndexBuilder::default();
         builder.add_inode(implicit_directory()).unwrap();
         builder.add_directory(0, std::iter::empty::<(&[u8], u32)>()).unwrap();
@@ -361,7 +415,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
         for expected in 1..4 {
-            let store = TreeStore::open(directory.path().join("trees")).unwrap();
+            let store = TreeStore::open(directory.path().join("trees"), Disk::default()).unwrap();
             assert!(store.load(id, &layers).unwrap().is_none());
             assert_eq!(store.create(id, &layers, &tree(&layers)).unwrap().slot.number(), expected);
             assert_eq!(store.load(id, &layers).unwrap().unwrap().slot.number(), expected);
@@ -372,7 +426,7 @@ mod tests {
     #[test]
     fn a_tree_of_other_layers_is_not_loaded() {
         let directory = tempfile::tempdir().unwrap();
-        let store = TreeStore::open(directory.path().join("trees")).unwrap();
+        let store = TreeStore::open(directory.path().join("trees"), Disk::default()).unwrap();
         let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
         store.create(id, &layers, &tree(&layers)).unwrap();
         let mut other = layers.clone();
@@ -397,7 +451,7 @@ mod tests {
     #[test]
     fn a_tree_with_a_flipped_bit_is_made_again_under_its_number() {
         let directory = tempfile::tempdir().unwrap();
-        let store = TreeStore::open(directory.path().to_owned()).unwrap();
+        let store = TreeStore::open(directory.path().to_owned(), Disk::default()).unwrap();
         let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
         let bytes = tree(&layers);
         let slot = store.create(id, &layers, &bytes).unwrap().slot.number();
@@ -415,7 +469,7 @@ mod tests {
         let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
         let image = || {
             // A new process: one that has made or compared an image does not do it again.
-            let store = TreeStore::open(directory.path().to_owned()).unwrap();
+            let store = TreeStore::open(directory.path().to_owned(), Disk::default()).unwrap();
             let stored = match store.load(id, &layers).unwrap() {
                 Some(stored) => stored,
                 None => store.create(id, &layers, &tree(&layers)).unwrap(),
@@ -439,7 +493,7 @@ mod tests {
     #[test]
     fn what_a_broken_off_write_leaves_is_no_tree() {
         let directory = tempfile::tempdir().unwrap();
-        let store = TreeStore::open(directory.path().to_owned()).unwrap();
+        let store = TreeStore::open(directory.path().to_owned(), Disk::default()).unwrap();
         let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
         store.create(id, &layers, &tree(&layers)).unwrap();
         let record = fs::read(store.record_path(id)).unwrap();

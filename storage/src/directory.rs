@@ -141,9 +141,24 @@ impl LayerDirectory {
         self.path.join("data")
     }
 
-    /// Where `gaps` is.
-    pub(crate) fn gaps_path(&self) -> PathBuf {
-        self.path.join("gaps")
+    /// Opens `gaps`; `None` if there is none.
+    pub(crate) fn open_gaps(&self) -> io::Result<Option<DiskFile>> {
+        self.open_writable("gaps")
+    }
+
+    /// Makes `gaps`, which is not there.
+    pub(crate) fn create_gaps(&self) -> io::Result<DiskFile> {
+        let is_buried = lock(&self.is_buried);
+        if *is_buried {
+            return Err(io::Error::other("layer was removed"));
+        }
+        self.disk.create(&self.path.join("gaps"))
+    }
+
+    /// Removes `gaps`, unless the directory was moved away.
+    pub(crate) fn remove_gaps(&self) -> io::Result<()> {
+        let is_buried = lock(&self.is_buried);
+        if *is_buried { Ok(()) } else { self.disk.remove_if_there(&self.path.join("gaps")) }
     }
 
     /// Reads `verdict`; `None` if it is missing or damaged.
@@ -225,7 +240,7 @@ impl LayerDirectory {
         self.remove_temporary()?;
         let bits = self.read_presence(counts, index)?;
         if let Some(bits) = bits
-            && let Some(data) = self.open_writable_data()?
+            && let Some(data) = self.open_writable("data")?
             && data.len()? == space_len
         {
             return Ok((data, bits));
@@ -268,10 +283,10 @@ impl LayerDirectory {
         Ok(new.file)
     }
 
-    fn open_writable_data(&self) -> io::Result<Option<DiskFile>> {
-        match self.disk.open_writable(&self.data_path()) {
+    fn open_writable(&self, name: &str) -> io::Result<Option<DiskFile>> {
+        match self.disk.open_writable(&self.path.join(name)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            data => data.map(Some),
+            file => file.map(Some),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Where this crate changes files, and reads those that may be damaged.
+//! Where files of a cache and of trees are changed, and read where they may be damaged.
 //!
 //! Everything goes to the kernel at once. An [`Observer`] hears of each operation first: tests record the order, lose
 //! what was not synced, delay and refuse.
@@ -83,7 +83,7 @@ pub struct Disk {
 
 /// A file that is written and read in place.
 #[derive(Debug)]
-pub(crate) struct DiskFile {
+pub struct DiskFile {
     disk: Disk,
     file: File,
     number: u64,
@@ -100,13 +100,21 @@ impl Disk {
     }
 
     /// Makes a directory and its parents unless it is there.
-    pub(crate) fn make_directory(&self, path: &Path) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub fn make_directory(&self, path: &Path) -> io::Result<()> {
         self.before(Operation::MakeDirectory { path })?;
         create_private_directory(path)
     }
 
     /// Makes a file that is not there.
-    pub(crate) fn create(&self, path: &Path) -> io::Result<DiskFile> {
+    ///
+    /// # Errors
+    ///
+    /// When it is there, or the disk refuses.
+    pub fn create(&self, path: &Path) -> io::Result<DiskFile> {
         self.open(path, true)
     }
 
@@ -124,7 +132,11 @@ impl Disk {
     }
 
     /// Opens a file for reading; `None` if there is none.
-    pub(crate) fn open_if_there(&self, path: &Path) -> io::Result<Option<File>> {
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be opened.
+    pub fn open_if_there(&self, path: &Path) -> io::Result<Option<File>> {
         self.before(Operation::Read { path })?;
         match File::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -133,7 +145,11 @@ impl Disk {
     }
 
     /// All bytes of a file; `None` if there is none.
-    pub(crate) fn read_if_there(&self, path: &Path) -> io::Result<Option<Vec<u8>>> {
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read.
+    pub fn read_if_there(&self, path: &Path) -> io::Result<Option<Vec<u8>>> {
         let Some(mut file) = self.open_if_there(path)? else { return Ok(None) };
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
@@ -141,13 +157,21 @@ impl Disk {
     }
 
     /// Moves a file or directory, replacing a file.
-    pub(crate) fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.before(Operation::Rename { from, to })?;
         fs::rename(from, to)
     }
 
     /// Takes a file's name away; its content stays for who has it open or mounted.
-    pub(crate) fn remove_if_there(&self, path: &Path) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub fn remove_if_there(&self, path: &Path) -> io::Result<()> {
         self.before(Operation::Remove { path })?;
         match fs::remove_file(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -156,7 +180,11 @@ impl Disk {
     }
 
     /// Makes the names in a directory durable.
-    pub(crate) fn sync_directory(&self, path: &Path) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub fn sync_directory(&self, path: &Path) -> io::Result<()> {
         self.before(Operation::SyncDirectory { path })?;
         File::open(path)?.sync_all()
     }
@@ -164,7 +192,11 @@ impl Disk {
 
 impl DiskFile {
     /// Writes all of `bytes` at `offset`.
-    pub(crate) fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses.
+    pub fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.disk.before(Operation::WriteAt { file: self.number, offset, bytes })?;
         self.file.write_all_at(bytes, offset)
     }
@@ -200,7 +232,11 @@ impl DiskFile {
     }
 
     /// Makes content and length durable, not the name.
-    pub(crate) fn sync_data(&self) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When the disk refuses: then nothing is known of what was written since the last time.
+    pub fn sync_data(&self) -> io::Result<()> {
         self.disk.before(Operation::Sync { file: self.number })?;
         self.file.sync_data()
     }
@@ -216,7 +252,11 @@ impl DiskFile {
     }
 
     /// The file, to read from.
-    pub(crate) fn try_clone(&self) -> io::Result<File> {
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn try_clone(&self) -> io::Result<File> {
         self.file.try_clone()
     }
 }

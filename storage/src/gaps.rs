@@ -8,16 +8,15 @@
 //! record = frame plain-len compressed-len crc32 zstd-frame      numbers of 4 bytes, little-endian
 //! ```
 //!
-//! The CRC-32 covers the three numbers and the compressed bytes. The file only grows; what does not fit any more, as
-//! after a crash, ends it: the price is a frame fetched again. A frame without such bytes has no record.
+//! The CRC-32 covers the three numbers and the compressed bytes. The file only grows, and nothing of it is synced: what
+//! does not fit any more, as after a crash, ends it. The price is a frame fetched again. A frame without such bytes has
+//! no record.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, BufReader, Read, Seek, SeekFrom},
     ops::Range,
-    os::unix::fs::{FileExt, OpenOptionsExt},
-    path::PathBuf,
-    sync::OnceLock,
+    sync::Arc,
 };
 
 use format_spec::{
@@ -26,6 +25,8 @@ use format_spec::{
 };
 
 use crate::{
+    directory::LayerDirectory,
+    disk::{DiskFile, is_lost},
     mapping::LayerIndex,
     sync::{Mutex, lock},
 };
@@ -40,14 +41,15 @@ const LEVEL: i32 = 1;
 /// The records of one layer. Safe from many threads.
 #[derive(Debug)]
 pub(crate) struct Gaps {
-    path: PathBuf,
+    directory: LayerDirectory,
     index_digest: Digest,
-    file: OnceLock<File>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// Made with the first record.
+    file: Option<Arc<DiskFile>>,
     /// For each frame the record that it has.
     places: Vec<Option<Place>>,
     /// Where the next record goes.
@@ -81,20 +83,22 @@ pub(crate) fn gap_ranges(index: &LayerIndex, frame: u32) -> Vec<Range<usize>> {
 }
 
 impl Gaps {
-    /// Reads which records the file at `path` has; it is made with the first record.
-    pub(crate) fn open(path: PathBuf, index: &LayerIndex, index_digest: Digest) -> io::Result<Self> {
-        let gaps = Self { path, index_digest, file: OnceLock::new(), state: Mutex::default() };
-        let mut state = State { places: vec![None; index.frames().len()], end: 0 };
-        match OpenOptions::new().read(true).write(true).open(&gaps.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-            Ok(file) => {
-                state.scan(&file, &index_digest)?;
-                let _ = gaps.file.set(file);
+    /// Reads which records the file in `directory` has.
+    pub(crate) fn open(directory: &LayerDirectory, index: &LayerIndex, index_digest: Digest) -> io::Result<Self> {
+        let nothing = || State { file: None, places: vec![None; index.frames().len()], end: 0 };
+        let mut state = nothing();
+        if let Some(file) = directory.open_gaps()? {
+            match file.try_clone().and_then(|file| state.scan(&file, &index_digest)) {
+                Ok(()) => state.file = Some(Arc::new(file)),
+                Err(error) if is_lost(&error) => {
+                    tracing::warn!(layer = %directory.path().display(), %error, "gaps cannot be read: kept anew");
+                    directory.remove_gaps()?;
+                    state = nothing();
+                }
+                Err(error) => return Err(error),
             }
         }
-        *lock(&gaps.state) = state;
-        Ok(gaps)
+        Ok(Self { directory: directory.clone(), index_digest, state: Mutex::new(state) })
     }
 
     /// Whether a frame has a record.
@@ -114,8 +118,11 @@ impl Gaps {
         let number = |len: usize| u32::try_from(len).map_err(io::Error::other);
         let place = Place { offset: 0, plain_len: number(plain.len())?, compressed_len: number(compressed.len())? };
         let record = [&place.header(frame, &compressed)[..], &compressed].concat();
-        let file = self.file()?;
         let mut state = lock(&self.state);
+        let file = match &state.file {
+            Some(file) => file.clone(),
+            None => state.file.insert(Arc::new(self.directory.create_gaps()?)).clone(),
+        };
         if state.end == 0 {
             file.write_all_at(&[&MAGIC[..], self.index_digest.as_bytes()].concat(), 0)?;
             state.end = FILE_HEADER_LEN as u64;
@@ -131,10 +138,13 @@ impl Gaps {
 
     /// What was kept of a frame; `None` without a record, also from now on if it is damaged.
     pub(crate) fn read(&self, frame: u32) -> io::Result<Option<Vec<u8>>> {
-        let place = lock(&self.state).places.get(frame as usize).copied().flatten();
-        let (Some(place), Some(file)) = (place, self.file.get()) else { return Ok(None) };
+        let (place, file) = {
+            let state = lock(&self.state);
+            (state.places.get(frame as usize).copied().flatten(), state.file.clone())
+        };
+        let (Some(place), Some(file)) = (place, file) else { return Ok(None) };
         let mut record = vec![0; RECORD_HEADER_LEN + place.compressed_len as usize];
-        file.read_exact_at(&mut record, place.offset - RECORD_HEADER_LEN as u64)?;
+        file.read_sparse(place.offset - RECORD_HEADER_LEN as u64, &mut record)?;
         let (header, compressed) = record.split_at(RECORD_HEADER_LEN);
         let is_whole = header == place.header(frame, compressed);
         let plain = is_whole.then(|| zstd::bulk::decompress(compressed, place.plain_len as usize));
@@ -154,19 +164,8 @@ impl Gaps {
         let mut state = lock(&self.state);
         state.places.fill(None);
         state.end = 0;
-        match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => self.file.get().map_or(Ok(()), |file| file.set_len(0)),
-        }
-    }
-
-    fn file(&self) -> io::Result<&File> {
-        if let Some(file) = self.file.get() {
-            return Ok(file);
-        }
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&self.path)?;
-        Ok(self.file.get_or_init(|| file))
+        state.file = None;
+        self.directory.remove_gaps()
     }
 }
 

@@ -77,7 +77,7 @@ impl Proof {
         };
         let proof = Self {
             index_digest,
-            gaps: Gaps::open(directory.gaps_path(), index, index_digest)?,
+            gaps: Gaps::open(directory, index, index_digest)?,
             is_refused: AtomicBool::new(matches!(kept, Some(Verdict::Refused { .. }))),
             verdict: RwLock::new(kept),
             earlier: RwLock::new(earlier),

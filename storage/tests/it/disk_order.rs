@@ -6,25 +6,24 @@
 //! none is missing without this test.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, hash_map::DefaultHasher},
+    collections::HashSet,
     fs,
-    hash::{Hash, Hasher},
+    hash::{DefaultHasher, Hash, Hasher},
     ops::Range,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
 
+use format_spec::Digest;
 use serde_json::{Value, json};
-use storage::{Cache, Layer};
+use storage::{Cache, Layer, Verdict};
 
 use crate::{
+    power_cut::{Change, Model, State, choices},
     support::{MemorySource, TestLayer, check_read, open_cache},
-    watched::{Change, WatchedDisk},
+    watched::WatchedDisk,
 };
-
-/// Random choices of what is lost, beside all the simple ones.
-const RANDOM_CHOICES: u64 = 4;
 
 /// What holds after a crash at any step in `from..=until`.
 #[derive(Debug, Clone)]
@@ -40,6 +39,8 @@ enum Promised {
     Known(Value),
     /// This content need not be fetched.
     Present(Range<u64>),
+    /// The tar stream need not be put together again.
+    Verified,
     /// The layer is unknown.
     Removed,
 }
@@ -78,218 +79,21 @@ impl Recording {
     }
 }
 
-/// A file system in memory that knows what is durable.
-#[derive(Debug, Clone, Default)]
-struct Model {
-    nodes: Vec<Node>,
-    open: HashMap<u64, usize>,
-    /// Changes of names that are not durable, oldest first.
-    namings: Vec<Naming>,
-}
-
-#[derive(Debug, Clone)]
-enum Node {
-    Directory { now: BTreeMap<String, usize>, durable: BTreeMap<String, usize> },
-    File { durable: Vec<u8>, pending: Vec<Write> },
-}
-
-#[derive(Debug, Clone)]
-enum Write {
-    Bytes(usize, Vec<u8>),
-    Len(usize),
-}
-
-/// Directory, name, and what has the name afterwards; all at once or not at all.
-type Naming = Vec<(usize, String, Option<usize>)>;
-
-impl Write {
-    fn apply(&self, content: &mut Vec<u8>) {
-        match self {
-            Self::Len(len) => content.resize(*len, 0),
-            Self::Bytes(offset, bytes) => {
-                content.resize(content.len().max(offset + bytes.len()), 0);
-                content[*offset..offset + bytes.len()].copy_from_slice(bytes);
-            }
+async fn verdict_of(layer: &Layer) -> Verdict {
+    layer.verify();
+    loop {
+        if let Some(verdict) = layer.verdict() {
+            return verdict;
         }
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
-}
-
-impl Model {
-    fn new() -> Self {
-        Self { nodes: vec![Node::Directory { now: BTreeMap::new(), durable: BTreeMap::new() }], ..Self::default() }
-    }
-
-    fn entries(&mut self, directory: usize) -> &mut BTreeMap<String, usize> {
-        match &mut self.nodes[directory] {
-            Node::Directory { now, .. } => now,
-            Node::File { .. } => panic!("a file is no directory"),
-        }
-    }
-
-    fn find(&mut self, path: &Path) -> Option<usize> {
-        path.iter().try_fold(0, |node, name| self.entries(node).get(name.to_str().unwrap()).copied())
-    }
-
-    fn place(&mut self, path: &Path) -> Option<(usize, String)> {
-        let name = path.file_name()?.to_str().unwrap().to_owned();
-        Some((self.find(path.parent().unwrap())?, name))
-    }
-
-    fn name(&mut self, naming: Naming) {
-        for (directory, name, node) in &naming {
-            match node {
-                Some(node) => self.entries(*directory).insert(name.clone(), *node),
-                None => self.entries(*directory).remove(name),
-            };
-        }
-        self.namings.push(naming);
-    }
-
-    fn write(&mut self, file: u64, write: Write) {
-        let Some(node) = self.open.get(&file) else { return };
-        match &mut self.nodes[*node] {
-            Node::File { pending, .. } => pending.push(write),
-            Node::Directory { .. } => panic!("a directory is not written"),
-        }
-    }
-
-    fn apply(&mut self, change: &Change, root: &Path) {
-        let inside = |path: &Path| path.strip_prefix(root).unwrap().to_owned();
-        match change {
-            Change::MakeDirectory(path) => {
-                let path = inside(path);
-                for ancestor in path.ancestors().collect::<Vec<_>>().into_iter().rev().skip(1) {
-                    if self.find(ancestor).is_none() {
-                        let (directory, name) = self.place(ancestor).unwrap();
-                        self.nodes.push(Node::Directory { now: BTreeMap::new(), durable: BTreeMap::new() });
-                        self.name(vec![(directory, name, Some(self.nodes.len() - 1))]);
-                    }
-                }
-            }
-            Change::Open { path, file, is_new } => {
-                let path = inside(path);
-                if *is_new {
-                    let (directory, name) = self.place(&path).unwrap();
-                    self.nodes.push(Node::File { durable: Vec::new(), pending: Vec::new() });
-                    self.name(vec![(directory, name, Some(self.nodes.len() - 1))]);
-                }
-                let node = self.find(&path);
-                node.and_then(|node| self.open.insert(*file, node));
-            }
-            Change::Write { file, offset, bytes } => self.write(*file, Write::Bytes(*offset as usize, bytes.clone())),
-            Change::SetLen { file, len } => self.write(*file, Write::Len(*len as usize)),
-            Change::Sync(file) => {
-                if let Some(node) = self.open.get(file)
-                    && let Node::File { durable, pending } = &mut self.nodes[*node]
-                {
-                    pending.drain(..).for_each(|write| write.apply(durable));
-                }
-            }
-            Change::Rename { from, to } => {
-                let (from, to) = (inside(from), inside(to));
-                let Some(node) = self.find(&from) else { return };
-                let ((old, old_name), (new, new_name)) = (self.place(&from).unwrap(), self.place(&to).unwrap());
-                self.name(vec![(old, old_name, None), (new, new_name, Some(node))]);
-            }
-            Change::Remove(path) => {
-                let path = inside(path);
-                if self.find(&path).is_some() {
-                    let (directory, name) = self.place(&path).unwrap();
-                    self.name(vec![(directory, name, None)]);
-                }
-            }
-            Change::SyncDirectory(path) => {
-                let Some(synced) = self.find(&inside(path)) else { return };
-                let namings = std::mem::take(&mut self.namings);
-                for naming in namings {
-                    if naming.iter().any(|(directory, ..)| *directory == synced) {
-                        self.make_durable(&naming);
-                    } else {
-                        self.namings.push(naming);
-                    }
-                }
-            }
-        }
-    }
-
-    fn make_durable(&mut self, naming: &Naming) {
-        for (directory, name, node) in naming {
-            if let Node::Directory { durable, .. } = &mut self.nodes[*directory] {
-                match node {
-                    Some(node) => durable.insert(name.clone(), *node),
-                    None => durable.remove(name),
-                };
-            }
-        }
-    }
-
-    /// Number of changes that a crash may lose.
-    fn pending_count(&self) -> usize {
-        let pending = |node: &Node| if let Node::File { pending, .. } = node { pending.len() } else { 0 };
-        self.namings.len() + self.nodes.iter().map(pending).sum::<usize>()
-    }
-
-    /// What is on the disk after a crash: every file with its content, and every directory without one.
-    fn crash(&self, mut is_kept: impl FnMut(usize) -> bool) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
-        let mut model = self.clone();
-        let mut numbers = 0..;
-        for naming in self.namings.iter().filter(|_| is_kept(numbers.next().unwrap())) {
-            model.make_durable(naming);
-        }
-        for node in &mut model.nodes {
-            if let Node::File { durable, pending } = node {
-                pending.drain(..).filter(|_| is_kept(numbers.next().unwrap())).for_each(|write| write.apply(durable));
-            }
-        }
-        let mut found = BTreeMap::new();
-        model.collect(0, Path::new(""), &mut found);
-        found
-    }
-
-    fn collect(&self, node: usize, path: &Path, found: &mut BTreeMap<PathBuf, Option<Vec<u8>>>) {
-        match &self.nodes[node] {
-            Node::File { durable, .. } => {
-                found.insert(path.to_owned(), Some(durable.clone()));
-            }
-            Node::Directory { durable, .. } => {
-                found.insert(path.to_owned(), None);
-                durable.iter().for_each(|(name, node)| self.collect(*node, &path.join(name), found));
-            }
-        }
-    }
-}
-
-/// Which of `count` pending changes survive a crash: none, all, all but one, one, and some at random.
-fn choices(count: usize) -> impl Iterator<Item = Vec<bool>> {
-    let simple = [vec![false; count], vec![true; count]].into_iter();
-    let single = (0..count).flat_map(move |one| {
-        [false, true].map(|others| (0..count).map(|number| (number == one) != others).collect::<Vec<_>>())
-    });
-    let random = (0..RANDOM_CHOICES).map(move |seed| {
-        let byte = |number: usize| {
-            let mut hasher = DefaultHasher::new();
-            (seed, number, count).hash(&mut hasher);
-            hasher.finish()
-        };
-        (0..count).map(|number| byte(number) & 1 == 1).collect()
-    });
-    simple.chain(single).chain(random)
 }
 
 /// What the next process finds wrong.
-async fn find_wrong(
-    state: &BTreeMap<PathBuf, Option<Vec<u8>>>,
-    promises: &[&Promised],
-    test: &TestLayer,
-) -> Vec<String> {
+async fn find_wrong(state: &State, promises: &[&Promised], test: &TestLayer) -> Vec<String> {
     // In memory where that is possible: nothing is lost here any more.
     let root = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-    for (path, content) in state.iter().filter(|(path, _)| !path.as_os_str().is_empty()) {
-        match content {
-            None => fs::create_dir(root.path().join(path)).unwrap(),
-            Some(content) => fs::write(root.path().join(path), content).unwrap(),
-        }
-    }
+    state.restore(root.path());
     let cache = open_cache(root.path());
     let known = cache.known_layers().unwrap();
     let mut wrong = Vec::new();
@@ -312,6 +116,9 @@ async fn find_wrong(
     {
         wrong.push("a file with wrong content is given away".to_owned());
     }
+    if promises.contains(&&Promised::Verified) && layer.verdict().is_none() {
+        wrong.push("the verdict is gone".to_owned());
+    }
     for promise in promises {
         if let Promised::Present(plain) = promise {
             let mut bytes = vec![0; (plain.end - plain.start) as usize];
@@ -322,6 +129,11 @@ async fn find_wrong(
     }
     if layer.read_async(0, test.space.len()).await.unwrap() != test.space {
         wrong.push("wrong bytes are read".to_owned());
+    }
+    // Of what was kept for it, and is not what was written, nothing may be believed.
+    let verdict = verdict_of(&layer).await;
+    if verdict != (Verdict::Verified { tar: Digest::of(&test.tar) }) {
+        wrong.push(format!("the layer is {verdict}"));
     }
     wrong
 }
@@ -349,7 +161,7 @@ async fn first_wrong(
                 }
                 let wrong = find_wrong(&state, &holding, test).await;
                 if !wrong.is_empty() {
-                    let before = step.checked_sub(1).map(|last| shorten(&changes[last]));
+                    let before = step.checked_sub(1).map(|last| changes[last].shorten());
                     return Some(format!("crash after step {step} ({before:?}): {wrong:?}"));
                 }
             }
@@ -361,19 +173,11 @@ async fn first_wrong(
     None
 }
 
-/// A change without its bytes.
-fn shorten(change: &Change) -> String {
-    match change {
-        Change::Write { file, offset, bytes } => format!("Write {{ {file}, {offset}, {} bytes }}", bytes.len()),
-        change => format!("{change:?}"),
-    }
-}
-
 async fn open(cache: &Cache, test: &TestLayer, description: &str) -> Layer {
     cache.layer(&test.lazy, MemorySource::new(test), json!(description)).await.unwrap()
 }
 
-/// Opened, read, flushed, described anew, completed, lost and replaced, removed, opened again.
+/// Opened, read, flushed, described anew, completed, verified, lost and replaced, removed, opened again.
 async fn record(test: &TestLayer, root: &Path) -> Recording {
     let disk = Arc::new(WatchedDisk::default());
     let mut recording = Recording { disk: disk.clone(), promises: Vec::new() };
@@ -395,11 +199,17 @@ async fn record(test: &TestLayer, root: &Path) -> Recording {
         layer.flush().unwrap();
     }
     recording.promise(Promised::Present(0..test.space.len() as u64));
+    verdict_of(&layer).await;
+    recording.promise(Promised::Verified);
+    let directory = root.join("layers").join(test.lazy.id().hex());
+    // Deleted behind the verdict.
+    while directory.join("gaps").exists() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 
     // Somebody deletes the file under a process that has ended; the next one knows nothing of its content.
     drop((layer, cache));
-    recording.end(|what| matches!(what, Promised::Present(_)));
-    let directory = root.join("layers").join(test.lazy.id().hex());
+    recording.end(|what| matches!(what, Promised::Present(_) | Promised::Verified));
     fs::remove_file(directory.join("data")).unwrap();
     disk.note(Change::Remove(directory.join("data")));
     disk.note(Change::SyncDirectory(directory));
@@ -432,13 +242,12 @@ async fn after_a_power_cut_at_any_step_promises_hold_and_no_sync_is_there_in_vai
     let changes = disk.changes();
     assert_eq!(first_wrong(&changes, 0, &promises, directory.path(), &test).await, None);
 
-    let is_sync = |change: &Change| matches!(change, Change::Sync(_) | Change::SyncDirectory(_));
     let is_by_hand =
         |pair: &[Change]| matches!(pair, [Change::Remove(path), Change::SyncDirectory(_)] if path.ends_with("data"));
     let by_hand = changes.windows(2).position(is_by_hand).unwrap() + 1;
     let mut needless = Vec::new();
     let mut sync_count = 0;
-    for (number, sync) in changes.iter().enumerate().filter(|(_, change)| is_sync(change)) {
+    for (number, sync) in changes.iter().enumerate().filter(|(_, change)| change.is_sync()) {
         if number == by_hand {
             continue;
         }
@@ -448,7 +257,7 @@ async fn after_a_power_cut_at_any_step_promises_hold_and_no_sync_is_there_in_vai
         without[number] = Change::Remove(directory.path().join("nothing"));
         match first_wrong(&without, number, &promises, directory.path(), &test).await {
             Some(wrong) => println!("without step {number}, {sync:?}: {wrong}"),
-            None => needless.push(format!("{number}: {sync:?} after {}", shorten(&changes[number - 1]))),
+            None => needless.push(format!("{number}: {sync:?} after {}", changes[number - 1].shorten())),
         }
     }
     assert!(sync_count >= 15, "{sync_count} syncs");

@@ -12,8 +12,9 @@ use serde_json::json;
 use storage::{Cache, Layer};
 
 use crate::{
+    power_cut::Change,
     support::{Fixture, LayerMaker, MemorySource, TestFile, TestLayer, check_read, open_cache},
-    watched::{Change, Kind, WatchedDisk},
+    watched::{Kind, WatchedDisk},
 };
 
 fn content_of(file: &File, len: usize) -> Vec<u8> {

@@ -13,6 +13,7 @@ mod kept_files;
 mod layers;
 mod patience;
 mod places;
+mod power_cut;
 mod reads;
 mod removal;
 mod rest;

@@ -12,20 +12,7 @@ use storage::{
     disk::{Disk, Observer, Operation},
 };
 
-use crate::support::options;
-
-/// A change of the disk.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Change {
-    MakeDirectory(PathBuf),
-    Open { path: PathBuf, file: u64, is_new: bool },
-    Write { file: u64, offset: u64, bytes: Vec<u8> },
-    SetLen { file: u64, len: u64 },
-    Sync(u64),
-    Rename { from: PathBuf, to: PathBuf },
-    Remove(PathBuf),
-    SyncDirectory(PathBuf),
-}
+use crate::{power_cut::Change, support::options};
 
 /// Kinds of operations that can be made to wait or fail.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -110,24 +97,14 @@ impl Observer for WatchedDisk {
         let mut state = self.state.lock().unwrap();
         state.read_count += usize::from(matches!(operation, Operation::ReadAt { .. }));
         let path_of = |file: u64| state.paths.get(&file).cloned();
-        let (kind, path, change) = match operation {
-            Operation::MakeDirectory { path } => (None, None, Some(Change::MakeDirectory(path.to_owned()))),
-            Operation::Open { path, file, is_new } => {
-                (None, None, Some(Change::Open { path: path.to_owned(), file, is_new }))
-            }
-            Operation::Read { path } => (Some(Kind::Read), Some(path.to_owned()), None),
-            Operation::ReadAt { file, .. } => (Some(Kind::Read), path_of(file), None),
-            Operation::WriteAt { file, offset, bytes } => {
-                (Some(Kind::Write), path_of(file), Some(Change::Write { file, offset, bytes: bytes.to_vec() }))
-            }
-            Operation::SetLen { file, len } => (None, None, Some(Change::SetLen { file, len })),
-            Operation::Sync { file } => (Some(Kind::Sync), path_of(file), Some(Change::Sync(file))),
-            Operation::Rename { from, to } => {
-                (None, None, Some(Change::Rename { from: from.to_owned(), to: to.to_owned() }))
-            }
-            Operation::Remove { path } => (None, None, Some(Change::Remove(path.to_owned()))),
-            Operation::SyncDirectory { path } => (None, None, Some(Change::SyncDirectory(path.to_owned()))),
+        let (kind, path) = match operation {
+            Operation::Read { path } => (Some(Kind::Read), Some(path.to_owned())),
+            Operation::ReadAt { file, .. } => (Some(Kind::Read), path_of(file)),
+            Operation::WriteAt { file, .. } => (Some(Kind::Write), path_of(file)),
+            Operation::Sync { file } => (Some(Kind::Sync), path_of(file)),
+            _ => (None, None),
         };
+        let change = Change::of(operation);
         if let Some(Change::Open { path, file, .. }) = &change {
             state.paths.insert(*file, path.clone());
         }
