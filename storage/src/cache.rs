@@ -48,6 +48,7 @@ use crate::{
         lock,
     },
     transfer,
+    unkept::Unkept,
     unpack::Unpacker,
 };
 
@@ -152,6 +153,7 @@ struct CacheInner {
     place_count: AtomicU64,
     unpacker: Arc<Unpacker>,
     refusals: opening::Refusals,
+    unkept: Arc<Unkept>,
 }
 
 #[derive(Debug)]
@@ -200,6 +202,7 @@ impl Cache {
         let inner = Arc::new(CacheInner {
             unpacker: Arc::new(unpacker.map_err(disk_error)?),
             refusals: opening::Refusals::default(),
+            unkept: Arc::default(),
             root: root.to_owned(),
             scheduler: Scheduler::new(runtime.clone(), options.requests, options.patience, transfer::start),
             runtime,

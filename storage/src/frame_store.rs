@@ -7,7 +7,6 @@
 //! over one write to the page cache. Who serves reads takes neither.
 
 use std::{
-    collections::VecDeque,
     io,
     ops::Range,
     path::PathBuf,
@@ -31,11 +30,9 @@ use crate::{
         lock,
     },
     unchecked::Unchecked,
+    unkept::Unkept,
 };
 
-/// Frames kept in memory when the disk does not take them; older ones give way. At usual frame sizes a few
-/// megabytes a layer, enough that the reads of one file do not fetch the same frame again and again.
-const UNKEPT_FRAMES_MAX: usize = 8;
 /// Longest run of files assembled for one write, in bytes.
 const WRITE_LEN_MAX: usize = 1 << 20;
 
@@ -63,8 +60,7 @@ pub(crate) struct FrameStore {
     presence: Presence,
     proof: Proof,
     has_unwritten_bits: AtomicBool,
-    unkept: Mutex<VecDeque<(u32, Bytes)>>,
-    has_unkept: AtomicBool,
+    unkept: Arc<Unkept>,
     is_disk_refusing: AtomicBool,
     /// Held from the look at what is there until what was written is said to be.
     writing: Mutex<Writing>,
@@ -92,6 +88,7 @@ impl FrameStore {
         index: LayerIndex,
         index_digest: Digest,
         flush_soon: Arc<Notify>,
+        unkept: Arc<Unkept>,
     ) -> io::Result<Self> {
         let counts = Counts::of(&index);
         let (data, mut bits) = directory.open_data(index.space_len(), counts, &index_digest)?;
@@ -112,8 +109,7 @@ impl FrameStore {
             index_digest,
             data: RwLock::new(Arc::new(data)),
             has_unwritten_bits: AtomicBool::new(presence.is_complete() && !is_sealed),
-            unkept: Mutex::default(),
-            has_unkept: AtomicBool::new(false),
+            unkept,
             is_disk_refusing: AtomicBool::new(false),
             writing: Mutex::new(Writing { checksums }),
             epoch: AtomicU64::new(0),
@@ -410,7 +406,9 @@ impl FrameStore {
     }
 
     fn note_disk_took_it(&self) {
-        self.is_disk_refusing.store(false, Ordering::Release);
+        if self.is_disk_refusing.swap(false, Ordering::AcqRel) {
+            self.unkept.forget(self.index_digest);
+        }
         // Late content of a sealed layer has changed nothing.
         if !self.is_sealed() {
             self.has_unwritten_bits.store(true, Ordering::Release);
@@ -430,13 +428,7 @@ impl FrameStore {
 
     /// Keeps a frame in memory for a while because the disk did not take it.
     pub(crate) fn keep_in_memory(&self, frame: u32, content: Bytes) {
-        let mut unkept = lock(&self.unkept);
-        unkept.retain(|(number, _)| *number != frame);
-        unkept.push_back((frame, content));
-        if unkept.len() > UNKEPT_FRAMES_MAX {
-            unkept.pop_front();
-        }
-        self.has_unkept.store(true, Ordering::Release);
+        self.unkept.keep(self.index_digest, frame, content);
         self.is_disk_refusing.store(true, Ordering::Release);
     }
 
@@ -446,10 +438,7 @@ impl FrameStore {
     }
 
     fn find_unkept(&self, frame: u32) -> Option<(u32, Bytes)> {
-        if !self.has_unkept.load(Ordering::Acquire) {
-            return None;
-        }
-        lock(&self.unkept).iter().find(|(number, _)| *number == frame).cloned()
+        self.unkept.find(self.index_digest, frame).map(|content| (frame, content))
     }
 
     /// Makes durable what arrived: first data, then its bits.

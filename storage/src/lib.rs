@@ -79,6 +79,7 @@ mod sync;
 mod threads;
 mod transfer;
 mod unchecked;
+mod unkept;
 mod unpack;
 mod verdict;
 mod verify;

@@ -154,7 +154,7 @@ impl CacheInner {
     }
 
     fn open_store(&self, at: &LayerDirectory, index: LayerIndex, record: &LayerRecord) -> io::Result<FrameStore> {
-        FrameStore::open(at.clone(), index, record.layer.index.digest, self.flush_soon.clone())
+        FrameStore::open(at.clone(), index, record.layer.index.digest, self.flush_soon.clone(), self.unkept.clone())
     }
 
     /// Works on the directory of a layer that is being opened, unless it is removed already.
