@@ -130,14 +130,39 @@ impl BadDisk {
     ///
     /// When its blocks cannot be found.
     pub fn spoil(&self, file: &Path) -> Result<()> {
+        self.spoil_blocks(file, |runs| runs.truncate(1), |run| run.start..run.start + 1)
+    }
+
+    /// Makes all of a file that lies on it unreadable, as far as it is not in memory.
+    ///
+    /// # Errors
+    ///
+    /// When its blocks cannot be found.
+    pub fn spoil_all(&self, file: &Path) -> Result<()> {
+        self.spoil_blocks(file, |_| {}, |run| run)
+    }
+
+    fn spoil_blocks(
+        &self,
+        file: &Path,
+        choose: impl Fn(&mut Vec<Range<u64>>),
+        part: impl Fn(Range<u64>) -> Range<u64>,
+    ) -> Result<()> {
         let printed = run(command("filefrag", ["-v", "-b4096"]).arg(file))?;
         // `   0:        0..       0:      34816..     34816:      1:             last,eof`
-        let first = printed.lines().find_map(|line| line.trim().strip_prefix("0:"));
-        let physical = first.and_then(|line| line.split(':').nth(1)?.split("..").next()?.trim().parse::<u64>().ok());
-        let Some(block) = physical else {
-            return Err(HarnessError::Unexpected(format!("filefrag: {printed}")));
+        let physical = |line: &str| {
+            let mut fields = line.trim().split(':');
+            let _number = fields.next()?.parse::<u64>().ok()?;
+            let (first, last) = fields.nth(1)?.split_once("..")?;
+            Some(first.trim().parse::<u64>().ok()?..last.trim().parse::<u64>().ok()? + 1)
         };
-        self.bad.lock().unwrap_or_else(PoisonError::into_inner).push(block * 4096..(block + 1) * 4096);
+        let mut runs: Vec<_> = printed.lines().filter_map(physical).collect();
+        if runs.is_empty() {
+            return Err(HarnessError::Unexpected(format!("filefrag: {printed}")));
+        }
+        choose(&mut runs);
+        let bytes = runs.into_iter().map(part).map(|run| run.start * 4096..run.end * 4096);
+        self.bad.lock().unwrap_or_else(PoisonError::into_inner).extend(bytes);
         Ok(())
     }
 }
@@ -230,6 +255,10 @@ impl Filesystem for OneFile {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        // As disks do, which have spare blocks.
+        let end = offset + data.len() as u64;
+        let is_left = |bad: &Range<u64>| bad.start < offset || bad.end > end;
+        self.bad.lock().unwrap_or_else(PoisonError::into_inner).retain(is_left);
         match self.file.write_all_at(data, offset) {
             Ok(()) => reply.written(u32::try_from(data.len()).unwrap_or(0)),
             Err(_) => reply.error(Errno::EIO),

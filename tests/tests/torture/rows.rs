@@ -61,6 +61,7 @@ pub(crate) const ROWS: &[Row] = &[
     row("disk", "full", 120, BOTH, disk::full),
     row("disk", "full-database", 90, KERNEL, disk::full_database),
     row("disk", "bad-block", 180, BOTH, disk::bad_block),
+    row("disk", "mapped-bad-block", 180, BOTH, disk::mapped_bad_block),
     row("disk", "slow-sync", 150, KERNEL, disk::slow_sync),
     row("disk", "flipped-bit", 120, BOTH, disk::flipped_bit),
     row("disk", "damaged-presence", 120, BOTH, disk::damaged_presence),

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, thread, time::Duration};
 
 use lazuli_tests::{
-    FaultyRegistry, HarnessError, Node, Result, SnapshotterOptions,
+    FaultyRegistry, HarnessError, Node, Result, SnapshotterOptions, TarLayer,
     disks::{BadDisk, SmallDisk},
     error::Context as _,
     process::{command, run},
@@ -13,7 +13,7 @@ use tonic::Code;
 
 use crate::{
     bench::{Bench, HEALTHY_WITHIN, fused, logged, send},
-    images::{HEALTHY_FILES, HEALTHY_LEN, SINGLE_LEN, healthy_content, single, single_content},
+    images::{HEALTHY_FILES, HEALTHY_LEN, SINGLE_LEN, healthy_content, publish_lazy, single, single_content},
     reader::{Seen, flip_bit, forget_pages},
     snapshots::{Call, Snapshots, has_code, words},
 };
@@ -112,6 +112,51 @@ pub(crate) fn bad_block(bench: &Bench) -> Result<()> {
     let sees = format!("its own running container: {}", seen.words(&expected));
     let is_right = !seen.is_wrong(&expected) && !matches!(seen, Seen::Waiting(_));
     bench.line(fault, sees, logged(&node, &["index"]), is_right);
+    node.snapshotter.stop();
+    Ok(())
+}
+
+/// Blocks under an index and a tree cannot be read any longer while they are mapped into `lazuli-fused`: it may end by
+/// that once, not again and again.
+pub(crate) fn mapped_bad_block(bench: &Bench) -> Result<()> {
+    /// So many that the pages that are looked at are none that were looked at before.
+    const FILES: u64 = 20_000;
+    let content = |number: u64| format!("content of {number}").into_bytes();
+    let layer = (0..FILES).fold(TarLayer::new().directory("files"), |layer, number| {
+        layer.file(&format!("files/{number}"), content(number))
+    });
+    publish_lazy(&bench.scratch, &bench.upstream, "wide", layer)?;
+    let disk = BadDisk::mount(&bench.scratch, ROOT, 256 << 20)?;
+    let mut node = bench.node()?;
+    let healthy = bench.pulled_and_mounted(&node, &bench.registry.reference("healthy:lazy"))?;
+    let wide = bench.pulled_and_mounted(&node, &bench.registry.reference("wide:lazy"))?;
+    let root = node.snapshotter.root().to_owned();
+    let mut mapped = vec![cache_of(&node, "wide")?.join("index")];
+    if bench.mode == "fuse" {
+        // Those of trees have no dot in their names.
+        let trees = fs::read_dir(root.join("trees")).at("listing", &root)?.flatten().map(|entry| entry.path());
+        mapped.extend(trees.filter(|path| path.extension().is_none() && !path.ends_with("next-slot")));
+    }
+    run(&mut command("sync", ["-f", &root.to_string_lossy()]))?;
+    for path in &mapped {
+        disk.spoil_all(path)?;
+        forget_pages(path).at("forgetting pages of", path)?;
+    }
+    let fault = "unreadable blocks under a mapped index and tree";
+    if fs::read(&mapped[0]).is_ok() {
+        bench.line(fault, "the blocks could be read all the same: not tried", "", false);
+    }
+    let mut daemons = vec![fused(&node)?];
+    for number in [FILES / 2, 7, FILES - 7] {
+        let path = wide.join(format!("files/{number}"));
+        let seen = bench.read(&path, content(number).len(), Duration::from_secs(30))?;
+        daemons.push(fused(&node)?);
+        daemons.dedup();
+        let sees =
+            format!("its container: {}; {} restarts of lazuli-fused", seen.words(&content(number)), daemons.len() - 1);
+        bench.line(fault, sees, logged(&node, &["cannot be read"]), seen.is(&content(number)) && daemons.len() <= 2);
+    }
+    bench.healthy_line(&node, "the same: another image", &healthy, 1)?;
     node.snapshotter.stop();
     Ok(())
 }
