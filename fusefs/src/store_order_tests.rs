@@ -18,6 +18,7 @@ use super::{
     tests::{layers, tree},
 };
 
+#[allow(clippy::cast_possible_truncation)]
 #[path = "../../storage/tests/it/power_cut.rs"]
 mod power_cut;
 
