@@ -23,7 +23,7 @@ impl Client {
     /// A mirror may answer: whoever wants to know what a push can leave out asks [`Self::has_stored_blob`].
     pub async fn has_blob(&self, reference: &Reference, digest: &Digest, len: u64) -> Result<bool, Error> {
         let attempt = |endpoint| self.has_blob_once(reference, digest, len, endpoint);
-        self.with_mirrors(reference.host(), Capability::Pull, attempt).await.or_else(false_if_missing)
+        self.with_mirrors(reference, Capability::Pull, attempt).await.or_else(false_if_missing)
     }
 
     /// The same where [`Self::push_blob`] would store it.

@@ -1,7 +1,7 @@
 //! The client itself: its options, and what it has learned about hosts.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -22,6 +22,8 @@ use crate::{
     resolver::LookUps,
 };
 
+/// Registries that are remembered: each of their hosts has connections and certificates of its own, some 135 KB.
+const REGISTRIES_MAX: usize = 64;
 /// How long the files of [`ClientOptions::hosts_dir`] are taken as read.
 const HOSTS_LIFE: Duration = Duration::from_secs(30);
 /// The same after a refusal that other certificates or headers may end.
@@ -38,10 +40,8 @@ struct Inner {
     credentials: Credentials,
     auth: AuthCache,
     redirects: Redirects,
-    /// The hosts that answer for a registry, in the order to try them, and when that was read.
-    endpoints: Mutex<HashMap<String, (Instant, Endpoints)>>,
-    /// Registries that have answered.
-    reached: Mutex<HashSet<String>>,
+    /// What has been learned of registries.
+    registries: Mutex<HashMap<String, Registry>>,
     gates: Gates,
     /// Hosts that take blobs in chunks of at most so many bytes only.
     upload_chunks: Mutex<HashMap<String, u64>>,
@@ -49,6 +49,18 @@ struct Inner {
     uploads: Arc<()>,
     /// One list of referrers is changed at a time: each change reads it and writes it back.
     referrers: tokio::sync::Mutex<()>,
+}
+
+/// A registry.
+#[derive(Clone)]
+struct Registry {
+    /// The hosts that answer for it, in the order to try them.
+    endpoints: Endpoints,
+    /// When that was read.
+    read_at: Instant,
+    used_at: Instant,
+    /// Whether it has answered.
+    is_reached: bool,
 }
 
 /// At least one.
@@ -64,8 +76,7 @@ impl Client {
             options,
             auth: AuthCache::default(),
             redirects: Redirects::default(),
-            endpoints: Mutex::default(),
-            reached: Mutex::default(),
+            registries: Mutex::default(),
             gates: Gates::default(),
             upload_chunks: Mutex::default(),
             uploads: Arc::default(),
@@ -115,22 +126,26 @@ impl Client {
     ///
     /// [`Error::HostsFile`] when its files cannot be read the first time; later what was read before goes on.
     pub(crate) async fn endpoints(&self, registry: &str) -> Result<Endpoints, Error> {
-        let kept = lock(&self.0.endpoints).get(registry).cloned();
+        let kept = lock(&self.0.registries).get_mut(registry).map(|kept| {
+            kept.used_at = Instant::now();
+            kept.clone()
+        });
         let has_files = self.0.options.hosts_dir.is_some();
         match kept {
-            Some((read_at, endpoints)) if !has_files || read_at.elapsed() < HOSTS_LIFE => Ok(endpoints),
-            kept => self.read_endpoints(registry, kept.map(|(_, endpoints)| endpoints)).await,
+            Some(kept) if !has_files || kept.read_at.elapsed() < HOSTS_LIFE => Ok(kept.endpoints),
+            kept => self.read_endpoints(registry, kept.map(|kept| kept.endpoints)).await,
         }
     }
 
     /// Reads the files for `registry` again, after its hosts have refused what they say; whether anything in them has
     /// changed: other certificates, other headers.
     pub(crate) async fn have_endpoints_changed(&self, registry: &str) -> bool {
-        let kept = lock(&self.0.endpoints).get(registry).cloned();
+        let kept = lock(&self.0.registries).get(registry).cloned();
         let is_due = self.0.options.hosts_dir.is_some();
-        let Some((_, old)) = kept.filter(|(read_at, _)| is_due && read_at.elapsed() >= HOSTS_LIFE_MIN) else {
+        let Some(kept) = kept.filter(|kept| is_due && kept.read_at.elapsed() >= HOSTS_LIFE_MIN) else {
             return false;
         };
+        let old = kept.endpoints;
         let new = self.read_endpoints(registry, Some(Arc::clone(&old))).await;
         new.is_ok_and(|new| new.len() != old.len() || new.iter().zip(&*old).any(|(new, old)| !Arc::ptr_eq(new, old)))
     }
@@ -144,8 +159,22 @@ impl Client {
             }
             (Err(error), None) => return Err(error),
         };
-        lock(&self.0.endpoints).insert(registry.to_owned(), (Instant::now(), Arc::clone(&endpoints)));
+        self.keep_endpoints(registry, &endpoints);
         Ok(endpoints)
+    }
+
+    /// Of too many registries, the one goes that was not used for longest; requests that are under way keep its hosts.
+    fn keep_endpoints(&self, registry: &str, endpoints: &Endpoints) {
+        let mut registries = lock(&self.0.registries);
+        let is_reached = registries.get(registry).is_some_and(|known| known.is_reached);
+        if registries.len() >= REGISTRIES_MAX && !registries.contains_key(registry) {
+            let oldest = registries.iter().min_by_key(|(_, known)| known.used_at).map(|(name, _)| name.clone());
+            let gone = oldest.and_then(|oldest| registries.remove(&oldest));
+            gone.inspect(|gone| self.0.redirects.forget_those_of(&gone.endpoints));
+        }
+        let now = Instant::now();
+        let known = Registry { endpoints: Arc::clone(endpoints), read_at: now, used_at: now, is_reached };
+        registries.insert(registry.to_owned(), known);
     }
 
     async fn read_settings(&self, registry: &str) -> Result<Vec<HostSettings>, Error> {
@@ -169,13 +198,12 @@ impl Client {
     }
 
     pub(crate) fn is_reached(&self, registry: &str) -> bool {
-        lock(&self.0.reached).contains(registry)
+        lock(&self.0.registries).get(registry).is_some_and(|known| known.is_reached)
     }
 
     pub(crate) fn note_reached(&self, registry: &str) {
-        let mut reached = lock(&self.0.reached);
-        if !reached.contains(registry) {
-            reached.insert(registry.to_owned());
+        if let Some(known) = lock(&self.0.registries).get_mut(registry) {
+            known.is_reached = true;
         }
     }
 
@@ -197,5 +225,32 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("options", &self.0.options).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each port of a host was a registry of its own, for ever.
+    #[tokio::test]
+    async fn registries_that_are_not_used_any_longer_are_forgotten() {
+        let client = Client::new(ClientOptions { hosts_dir: None, ..ClientOptions::default() });
+        let names = |range: std::ops::Range<usize>| range.map(|port| format!("127.0.0.1:{port}"));
+        let own = client.endpoints("r.example").await.unwrap();
+        client.note_reached("r.example");
+        let mut first = Vec::new();
+        for name in names(1000..1400) {
+            let endpoints = client.endpoints(&name).await.unwrap();
+            let url = "http://store.example/".parse().unwrap();
+            client.redirects().learn(&name, format_spec::Digest::of(b""), &endpoints[0], &url);
+            first.push(Arc::downgrade(&endpoints[0]));
+            // One that is used meanwhile stays.
+            assert!(Arc::ptr_eq(&client.endpoints("r.example").await.unwrap()[0], &own[0]));
+        }
+        assert!(client.is_reached("r.example"));
+        assert_eq!(lock(&client.0.registries).len(), REGISTRIES_MAX);
+        let alive = first.iter().filter(|endpoint| endpoint.upgrade().is_some()).count();
+        assert_eq!(alive, REGISTRIES_MAX - 1);
     }
 }

@@ -127,7 +127,7 @@ impl Download {
                 Err(error) => {
                     // A host that promises and does not deliver would be asked again and again.
                     if let Some(answer) = self.answer.take() {
-                        answer.endpoint.rest(None);
+                        answer.endpoint.rest(self.reference.repository(), None);
                         self.slow_count += 1;
                     }
                     self.client.redirects().forget(&self.reference.name(), self.digest);

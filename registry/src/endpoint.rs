@@ -1,9 +1,10 @@
 //! Where requests for a registry go: to itself, or to a host that `hosts.toml` puts in its place.
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -19,7 +20,7 @@ use crate::{
     hosts_dir::HostSettings,
     http::{Connections, is_loopback},
     options::ClientOptions,
-    resolver::leads_near,
+    resolver::{LookUpsOfHost, Resolver, leads_near},
 };
 
 /// How long a mirror that failed is asked last, at least and at most: a dead one must not slow down every read, and
@@ -27,6 +28,8 @@ use crate::{
 const FAILED_REST: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(600));
 /// The same for one that was slow to begin: a cache that gets what it does not have is that, and well again at once.
 const SLOW_REST: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
+/// Repositories of which a host remembers that it is asked last for them.
+const RESTS_MAX: usize = 256;
 /// Docker Hub as references name it, and where it really is.
 pub(crate) const DOCKER_HUB: &str = "docker.io";
 const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
@@ -43,7 +46,8 @@ pub(crate) struct Endpoint {
     is_mirror: bool,
     settings: HostSettings,
     connections: Connections,
-    rest: Mutex<Option<Rest>>,
+    look_ups: Arc<LookUpsOfHost>,
+    rests: Mutex<Rests>,
     /// Whether its last answer to a range was all of the blob.
     ignores_ranges: AtomicBool,
 }
@@ -53,6 +57,16 @@ pub(crate) struct Endpoint {
 struct Rest {
     until: Instant,
     len: Duration,
+}
+
+/// The times in which a host is asked last.
+///
+/// What fails in one repository may be that repository's doing: blobs that its mirror does not have, or that are slow,
+/// large or broken. So that says nothing about others; only a host that cannot be spoken to rests as a whole.
+#[derive(Debug, Default)]
+struct Rests {
+    whole: Option<Rest>,
+    repositories: HashMap<String, Rest>,
 }
 
 impl Rest {
@@ -88,7 +102,8 @@ impl Endpoint {
             root,
             settings,
             connections: Connections::default(),
-            rest: Mutex::default(),
+            look_ups: Arc::default(),
+            rests: Mutex::default(),
             ignores_ranges: AtomicBool::new(false),
         }
     }
@@ -150,7 +165,8 @@ impl Endpoint {
             let reason = format!("to {}, which is this machine or its link", url.host_str().unwrap_or_default());
             return Err(Error::Redirects { what: what.to_owned(), host: self.name.clone(), reason });
         }
-        self.connections.to(url, is_far, client.options(), &self.settings, client.look_ups())
+        let resolver = Resolver::new(client.look_ups(), &self.look_ups);
+        self.connections.to(url, is_far, client.options(), &self.settings, &resolver)
     }
 
     /// Whether `url` may be sent something: it is the host itself, or one that is named for uploads. A host of plain
@@ -181,24 +197,42 @@ impl Endpoint {
         self.connections.next_identity(refused, self.settings.identities.len())
     }
 
-    /// Notes that it failed in a way that may last; `asked` is how long it wants to be left alone, if it says so.
-    pub(crate) fn rest(&self, asked: Option<Duration>) {
-        self.rest_within(FAILED_REST, asked);
+    /// Notes that it could not be spoken to.
+    pub(crate) fn rest_wholly(&self) {
+        let mut rests = self.rests();
+        rests.whole = Some(Rest::next(rests.whole, Instant::now(), FAILED_REST, None));
+    }
+
+    /// Notes that it failed in a way that may last, asked about a repository; `asked` is how long it wants to be left
+    /// alone, if it says so.
+    pub(crate) fn rest(&self, repository: &str, asked: Option<Duration>) {
+        self.rest_within(repository, FAILED_REST, asked);
     }
 
     /// Notes that it has not begun to answer when another host had.
-    pub(crate) fn rest_briefly(&self) {
-        self.rest_within(SLOW_REST, None);
+    pub(crate) fn rest_briefly(&self, repository: &str) {
+        self.rest_within(repository, SLOW_REST, None);
     }
 
-    fn rest_within(&self, bounds: (Duration, Duration), asked: Option<Duration>) {
-        let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
-        *rest = Some(Rest::next(*rest, Instant::now(), bounds, asked));
+    fn rest_within(&self, repository: &str, bounds: (Duration, Duration), asked: Option<Duration>) {
+        let (now, mut rests) = (Instant::now(), self.rests());
+        let rest = Rest::next(rests.repositories.get(repository).copied(), now, bounds, asked);
+        if rests.repositories.len() >= RESTS_MAX && !rests.repositories.contains_key(repository) {
+            rests.repositories.retain(|_, rest| now < rest.until);
+            let soonest = rests.repositories.iter().min_by_key(|(_, rest)| rest.until).map(|(name, _)| name.clone());
+            soonest.filter(|_| rests.repositories.len() >= RESTS_MAX).map(|name| rests.repositories.remove(&name));
+        }
+        rests.repositories.insert(repository.to_owned(), rest);
     }
 
-    pub(crate) fn is_resting(&self) -> bool {
-        let rest = *self.rest.lock().unwrap_or_else(PoisonError::into_inner);
-        rest.is_some_and(|rest| Instant::now() < rest.until)
+    /// Whether it is asked last for what is in a repository.
+    pub(crate) fn is_resting(&self, repository: &str) -> bool {
+        let (now, rests) = (Instant::now(), self.rests());
+        rests.whole.iter().chain(rests.repositories.get(repository)).any(|rest| now < rest.until)
+    }
+
+    fn rests(&self) -> MutexGuard<'_, Rests> {
+        self.rests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes whether it has answered a range with one; true where that it has not is new.

@@ -233,10 +233,21 @@ impl Error {
         }
     }
 
-    /// Whether the next request to the same host will most likely fail too, whatever it is about. An answer that does
-    /// not fit says nothing: an image that lies about its blobs must not make a mirror rest for others.
+    /// Whether the next request for the same repository to the same host will most likely fail too. An answer that does
+    /// not fit says nothing.
     pub(crate) fn is_about_host(&self) -> bool {
         self.is_transient() || matches!(self.root(), Self::Tls { .. } | Self::ClientCertificate { .. })
+    }
+
+    /// Whether there is no connection to this very host, whatever it would be asked: where it redirects to is another.
+    pub(crate) fn is_about_connection_to(&self, name: &str) -> bool {
+        match self.root() {
+            Self::UnknownHost { host, .. }
+            | Self::Connect { host, .. }
+            | Self::Tls { host, .. }
+            | Self::ClientCertificate { host, .. } => host == name,
+            _ => false,
+        }
     }
 
     /// Whether it may end when somebody changes what is configured for the host: certificates, headers.

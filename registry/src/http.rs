@@ -14,12 +14,7 @@ use reqwest::{Certificate, Identity, Proxy, Url, redirect};
 
 use tokio::time::Instant;
 
-use crate::{
-    error::Error,
-    hosts_dir::HostSettings,
-    options::ClientOptions,
-    resolver::{LookUps, Resolver},
-};
+use crate::{error::Error, hosts_dir::HostSettings, options::ClientOptions, resolver::Resolver};
 
 /// How long the system's CA certificates count as read after TLS has failed: they may have been replaced.
 const CERTIFICATES_LIFE: Duration = Duration::from_secs(10);
@@ -51,7 +46,7 @@ impl Connections {
         is_far: bool,
         options: &ClientOptions,
         settings: &HostSettings,
-        look_ups: &LookUps,
+        resolver: &Resolver,
     ) -> Result<reqwest::Client, Error> {
         let is_direct = url.host_str().is_some_and(is_loopback) && settings.config.proxy.is_none();
         let kind = Kind { is_direct, is_far, identity: self.identity() };
@@ -59,7 +54,7 @@ impl Connections {
         if let Some((_, client)) = clients.get(&kind) {
             return Ok(client.clone());
         }
-        let built = build(options, settings, kind, look_ups)?;
+        let built = build(options, settings, kind, resolver)?;
         clients.insert(kind, (Instant::now(), built.clone()));
         Ok(built)
     }
@@ -87,7 +82,7 @@ fn build(
     options: &ClientOptions,
     settings: &HostSettings,
     kind: Kind,
-    look_ups: &LookUps,
+    resolver: &Resolver,
 ) -> Result<reqwest::Client, Error> {
     // Fails when a provider is there already: then that one is used.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -103,7 +98,7 @@ fn build(
     let builder = || {
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("lazuli/", env!("CARGO_PKG_VERSION")))
-            .dns_resolver(Resolver { look_ups: look_ups.clone(), is_far: kind.is_far })
+            .dns_resolver(resolver.clone().with_far(kind.is_far))
             .connect_timeout(settings.config.dial_timeout.unwrap_or(options.connect_timeout))
             .tls_danger_accept_invalid_certs(settings.config.skip_verify)
             // `transport` follows them: it knows what may be shown to whom.

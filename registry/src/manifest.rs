@@ -67,7 +67,7 @@ impl Client {
     /// [`Error::TooLong`] above [`MANIFEST_LEN_MAX`].
     pub async fn manifest(&self, reference: &Reference) -> Result<Manifest, Error> {
         let attempt = |endpoint| self.manifest_once(reference, endpoint);
-        self.with_mirrors(reference.host(), capability(reference), attempt).await
+        self.with_mirrors(reference, capability(reference), attempt).await
     }
 
     /// The same where [`Self::push_manifest`] would store it, past any mirror.
@@ -98,7 +98,7 @@ impl Client {
     /// registry says it in a header.
     pub async fn manifest_digest(&self, reference: &Reference) -> Result<Option<Digest>, Error> {
         let attempt = |endpoint| self.manifest_digest_once(reference, endpoint);
-        match self.with_mirrors(reference.host(), capability(reference), attempt).await {
+        match self.with_mirrors(reference, capability(reference), attempt).await {
             Ok(digest) => Ok(Some(digest)),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),

@@ -1,24 +1,26 @@
 //! Trying the hosts of a registry one after the other: mirrors in the order of `hosts.toml`, then the registry.
 //!
-//! Every failure moves on to the next host. A host that failed in a way that may last is asked last for a while.
+//! Every failure moves on to the next host. A host that failed in a way that may last is asked last for a while: for
+//! the repository that was asked for, or wholly where it could not be spoken to.
 
 use std::sync::Arc;
 
 use tracing::debug;
 
-use crate::{client::Client, endpoint::Endpoint, error::Error, hosts::Capability, retry::Retry};
+use crate::{client::Client, endpoint::Endpoint, error::Error, hosts::Capability, reference::Reference, retry::Retry};
 
 impl Client {
-    /// Runs `attempt` with the hosts of `registry` that may do `capability`, with retries, until one succeeds.
+    /// Runs `attempt` with the hosts of a reference's registry that may do `capability`, with retries, until one succeeds.
     pub(crate) async fn with_mirrors<T, F: Future<Output = Result<T, Error>>>(
         &self,
-        registry: &str,
+        reference: &Reference,
         capability: Capability,
         attempt: impl Fn(Arc<Endpoint>) -> F,
     ) -> Result<T, Error> {
+        let registry = reference.host();
         let mut retry = Retry::new(self, registry);
         loop {
-            let mut round = self.round(registry, capability).await?;
+            let mut round = self.round(reference, capability).await?;
             let error = loop {
                 let Some(endpoint) = round.next() else { break round.into_error() };
                 match attempt(Arc::clone(&endpoint)).await {
@@ -38,11 +40,12 @@ impl Client {
     }
 
     /// The hosts to ask once each.
-    pub(crate) async fn round(&self, registry: &str, capability: Capability) -> Result<Round, Error> {
+    pub(crate) async fn round(&self, reference: &Reference, capability: Capability) -> Result<Round, Error> {
+        let (registry, repository) = (reference.host(), reference.repository());
         let endpoints = self.endpoints(registry).await?;
         let (mut resting, mut order) = (Vec::new(), Vec::new());
         for (position, endpoint) in endpoints.iter().enumerate().filter(|(_, endpoint)| endpoint.can(capability)) {
-            let list = if endpoint.is_resting() { &mut resting } else { &mut order };
+            let list = if endpoint.is_resting(repository) { &mut resting } else { &mut order };
             list.push((position, Arc::clone(endpoint)));
         }
         let awake_count = order.len();
@@ -50,7 +53,8 @@ impl Client {
         if order.is_empty() {
             return Err(no_host(registry, capability));
         }
-        Ok(Round { capability, order, awake_count, next: 0, failures: Vec::new() })
+        let repository = repository.to_owned();
+        Ok(Round { repository, capability, order, awake_count, next: 0, failures: Vec::new() })
     }
 
     /// The host to store things at.
@@ -72,6 +76,7 @@ fn no_host(registry: &str, capability: Capability) -> Error {
 
 /// One turn through the hosts of a registry.
 pub(crate) struct Round {
+    repository: String,
     capability: Capability,
     /// Those that rest come last; the number is the place in `hosts.toml`.
     order: Vec<(usize, Arc<Endpoint>)>,
@@ -98,8 +103,10 @@ impl Round {
     pub(crate) fn failed(&mut self, endpoint: &Endpoint, error: Error) {
         if self.order.len() > 1 {
             debug!(host = endpoint.name(), registry = endpoint.registry(), %error, "asking the next host");
-            if error.is_about_host() {
-                endpoint.rest(error.retry_after());
+            if error.is_about_connection_to(endpoint.name()) {
+                endpoint.rest_wholly();
+            } else if error.is_about_host() {
+                endpoint.rest(&self.repository, error.retry_after());
             }
         }
         let place = self.order.iter().find(|(_, other)| std::ptr::eq(&**other, endpoint));
@@ -156,7 +163,8 @@ mod tests {
             (position, Error::from_status("manifest of x:1", &host, &host, status, None, ""))
         };
         let failures = statuses.iter().enumerate().map(status).collect();
-        Round { capability, order: Vec::new(), awake_count: 0, next: 0, failures }.into_error()
+        Round { repository: String::new(), capability, order: Vec::new(), awake_count: 0, next: 0, failures }
+            .into_error()
     }
 
     #[test]

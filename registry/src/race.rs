@@ -87,7 +87,7 @@ impl Question<'_> {
     ///
     /// When nobody has one: what all the failures mean together.
     pub(crate) async fn ask(&self) -> Result<Answer, Error> {
-        let mut round = self.client.round(self.reference.host(), Capability::Pull).await?;
+        let mut round = self.client.round(self.reference, Capability::Pull).await?;
         let host_count = round.host_count();
         // A second answer that is all of the blob would cost more than the wait.
         let hedge_delay =
@@ -165,7 +165,7 @@ impl Question<'_> {
         match candidate {
             Candidate::Host(endpoint) => {
                 debug!(host = endpoint.name(), "slower than the next host");
-                endpoint.rest_briefly();
+                endpoint.rest_briefly(self.reference.repository());
             }
             Candidate::Redirect(_) => self.client.redirects().forget(&self.reference.name(), self.digest),
         }

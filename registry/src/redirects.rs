@@ -69,6 +69,9 @@ impl Redirects {
     pub(crate) fn refused(&self, repository: &str, digest: Digest, redirect: &Redirect) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if redirect.learned.elapsed() < LIFE_MIN {
+            if state.fleeting.len() >= ADDRESSES_MAX {
+                state.fleeting.clear();
+            }
             state.fleeting.insert(redirect.endpoint.name().to_owned());
         }
         let key = (repository.to_owned(), digest);
@@ -76,6 +79,13 @@ impl Redirects {
         if state.addresses.get(&key).is_some_and(|kept| kept.url == redirect.url) {
             state.addresses.remove(&key);
         }
+    }
+
+    /// Forgets what these hosts have said.
+    pub(crate) fn forget_those_of(&self, endpoints: &[Arc<Endpoint>]) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_of = |redirect: &Redirect| endpoints.iter().any(|gone| Arc::ptr_eq(gone, &redirect.endpoint));
+        state.addresses.retain(|_, redirect| !is_of(redirect));
     }
 
     /// Makes the next read ask the registry.

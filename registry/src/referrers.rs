@@ -67,7 +67,7 @@ impl Client {
         artifact_type: Option<&str>,
     ) -> Result<Vec<Referrer>, Error> {
         let attempt = |endpoint| self.referrers_by_api(reference, subject, artifact_type, endpoint);
-        let found = self.with_mirrors(reference.host(), Capability::Resolve, attempt).await;
+        let found = self.with_mirrors(reference, Capability::Resolve, attempt).await;
         let mut referrers = match found {
             Ok(Some(referrers)) => referrers,
             Ok(None) => self.referrers_by_tag(reference, subject).await?,

@@ -84,6 +84,33 @@ async fn a_mirror_that_is_down_is_asked_last_for_a_while() {
     assert_eq!((busy.requests().len(), origin.requests().len()), (1, 5));
 }
 
+/// Blobs that were cold, slow or broken in one repository took the mirror from all others.
+#[tokio::test]
+async fn a_mirror_rests_for_the_repository_that_fails_and_wholly_where_nobody_connects() {
+    let mirror = FaultServer::start(|_, request| match request.target.starts_with("/v2/evil/") {
+        true if request.target.contains("redirected") => Reply::full(307, &["Location: http://127.0.0.1:1/gone"], b""),
+        true => Reply::status(503),
+        false => Reply::full(200, &[], MANIFEST),
+    })
+    .await;
+    let origin = server(200).await;
+    let (client, _hosts) = client(&[(&mirror, r#"["pull", "resolve"]"#)], &origin);
+    for (name, expected) in [("evil/a", (1, 1)), ("evil/a", (1, 2)), ("evil/redirected", (2, 3)), ("team/b", (3, 3))] {
+        client.manifest(&format!("r.example:5000/{name}").parse().unwrap()).await.unwrap();
+        assert_eq!((mirror.requests().len(), origin.requests().len()), expected, "{name}");
+    }
+    let down = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let text = format!("server = \"http://{}\"\n[host.\"http://{down}\"]\n", origin.host());
+    let hosts = hosts_dir(&[("_default", &text)]);
+    let client = client_with_hosts(&hosts);
+    client.manifest(&"r.example/evil/a".parse().unwrap()).await.unwrap();
+    // It is back, and not asked yet, for no repository.
+    let listener = TcpListener::bind(down).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    client.manifest(&"r.example/team/b".parse().unwrap()).await.unwrap();
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+}
+
 #[tokio::test]
 async fn all_failures_are_said_and_the_registrys_own_counts() {
     let (mirror, origin) = (server(503).await, server(404).await);
