@@ -124,14 +124,7 @@ impl Layout {
     /// When an archive does not have it; a directory says so when it is read.
     pub fn blob(&self, digest: &Digest) -> Result<FileSource, ImageError> {
         match &self.place {
-            Place::Directory(path) => {
-                let path = blob_path(path, digest);
-                // Where there is none, reading says so.
-                match fs::metadata(&path).map(|metadata| check_is_file(&metadata)) {
-                    Ok(Err(error)) => Err(ImageError::File { path, error }),
-                    _ => Ok(FileSource::new(path)),
-                }
-            }
+            Place::Directory(path) => Ok(FileSource::new(blob_path(path, digest))),
             Place::Archive(archive) => {
                 let found = archive.find(&format!("blobs/sha256/{}", digest.hex()));
                 let range = found.ok_or_else(|| ImageError::Archive {

@@ -420,27 +420,15 @@ fn a_cache_lies_in_the_directory_of_a_user_or_nowhere() {
     assert_eq!(list(scene.directory.path()), ["dst", "home", "src"]);
 }
 
-/// A layout that somebody else has made may hold anything under any name.
+/// The blobs have lengths; nothing says how long the list is.
 #[test]
-fn what_is_no_file_in_a_layout_is_refused_and_not_read_without_end() {
+fn a_device_in_the_place_of_the_list_of_a_layout_is_not_read_without_end() {
     let scene = Scene::new();
-    let manifest = scene.index_of_layout("src").known().next().unwrap().digest;
-    let layer = scene.manifest("src", &manifest).layers[0].digest;
-    let refused = |scene: &Scene| {
-        let output = scene.lazuli(&["convert", "oci:src", "oci:dst"]);
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert!(text.contains("it is no regular file") && output.status.code() == Some(1), "{text}");
-    };
-    let path = scene.blob("src", &layer);
-    let blob = fs::read(&path).unwrap();
-    fs::remove_file(&path).unwrap();
-    mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
-    refused(&scene);
-    fs::remove_file(&path).unwrap();
-    fs::write(&path, blob).unwrap();
     fs::remove_file(scene.path("src/index.json")).unwrap();
     std::os::unix::fs::symlink("/dev/zero", scene.path("src/index.json")).unwrap();
-    refused(&scene);
+    let output = scene.lazuli(&["convert", "oci:src", "oci:dst"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("it is no regular file") && output.status.code() == Some(1), "{text}");
 }
 
 #[test]
