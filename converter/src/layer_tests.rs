@@ -321,3 +321,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_hole_beyond_the_limit_of_the_address_space_is_refused() {
+    let sparse = |size: u64| {
+        let mut builder = tar::Builder::new(Vec::new());
+        let size_text = size.to_string();
+        let records = [
+            ("GNU.sparse.major", "1"),
+            ("GNU.sparse.minor", "0"),
+            ("GNU.sparse.name", "hole"),
+            ("GNU.sparse.realsize", &size_text),
+        ];
+        builder.append_pax_extensions(records.map(|(key, value)| (key, value.as_bytes()))).unwrap();
+        let mut content = b"1\n0\n512\n".to_vec();
+        content.resize(1024, 0);
+        let mut header = tar::Header::new_ustar();
+        header.set_size(1024);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, "x", &content[..]).unwrap();
+        let source = builder.into_inner().unwrap();
+        convert(&source, source.len(), 1)
+    };
+    assert!(sparse(16 << 30).is_ok());
+    for size in [(16 << 30) + (1 << 20), 8 << 40] {
+        let message = sparse(size).unwrap_err().to_string();
+        assert!(message.starts_with(&format!("files and their holes take {size} bytes of address space")), "{message}");
+    }
+}

@@ -26,6 +26,13 @@ pub const PLAIN_ALIGN: u64 = 4096;
 pub const FRAME_PLAIN_LEN_MAX: u32 = 4 << 20;
 /// Most bytes a frame may have compressed: zstd's worst case over [`FRAME_PLAIN_LEN_MAX`], rounded up.
 pub const FRAME_COMPRESSED_LEN_MAX: u32 = FRAME_PLAIN_LEN_MAX + (1 << 16);
+/// Most bytes of plain address space (SPEC.md 9) beside those of [`SPACE_PER_FRAME_BYTE`].
+pub const SPACE_LEN_FREE: u64 = 16 << 30;
+/// Further bytes of plain address space that each compressed byte of the frames allows: a node keeps some bytes for
+/// each page of the space, so few bytes of blob must not claim many pages.
+pub const SPACE_PER_FRAME_BYTE: u64 = 64;
+/// Most bytes of plain address space whatever the frames claim to have.
+pub const SPACE_LEN_MAX: u64 = 256 << 30;
 /// Longest name of a directory entry: what Linux file systems allow (`NAME_MAX`).
 pub const NAME_LEN_MAX: usize = 255;
 /// Longest target of a symbolic link: what Linux follows (`PATH_MAX`, less its final zero).
@@ -617,7 +624,20 @@ impl<B: AsRef<[u8]>> Index<B> {
         self.check_rules()
     }
 
-    /// The same of an index whose sections were compared with their checksums
+    /// Proves that the plain address space is within its limit (SPEC.md 9); constant time.
+    ///
+    /// # Errors
+    ///
+    /// [`FormatError::Space`] when it is not.
+    pub fn check_space(&self) -> Result<(), FormatError> {
+        let frames_len = self.frames().last().map_or(0, |frame| frame.blob_range().end);
+        let per_frames = frames_len.saturating_mul(SPACE_PER_FRAME_BYTE);
+        let space_max = SPACE_LEN_FREE.saturating_add(per_frames).min(SPACE_LEN_MAX);
+        let space_len = self.space_len;
+        if space_len > space_max { Err(FormatError::Space { space_len, space_max, frames_len }) } else { Ok(()) }
+    }
+
+    /// The same as [`Self::check`] of an index whose sections were compared with their checksums
     /// ([`crate::table::WireIndex::to_open`]).
     ///
     /// # Errors
@@ -794,7 +814,8 @@ impl<B: AsRef<[u8]>> Index<B> {
             ensure((1..=FRAME_COMPRESSED_LEN_MAX).contains(&compressed_len), "its compressed length is not allowed")?;
             (tar_end, blob_end) = (frame.tar_range().end, frame.blob_range().end);
         }
-        ensure(tar_end == self.tar_len, "frame", self.frames().len() as u64, "the frames do not cover the tar stream")
+        ensure(tar_end == self.tar_len, "frame", self.frames().len() as u64, "the frames do not cover the tar stream")?;
+        self.check_space()
     }
 
     fn check_hot_pack(&self) -> Result<(), FormatError> {

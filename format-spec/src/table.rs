@@ -146,6 +146,18 @@ pub enum FormatError {
         /// The rule.
         rule: &'static str,
     },
+    /// The plain address space exceeds its limit (SPEC.md 9), as a sparse file with a large hole makes it.
+    #[error(
+        "files and their holes take {space_len} bytes of address space: frames of {frames_len} bytes allow {space_max}"
+    )]
+    Space {
+        /// Length of the space, in bytes.
+        space_len: u64,
+        /// Longest that is allowed, in bytes.
+        space_max: u64,
+        /// Length of all frames, compressed, in bytes.
+        frames_len: u64,
+    },
     /// zstd refused the bytes.
     #[error("compressed index: {0}")]
     Compression(String),

@@ -6,7 +6,7 @@ use format_spec::{
     BlobTail, CompressedIndex, Extent, FormatError, Frame, Index, IndexBuilder, Inode,
     annotation::INDEX_LEN_MAX,
     builder::{LayerData, blank_inode},
-    index::{DedupLocation, WHITEOUT, mode},
+    index::{DedupLocation, SPACE_LEN_FREE, SPACE_LEN_MAX, SPACE_PER_FRAME_BYTE, WHITEOUT, mode},
     table::{Header, SectionEntry},
 };
 use proptest::prelude::*;
@@ -125,6 +125,33 @@ fn refuses_a_dedup_section_beyond_the_limit() {
     let limit = INDEX_LEN_MAX;
     let allowed = [(limit, limit), (limit + 1, 1), (1, limit + 1)].map(|(compressed, plain)| build(compressed, plain));
     assert_eq!(allowed, [true, false, false]);
+}
+
+#[test]
+fn refuses_a_space_that_its_frames_do_not_allow() {
+    let build = |compressed_len: u32, space_len: u64| {
+        let mut builder = IndexBuilder::default();
+        let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+        builder.add_directory(root, Vec::<(&[u8], u32)>::new()).unwrap();
+        let frames: Vec<_> = (0..2000u32)
+            .map(|number| Frame {
+                blob_offset: (u64::from(number) * u64::from(compressed_len)).into(),
+                tar_offset: u64::from(number).into(),
+                compressed_len: compressed_len.into(),
+                plain_len: 1.into(),
+                digest: [0; 32],
+            })
+            .collect();
+        builder.finish_layer(&LayerData { tar_len: 2000, space_len, frames: &frames, ..LayerData::default() }).map(drop)
+    };
+    let refused = |space_len, space_max, frames_len| Err(FormatError::Space { space_len, space_max, frames_len });
+    let allowed = SPACE_LEN_FREE + 2_048_000 * SPACE_PER_FRAME_BYTE;
+    assert_eq!(build(1024, allowed), Ok(()));
+    assert_eq!(build(1024, allowed + 4096), refused(allowed + 4096, allowed, 2_048_000));
+    // Lengths of frames are claims too.
+    let long = 4 << 20;
+    assert_eq!(build(long, SPACE_LEN_MAX), Ok(()));
+    assert_eq!(build(long, SPACE_LEN_MAX + 4096), refused(SPACE_LEN_MAX + 4096, SPACE_LEN_MAX, 2000 << 22));
 }
 
 #[test]

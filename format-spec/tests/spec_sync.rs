@@ -170,6 +170,12 @@ fn limits_are_those_of_the_specification() {
         (1 << table::WINDOW_LOG_MAX).to_string(),
         index::FRAME_PLAIN_LEN_MAX.to_string(),
         index::FRAME_COMPRESSED_LEN_MAX.to_string(),
+        format!(
+            "{} GiB and {} bytes for each compressed byte of the frames, together at most {} GiB",
+            index::SPACE_LEN_FREE >> 30,
+            index::SPACE_PER_FRAME_BYTE,
+            index::SPACE_LEN_MAX >> 30
+        ),
         table::SECTION_COUNT_MAX.to_string(),
         index::NAME_LEN_MAX.to_string(),
         index::TARGET_LEN_MAX.to_string(),

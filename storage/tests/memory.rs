@@ -1,4 +1,4 @@
-//! Indexes that claim a lot. Alone in its process, whose peak of memory it looks at.
+//! Indexes that claim a lot. Alone in its process, whose peak of memory it looks at: one test at a time.
 
 // A failed unwrap is a failed test; the layers are small.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
@@ -14,15 +14,24 @@ use std::{
 };
 
 use bytes::Bytes;
-use format_spec::{Digest, IndexLocation, LazyLayer, index::section, table};
+use format_spec::{
+    Digest, FormatError, IndexBuilder, IndexLocation, Inode, LayerData, LazyLayer,
+    builder::blank_inode,
+    index::{SPACE_LEN_FREE, mode, section},
+    table,
+};
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
 use storage::{ByteStream, Cache, CacheError, CacheOptions, FetchFuture, FetchWideFuture, Source, WideStream};
+use tokio::sync::Mutex;
 use zerocopy::IntoBytes;
 
 /// The budget of the openings, and what else a process needs: threads, zstd, this test.
 const BUDGET: u64 = 64 << 20;
 const SMALL_CHANGE: u64 = 16 << 20;
+
+/// Whose test the memory is.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 #[derive(Debug)]
 struct Blob(Bytes, AtomicUsize);
@@ -83,15 +92,39 @@ fn head_of_names(len: u64) -> Vec<u8> {
     [header.as_bytes(), entry.as_bytes()].concat()
 }
 
-/// Peak of this process's memory, in bytes.
+/// A layer of one file that is a hole, whose index claims a plain address space of this length.
+fn hole(space_len: u64) -> (LazyLayer, Bytes) {
+    let mut builder = IndexBuilder::default();
+    let root = builder.add_inode(blank_inode(mode::DIRECTORY | 0o755)).unwrap();
+    let size = space_len.min(SPACE_LEN_FREE);
+    let file = Inode { size: size.into(), ..blank_inode(mode::REGULAR | 0o644) };
+    let file = builder.add_inode(file).unwrap();
+    builder.add_directory(root, [("hole", file)]).unwrap();
+    let index = builder.finish_layer(&LayerData { space_len: size, ..LayerData::default() }).unwrap();
+    let mut wire = zstd::decode_all(&index.bytes[..]).unwrap();
+    let table_end = 64 + 32 * u32::from_le_bytes(wire[12..16].try_into().unwrap()) as usize;
+    wire[40..48].copy_from_slice(&space_len.to_le_bytes());
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&wire[..60]);
+    hasher.update(&wire[64..table_end]);
+    wire[60..64].copy_from_slice(&hasher.finalize().to_le_bytes());
+    claim(&wire, wire.len() as u64)
+}
+
+/// Peak of this process's memory since [`reset_peak`], in bytes.
 fn peak() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
+fn reset_peak() {
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn indexes_that_claim_gigabytes_take_no_more_memory_than_their_budget() {
+    let _alone = ALONE.lock().await;
     let directory = tempfile::tempdir().unwrap();
     let options = CacheOptions { index_memory: BUDGET, ..CacheOptions::default() };
     let cache = Cache::open(directory.path(), tokio::runtime::Handle::current(), options).unwrap();
@@ -99,6 +132,7 @@ async fn indexes_that_claim_gigabytes_take_no_more_memory_than_their_budget() {
     let mut claims: Vec<_> = (0..6).map(|number| claim(&[number], 1 << 30)).collect();
     claims.extend((0..3).map(|number| claim(&head_of_names((200 + number) << 20), 96 + ((200 + number) << 20))));
     assert!(claims.iter().all(|(layer, _)| layer.blob_len < 64 << 10));
+    reset_peak();
     let before = peak();
     let sources: Vec<_> = claims.iter().map(|(_, blob)| Arc::new(Blob(blob.clone(), AtomicUsize::new(0)))).collect();
     let openings = claims.iter().zip(&sources).map(|((layer, _), source)| {
@@ -120,5 +154,31 @@ async fn indexes_that_claim_gigabytes_take_no_more_memory_than_their_budget() {
     }
     for name in ["layers", "incoming"] {
         assert_eq!(fs::read_dir(directory.path().join(name)).unwrap().count(), 0, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_of_few_bytes_with_holes_of_terabytes_take_neither_memory_nor_disk() {
+    let _alone = ALONE.lock().await;
+    for (space_len, is_allowed) in [(SPACE_LEN_FREE, true), (256 << 30, false), (8 << 40, false)] {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::open(directory.path(), tokio::runtime::Handle::current(), CacheOptions::default()).unwrap();
+        let (layer, blob) = hole(space_len);
+        assert!(layer.blob_len < 868);
+        reset_peak();
+        let before = peak();
+        let opened = cache.layer(&layer, Arc::new(Blob(blob, AtomicUsize::new(0))), json!(null)).await;
+        match opened {
+            Ok(layer) => assert!(is_allowed && layer.index().space_len() == space_len),
+            Err(CacheError::Index { error: FormatError::Space { space_len: found, .. }, .. }) => {
+                assert!(!is_allowed && found == space_len);
+                assert_eq!(fs::read_dir(directory.path().join("layers")).unwrap().count(), 0);
+            }
+            Err(error) => panic!("{error}"),
+        }
+        // Opening, and the flush that writes the file `presence`.
+        drop(cache);
+        let taken = peak() - before;
+        assert!(taken < 128 << 20, "{} MiB for {} GiB", taken >> 20, space_len >> 30);
     }
 }

@@ -154,6 +154,8 @@ impl CacheInner {
     }
 
     fn open_store(&self, at: &LayerDirectory, index: LayerIndex, record: &LayerRecord) -> io::Result<FrameStore> {
+        // Before a vector is made for its pages: an earlier version may have kept it, which knew no limit.
+        index.check_space().map_err(io::Error::other)?;
         FrameStore::open(at.clone(), index, record.layer.index.digest, self.flush_soon.clone(), self.unkept.clone())
     }
 
