@@ -13,6 +13,7 @@
 //! no record.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{self, BufReader, Read, Seek, SeekFrom},
     ops::Range,
@@ -50,8 +51,8 @@ pub(crate) struct Gaps {
 struct State {
     /// Made with the first record.
     file: Option<Arc<DiskFile>>,
-    /// For each frame the record that it has.
-    places: Vec<Option<Place>>,
+    /// The record of each frame that has one: an index may name many frames of which none ever comes.
+    places: BTreeMap<u32, Place>,
     /// Where the next record goes.
     end: u64,
 }
@@ -85,15 +86,14 @@ pub(crate) fn gap_ranges(index: &LayerIndex, frame: u32) -> Vec<Range<usize>> {
 impl Gaps {
     /// Reads which records the file in `directory` has.
     pub(crate) fn open(directory: &LayerDirectory, index: &LayerIndex, index_digest: Digest) -> io::Result<Self> {
-        let nothing = || State { file: None, places: vec![None; index.frames().len()], end: 0 };
-        let mut state = nothing();
+        let mut state = State::default();
         if let Some(file) = directory.open_gaps()? {
-            match file.try_clone().and_then(|file| state.scan(&file, &index_digest)) {
+            match file.try_clone().and_then(|file| state.scan(&file, &index_digest, index.frames().len())) {
                 Ok(()) => state.file = Some(Arc::new(file)),
                 Err(error) if is_lost(&error) => {
                     tracing::warn!(layer = %directory.path().display(), %error, "gaps cannot be read: kept anew");
                     directory.remove_gaps()?;
-                    state = nothing();
+                    state = State::default();
                 }
                 Err(error) => return Err(error),
             }
@@ -103,7 +103,7 @@ impl Gaps {
 
     /// Whether a frame has a record.
     pub(crate) fn has(&self, frame: u32) -> bool {
-        lock(&self.state).places.get(frame as usize).is_some_and(Option::is_some)
+        lock(&self.state).places.contains_key(&frame)
     }
 
     /// Keeps what a frame's content holds beside file content, unless that was done.
@@ -130,9 +130,7 @@ impl Gaps {
         file.write_all_at(&record, state.end)?;
         let offset = state.end + RECORD_HEADER_LEN as u64;
         state.end += record.len() as u64;
-        if let Some(known) = state.places.get_mut(frame as usize) {
-            *known = Some(Place { offset, ..place });
-        }
+        state.places.insert(frame, Place { offset, ..place });
         Ok(())
     }
 
@@ -140,7 +138,7 @@ impl Gaps {
     pub(crate) fn read(&self, frame: u32) -> io::Result<Option<Vec<u8>>> {
         let (place, file) = {
             let state = lock(&self.state);
-            (state.places.get(frame as usize).copied().flatten(), state.file.clone())
+            (state.places.get(&frame).copied(), state.file.clone())
         };
         let (Some(place), Some(file)) = (place, file) else { return Ok(None) };
         let mut record = vec![0; RECORD_HEADER_LEN + place.compressed_len as usize];
@@ -151,9 +149,7 @@ impl Gaps {
         match plain {
             Some(Ok(plain)) if plain.len() == place.plain_len as usize => Ok(Some(plain)),
             _ => {
-                if let Some(known) = lock(&self.state).places.get_mut(frame as usize) {
-                    *known = None;
-                }
+                lock(&self.state).places.remove(&frame);
                 Ok(None)
             }
         }
@@ -162,7 +158,7 @@ impl Gaps {
     /// Deletes everything: nobody will ask again.
     pub(crate) fn clear(&self) -> io::Result<()> {
         let mut state = lock(&self.state);
-        state.places.fill(None);
+        state.places.clear();
         state.end = 0;
         state.file = None;
         self.directory.remove_gaps()
@@ -171,7 +167,7 @@ impl Gaps {
 
 impl State {
     /// Notes the records of a file, up to the first that is none.
-    fn scan(&mut self, file: &File, index_digest: &Digest) -> io::Result<()> {
+    fn scan(&mut self, file: &File, index_digest: &Digest, frame_count: usize) -> io::Result<()> {
         let len = file.metadata()?.len();
         let mut reader = BufReader::with_capacity(1 << 16, file);
         reader.seek(SeekFrom::Start(0))?;
@@ -192,14 +188,14 @@ impl State {
             let is_in_bounds = plain_len <= FRAME_PLAIN_LEN_MAX
                 && compressed_len <= FRAME_COMPRESSED_LEN_MAX
                 && place.offset + u64::from(compressed_len) <= len;
-            if !is_in_bounds || (frame as usize) >= self.places.len() {
+            if !is_in_bounds || (frame as usize) >= frame_count {
                 return Ok(());
             }
             compressed.resize(compressed_len as usize, 0);
             if !fill(&mut reader, &mut compressed)? || header != place.header(frame, &compressed) {
                 return Ok(());
             }
-            self.places[frame as usize] = Some(place);
+            self.places.insert(frame, place);
             self.end = place.offset + u64::from(compressed_len);
         }
     }
