@@ -101,7 +101,11 @@ impl FrameStore {
         if is_sealed {
             checksums = Vec::new();
         } else {
-            checksums.resize(usize::try_from(Counts::of(&index).pages).map_err(io::Error::other)?, 0);
+            let pages = usize::try_from(Counts::of(&index).pages).map_err(io::Error::other)?;
+            if checksums.len() != pages {
+                // Zeros that the allocator need not write: pages of holes then take no memory.
+                checksums = vec![0; pages];
+            }
         }
         let store = Self {
             proof,
