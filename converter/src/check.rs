@@ -107,7 +107,7 @@ struct Check<'a> {
     pairs: HashMap<Digest, Digest>,
 }
 
-/// What has been checked.
+/// The results so far.
 #[derive(Default)]
 struct Done {
     images: Vec<ImageCheck>,

@@ -88,7 +88,7 @@ pub(crate) async fn run(arguments: CheckArguments) -> Result<ExitCode, String> {
     }
 }
 
-/// What is wrong beside the layers, which have been printed.
+/// Prints all findings but those of the layers, which have been printed.
 fn print_findings(report: &CheckReport) {
     let print = |place: &str, findings: &[Finding], further: u64, not_checked: &[String]| {
         findings.iter().for_each(|finding| println!("{place}{finding}"));
@@ -109,7 +109,7 @@ fn print_findings(report: &CheckReport) {
     print("", &report.findings, report.further_findings, &[]);
 }
 
-/// What was checked: the image, or how many the index lists.
+/// The image that was checked, or how many the index lists.
 fn describe(report: &CheckReport) -> String {
     let digest = report.digest;
     match report.images.as_slice() {

@@ -109,7 +109,7 @@ pub enum ConvertError {
     NotSigned {
         /// The blob.
         digest: Digest,
-        /// What is wrong with it.
+        /// Its fault.
         reason: String,
     },
     /// Finding out whether a layer is lazy already.

@@ -228,7 +228,7 @@ impl Conversion<'_> {
         let lazy = find_lazy_layer(self.source, &pending.descriptor).await?;
         let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&pending.descriptor.media_type.as_str());
         if let Some(lazy) = lazy.filter(|_| !self.sign.is_empty()) {
-            // Who made it is not known, and whoever believes the key believes this.
+            // Its maker is not known, and whoever believes the key believes this.
             let checked = check_all(self.source, &lazy, pending.diff_id).await;
             checked.map_err(|reason| ConvertError::NotSigned { digest, reason })?;
         }

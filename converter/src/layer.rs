@@ -4,7 +4,7 @@
 //! slowest of them, which is decompressing it: the blob's digest, decompression, walking the tar stream and cutting it
 //! (the calling thread), the digest of the tar stream, making frames (all threads of the compressor), and putting them
 //! in order, hashing and writing them. Everything between them is bounded, by queues or by the compressor's buffers.
-//! What goes behind the frames waits until it is known what of the layer a start-up reads, for which all layers of the
+//! The parts behind the frames wait until it is known what of the layer a start-up reads, for which all layers of the
 //! image are needed.
 //!
 //! The result depends on the input, the level and the hot pieces only.

@@ -1,6 +1,6 @@
 //! Signatures over lazy layers: made where a conversion has compared a layer, told where one is looked at.
 //!
-//! What is signed, and what it means to a node, says SPEC.md 8.1; the keys are those of `format_spec::signature`.
+//! SPEC.md 8.1 says what is signed, and what it means to a node; the keys are those of `format_spec::signature`.
 
 use std::{
     fmt,
@@ -67,7 +67,7 @@ fn read(path: &Path) -> Result<Vec<u8>, KeyProblem> {
     if bytes.len() as u64 > KEY_FILE_LEN_MAX { Err(KeyProblem::TooLong) } else { Ok(bytes) }
 }
 
-/// What the descriptor of a layer says; `None` without the annotation.
+/// The signatures that the descriptor of a layer names; `None` without the annotation.
 pub(crate) fn signatures_of(descriptor: &Descriptor) -> Option<Result<LayerSignatures, SignatureError>> {
     descriptor.annotation(SIGNATURE).map(str::parse)
 }

@@ -15,7 +15,7 @@ use format_spec::{Digest, DigestHasher};
 
 /// Batches that wait to be hashed.
 const BATCHES_WAITING_MAX: usize = 4;
-/// What is decompressed at a time: small enough to stay in the processor's cache until it is taken.
+/// Bytes that are decompressed at a time: few enough to stay in the processor's cache until they are taken.
 const CHUNK_LEN: usize = 128 << 10;
 /// Chunks that there are: a megabyte and a half, which is made while the cutting of a large file looks for its next border.
 const CHUNK_COUNT: usize = 12;

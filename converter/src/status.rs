@@ -33,7 +33,7 @@ pub struct NodeStatus {
     pub mode: ModeStatus,
     /// Every image that has layers here, sorted by name.
     pub images: Vec<ImageStatus>,
-    /// What is known of the layers under the chain IDs by which containerd knows them, sorted by chain ID.
+    /// The layers under the chain IDs by which containerd knows them, with what is known of each, sorted by chain ID.
     pub chains: Vec<ChainStatus>,
     /// Images that were pulled completely because `lazuli-fused` could not read them, oldest first.
     pub not_lazy: Vec<NotLazy>,

@@ -107,7 +107,7 @@ fn lines_of(image: &ImageStatus) -> String {
     text + &files.iter().map(|file| format!("  read now: {file}\n")).collect::<String>()
 }
 
-/// What is to be said of the chains of an image; all of them, or those with which something is.
+/// The lines about the chains of an image; all of them, or those with which something is.
 fn chain_lines(status: &NodeStatus, image: &str, all: bool, now: Duration) -> String {
     let of_image = status.chains.iter().filter(|chain| chain.image == image);
     of_image.filter_map(|chain| chain_line(chain, all, now)).collect()

@@ -47,7 +47,7 @@ fn put(scene: &Scene, content: &[u8]) -> Descriptor {
     descriptor
 }
 
-/// What a check of `dst` with this index says, and how it ends.
+/// The output of a check of `dst` with this index, and its exit code.
 fn check(scene: &Scene, list: &Value, arguments: &[&str]) -> (String, Option<i32>) {
     let image = format!("oci:dst@{}", put(scene, list.to_string().as_bytes()).digest);
     let mut index = index_of(scene);

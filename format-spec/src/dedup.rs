@@ -80,7 +80,7 @@ pub fn open(compressed: &[u8], location: &DedupLocation) -> Result<Vec<u8>, Form
     Ok(bytes)
 }
 
-/// What of a dedup section in open form no reader looks at: both lengths of its header are 0 (SPEC.md 5.9).
+/// The parts of a dedup section in open form that no reader looks at: both lengths of its header are 0 (SPEC.md 5.9).
 ///
 /// # Errors
 ///

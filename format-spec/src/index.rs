@@ -460,7 +460,7 @@ impl<B: AsRef<[u8]>> Index<B> {
         &self.bytes
     }
 
-    /// What of it no reader looks at.
+    /// The parts of it that no reader looks at.
     ///
     /// # Errors
     ///

@@ -1,7 +1,7 @@
 //! Signatures of converters over lazy layers, and the keys that make and check them (SPEC.md 8.1).
 //!
 //! A signature says: the index with this digest is that of the tar stream with that one. It says nothing of who may
-//! see the layer or where it lies. Who believes the key need not have the layer to believe the index.
+//! see the layer or where it lies. A node that believes the key need not have the layer to believe the index.
 
 use std::{fmt, str::FromStr};
 
@@ -19,7 +19,7 @@ pub const SIGNATURES_MAX: usize = 8;
 
 /// An Ed25519 signature (RFC 8032 5.1.6).
 const SIGNATURE_LEN: usize = 64;
-/// What every Ed25519 public key begins with as SubjectPublicKeyInfo in DER (RFC 8410 4).
+/// The first bytes of every Ed25519 public key as SubjectPublicKeyInfo in DER (RFC 8410 4).
 const PUBLIC_KEY_START: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 const PUBLIC_KEY_LEN: usize = 32;
 
@@ -56,7 +56,7 @@ pub struct Signature {
     bytes: [u8; SIGNATURE_LEN],
 }
 
-/// What the annotation of a layer says.
+/// The content of the annotation of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerSignatures {
     /// Digest of the tar stream: the diff ID of the layer.
@@ -214,7 +214,7 @@ impl PublicKey {
         bytes.map(|bytes| Self { bytes }).ok_or(KeyError::NotPublic)
     }
 
-    /// What names it.
+    /// Its name.
     pub fn id(&self) -> KeyId {
         KeyId(Digest::of(&[&PUBLIC_KEY_START[..], &self.bytes].concat()))
     }

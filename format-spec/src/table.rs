@@ -282,7 +282,7 @@ pub(crate) fn section_range(entry: &SectionEntry) -> Option<Range<usize>> {
     Some(start..end)
 }
 
-/// What a reader passes over, and a check does not (SPEC.md 4.2, 11).
+/// The parts that a reader passes over, and a check does not (SPEC.md 4.2, 11).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Unread {
     /// Features that a reader may ignore: bits of later versions.
@@ -294,7 +294,7 @@ pub struct Unread {
 }
 
 impl Unread {
-    /// What stands in a container beside the sections of `known` kinds.
+    /// The parts of a container beside the sections of `known` kinds.
     ///
     /// # Errors
     ///

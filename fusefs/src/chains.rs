@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// The file, below the root: a list of [`ChainStatus`], sorted by chain.
 pub const CHAINS_FILE: &str = "chains.json";
 
-/// What is known of a lazy layer under its chain ID.
+/// The truth about a lazy layer under its chain ID, as far as it is known.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(tag = "truth", rename_all = "snake_case")]
 pub enum Truth {
@@ -45,7 +45,7 @@ pub struct ChainStatus {
     pub blob: Digest,
     /// The layer.
     pub layer: LayerId,
-    /// What is known.
+    /// The truth, as far as it is known.
     #[serde(flatten)]
     pub truth: Truth,
     /// Since when, in seconds since 1970.

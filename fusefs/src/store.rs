@@ -93,7 +93,7 @@ impl TreeStore {
         Ok(Self { next_slot: Mutex::new(next_slot), ..store })
     }
 
-    /// What an earlier process did not bring to its name.
+    /// Removes the files that an earlier process did not bring to their names.
     fn remove_temporary(&self) -> io::Result<()> {
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();

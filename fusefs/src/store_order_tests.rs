@@ -34,7 +34,7 @@ impl Observer for Recorder {
     }
 }
 
-/// What somebody has heard of after so many changes, and until so many.
+/// A promise that somebody has heard of after so many changes, and until so many.
 #[derive(Debug, Clone)]
 struct Promise {
     from: usize,
@@ -82,7 +82,7 @@ fn record(root: &Path) -> (Vec<Change>, Vec<Promise>) {
     (recorder.0.lock().unwrap().clone(), promises)
 }
 
-/// What the next process finds wrong.
+/// The faults that the next process finds.
 fn find_wrong(state: &State, promises: &[&Promised]) -> Vec<String> {
     let root = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
     state.restore(root.path());

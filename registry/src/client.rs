@@ -40,7 +40,7 @@ struct Inner {
     credentials: Credentials,
     auth: AuthCache,
     redirects: Redirects,
-    /// What has been learned of registries.
+    /// The registries, with what has been learned of them.
     registries: Mutex<HashMap<String, Registry>>,
     gates: Gates,
     /// Hosts that take blobs in chunks of at most so many bytes only.

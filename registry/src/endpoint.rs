@@ -61,7 +61,7 @@ struct Rest {
 
 /// The times in which a host is asked last.
 ///
-/// What fails in one repository may be that repository's doing: blobs that its mirror does not have, or that are slow,
+/// A failure in one repository may be that repository's doing: blobs that its mirror does not have, or that are slow,
 /// large or broken. So that says nothing about others; only a host that cannot be spoken to rests as a whole.
 #[derive(Debug, Default)]
 struct Rests {
@@ -311,7 +311,7 @@ mod tests {
         check("r.example", PlainHttp::Never, "http://r.example/v2/a/blobs/uploads/1", false);
         check("r.example", named(), "http://cdn.example:8080/blob", true);
         check("r.example", named(), "http://cdn.example/blob", false);
-        // Who speaks plain HTTP with a registry has nothing to lose.
+        // A client that speaks plain HTTP with a registry has nothing to lose.
         check("127.0.0.1:5000", PlainHttp::Never, "http://127.0.0.1:5001/blob", true);
     }
 

@@ -49,7 +49,7 @@ pub(crate) struct LookUps(Arc<Semaphore>);
 /// The look-ups for one host, and for where it redirects.
 pub(crate) struct LookUpsOfHost {
     permits: Arc<Semaphore>,
-    /// What names were last, and when.
+    /// The last addresses of names, and when they were found.
     known: Mutex<HashMap<String, (Instant, Vec<SocketAddr>)>>,
 }
 
@@ -113,7 +113,7 @@ impl Resolver {
             if let Ok(found) = &found {
                 resolver.own.note(&name, found);
             }
-            // Who has given up needs no answer; the thread counts until it ends.
+            // A caller that has given up needs no answer; the thread counts until it ends.
             drop((own, all));
             let _ = sender.send(found);
         };

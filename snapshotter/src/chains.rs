@@ -1,4 +1,4 @@
-//! What is known of the chains of lazy layers, in a file for `lazuli status`; and who waits for what.
+//! The chains of lazy layers, with what is known of them, in a file for `lazuli status`; and who waits for what.
 
 use std::{
     collections::HashMap,
@@ -16,7 +16,7 @@ use crate::{
     trust::Truth,
 };
 
-/// Who has not asked for so long waits no longer: a kubelet asks every five minutes at the least.
+/// A client that has not asked for so long waits no longer: a kubelet asks every five minutes at the least.
 const WAITS_FOR: Duration = Duration::from_secs(600);
 
 /// The file, and what does not stand in records. Nothing depends on either after a crash.

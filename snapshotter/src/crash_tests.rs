@@ -181,7 +181,7 @@ fn contents(metadata: &Metadata) -> (Vec<Snapshot>, Vec<Unused>) {
 fn what_is_reported_survives_a_power_loss_at_every_moment() {
     let disk = Disk::default();
     let metadata = disk.open().unwrap();
-    // (events when it was reported, what the store says then). What is not durable may be lost, in this order.
+    // (events when it was reported, what the store says then). Changes that are not durable may be lost, in this order.
     let mut reported = vec![(disk.state().events.len(), true, contents(&metadata))];
     let mut step = |is_durable: bool, work: &dyn Fn(&Metadata)| {
         work(&metadata);
@@ -266,7 +266,7 @@ fn a_slow_disk_syncs_once_for_many() {
     assert_eq!(contents(&disk.open().unwrap()).0.len(), 33);
 }
 
-/// What is answered before it is on the disk waits for no disk.
+/// Changes that are answered before they are on the disk wait for no disk.
 #[test]
 fn removals_labels_and_extractions_wait_for_no_sync() {
     let disk = Disk::default();

@@ -71,7 +71,7 @@ struct OpenDatabase {
 
 impl Drop for OpenDatabase {
     fn drop(&mut self) {
-        // What redb writes when it is closed, nobody else will write down.
+        // Nobody else will write down what redb writes when it is closed.
         self.disk.release();
     }
 }
@@ -188,7 +188,7 @@ impl Database {
         self.sync(&waiting)
     }
 
-    /// What `change` returned, and the wait for its commit to be durable.
+    /// The result of `change`, and the wait for its commit to be durable.
     fn committed<T>(&self, change: impl Fn(&WriteTransaction) -> Result<T>) -> Result<(T, Waiting<'_>)> {
         let _begun = Begun::new(self);
         self.healing(|database| {

@@ -2,7 +2,7 @@
 //!
 //! redb syncs while it holds the one lock under which records change. Here it does not have to: what it writes is
 //! *held*, the sync of a commit only *seals* what is held so far, and [`HeldDisk::write_down`] brings that to the disk
-//! while redb changes records on. What is sealed reaches the disk, and is synced, before anything that was written
+//! while redb changes records on. Sealed writes reach the disk, and are synced, before anything that was written
 //! later: so after a crash the disk holds the state of some commit, as if each sync had been made when redb asked for
 //! it and the crash had come earlier.
 
@@ -21,7 +21,7 @@ use redb::StorageBackend;
 pub(crate) struct HeldDisk {
     disk: Box<dyn StorageBackend>,
     held: Mutex<Held>,
-    /// Something did not reach the disk. What was held is lost, and nothing may reach the disk after it.
+    /// Something did not reach the disk. The writes that were held are lost, and nothing may reach the disk after it.
     has_failed: AtomicBool,
 }
 
@@ -35,13 +35,13 @@ struct Held {
     /// The disk must know its length before it gets a header that says it.
     has_grown: bool,
     sealed: Sealed,
-    /// What was written since.
+    /// The writes since.
     open: Vec<Write>,
     /// Bytes in both.
     bytes_len: usize,
 }
 
-/// What becomes of a sync that redb asks for.
+/// The fate of a sync that redb asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Syncs {
     /// It is made: nobody else uses the database.
@@ -52,7 +52,7 @@ enum Syncs {
     AreLeft,
 }
 
-/// What has to be on the disk before what was written later.
+/// The writes that have to be on the disk before later ones.
 #[derive(Debug, Clone, Default)]
 struct Sealed {
     writes: Arc<Vec<Write>>,
@@ -115,7 +115,7 @@ impl HeldDisk {
         self.note(written.and_then(|()| self.disk.sync_data()))?;
         let mut held = self.held();
         held.bytes_len -= mem::take(&mut held.sealed.writes).iter().map(|write| write.bytes.len()).sum::<usize>();
-        // What was cut off since is needed until that is on the disk as well.
+        // The bytes that were cut off since are needed until that is on the disk as well.
         let needed = held.len.max(sealed.len);
         if needed < held.disk_len {
             self.note(self.disk.set_len(needed))?;
@@ -146,7 +146,7 @@ impl HeldDisk {
     }
 }
 
-/// What redb gets of a disk that others write down.
+/// The backend that redb gets for a disk that others write down.
 #[derive(Debug)]
 pub(crate) struct HeldBackend(pub(crate) Arc<HeldDisk>);
 
@@ -206,7 +206,7 @@ impl StorageBackend for HeldBackend {
 }
 
 impl Held {
-    /// What is held is part of a commit. The file may have grown in the middle of it, which seals too.
+    /// The held writes are part of a commit. The file may have grown in the middle of it, which seals too.
     fn seal(&mut self) {
         let open = mem::take(&mut self.open);
         let writes = Arc::make_mut(&mut self.sealed.writes);
@@ -216,7 +216,7 @@ impl Held {
 }
 
 impl Write {
-    /// What of this lies in the `len` bytes from `offset` on, and where there.
+    /// The part of this that lies in the `len` bytes from `offset` on, and its place there.
     fn within(&self, offset: u64, len: usize) -> Option<(usize, Vec<u8>)> {
         let (start, end) = (self.offset.max(offset), (self.offset + self.bytes.len() as u64).min(offset + len as u64));
         let at = |place: u64, from: u64| usize::try_from(place - from).expect("inside what is in memory");

@@ -629,7 +629,7 @@ impl Metadata {
         })
     }
 
-    /// What is to be deleted, and stays so whatever crashes: before that is sure, nothing is deleted.
+    /// Everything that is to be deleted, and stays so whatever crashes: before that is sure, nothing is deleted.
     ///
     /// # Errors
     ///
@@ -649,7 +649,7 @@ impl Metadata {
         self.database.make_durable()
     }
 
-    /// What is to be deleted, if no crash comes.
+    /// Everything that is to be deleted, if no crash comes.
     ///
     /// # Errors
     ///

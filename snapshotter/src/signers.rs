@@ -91,7 +91,7 @@ pub(crate) fn signers(
 ) -> Result<Signers, String> {
     let Some(text) = labels.get(SIGNATURE).filter(|_| !keys.is_empty()) else { return Ok(Signers::new()) };
     let signed: LayerSignatures = text.parse().map_err(|error| format!("it is none: {error}"))?;
-    // What is signed is the tar stream. That it is the one of this chain is computed, whatever the labels say.
+    // The tar stream is signed. That it is the one of this chain is computed, whatever the labels say.
     if truth_under(&request.target, parent, &signed.tar) != Truth::Verified {
         return Err(format!("it is about the tar stream {}, the image's config names another", signed.tar));
     }
@@ -167,7 +167,7 @@ mod tests {
         // A name that is no chain ID binds no tar stream.
         let named = RemoteRequest { target: SnapshotKey::new("name").unwrap(), ..request(&tar, "index") };
         assert!(found(&good, named, None).is_err());
-        // Who has no keys has nothing to complain about; keys of annotations are compared letter by letter.
+        // A node without keys has nothing to complain about; keys of annotations are compared letter by letter.
         let labels: Labels = [(SIGNATURE.to_owned(), "yes".to_owned())].into();
         assert_eq!(signers(&[], &labels, &request(&tar, "index"), None), Ok(Signers::new()));
         let labels: Labels = [(SIGNATURE.to_uppercase(), good.clone()), (format!("{SIGNATURE} "), good)].into();

@@ -88,7 +88,7 @@ pub(crate) struct Inner {
     /// There is a lazy layer to verify, or something else to say about chains.
     pub(crate) truth_changed: Notify,
     pub(crate) trust: Trust,
-    /// What was told of already and is not told again.
+    /// Things that were told of already and are not told again.
     told: Mutex<HashSet<String>>,
     _root: Root,
 }

@@ -151,7 +151,7 @@ async fn wrong_usage_exits_with_two() {
     assert_eq!(run(directory.path(), &["--no-such-flag"]).status.code(), Some(2));
 }
 
-/// What a daemon holds: descriptors and threads.
+/// Descriptors and threads that a daemon holds.
 fn held(id: u32) -> (usize, usize) {
     let count = |what: &str| fs::read_dir(format!("/proc/{id}/{what}")).unwrap().count();
     (count("fd"), count("task"))
@@ -196,7 +196,7 @@ fn a_daemon_that_hangs_is_silent_to_the_service_manager() {
     let id = rustix::process::Pid::from_child(&child);
     let heard = [receive(soon), receive(soon), receive(soon)];
     rustix::process::kill_process(id, Signal::STOP).unwrap();
-    // What was said before is heard first.
+    // Messages from before are heard first.
     while receive(watchdog).is_some() {}
     let silent = receive(2 * watchdog);
     rustix::process::kill_process(id, Signal::CONT).unwrap();

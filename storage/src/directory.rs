@@ -47,7 +47,7 @@ const TEMPORARY: &str = "new";
 /// Content of `layer.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct LayerRecord {
-    /// What names the layer, as the newest of its places has it.
+    /// The layer as the newest of its places has it.
     pub(crate) layer: LazyLayer,
     /// Where it comes from, in the words of the caller: the newest of its places.
     pub(crate) description: Value,
@@ -75,7 +75,7 @@ impl LayerRecord {
         Self { layer, description, older, older_layers, held }
     }
 
-    /// What the caller calls its places, newest first.
+    /// Its places in the words of the caller, newest first.
     pub(crate) fn descriptions(&self) -> impl Iterator<Item = &Value> {
         std::iter::once(&self.description).chain(&self.older)
     }

@@ -42,7 +42,7 @@ pub struct Layer {
     inner: Arc<LayerInner>,
 }
 
-/// What comes for a layer without being asked for.
+/// Content that comes for a layer without being asked for.
 pub(crate) type LayerWarm = Warm<Arc<HotStream>, Arc<CopyPlan>, Arc<Wait>>;
 
 /// A layer and what brings its content.
@@ -366,7 +366,7 @@ impl LayerInner {
         store.heal(&damaged)
     }
 
-    /// What comes without being asked for, to be looked at.
+    /// The content that comes without being asked for, to be looked at.
     pub(crate) fn warm(&self) -> MutexGuard<'_, LayerWarm> {
         lock(&self.warm)
     }

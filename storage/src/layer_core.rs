@@ -1,4 +1,4 @@
-//! What everything that works for a layer knows of it: what names it, what is there, where the rest comes from.
+//! A layer as everything that works for it knows it: what names it, what is there, where the rest comes from.
 //!
 //! Nothing here asks for anything: the scheduler, the hot pack, copies and proofs are above it.
 
@@ -38,11 +38,11 @@ pub struct Progress {
     pub healed_pages: u64,
 }
 
-/// What is known of a layer that is open.
+/// A layer that is open, with what is known of it.
 pub(crate) struct LayerCore {
     /// Unique in the process; unlike the digest never used again after the layer was removed.
     pub(crate) number: u64,
-    /// What names it, as whoever opened it said; each place has its own.
+    /// The layer as whoever opened it named it; each place has its own.
     pub(crate) layer: LazyLayer,
     pub(crate) store: FrameStore,
     pub(crate) places: Arc<Places>,
@@ -84,7 +84,7 @@ impl LayerCore {
         self.layer.blob
     }
 
-    /// What a caller of [`crate::Cache::layer`] gave for the newest place.
+    /// The description that a caller of [`crate::Cache::layer`] gave for the newest place.
     pub(crate) fn description(&self) -> Value {
         self.places.newest().map(|place| place.description.clone()).unwrap_or_default()
     }

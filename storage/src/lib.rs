@@ -20,11 +20,11 @@
 //!
 //! - A [`Source`] goes on where a connection broke, and asks the mirrors of its registry. On a node it has a second for
 //!   that (`fusefs/src/main.rs`); it waits for nobody's sake.
-//! - The scheduler's machine does everything else for frames. What a reader waits for it asks for again when a request
+//! - The scheduler's machine does everything else for frames. It asks again for what a reader waits for when a request
 //!   failed or was too slow, at the next place of the layer or after the pause of one that failed, until the reader's
-//!   patience is over; wrong bytes twice, or once at each other place; what nobody is blocked for as long as a place is
-//!   not in a pause. Failures are remembered for two seconds: who asks again before that gets the same answer, and
-//!   wrong bytes are asked for after it.
+//!   patience is over; for wrong bytes twice, or once at each other place; for what nobody is blocked for as long as a
+//!   place is not in a pause. Failures are remembered for two seconds: who asks again before that gets the same answer,
+//!   and wrong bytes are asked for after it.
 //! - Whoever opens a layer (`cache/opening.rs`), receives a hot pack, a dedup section or frames for a proof takes a
 //!   slot for each request; the machine chooses the place and keeps the pauses, and they decide how often they come
 //!   back. An opening asks again as long as a reader would wait, if the failure may pass; three times in all for an

@@ -46,12 +46,12 @@ pub(crate) struct PlaceRef {
     pub(crate) source: Arc<str>,
 }
 
-/// What a later process is told of a place.
+/// A place as a later process is told of it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct PlaceRecord {
     /// The layer as this place has it.
     pub(crate) layer: LazyLayer,
-    /// What the caller calls it.
+    /// The place in the words of the caller.
     pub(crate) description: Value,
     /// Whether somebody goes on using the layer from there.
     pub(crate) is_held: bool,
@@ -149,7 +149,7 @@ impl Places {
         lock(&self.0).iter().map(|known| known.place.description.clone()).collect()
     }
 
-    /// What a later process is to know, newest first.
+    /// The places as a later process is to know them, newest first.
     pub(crate) fn to_records(&self) -> Vec<PlaceRecord> {
         let to_record = |Known { place, is_held }: &Known| {
             let Place { layer, description, .. } = &**place;

@@ -29,7 +29,7 @@ pub struct WideStream {
 ///
 /// Nothing has a default: a source that wraps another one cannot forget to pass something on.
 pub trait Source: Send + Sync + 'static {
-    /// What answers, as a host's name: sources with the same one share what one source may have. `None` is like no
+    /// The name of the host that answers: sources with the same one share what one source may have. `None` is like no
     /// other.
     fn origin(&self) -> Option<String>;
 
@@ -46,7 +46,7 @@ pub trait Source: Send + Sync + 'static {
 }
 
 impl WideStream {
-    /// What [`Source::fetch_wide`] returns of a source that always has ranges; `fetched` is what it has for `range`.
+    /// The result of [`Source::fetch_wide`] of a source that always has ranges; `fetched` is what it has for `range`.
     pub fn exact(range: Range<u64>, fetched: FetchFuture<'_>) -> FetchWideFuture<'_> {
         Box::pin(async move { Ok(Self { range, stream: fetched.await? }) })
     }

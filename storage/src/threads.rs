@@ -1,4 +1,4 @@
-//! What threads may do to each other: the protocols of this crate, driven by the model checker `shuttle`.
+//! Threads, and what they may do to each other: the protocols of this crate, driven by the model checker `shuttle`.
 //!
 //! `shuttle` runs its threads one at a time and chooses at each lock and each atomic who goes on, again and again: by
 //! chance, and with few changes, which finds what takes a long stay at one place. A thread that waits for ever is a

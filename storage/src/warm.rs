@@ -1,8 +1,8 @@
-//! What comes for a layer without being asked for: its hot pack, and copies of what other layers have.
+//! Content that comes for a layer without being asked for: its hot pack, and copies of what other layers have.
 //!
 //! One value says it, and one function changes it. `cache/start_up.rs` tells what happens, `bring.rs` looks.
 
-/// What comes for a layer by itself: `H` is a hot pack on its way, `P` a plan of copies, `W` somebody who waits.
+/// Content coming for a layer by itself: `H` is a hot pack on its way, `P` a plan of copies, `W` somebody who waits.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) enum Warm<H, P, W> {
     /// Nothing, or nothing yet.
@@ -12,11 +12,11 @@ pub(crate) enum Warm<H, P, W> {
     Hot(H),
     /// It is being found out what other layers have; these wait for the result.
     Sought(Vec<W>),
-    /// What other layers have; and what they lack of the hot pack, as long as that is received.
+    /// Copies of what other layers have; and what they lack of the hot pack, as long as that is received.
     Copies(P, Option<H>),
 }
 
-/// What happens to it.
+/// The events that change it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Event<H, P> {
     /// The hot pack is received from now on.
@@ -34,7 +34,7 @@ pub(crate) enum Event<H, P> {
 }
 
 impl<H: Clone, P: Clone, W: Clone> Warm<H, P, W> {
-    /// What comes after an event, and who has waited for that.
+    /// The value after an event, and who has waited for that.
     pub(crate) fn after(&self, event: Event<H, P>) -> (Self, Vec<W>) {
         let after = match (self, event) {
             (Self::Nothing, Event::HotBegins(hot)) => Self::Hot(hot),

@@ -35,7 +35,7 @@ const ROUNDS: usize = 10;
 const CALL_WITHIN: Duration = Duration::from_secs(2);
 /// The same on a slow disk, for calls that are answered when something is on it.
 const DURABLE_WITHIN: Duration = Duration::from_secs(6);
-/// Who has no answer then gets none.
+/// A call that has no answer by then gets none.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
 /// Rounds of overlayfs on the slow disk, where each call waits for several syncs.
 const SLOW_ROUNDS: usize = 4;

@@ -84,7 +84,7 @@ fn status(root: &Path, reference: &str) -> Result<Value> {
     Ok(status["images"][0].clone())
 }
 
-/// What `lazuli status` says of a chain of this image that is as it is wanted.
+/// The status of a chain of this image that is as it is wanted, from `lazuli status`.
 fn wait_for_chain(root: &Path, reference: &str, is_wanted: impl Fn(&Value) -> bool) -> Result<Value> {
     wait_for("no chain is as it is wanted", || {
         let mut status = command(program("lazuli")?, ["status", "--json", "--root"]);

@@ -1,4 +1,4 @@
-//! What an index lists beside images: every blob of it is read. Conversion copies it, so it is the original's.
+//! Entries of an index that are no images: every blob is read. Conversion copies it, so it is the original's.
 
 use format_spec::{Digest, DigestHasher};
 use futures_util::StreamExt;

@@ -21,7 +21,7 @@ use crate::{
     stale::describes_layers,
 };
 
-/// What was checked, with what it was compared with: an index may list one thing many times.
+/// The entries that were checked, with those of the original: an index may list one thing many times.
 pub(super) type Seen = HashSet<(Digest, Option<Digest>)>;
 
 impl Check<'_> {
@@ -126,7 +126,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// What an entry points to; a finding where that cannot be had.
+    /// The manifest that an entry points to; a finding where it cannot be had.
     async fn follow<'e>(
         &mut self,
         place: &str,
@@ -191,7 +191,7 @@ fn compare_lists(
     }
 }
 
-/// What an entry says is what the original's says, but for what it points to.
+/// An entry says what the original's says, but for what it points to.
 fn compare_entries(
     place: &str,
     ours: &Descriptor,

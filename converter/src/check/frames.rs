@@ -17,7 +17,7 @@ use super::{
 };
 use crate::stages::DigestThread;
 
-/// What is hashed together at least.
+/// Bytes that are hashed together at least.
 const HASHED_LEN_MIN: usize = 256 << 10;
 
 /// Reads a blob and knows where it is.

@@ -130,7 +130,7 @@ fn hash_plain<P: Iterator<Item = Result<Bytes, String>> + Send>(
     })
 }
 
-/// What could be opened of a layer.
+/// The parts of a layer that could be opened.
 struct Opened {
     /// Whether annotations or footer say that it is lazy.
     is_lazy: bool,
@@ -139,7 +139,7 @@ struct Opened {
 
 /// Fetches index and dedup section of a lazy layer: where its annotations say, or where its footer does.
 async fn open_layer(source: &ImageSource, descriptor: &Descriptor, findings: &mut Findings) -> Opened {
-    // What cannot be read here is named by the pass over the blob.
+    // A footer that cannot be read here is named by the pass over the blob.
     let in_footer = read_footer(source, descriptor).await.ok().flatten();
     let annotated = annotated_layer(descriptor, in_footer.as_ref(), findings);
     let is_annotated = descriptor.annotation(annotation::VERSION).is_some();
@@ -186,8 +186,8 @@ async fn open_layer(source: &ImageSource, descriptor: &Descriptor, findings: &mu
     Opened { is_lazy, layer: Some(OpenLayer { lazy, index: Arc::new(index), pieces: pieces.into() }) }
 }
 
-/// The layer that the annotations describe. What is wrong with them is a finding: by what the footer says, where
-/// it can be read.
+/// The layer that the annotations describe. Mistakes in them are findings: by what the footer says, where it
+/// can be read.
 fn annotated_layer(
     descriptor: &Descriptor,
     in_footer: Option<&LazyLayer>,
@@ -265,7 +265,7 @@ fn check_signatures(
     facts
 }
 
-/// What the last bytes of a zstd blob say.
+/// The layer that the last bytes of a zstd blob describe.
 async fn read_footer(source: &ImageSource, descriptor: &Descriptor) -> Result<Option<LazyLayer>, ImageError> {
     let is_zstd = media_type::ZSTD_LAYERS.contains(&descriptor.media_type.as_str());
     let Some(start) = descriptor.size.checked_sub(FOOTER_FRAME_LEN).filter(|_| is_zstd) else { return Ok(None) };
@@ -275,7 +275,7 @@ async fn read_footer(source: &ImageSource, descriptor: &Descriptor) -> Result<Op
     Ok(found.map(|(index, hot_len)| LazyLayer { blob, blob_len, index, hot_len }))
 }
 
-/// What no reader looks at: bytes that must be 0 are, and what a later version may say cannot be checked.
+/// Bytes that no reader looks at: those that must be 0 are, and what a later version may say cannot be checked.
 pub(super) fn note_unread(place: &str, part: Part, unread: Result<Unread, FormatError>, findings: &mut Findings) {
     match unread {
         Err(error) => findings.add(part, place, error),

@@ -34,7 +34,7 @@ pub(super) fn compare_notes(
     }
 }
 
-/// What else stands in a document, like the subject of a manifest: the same on both sides, and nothing more.
+/// The other fields of a document, like the subject of a manifest: the same on both sides, and nothing more.
 pub(super) fn compare_fields(
     place: &str,
     ours: &BTreeMap<String, Value>,

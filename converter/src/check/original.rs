@@ -79,7 +79,7 @@ pub(super) async fn compare(
     Ok(())
 }
 
-/// What points to the config: its type may become that of OCI, and nothing else changes.
+/// The descriptor of the config: its type may become that of OCI, and nothing else changes.
 fn compare_configs(ours: &Descriptor, theirs: &Descriptor, findings: &mut Findings) {
     if ours.media_type != theirs.media_type && ours.media_type != media_type::OCI_CONFIG {
         let problem = format!("it is {:?}, in the original {:?}", ours.media_type, theirs.media_type);
@@ -90,7 +90,7 @@ fn compare_configs(ours: &Descriptor, theirs: &Descriptor, findings: &mut Findin
     compare_platforms("config", ours, theirs.platform.as_ref(), findings);
 }
 
-/// What points to a layer: of a blob that is another one only the annotations that are true of its content stay.
+/// The descriptor of a layer: of a blob that is another one only the annotations that are true of its content stay.
 fn compare_descriptors(place: &str, ours: &Descriptor, theirs: &Descriptor, diff_id: Digest, findings: &mut Findings) {
     let is_new = ours.digest != theirs.digest;
     // A layer that is lazy already may have lost its annotations on the way.

@@ -13,7 +13,7 @@ use crate::{image::one_line, sign::SignatureFacts};
 pub enum Part {
     /// A list of images.
     List,
-    /// What is no image: an attestation, a signature, a chart.
+    /// An entry that is no image: an attestation, a signature, a chart.
     Artifact,
     /// The manifest, beside its layers.
     Manifest,
@@ -73,7 +73,7 @@ pub struct LayerCheck {
     pub blob_len: u64,
     /// Whether it is lazy, by its annotations or its footer.
     pub is_lazy: bool,
-    /// Who has signed it.
+    /// Its signatures.
     pub signatures: Vec<SignatureFacts>,
     /// Digest of the tar stream as it was read; `None` where it could not be read to its end.
     pub tar_digest: Option<Digest>,
@@ -125,15 +125,15 @@ pub struct ImageCheck {
 pub struct ArtifactCheck {
     /// Digest of the manifest.
     pub digest: Digest,
-    /// What it says that it is.
+    /// The kind that it says it is of.
     pub kind: String,
     /// How many blobs were read.
     pub blobs: u64,
-    /// What is wrong with it, and in what it differs from the original.
+    /// Its faults, and its differences from the original.
     pub findings: Vec<Finding>,
     /// How many findings there are beyond those listed.
     pub further_findings: u64,
-    /// What could not be checked, with the reason.
+    /// The parts that could not be checked, with the reasons.
     pub not_checked: Vec<String>,
 }
 
@@ -148,9 +148,9 @@ pub struct CheckReport {
     pub is_complete: bool,
     /// The images, in their order, each once.
     pub images: Vec<ImageCheck>,
-    /// What else the index lists, each once.
+    /// The other entries of the index, each once.
     pub artifacts: Vec<ArtifactCheck>,
-    /// What is wrong with the index.
+    /// The faults of the index.
     pub findings: Vec<Finding>,
     /// How many such findings there are beyond those listed.
     pub further_findings: u64,

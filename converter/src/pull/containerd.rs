@@ -60,9 +60,9 @@ pub enum ContainerdError {
     /// It cannot yet, and says that asking again helps (gRPC `Unavailable`).
     #[error("containerd, {what}: {reason}")]
     NotYet {
-        /// What was asked.
+        /// The request.
         what: String,
-        /// What it waits for.
+        /// The reason why it waits.
         reason: String,
     },
     /// An answer.

@@ -7,7 +7,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::{container::Container, documents, image::Stage, numbers::Numbers, trees};
 
-/// What is changed, with how many layers or documents there are to choose from.
+/// The targets of changes, with how many layers or documents there are to choose from.
 const CHOICES: [(&str, usize); 13] = [
     ("index, bytes with checksums put right", 3),
     ("index, records", 3),
@@ -75,7 +75,7 @@ impl Change {
         self.is_made
     }
 
-    /// What was changed, for who looks at a miss.
+    /// The change in words, for who looks at a miss.
     pub(crate) fn words(&self) -> String {
         format!("{} {}: {}", self.target(), self.number, self.words)
     }

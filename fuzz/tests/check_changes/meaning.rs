@@ -1,7 +1,7 @@
 //! Whether two images mean the same, found out without the check: every document with what it points to in the place
 //! of digests, and of every layer what a reader sees.
 //!
-//! What may differ although they mean the same is counted under these words:
+//! Differences between two that mean the same are counted under these words:
 //!
 //! - *formatting of a document*: white space, the order of keys, other escapes for the same letters.
 //! - *how frames are compressed and cut*: other zstd frames of the same tar stream; the format leaves both to writers.
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::image::Built;
 
-/// What an image means, and what of it means nothing.
+/// The meaning of an image, and the parts of it that mean nothing.
 struct Seen {
     meaning: Value,
     /// Each with its words.
@@ -42,7 +42,7 @@ pub(crate) fn difference(pristine: &Built, changed: &Built) -> Result<&'static s
         };
         part(&pristine) != part(&changed)
     };
-    // What comes first explains what comes behind it.
+    // Each explains those behind it.
     const WORDS: [&str; 6] = [
         "how frames are compressed and cut",
         "choice of hot pieces",
@@ -247,7 +247,7 @@ fn space(index: &Index<Vec<u8>>, tar: &[u8]) -> Result<Vec<u8>, String> {
     Ok(space)
 }
 
-/// What a reader sees below a directory.
+/// Collects what a reader sees below a directory.
 fn walk(index: &Index<Vec<u8>>, space: &[u8], number: u32, path: &str, seen: &mut Vec<Value>) {
     let Some(inode) = index.inode(number) else { return };
     let content = inode.is_regular().then(|| {

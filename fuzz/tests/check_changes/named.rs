@@ -9,7 +9,7 @@ use crate::{
     place::Place,
 };
 
-/// What a check says of the image as `hook` changes it: its findings, and whether it has looked at everything.
+/// The findings of a check of the image as `hook` changes it, and whether it has looked at everything.
 fn says(hook: &mut dyn FnMut(Stage<'_>)) -> (Vec<String>, bool) {
     let image = Image::new();
     let place = Place::new(&image);

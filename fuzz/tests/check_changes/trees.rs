@@ -216,7 +216,7 @@ impl Tree {
                 "attributes of another one"
             }
             9 => {
-                // What has no content may say what it likes there, unless a check knows better.
+                // An entry without content may say what it likes there, unless a check knows better.
                 (!entry.inode.is_directory() && !entry.inode.is_symlink()).then_some(())?;
                 match numbers.below(2) {
                     0 => entry.inode.payload = u32::from(numbers.byte()).into(),

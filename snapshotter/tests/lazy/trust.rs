@@ -210,7 +210,7 @@ async fn of_each_chain_it_says_what_is_known_since_when_and_who_waits() {
     let reason =
         format!("its tar stream has digest {tar}, which makes chain {found}; the image's config names {above}");
     assert_eq!(of(&said, &above).truth, Truth::Refused { reason });
-    // What is gone is not spoken of.
+    // A chain that is gone is not spoken of.
     daemon.remove(&above).await.unwrap();
     wait_for_chains(&daemon, |chains| chains.len() == 1).await;
 }

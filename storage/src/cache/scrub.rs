@@ -1,6 +1,6 @@
 //! Cached content is compared with its checksums: once soon after an earlier process left it, and all of it now and then.
 //!
-//! Both slowly, and giving way to readers. What a reader or a mount is about to use of an earlier process's content does
+//! Both slowly, and giving way to readers. Content of an earlier process that a reader or a mount is about to use does
 //! not wait for this ([`crate::unchecked`]).
 
 use std::{
@@ -20,7 +20,7 @@ const STEP_LEN: u64 = 8 << 20;
 const QUIET: Duration = Duration::from_secs(5);
 /// A pass is held up for this long at most: somebody may be waiting for a registry that does not answer.
 const HELD_MAX: Duration = Duration::from_secs(30);
-/// What an earlier process left is compared so many times slower while somebody waits, and everything else not at all.
+/// An earlier process's content is compared so many times slower while somebody waits, and everything else not at all.
 const BUSY_FACTOR: u64 = 8;
 /// Bytes a second, at least, where a container reads through the daemon for lack of the comparison.
 const WANTED_RATE: u64 = 64 << 20;
@@ -83,7 +83,7 @@ fn step(cache: &CacheInner, position: &mut Position, rate: Option<NonZeroU64>) -
     }
 }
 
-/// What a step takes at so many bytes a second.
+/// The time that a step takes at so many bytes a second.
 fn pace(rate: u64) -> Duration {
     Duration::from_millis(STEP_LEN.saturating_mul(1000) / rate.max(1))
 }

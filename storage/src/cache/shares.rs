@@ -1,15 +1,15 @@
-//! Who is served next, so that each source has the same time whatever it does with it.
+//! The order in which sources are served, so that each has the same time whatever it does with it.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-/// What has something in common that answers: see [`crate::Source::origin`].
+/// The name of the host that answers, which sources may have in common: see [`crate::Source::origin`].
 pub(super) type SourceName = Option<Arc<str>>;
 
 /// The time that each source has had.
 #[derive(Debug, Default)]
 pub(super) struct Shares {
     times: HashMap<SourceName, Duration>,
-    /// What a source that was not here before begins with: as much as whoever was served last.
+    /// The time that a source begins with that was not here before: as much as whoever was served last.
     clock: Duration,
 }
 

@@ -17,7 +17,7 @@ use crate::{
 /// The pause after a failed verification grows to this many times its first length.
 const FAILURE_PAUSE_FACTOR_MAX: u32 = 64;
 
-/// What is remembered between two verifications; layers are known by their numbers.
+/// The state that is kept between two verifications; layers are known by their numbers.
 struct Plan {
     options: RestOptions,
     /// Of the layers whose verification failed: how often, and until when they are left alone.

@@ -51,7 +51,7 @@ pub(crate) enum Class {
     Stream(StreamKind),
 }
 
-/// What streams are for.
+/// The purposes of streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StreamKind {
     /// To open a layer: its index, its hot pack, its dedup section.
@@ -120,7 +120,7 @@ pub(crate) enum Outcome {
     Lost,
 }
 
-/// What is being fetched of a layer at one moment, frame by frame; not what its hot pack brings.
+/// The fetching of a layer at one moment, frame by frame; not what its hot pack brings.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Activity {
     /// Frames that somebody wants: a reader, read-ahead, or the fetching of the rest.

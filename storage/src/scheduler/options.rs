@@ -64,8 +64,8 @@ pub struct RequestOptions {
     pub answer_max: Duration,
     /// The same for a layer that is being opened and has another place to ask.
     pub opening_answer_max: Duration,
-    /// What a request has at least before it gives its slot to a source that has none, where there are not enough; up
-    /// to four times as long for a source that brings nothing.
+    /// The time that a request has at least before it gives its slot to a source that has none, where there are not
+    /// enough; up to four times as long for a source that brings nothing.
     pub turn: Duration,
     /// The time over which the rate of a request is measured.
     pub rate_window: Duration,

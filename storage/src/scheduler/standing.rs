@@ -1,11 +1,11 @@
-//! What is known of each source, whatever layers it was asked for: who was served last, and who brings something.
+//! The standing of each source, whatever layers it was asked for: who was served last, and who brings something.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 /// The turn of a source that brings nothing doubles this many times: a slow link must get a frame through.
 const DOUBLINGS_MAX: u32 = 2;
 
-/// What is known of one source.
+/// One source, as far as it is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Standing {
     /// When the last request to it was begun: a number that grows with each.
@@ -25,7 +25,7 @@ impl Standing {
     }
 }
 
-/// What is known of all sources that have been asked; of others nothing.
+/// The standings of all sources that have been asked; others have none.
 #[derive(Debug, Default)]
 pub(super) struct Standings(HashMap<Arc<str>, Standing>);
 

@@ -14,7 +14,7 @@ pub(crate) struct Candidate {
     pub(crate) window: usize,
     /// When its last request was begun: a number that grows with each.
     pub(crate) last_turn: u64,
-    /// What is known of the source.
+    /// The standing of the source.
     pub(crate) standing: Standing,
 }
 

@@ -58,8 +58,8 @@ impl<W: Waiter> Machine<W> {
         }
     }
 
-    /// What readers of a layer hear whose patience is over: the frame that has not come, from where, and why, as far as
-    /// anybody knows.
+    /// The error for readers of a layer whose patience is over: the frame that has not come, from where, and why, as
+    /// far as anybody knows.
     fn overdue(&self, layer: u64, waits: &[W]) -> Option<(Option<u64>, ReadError)> {
         let (place, error) = self.layers.get(&layer)?.failure();
         let is_waited_for =

@@ -28,7 +28,7 @@ pub(crate) enum Change {
 }
 
 impl Change {
-    /// What an operation changes.
+    /// The change that an operation makes.
     pub(crate) fn of(operation: Operation<'_>) -> Option<Self> {
         let change = match operation {
             Operation::Read { .. } | Operation::ReadAt { .. } => return None,
@@ -57,7 +57,7 @@ impl Change {
     }
 }
 
-/// What is on a disk: every file with its content, and every directory without one.
+/// The content of a disk: every file with its content, and every directory without one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub(crate) struct State(BTreeMap<PathBuf, Option<Vec<u8>>>);
 
@@ -224,7 +224,7 @@ impl Model {
         self.namings.len() + self.nodes.iter().map(pending).sum::<usize>()
     }
 
-    /// What is on the disk after a crash: every file with its content, and every directory without one.
+    /// The content of the disk after a crash: every file with its content, and every directory without one.
     pub(crate) fn crash(&self, mut is_kept: impl FnMut(usize) -> bool) -> State {
         let mut model = self.clone();
         let mut numbers = 0..;

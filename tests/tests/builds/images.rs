@@ -30,7 +30,7 @@ pub(crate) struct Source {
     pub(crate) name: String,
     /// Where it lies: in the registry, for the comparison, where it is an image that containerd takes.
     pub(crate) pushed: Option<String>,
-    /// What is converted: the same, or a layout.
+    /// The places that it is converted from: the same, or a layout.
     pub(crate) places: Vec<String>,
     /// Whether its conversion must fail.
     pub(crate) is_refused: bool,
@@ -121,7 +121,7 @@ pub(crate) fn hostile(scratch: &Scratch, registry: &TestRegistry) -> Result<Vec<
     let image = ImageBuilder::new().layer(zeros, Compression::Zstd).write(scratch, "zeros")?;
     sources.push(Source::pushed(registry, image, "zeros")?);
 
-    // What must not be converted at all.
+    // Images that must not be converted at all.
     sources.push(Source::refused(doubled(scratch, &said)?, "doubled"));
     sources.push(Source::refused(two_diff_ids(scratch)?, "two-diff-ids"));
     sources.push(Source::refused(damaged(scratch)?, "damaged"));

@@ -152,7 +152,7 @@ fn compare(yard: &Yard<'_>) -> Result<()> {
     for source in &yard.honest {
         let Some(original) = &source.pushed else { continue };
         for place in Place::ALL {
-            // What the tag says in the end.
+            // The image that the tag names in the end.
             let name = match place {
                 Place::Repository(repository) => format!("{repository}:{}", source.name),
                 Place::Layout => {

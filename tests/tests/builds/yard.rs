@@ -1,4 +1,4 @@
-//! What all build machines share: the registry, the layout, and the record of what came of the conversions.
+//! Everything that all build machines share: the registry, the layout, and the record of what came of the conversions.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -45,14 +45,14 @@ impl Place {
     ];
 }
 
-/// What came of the conversions.
+/// The results of the conversions.
 #[derive(Debug, Default)]
 pub(crate) struct Record {
-    /// What ended well, by kind.
+    /// Conversions that ended well, by kind.
     pub(crate) counts: BTreeMap<&'static str, u64>,
     /// Manifests that were published: digest and original, and the repositories.
     pub(crate) published: BTreeMap<(String, String), BTreeSet<&'static str>>,
-    /// What must not be.
+    /// Results that must not be.
     pub(crate) failures: Vec<String>,
 }
 
