@@ -33,7 +33,6 @@ use tokio::sync::Notify;
 
 use crate::{
     bitmap::{Bitmap, empty},
-    boots::Boots,
     directory::LayerDirectory,
     disk::{Disk, Observer, Operation},
     frame_store::{FrameStore, UnkeptFrames},
@@ -194,9 +193,8 @@ impl TestStore {
         directory.create().unwrap();
         let record = crate::directory::LayerRecord::new(MODEL.lazy, Vec::new());
         let index = directory.place_index(&record, new).unwrap();
-        let boots = Boots::open(root.path(), Some("this boot".to_owned())).unwrap();
         let digest = MODEL.lazy.index.digest;
-        let store = FrameStore::open(directory, index, digest, Arc::new(Notify::new()), &boots).unwrap();
+        let store = FrameStore::open(directory, index, digest, Arc::new(Notify::new()), Arc::default()).unwrap();
         Self { disk: observer, store, root }
     }
 
@@ -439,7 +437,8 @@ fn a_read_is_answered_whatever_it_waits_for() {
         let patience = Some(Duration::from_secs(3600));
         let scheduler = Scheduler::new(handle.clone(), RequestOptions::default(), patience, bring_frames);
         let TestStore { store, root, .. } = TestStore::new();
-        let places = Places::new(Place { number: 0, source: Arc::new(NoSource), description: Value::Null });
+        let (source, description, owner) = (Arc::new(NoSource), Value::Null, String::new());
+        let places = Places::new(Place { number: 0, layer: MODEL.lazy, source, description, owner }, false);
         scheduler.add_layer(1, MODEL.lazy.blob, &places);
         let layer = Layer::new(LayerCore::new(1, MODEL.lazy, store, places, handle, 0), scheduler);
         layer.inner().note_warm(Event::SearchBegins);
