@@ -15,11 +15,9 @@ use std::{
 use format_spec::{Digest, dedup::DedupPiece, index::FRAME_PLAIN_LEN_MAX};
 
 use crate::{
-    bitmap::Bitmap,
     directory::CopySource,
     frame_store::{Epoch, FrameStore},
     mapping::LayerIndex,
-    presence::pages_of,
     ranges::without,
     sync::atomic::{AtomicU8, Ordering},
 };
@@ -101,14 +99,13 @@ impl CopyPlan {
             if left == 0 {
                 break;
             }
-            let pages = Bitmap::new(source.pages);
             let before = left;
             for piece in read(dedup) {
                 let first = by_digest.partition_point(|number| wanted[*number].digest < piece.digest);
                 let same = by_digest[first..].iter().take_while(|number| wanted[**number].digest == piece.digest);
                 let same = same.filter(|number| places[**number].is_none() && wanted[**number].len == piece.len);
                 let same: Vec<usize> = same.copied().collect();
-                if same.is_empty() || !pages.are_set(pages_of(&piece.plain_range())) {
+                if same.is_empty() || !source.has(&piece.plain_range()) {
                     continue;
                 }
                 left -= same.len();

@@ -19,6 +19,7 @@ use std::{
     fs,
     fs::File,
     io,
+    ops::Range,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
@@ -32,10 +33,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
+    bitmap::Bitmap,
     disk::{Disk, DiskFile, is_lost},
     mapping::{FileChecksum, LayerIndex, Map},
+    page_map::PageMap,
     places::PlaceRecord,
-    presence::{Counts, PresenceBits},
+    presence::{Counts, PresenceBits, pages_of},
     sync::{Mutex, lock},
     unpack::NewIndex,
     verdict::VerdictRecord,
@@ -106,8 +109,21 @@ pub(crate) struct NewData {
 #[derive(Debug)]
 pub(crate) struct CopySource {
     pub(crate) data: File,
-    /// Words of the pages that are there.
-    pub(crate) pages: Vec<u64>,
+    map: Arc<PageMap>,
+    /// Those that are there.
+    pages: Bitmap,
+}
+
+impl CopySource {
+    /// Of a layer that has this map; `pages` are the words of the pages that are there.
+    pub(crate) fn new(data: File, map: Arc<PageMap>, pages: Vec<u64>) -> Self {
+        Self { data, map, pages: Bitmap::new(pages) }
+    }
+
+    /// Whether all content of the pages that a plain range touches is there.
+    pub(crate) fn has(&self, plain: &Range<u64>) -> bool {
+        self.pages.are_set(self.map.numbers(&pages_of(plain)))
+    }
 }
 
 /// The directory of one layer. Clones know of each other's [`Self::bury`].
@@ -202,6 +218,17 @@ impl LayerDirectory {
 
     /// Maps `index`; `None` if it is missing or damaged.
     pub(crate) fn open_index(&self) -> io::Result<Option<LayerIndex>> {
+        let Some(file) = self.open_index_file()? else { return Ok(None) };
+        // The check reads every page; its map goes away with it, so that they do not count as ours afterwards.
+        let is_whole = Index::open(Map::of(&file)?).is_ok_and(|index| index.check().is_ok());
+        if !is_whole {
+            return Ok(None);
+        }
+        Ok(Index::open(Map::of(&file)?).ok())
+    }
+
+    /// Opens `index`, every byte of which can be read; `None` if it is missing or lost.
+    fn open_index_file(&self) -> io::Result<Option<File>> {
         let path = self.path.join("index");
         let opened = self.disk.open_if_there(&path).and_then(|file| match file {
             Some(file) if file.metadata()?.len() > 0 => {
@@ -211,13 +238,7 @@ impl LayerDirectory {
             }
             _ => Ok(None),
         });
-        let Some(file) = unless_lost(&path, opened)? else { return Ok(None) };
-        // The check reads every page; its map goes away with it, so that they do not count as ours afterwards.
-        let is_whole = Index::open(Map::of(&file)?).is_ok_and(|index| index.check().is_ok());
-        if !is_whole {
-            return Ok(None);
-        }
-        Ok(Index::open(Map::of(&file)?).ok())
+        unless_lost(&path, opened)
     }
 
     /// Writes `layer.json`, and gives `index` its name: it was verified to be the index that the record names.
@@ -298,10 +319,13 @@ impl LayerDirectory {
     /// Opens `data` and `presence` of a layer that is not open, to copy from; `None` where they are missing or damaged.
     pub(crate) fn copy_source(&self) -> io::Result<Option<CopySource>> {
         let Some(record) = self.read_record()? else { return Ok(None) };
-        let Some(bytes) = self.read("presence")? else { return Ok(None) };
-        let Some(data) = self.disk.open_if_there(&self.data_path())? else { return Ok(None) };
-        let bits = PresenceBits::decode_any(&bytes, &record.layer.index.digest);
-        Ok(bits.map(|(_, bits)| CopySource { data, pages: bits.pages }))
+        // Not checked, which would take long: a damaged one points at other bytes, and those are not copied.
+        let Some(index) = self.open_index_file()? else { return Ok(None) };
+        let Ok(index) = Index::open(Map::of(&index)?) else { return Ok(None) };
+        let map = Arc::new(PageMap::of(&index));
+        let bits = self.read_presence(Counts::of(&index, &map), &record.layer.index.digest)?;
+        let (Some(bits), Some(data)) = (bits, self.disk.open_if_there(&self.data_path())?) else { return Ok(None) };
+        Ok(Some(CopySource::new(data, map, bits.pages)))
     }
 
     /// Opens `dedup`, if it is there.

@@ -22,6 +22,7 @@ use crate::{
     directory::{CopySource, LayerDirectory},
     disk::DiskFile,
     mapping::LayerIndex,
+    page_map::PageMap,
     presence::{Counts, Presence, PresenceBits, frame_runs, needed_frames},
     proof::Proof,
     sync::{
@@ -46,7 +47,7 @@ pub(crate) type UnkeptFrames = Vec<(u32, Bytes)>;
 /// What is known of content while it is written.
 #[derive(Debug, Default)]
 pub(crate) struct Writing {
-    /// One a page, 0 where the page is not there or has no content; none at all once the layer is sealed.
+    /// One a page with content, 0 where it is not there; none at all once the layer is sealed.
     pub(crate) checksums: Vec<u32>,
 }
 
@@ -90,20 +91,24 @@ impl FrameStore {
         flush_soon: Arc<Notify>,
         unkept: Arc<Unkept>,
     ) -> io::Result<Self> {
-        let counts = Counts::of(&index);
+        let map = Arc::new(PageMap::of(&index));
+        let counts = Counts::of(&index, &map);
         let (data, mut bits) = directory.open_data(index.space_len(), counts, &index_digest)?;
-        let unchecked = Unchecked::new(&index, &bits.pages, directory.open_presence()?);
-        let presence = Presence::new(&index, bits.clone());
+        let kept = directory.open_presence()?;
+        // A file that stays empty needs nothing written of it.
+        let is_kept = kept.is_some() || index.space_len() == 0;
+        let unchecked = Unchecked::new(counts, &bits.pages, kept);
+        let presence = Presence::new(&index, map, bits.clone());
         let proof = Proof::open(&directory, &index, index_digest, presence.is_complete())?;
-        // Bits of content that needs no bytes may be set here alone.
-        let is_sealed = presence.is_complete() && presence.snapshot().pages == bits.pages;
+        // A layer of holes alone is complete before anything is written of it, and bits of frames may set those of pages.
+        let is_sealed = presence.is_complete() && is_kept && presence.snapshot().pages == bits.pages;
         let mut checksums = std::mem::take(&mut bits.checksums);
         if is_sealed {
             checksums = Vec::new();
         } else {
-            let pages = usize::try_from(Counts::of(&index).pages).map_err(io::Error::other)?;
+            let pages = usize::try_from(counts.pages).map_err(io::Error::other)?;
             if checksums.len() != pages {
-                // Zeros that the allocator need not write: pages of holes then take no memory.
+                // Zeros that the allocator need not write: they take no memory before they are used.
                 checksums = vec![0; pages];
             }
         }
@@ -157,9 +162,9 @@ impl FrameStore {
         self.epoch.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Pages are missing from now on.
-    pub(crate) fn clear_pages(&self, pages: &[u64]) {
-        self.presence.clear_pages(&self.index, pages);
+    /// Pages with these numbers are missing from now on.
+    pub(crate) fn clear_pages(&self, numbers: &[u64]) {
+        self.presence.clear_pages(&self.index, numbers);
     }
 
     /// The file is not known to be whole any longer.
@@ -173,9 +178,9 @@ impl FrameStore {
         self.ask_for_seal();
     }
 
-    /// Whether a page is there by its own bit.
-    pub(crate) fn has_page(&self, page: u64) -> bool {
-        self.presence.has_pages(&(page * PLAIN_ALIGN..page * PLAIN_ALIGN + 1))
+    /// What is there.
+    pub(crate) fn presence(&self) -> &Presence {
+        &self.presence
     }
 
     /// The index.
@@ -427,7 +432,8 @@ impl FrameStore {
 
     /// What other layers may copy from this one.
     pub(crate) fn copy_source(&self) -> io::Result<CopySource> {
-        Ok(CopySource { data: self.data().try_clone()?, pages: self.presence.snapshot().pages })
+        let (data, map) = (self.data().try_clone()?, self.presence.map().clone());
+        Ok(CopySource::new(data, map, self.presence.snapshot().pages))
     }
 
     /// Keeps a frame in memory for a while because the disk did not take it.
@@ -465,17 +471,17 @@ impl FrameStore {
             let mut writing = lock(&self.writing);
             self.next_epoch();
             self.presence.forget(&self.index, &flushed);
-            for (page, checksum) in (0..).zip(&mut writing.checksums) {
-                *checksum = if self.has_page(page) { *checksum } else { 0 };
+            for (number, checksum) in (0..).zip(&mut writing.checksums) {
+                *checksum = if self.presence.has_number(number) { *checksum } else { 0 };
             }
             self.doubt();
             return Err(error);
         }
-        if let Err(error) = self.directory.write_presence(&bits, Counts::of(&self.index), &self.index_digest) {
+        if let Err(error) = self.directory.write_presence(&bits, self.presence.counts(), &self.index_digest) {
             self.has_unwritten_bits.store(true, Ordering::Release);
             return Err(error);
         }
-        let is_complete = bits.page_count() == Counts::of(&self.index).pages;
+        let is_complete = bits.page_count() == self.presence.counts().pages;
         bits.checksums = Vec::new();
         *flushed = bits;
         if is_complete {

@@ -1,6 +1,8 @@
 //! Whether a layer's content is still what was written: checksums of its pages, and what is done about those that
 //! differ.
 //!
+//! Pages go by their numbers here ([`PageMap`]): those without content have no checksum.
+//!
 //! Digests are of compressed frames, so what lies in `data` has checksums of its own: a CRC-32 a page, taken when the
 //! page is there, kept in `presence`. A page that differs, or that the disk cannot read, counts as missing and is fetched
 //! again. If the file is sealed, somebody may have it mounted: then the good pages are copied to a new one.
@@ -16,7 +18,8 @@ use rustix::io::Errno;
 use crate::{
     disk::{DiskFile, is_lost},
     frame_store::{FrameStore, Writing},
-    presence::{Counts, PresenceBits, pages_of},
+    page_map::PageMap,
+    presence::PresenceBits,
     sync::{atomic::Ordering, lock},
 };
 
@@ -25,48 +28,52 @@ const BATCH_PAGES: u64 = 64;
 const PAGE_LEN: usize = 4096;
 const _: () = assert!(PAGE_LEN as u64 == PLAIN_ALIGN);
 
-/// Of a page with content; 0 is left for those that have none.
+/// Of a page; 0 is left for those that are not there.
 fn checksum_of(page: &[u8]) -> u32 {
     crc32fast::hash(page).max(1)
 }
 
-fn start_of(page: u64) -> u64 {
-    page * PLAIN_ALIGN
+/// Where the page with a number starts, in the plain address space.
+fn start_of(map: &PageMap, number: u64) -> u64 {
+    map.pages_from(number).start * PLAIN_ALIGN
 }
 
-fn get(checksums: &[u32], page: u64) -> u32 {
-    usize::try_from(page).ok().and_then(|page| checksums.get(page)).copied().unwrap_or(0)
+fn get(checksums: &[u32], number: u64) -> u32 {
+    usize::try_from(number).ok().and_then(|number| checksums.get(number)).copied().unwrap_or(0)
 }
 
-/// Calls `each` with the batches of pages for which `is_meant` holds.
+/// Calls `each` with the batches of pages for which `is_meant` holds: neighbours, between which no hole lies.
 fn for_each_batch(
-    pages: impl Iterator<Item = u64>,
+    map: &PageMap,
+    numbers: impl Iterator<Item = u64>,
     is_meant: impl Fn(u64) -> bool,
     mut each: impl FnMut(Range<u64>) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut batch = 0..0;
-    for page in pages.filter(|page| is_meant(*page)) {
-        if page == batch.end && batch.end - batch.start < BATCH_PAGES {
+    let (mut batch, mut batch_max) = (0..0, 0);
+    for number in numbers.filter(|number| is_meant(*number)) {
+        if number == batch.end && number < batch_max {
             batch.end += 1;
             continue;
         }
         if !batch.is_empty() {
             each(batch)?;
         }
-        batch = page..page + 1;
+        batch = number..number + 1;
+        let pages = map.pages_from(number);
+        batch_max = number + BATCH_PAGES.min(pages.end - pages.start);
     }
     if batch.is_empty() { Ok(()) } else { each(batch) }
 }
 
 /// Reads pages one by one where they cannot be read at once; `None` for those that the disk has lost.
-fn read_pages(data: &DiskFile, pages: &Range<u64>) -> io::Result<Vec<(u64, Option<Vec<u8>>)>> {
-    let mut bytes = vec![0; usize::try_from((pages.end - pages.start) * PLAIN_ALIGN).map_err(io::Error::other)?];
-    match data.read_sparse(start_of(pages.start), &mut bytes) {
-        Ok(()) => Ok(pages.clone().zip(bytes.chunks_exact(PAGE_LEN).map(|page| Some(page.to_vec()))).collect()),
+fn read_pages(data: &DiskFile, map: &PageMap, batch: &Range<u64>) -> io::Result<Vec<(u64, Option<Vec<u8>>)>> {
+    let mut bytes = vec![0; usize::try_from((batch.end - batch.start) * PLAIN_ALIGN).map_err(io::Error::other)?];
+    match data.read_sparse(start_of(map, batch.start), &mut bytes) {
+        Ok(()) => Ok(batch.clone().zip(bytes.chunks_exact(PAGE_LEN).map(|page| Some(page.to_vec()))).collect()),
         Err(error) if !is_lost(&error) => Err(error),
-        Err(_) if pages.end - pages.start == 1 => Ok(vec![(pages.start, None)]),
+        Err(_) if batch.end - batch.start == 1 => Ok(vec![(batch.start, None)]),
         Err(_) => {
-            let single = pages.clone().map(|page| read_pages(data, &(page..page + 1)));
+            let single = batch.clone().map(|number| read_pages(data, map, &(number..number + 1)));
             Ok(single.collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
         }
     }
@@ -78,26 +85,28 @@ impl FrameStore {
         if writing.checksums.is_empty() {
             return;
         }
-        let mut runs: Vec<_> = runs.map(|run| pages_of(&run)).collect();
-        runs.sort_unstable_by_key(|pages| pages.start);
+        let (map, presence) = (self.presence().map(), self.presence());
+        let mut runs: Vec<_> = runs.map(|run| presence.numbers(&run)).collect();
+        runs.sort_unstable_by_key(|numbers| numbers.start);
         let mut next = 0;
-        let pages = runs.into_iter().flat_map(move |pages| {
-            let pages = pages.start.max(next)..pages.end;
-            next = pages.end.max(next);
-            pages
+        let numbers = runs.into_iter().flat_map(move |numbers| {
+            let numbers = numbers.start.max(next)..numbers.end;
+            next = numbers.end.max(next);
+            numbers
         });
         let checksums = std::mem::take(&mut writing.checksums);
         let mut taken = Vec::new();
-        let is_new = |page: u64| get(&checksums, page) == 0 && self.has_page(page) && !self.unchecked.has(page);
-        let read = for_each_batch(pages, is_new, |batch| {
-            for (page, content) in read_pages(&self.data(), &batch)? {
-                taken.extend(content.map(|content| (page, checksum_of(&content))));
+        let is_new =
+            |number: u64| get(&checksums, number) == 0 && presence.has_number(number) && !self.unchecked.has(number);
+        let read = for_each_batch(map, numbers, is_new, |batch| {
+            for (number, content) in read_pages(&self.data(), map, &batch)? {
+                taken.extend(content.map(|content| (number, checksum_of(&content))));
             }
             Ok(())
         });
         writing.checksums = checksums;
-        for (page, checksum) in taken {
-            if let Some(known) = usize::try_from(page).ok().and_then(|page| writing.checksums.get_mut(page)) {
+        for (number, checksum) in taken {
+            if let Some(known) = usize::try_from(number).ok().and_then(|number| writing.checksums.get_mut(number)) {
                 *known = checksum;
             }
         }
@@ -117,14 +126,16 @@ impl FrameStore {
         if self.unchecked.is_empty() {
             return Ok(());
         }
+        let map = self.presence().map();
         for_each_batch(
-            pages_of(plain),
-            |page| self.unchecked.has(page),
+            map,
+            self.presence().numbers(plain),
+            |number| self.unchecked.has(number),
             |batch| {
                 let Some(checksums) = self.unchecked.checksums_of(&batch)? else { return Ok(()) };
                 let mut bytes =
                     vec![0; usize::try_from((batch.end - batch.start) * PLAIN_ALIGN).map_err(io::Error::other)?];
-                data.read_sparse(start_of(batch.start), &mut bytes)?;
+                data.read_sparse(start_of(map, batch.start), &mut bytes)?;
                 let mut pages = bytes.chunks_exact(PAGE_LEN).zip(checksums);
                 if !pages.all(|(content, checksum)| checksum_of(content) == checksum) {
                     return Err(Errno::BADMSG.into());
@@ -135,13 +146,27 @@ impl FrameStore {
         )
     }
 
-    /// A part, of so many bytes at most, of what an earlier process left and nobody has compared.
+    /// The next part of the plain address space that an earlier process left and nobody has compared; see
+    /// [`Self::next_content`].
     pub(crate) fn next_unchecked(&self, from: u64, len: u64) -> Option<Range<u64>> {
-        let start = self.unchecked.next(from / PLAIN_ALIGN).map(start_of)?;
-        Some(start..start.saturating_add(len).min(self.index().space_len()))
+        let number = self.presence().map().first_number(from / PLAIN_ALIGN);
+        self.part_from(self.unchecked.next(number)?, len)
     }
 
-    /// The pages that a plain range touches and whose content is not what was written. Reads all of it; blocks.
+    /// The next part of the plain address space that has content, from an offset on: pages that hold so many bytes at
+    /// most, and the holes between them.
+    pub(crate) fn next_content(&self, from: u64, len: u64) -> Option<Range<u64>> {
+        self.part_from(self.presence().map().first_number(from / PLAIN_ALIGN), len)
+    }
+
+    fn part_from(&self, number: u64, len: u64) -> Option<Range<u64>> {
+        let map = self.presence().map();
+        let end = map.count().min(number.saturating_add(len / PLAIN_ALIGN));
+        (number < end).then(|| start_of(map, number)..start_of(map, end - 1) + PLAIN_ALIGN)
+    }
+
+    /// The numbers of the pages that a plain range touches and whose content is not what was written. Reads all of it;
+    /// blocks.
     ///
     /// # Errors
     ///
@@ -151,32 +176,32 @@ impl FrameStore {
             checksums if checksums.is_empty() => self.kept_checksums()?,
             checksums => checksums,
         };
-        let (data, mut damaged) = (self.data(), Vec::new());
+        let (data, presence, mut damaged) = (self.data(), self.presence(), Vec::new());
         // One to be compared whose checksum the disk has lost is damaged too.
-        let is_known = |page: u64| (get(&checksums, page) != 0 || self.unchecked.has(page)) && self.has_page(page);
-        for_each_batch(pages_of(plain), is_known, |batch| {
-            for (page, content) in read_pages(&data, &batch)? {
-                if content.is_some_and(|content| checksum_of(&content) == get(&checksums, page)) {
-                    self.unchecked.note_checked(page..page + 1);
+        let is_known =
+            |number: u64| (get(&checksums, number) != 0 || self.unchecked.has(number)) && presence.has_number(number);
+        for_each_batch(presence.map(), presence.numbers(plain), is_known, |batch| {
+            for (number, content) in read_pages(&data, presence.map(), &batch)? {
+                if content.is_some_and(|content| checksum_of(&content) == get(&checksums, number)) {
+                    self.unchecked.note_checked(number..number + 1);
                 } else {
-                    damaged.push(page);
+                    damaged.push(number);
                 }
             }
             Ok(())
         })?;
         // What was given up meanwhile was written anew perhaps.
-        damaged.retain(|page| is_known(*page));
+        damaged.retain(|number| is_known(*number));
         Ok(damaged)
     }
 
     /// Those of the file `presence`.
     fn kept_checksums(&self) -> io::Result<Vec<u32>> {
-        let counts = Counts::of(self.index());
-        let kept = self.directory().read_presence(counts, self.index_digest())?;
+        let kept = self.directory().read_presence(self.presence().counts(), self.index_digest())?;
         Ok(kept.map(|bits| bits.checksums).unwrap_or_default())
     }
 
-    /// Gives damaged pages up, so that they are fetched again. Blocks.
+    /// Gives damaged pages up, named by their numbers, so that they are fetched again. Blocks.
     ///
     /// # Errors
     ///
@@ -204,13 +229,13 @@ impl FrameStore {
         Ok(())
     }
 
-    fn give_up(&self, pages: &[u64], flushed: &mut PresenceBits, writing: &mut Writing) {
+    fn give_up(&self, numbers: &[u64], flushed: &mut PresenceBits, writing: &mut Writing) {
         self.next_epoch();
-        self.clear_pages(pages);
-        pages.iter().for_each(|page| self.unchecked.note_checked(*page..page + 1));
-        flushed.clear_pages(pages);
-        for page in pages {
-            if let Some(known) = usize::try_from(*page).ok().and_then(|page| writing.checksums.get_mut(page)) {
+        self.clear_pages(numbers);
+        numbers.iter().for_each(|number| self.unchecked.note_checked(*number..number + 1));
+        flushed.clear_pages(numbers);
+        for number in numbers {
+            if let Some(known) = usize::try_from(*number).ok().and_then(|number| writing.checksums.get_mut(number)) {
                 *known = 0;
             }
         }
@@ -219,27 +244,26 @@ impl FrameStore {
 
     /// Brings what is good into a new file, in the place of the one that somebody may have mounted.
     fn rebuild(&self, damaged: &[u64], flushed: &mut PresenceBits, writing: &mut Writing) -> io::Result<()> {
-        let mut checksums = self.kept_checksums()?;
-        checksums.resize(usize::try_from(Counts::of(self.index()).pages).map_err(io::Error::other)?, 0);
+        let (map, mut checksums) = (self.presence().map(), self.kept_checksums()?);
+        checksums.resize(usize::try_from(map.count()).map_err(io::Error::other)?, 0);
         let (old, new) = (self.data(), self.directory().new_data(self.index().space_len())?);
         let mut lost = damaged.to_vec();
-        let is_known = |page: u64| get(&checksums, page) != 0;
-        for_each_batch(0..Counts::of(self.index()).pages, is_known, |batch| {
-            for (page, content) in read_pages(&old, &batch)? {
-                match content.filter(|content| checksum_of(content) == get(&checksums, page)) {
+        let is_known = |number: u64| get(&checksums, number) != 0;
+        for_each_batch(map, 0..map.count(), is_known, |batch| {
+            for (number, content) in read_pages(&old, map, &batch)? {
+                match content.filter(|content| checksum_of(content) == get(&checksums, number)) {
                     // Also one that was damaged a moment ago: the page cache may have it whole.
                     Some(content) => {
-                        new.file.write_all_at(&content, start_of(page))?;
-                        lost.retain(|lost| *lost != page);
+                        new.file.write_all_at(&content, start_of(map, number))?;
+                        lost.retain(|lost| *lost != number);
                     }
-                    None => lost.push(page),
+                    None => lost.push(number),
                 }
             }
             Ok(())
         })?;
         // Without its checksum nothing is known of a page, and it was not copied.
-        let with_content = self.index().extents().iter().flat_map(|extent| pages_of(&extent.plain_range()));
-        lost.extend(with_content.filter(|page| !is_known(*page)));
+        lost.extend((0..map.count()).filter(|number| !is_known(*number)));
         lost.sort_unstable();
         lost.dedup();
         new.file.sync_data()?;
@@ -250,7 +274,7 @@ impl FrameStore {
         self.give_up(&lost, flushed, writing);
         self.set_data(file);
         // All of it was compared on its way.
-        self.unchecked.note_checked(0..Counts::of(self.index()).pages);
+        self.unchecked.note_checked(0..map.count());
         Ok(())
     }
 }

@@ -13,7 +13,7 @@
 //! what it misses comes: `warm.rs` says what comes by itself, `dedup.rs` copies it from another layer, `hot_pack.rs`
 //! receives what a start-up reads, `scheduler/` decides what else is requested, and when and where, and `transfer.rs`
 //! carries a request out. `places.rs` holds where a layer comes from. `frame_store.rs` keeps it all, `presence.rs`
-//! knows what is there, `unpack.rs` makes indexes of what is fetched, `directory.rs` keeps the files and `disk.rs`
+//! knows what is there, by the numbers of `page_map.rs`, `unpack.rs` makes indexes of what is fetched, `directory.rs` keeps the files and `disk.rs`
 //! changes them. `threads.rs` checks what threads may do to each other.
 //!
 //! # Who tries again
@@ -67,6 +67,7 @@ pub mod layer;
 mod layer_core;
 mod link;
 pub mod mapping;
+mod page_map;
 mod places;
 mod presence;
 mod proof;

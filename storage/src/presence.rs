@@ -1,26 +1,27 @@
 //! What of a layer's content is there: by page of the plain address space, and by frame.
 //!
 //! Content comes as frames, as pieces of the hot pack and as copies from other layers. A *page* (4 KiB of the plain
-//! address space) is what a read asks about; its bit is set when all content of the page is there, and from the
-//! beginning where there is none. The bit of a *frame* is set when all content of the frame is there, however it came:
+//! address space) is what a read asks about; its bit is set when all content of the page is there. Pages
+//! without content have no bit and are always there: bits go by the numbers of [`PageMap`]. The bit of a *frame* is set when all content of the frame is there, however it came:
 //! frames end in the middle of pages, and such a page is there when all frames are that have bytes in it.
 //!
 //! Both are kept in the file `presence`, with the checksums of pages ([`crate::health`]), bound to the layer's index by
 //! its digest and closed by a CRC-32. Whatever does not fit is treated as "nothing there": the price is bytes fetched
 //! again, never a wrong byte.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use format_spec::{Digest, index::PLAIN_ALIGN};
 
 use crate::{
     bitmap::{self, Bitmap},
     mapping::LayerIndex,
+    page_map::PageMap,
 };
 
 /// First eight bytes of the file `presence`.
-const MAGIC: [u8; 8] = *b"LAZULIP2";
-/// Magic number, index digest, number of frames, number of pages.
+const MAGIC: [u8; 8] = *b"LAZULIP3";
+/// Magic number, index digest, number of frames, number of pages with content.
 const HEADER_LEN: usize = 8 + 32 + 8 + 8;
 /// Bytes behind the header that mean nothing.
 const RESERVED_LEN: usize = 8;
@@ -29,9 +30,10 @@ const CRC_LEN: usize = 4;
 /// What is there. All methods may be called from many threads at once.
 #[derive(Debug)]
 pub(crate) struct Presence {
+    map: Arc<PageMap>,
     pages: Bitmap,
     frames: Bitmap,
-    page_count: u64,
+    counts: Counts,
 }
 
 /// Bits as a file keeps them.
@@ -39,11 +41,11 @@ pub(crate) struct Presence {
 pub(crate) struct PresenceBits {
     pub(crate) frames: Vec<u64>,
     pub(crate) pages: Vec<u64>,
-    /// One a page, 0 for those without content; or none at all.
+    /// One a page, 0 for those that are not there; or none at all.
     pub(crate) checksums: Vec<u32>,
 }
 
-/// How many frames and pages a layer has.
+/// How many frames and pages with content a layer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) frames: u64,
@@ -52,24 +54,16 @@ pub(crate) struct Counts {
 
 impl Counts {
     /// Those of a layer.
-    pub(crate) fn of(index: &LayerIndex) -> Self {
-        Self { frames: index.frames().len() as u64, pages: index.space_len() / PLAIN_ALIGN }
+    pub(crate) fn of(index: &LayerIndex, map: &PageMap) -> Self {
+        Self { frames: index.frames().len() as u64, pages: map.count() }
     }
 }
 
 impl Presence {
-    /// What `bits` say, and every page without content.
-    pub(crate) fn new(index: &LayerIndex, bits: PresenceBits) -> Self {
-        let page_count = Counts::of(index).pages;
-        let (pages, frames) = (Bitmap::new(bits.pages), Bitmap::new(bits.frames));
-        let mut next = 0;
-        for extent in index.extents() {
-            let content = pages_of(&extent.plain_range());
-            pages.set(next..content.start.max(next));
-            next = content.end;
-        }
-        pages.set(next..page_count.max(next));
-        let presence = Self { pages, frames, page_count };
+    /// What `bits` say; `map` is that of the index.
+    pub(crate) fn new(index: &LayerIndex, map: Arc<PageMap>, bits: PresenceBits) -> Self {
+        let counts = Counts::of(index, &map);
+        let presence = Self { map, pages: Bitmap::new(bits.pages), frames: Bitmap::new(bits.frames), counts };
         if !presence.is_complete() {
             // A page between two frames may have been left out when its frames were not.
             let all = (0..).zip(index.frames()).map(|(frame, _)| frame);
@@ -78,9 +72,29 @@ impl Presence {
         presence
     }
 
+    /// Which pages have content.
+    pub(crate) fn map(&self) -> &Arc<PageMap> {
+        &self.map
+    }
+
+    /// How many bits there are.
+    pub(crate) fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// The numbers of the pages with content that a plain range touches.
+    pub(crate) fn numbers(&self, plain: &Range<u64>) -> Range<u64> {
+        self.map.numbers(&pages_of(plain))
+    }
+
     /// Whether all pages that a plain range touches are there: what a read of content that has arrived costs.
     pub(crate) fn has_pages(&self, plain: &Range<u64>) -> bool {
-        self.pages.are_set(pages_of(plain))
+        self.pages.are_set(self.numbers(plain))
+    }
+
+    /// Whether the page with a number is there.
+    pub(crate) fn has_number(&self, number: u64) -> bool {
+        self.pages.is_set(number)
     }
 
     /// Whether a frame is.
@@ -95,18 +109,22 @@ impl Presence {
 
     /// Whether all content of the layer is there.
     pub(crate) fn is_complete(&self) -> bool {
-        self.pages.set_count() == self.page_count
+        self.pages.set_count() == self.counts.pages
     }
 
     /// The parts of a plain range whose pages are not there, ascending. Frames may have brought their content yet.
     pub(crate) fn missing_runs(&self, plain: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
         let plain = plain.clone();
-        let pages = pages_of(&plain);
-        let mut next = pages.start;
+        let numbers = self.numbers(&plain);
+        let mut next = numbers.start;
         std::iter::from_fn(move || {
-            let start = self.pages.find(next..pages.end, false)?;
-            next = self.pages.find(start..pages.end, true).unwrap_or(pages.end);
-            Some((start * PLAIN_ALIGN).max(plain.start)..(next * PLAIN_ALIGN).min(plain.end))
+            let start = self.pages.find(next..numbers.end, false)?;
+            let pages = self.map.pages_from(start);
+            // A hole is not missing: it ends the run.
+            let end = numbers.end.min(start + (pages.end - pages.start));
+            next = self.pages.find(start..end, true).unwrap_or(end);
+            let pages = pages.start..pages.start + (next - start);
+            Some((pages.start * PLAIN_ALIGN).max(plain.start)..(pages.end * PLAIN_ALIGN).min(plain.end))
         })
     }
 
@@ -132,7 +150,7 @@ impl Presence {
 
     /// All content of a frame has been written.
     pub(crate) fn note_frame(&self, index: &LayerIndex, frame: u32) {
-        frame_runs(index, frame).for_each(|run| self.pages.set(whole_pages_of(&run)));
+        frame_runs(index, frame).for_each(|run| self.pages.set(self.map.numbers(&whole_pages_of(&run))));
         self.frames.set(frame.into()..u64::from(frame) + 1);
         // After the bit: of two threads that bring the two frames of a page, one sees both.
         for run in frame_runs(index, frame) {
@@ -142,7 +160,7 @@ impl Presence {
 
     /// All content of the pages that a plain range touches has been written.
     pub(crate) fn note_pages(&self, plain: &Range<u64>) {
-        self.pages.set(pages_of(plain));
+        self.pages.set(self.numbers(plain));
     }
 
     /// The bytes of a plain range have been written, which may start and end inside pages and frames.
@@ -155,7 +173,7 @@ impl Presence {
         plain: &Range<u64>,
         written_until: impl Fn(u64) -> Option<u64>,
     ) {
-        self.pages.set(whole_pages_of(plain));
+        self.pages.set(self.map.numbers(&whole_pages_of(plain)));
         let is_there = |frame: u32, within: &Range<u64>| {
             self.has_frame(frame)
                 || frame_runs(index, frame)
@@ -174,7 +192,8 @@ impl Presence {
         let mut offset = run.start;
         while offset < run.end {
             let page = offset / PLAIN_ALIGN;
-            let end = if self.pages.is_set(page) { Some((page + 1) * PLAIN_ALIGN) } else { written_until(offset) };
+            let is_there = self.map.number(page).is_none_or(|number| self.has_number(number));
+            let end = if is_there { Some((page + 1) * PLAIN_ALIGN) } else { written_until(offset) };
             match end {
                 Some(end) if end > offset => offset = end,
                 _ => return false,
@@ -187,8 +206,9 @@ impl Presence {
     fn note_ends(&self, plain: &Range<u64>, is_there: impl Fn(&Range<u64>) -> bool) {
         let Some(last) = plain.end.checked_sub(1) else { return };
         for page in [plain.start, last].map(|offset| offset / PLAIN_ALIGN) {
-            if !self.pages.is_set(page) && is_there(&(page * PLAIN_ALIGN..(page + 1) * PLAIN_ALIGN)) {
-                self.pages.set(page..page + 1);
+            let Some(number) = self.map.number(page) else { continue };
+            if !self.has_number(number) && is_there(&(page * PLAIN_ALIGN..(page + 1) * PLAIN_ALIGN)) {
+                self.pages.set(number..number + 1);
             }
         }
     }
@@ -210,17 +230,17 @@ impl Presence {
         self.clear(index, &pages, added(&now.frames, &flushed.frames));
     }
 
-    /// Clears pages, and every frame that has content in them.
-    pub(crate) fn clear_pages(&self, index: &LayerIndex, pages: &[u64]) {
-        let lost = Bitmap::new(bitmap::empty(self.page_count));
-        pages.iter().for_each(|page| lost.set(*page..page + 1));
-        self.clear(index, &lost.snapshot(), bitmap::empty(Counts::of(index).frames));
+    /// Clears pages by their numbers, and every frame that has content in them.
+    pub(crate) fn clear_pages(&self, index: &LayerIndex, numbers: &[u64]) {
+        let lost = Bitmap::new(bitmap::empty(self.counts.pages));
+        numbers.iter().for_each(|number| lost.set(*number..number + 1));
+        self.clear(index, &lost.snapshot(), bitmap::empty(self.counts.frames));
     }
 
     fn clear(&self, index: &LayerIndex, pages: &[u64], frames: Vec<u64>) {
         let (frames, lost) = (Bitmap::new(frames), Bitmap::new(pages.to_vec()));
         for (frame, _) in (0..).zip(index.frames()) {
-            if frame_runs(index, frame).any(|run| lost.find(pages_of(&run), true).is_some()) {
+            if frame_runs(index, frame).any(|run| lost.find(self.numbers(&run), true).is_some()) {
                 frames.set(frame.into()..u64::from(frame) + 1);
             }
         }
@@ -236,11 +256,11 @@ impl PresenceBits {
         Self { frames: bitmap::empty(counts.frames), pages: bitmap::empty(counts.pages), checksums: Vec::new() }
     }
 
-    /// Clears pages.
-    pub(crate) fn clear_pages(&mut self, pages: &[u64]) {
-        for page in pages {
-            let word = usize::try_from(page / u64::from(u64::BITS)).ok().and_then(|word| self.pages.get_mut(word));
-            word.into_iter().for_each(|word| *word &= !(1 << (page % u64::from(u64::BITS))));
+    /// Clears pages by their numbers.
+    pub(crate) fn clear_pages(&mut self, numbers: &[u64]) {
+        for number in numbers {
+            let word = usize::try_from(number / u64::from(u64::BITS)).ok().and_then(|word| self.pages.get_mut(word));
+            word.into_iter().for_each(|word| *word &= !(1 << (number % u64::from(u64::BITS))));
         }
     }
 
@@ -271,16 +291,9 @@ impl PresenceBits {
 
     /// Reads what [`Self::encode`] wrote for a layer with this index; `None` for anything else.
     pub(crate) fn decode(bytes: &[u8], counts: Counts, index: &Digest) -> Option<Self> {
-        Self::decode_any(bytes, index).filter(|(found, _)| *found == counts).map(|(_, bits)| bits)
-    }
-
-    /// The same for who does not know how many frames and pages the layer has.
-    pub(crate) fn decode_any(bytes: &[u8], index: &Digest) -> Option<(Counts, Self)> {
         let (content, crc32) = bytes.split_at_checked(bytes.len().checked_sub(CRC_LEN)?)?;
         let (found, rest) = content.split_at_checked(HEADER_LEN)?;
         let (_, rest) = rest.split_at_checked(RESERVED_LEN)?;
-        let number = |at: usize| Some(u64::from_le_bytes(found.get(at..at + 8)?.try_into().ok()?));
-        let counts = Counts { frames: number(40)?, pages: number(48)? };
         let word_count = |count: u64| usize::try_from(count.div_ceil(u64::BITS.into())).ok();
         let frame_word_count = word_count(counts.frames)?;
         let is_ours = crc32fast::hash(content).to_le_bytes() == crc32 && found == header(counts, index);
@@ -296,7 +309,7 @@ impl PresenceBits {
             bitmap::has_no_spare_bits(&frames, counts.frames) && bitmap::has_no_spare_bits(&pages, counts.pages);
         let checksums =
             checksums.chunks_exact(4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")));
-        is_whole.then(|| (counts, Self { frames, pages, checksums: checksums.collect() }))
+        is_whole.then(|| Self { frames, pages, checksums: checksums.collect() })
     }
 }
 

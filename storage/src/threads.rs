@@ -39,6 +39,7 @@ use crate::{
     hot_pack::HotStream,
     layer::Layer,
     layer_core::LayerCore,
+    page_map::PageMap,
     places::{Place, Places},
     presence::{Counts, Presence, PresenceBits},
     scheduler::{Fetch, Outcome, Priority, RequestOptions, Scheduler},
@@ -255,7 +256,9 @@ fn a_page_of_several_frames_is_there_when_the_last_of_them_came() {
     check(|| {
         let test = TestStore::new();
         let index = test.store.directory().open_index().unwrap().unwrap();
-        let presence = Presence::new(&index, PresenceBits::empty(Counts::of(&index)));
+        let map = Arc::new(PageMap::of(&index));
+        let bits = PresenceBits::empty(Counts::of(&index, &map));
+        let presence = Presence::new(&index, map, bits);
         let shared = Arc::new((index, presence));
         let note = |frame| {
             let shared = shared.clone();

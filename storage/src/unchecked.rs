@@ -7,9 +7,8 @@
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt, sync::Arc};
 
 use crate::{
-    bitmap::{self, Bitmap},
-    mapping::LayerIndex,
-    presence::{Counts, PresenceBits, pages_of},
+    bitmap::Bitmap,
+    presence::{Counts, PresenceBits},
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
@@ -17,7 +16,7 @@ use crate::{
     },
 };
 
-/// The pages of one layer that are still to be compared. Safe from many threads.
+/// The pages of one layer that are still to be compared, by their numbers. Safe from many threads.
 #[derive(Debug)]
 pub(crate) struct Unchecked {
     pages: Bitmap,
@@ -29,14 +28,10 @@ pub(crate) struct Unchecked {
 }
 
 impl Unchecked {
-    /// Those of the words `present` that have content; `presence` is the file that says so.
-    pub(crate) fn new(index: &LayerIndex, present: &[u64], presence: Option<File>) -> Self {
-        let counts = Counts::of(index);
-        let pages = Bitmap::new(bitmap::empty(counts.pages));
-        index.extents().iter().for_each(|extent| pages.set(pages_of(&extent.plain_range())));
-        pages.clear_all(&present.iter().map(|word| !word).collect::<Vec<_>>());
+    /// Those of the words `present`; `presence` is the file that says so.
+    pub(crate) fn new(counts: Counts, present: &[u64], presence: Option<File>) -> Self {
         Self {
-            pages,
+            pages: Bitmap::new(present.to_vec()),
             page_count: counts.pages,
             presence: Mutex::new(presence.map(Arc::new)),
             checksums_offset: PresenceBits::checksums_offset(counts),
@@ -55,8 +50,8 @@ impl Unchecked {
     }
 
     /// Whether a page is still to be compared.
-    pub(crate) fn has(&self, page: u64) -> bool {
-        self.pages.is_set(page)
+    pub(crate) fn has(&self, number: u64) -> bool {
+        self.pages.is_set(number)
     }
 
     /// The first page from one on that is.
@@ -65,8 +60,8 @@ impl Unchecked {
     }
 
     /// Pages are what was written, or are there no longer.
-    pub(crate) fn note_checked(&self, pages: Range<u64>) {
-        self.pages.clear(pages);
+    pub(crate) fn note_checked(&self, numbers: Range<u64>) {
+        self.pages.clear(numbers);
         if self.is_empty() {
             *lock(&self.presence) = None;
         }
@@ -77,10 +72,10 @@ impl Unchecked {
     /// # Errors
     ///
     /// When the file cannot be read: then nothing is known of the pages.
-    pub(crate) fn checksums_of(&self, pages: &Range<u64>) -> io::Result<Option<Vec<u32>>> {
+    pub(crate) fn checksums_of(&self, numbers: &Range<u64>) -> io::Result<Option<Vec<u32>>> {
         let Some(presence) = lock(&self.presence).clone() else { return Ok(None) };
-        let mut bytes = vec![0; usize::try_from((pages.end - pages.start) * 4).map_err(io::Error::other)?];
-        presence.read_exact_at(&mut bytes, self.checksums_offset + pages.start * 4)?;
+        let mut bytes = vec![0; usize::try_from((numbers.end - numbers.start) * 4).map_err(io::Error::other)?];
+        presence.read_exact_at(&mut bytes, self.checksums_offset + numbers.start * 4)?;
         let checksums = bytes.chunks_exact(4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")));
         Ok(Some(checksums.collect()))
     }

@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use super::{CacheInner, quiet::Quiet};
 use crate::layer::Layer;
 
-/// Plain bytes of a step.
+/// Bytes of content of a step.
 const STEP_LEN: u64 = 8 << 20;
 /// Nobody has to have waited for this long.
 const QUIET: Duration = Duration::from_secs(5);
@@ -123,10 +123,13 @@ fn pass_step(open: &[Layer], position: &mut Position, rate: NonZeroU64) -> Durat
     };
     let found = layer.core().number;
     let start = if found == number { offset } else { 0 };
-    let end = start.saturating_add(STEP_LEN);
-    if let Err(error) = layer.inner().heal(start..end) {
+    let Some(part) = layer.core().store.next_content(start, STEP_LEN) else {
+        position.pass = (found + 1, 0);
+        return Duration::ZERO;
+    };
+    position.pass = (found, part.end);
+    if let Err(error) = layer.inner().heal(part) {
         note_failure(layer, &error);
     }
-    position.pass = if end >= layer.index().space_len() { (found + 1, 0) } else { (found, end) };
     pace(rate.get())
 }

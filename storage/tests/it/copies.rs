@@ -130,7 +130,8 @@ async fn a_changed_piece_of_a_large_file_costs_its_own_frame_only() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_that_are_not_open_are_copied_from_too() {
-    let (first, second) = (version(&files(), 0, &[]), version(&files(), 1, &[]));
+    let files = [vec![TestFile(vec![(1 << 20, 5000), (50_000, 9000)])], files()].concat();
+    let (first, second) = (version(&files, 0, &[]), version(&files, 1, &[]));
     let (cache, directory) = with_first(&first).await;
     drop(cache);
     let cache = open_cache(directory.path());

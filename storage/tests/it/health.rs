@@ -78,6 +78,35 @@ async fn after_a_power_cut_flipped_bits_and_lost_writes_are_fetched_again() {
     }
 }
 
+/// Pages behind holes are told apart, in files that may be mounted and in others.
+#[tokio::test(flavor = "multi_thread")]
+async fn between_holes_only_what_the_disk_has_changed_is_fetched_again() {
+    let file = TestFile(vec![(0, 5000), (1 << 20, 9000), (300_000, 100), (700_000, 0)]);
+    let test = TestLayer::new(&[file, TestFile(vec![(3 << 20, 0)]), TestFile::of_len(20_000)], &[6000]);
+    let damaged = [1000, 5000 + (1 << 20) + 10, test.files[2].start + 9000];
+    // The second frame ends behind the hole.
+    for (arrived, damaged) in [(5000, &damaged[..2]), (test.space.len() as u64, &damaged[..])] {
+        let fixture = Fixture::new(&test).await;
+        check_read(&fixture.layer, &test, 0..arrived).await;
+        fixture.layer.flush().unwrap();
+        let is_whole = fixture.layer.is_complete();
+        assert_eq!(fixture.layer.complete_file_within(Duration::from_secs(60)).is_some(), is_whole);
+        let root = fixture.crash();
+        let data = data_of(root.path(), &test);
+        damaged.iter().for_each(|position| flip(&data, *position));
+        let (cache, source) = (cache(root.path(), options()), MemorySource::new(&test));
+        let layer = cache.layer(&test.lazy, source.clone(), json!("test")).await.unwrap();
+        check_read(&layer, &test, 0..test.space.len() as u64).await;
+        assert_eq!(layer.progress().healed_pages, damaged.len() as u64);
+        assert!(source.requests().iter().map(|range| range.end - range.start).sum::<u64>() < test.tar.len() as u64);
+        let file = layer.complete_file_within(Duration::from_secs(60)).unwrap();
+        assert!(fs::read(&file).unwrap() == test.space);
+        let presence = fs::metadata(file.with_file_name("presence")).unwrap().len();
+        // 5000 bytes, 9000 behind a hole, 100 behind another, 20,000: 2 + 3 + 1 + 5 pages.
+        assert_eq!(presence, 8 + 32 + 8 + 8 + 8 + 8 + 8 + 11 * 4 + 4);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_flipped_bit_of_content_is_found() {
     let test = TestLayer::of_frames(2, 9000);
