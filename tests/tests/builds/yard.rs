@@ -98,7 +98,13 @@ impl Yard<'_> {
         place: Place,
         more: &[&str],
     ) -> Result<()> {
-        let finished = machine.start(from, &self.destination(place, &source.name), more)?.finish(None)?;
+        let convert = || machine.start(from, &self.destination(place, &source.name), more)?.finish(None);
+        let mut finished = convert()?;
+        // docker-registry 2.8 forgets a blob that it has confirmed when others send the same one at that moment.
+        if finished.code == Some(1) && finished.stderr.contains("MANIFEST_BLOB_UNKNOWN") {
+            self.record().count("asked again, as the registry lost a blob");
+            finished = convert()?;
+        }
         self.note(source, place, &finished, "honest");
         Ok(())
     }
