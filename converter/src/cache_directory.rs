@@ -41,7 +41,7 @@ impl CacheDirectory {
         Self(path)
     }
 
-    /// What the directory says of `key`; a file that cannot be read, understood or believed says nothing.
+    /// The entry of `key`; a file that cannot be read, understood or believed is none.
     pub(crate) fn read(&self, key: &ConversionKey) -> Option<Known> {
         let secret = self.secret()?;
         let bytes = read_bounded(&self.entry_path(key), ENTRY_LEN_MAX).ok()?;

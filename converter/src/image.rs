@@ -57,7 +57,7 @@ pub enum ImageError {
         place: PathBuf,
         /// Which one is meant.
         image: Selector,
-        /// What there is, in words that can be written behind the path.
+        /// The kind of thing that is there, in words that can be written behind the path.
         present: String,
     },
     /// A file is no archive, or not the one that is expected.

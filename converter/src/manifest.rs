@@ -27,8 +27,8 @@ pub mod media_type {
     pub const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
     /// A layer as docker pushes it: tar, gzip-compressed.
     pub const DOCKER_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
-    /// What docker 1.10 and some registries call a config; they say nothing of what it is. Source: moby,
-    /// distribution/pull_v2.go, and what registries were seen to deliver.
+    /// Names that docker 1.10 and some registries give a config, which say nothing of its kind. Source: moby,
+    /// distribution/pull_v2.go, and answers that registries were seen to give.
     const UNSAID_CONFIGS: [&str; 5] = ["", "application/octet-stream", "text/html", "text/plain", "application/json"];
 
     /// The meaning of a config's type.
