@@ -285,6 +285,15 @@ impl Error {
         }
     }
 
+    /// Whether the registry says of a manifest that it does not have a blob that the manifest names. Source: OCI
+    /// distribution specification, error codes.
+    pub(crate) fn misses_blob(&self) -> bool {
+        match self.root() {
+            Self::Status { detail, .. } | Self::NotFound { detail, .. } => detail.contains("MANIFEST_BLOB_UNKNOWN"),
+            _ => false,
+        }
+    }
+
     /// How long the registry asks to wait before the next attempt.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self.root() {

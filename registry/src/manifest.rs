@@ -19,6 +19,9 @@ use crate::{
 
 /// Longest manifest accepted, the limit that the OCI distribution specification names for registries.
 pub const MANIFEST_LEN_MAX: u64 = 4 << 20;
+/// How often a manifest is sent that names blobs which the registry does not see. A registry that writes its links in
+/// place, as docker-registry 2.8 does, misses for a moment a blob that it has confirmed when somebody else sends the same.
+const BLOB_ATTEMPTS_MAX: u32 = 4;
 /// Tells what the registry thinks it stores or sends.
 const CONTENT_DIGEST: header::HeaderName = header::HeaderName::from_static("docker-content-digest");
 /// Tells that the registry has understood the manifest's subject. Source: OCI distribution specification 1.1.
@@ -131,7 +134,17 @@ impl Client {
         }
         let endpoint = self.push_endpoint(reference.host()).await?;
         let once = || self.push_manifest_once(reference, &endpoint, media_type, &bytes, digest);
-        self.with_retries(reference.host(), once).await.map(|_| digest)
+        let mut attempts = 1;
+        loop {
+            match self.with_retries(reference.host(), once).await {
+                Err(error) if error.misses_blob() && attempts < BLOB_ATTEMPTS_MAX => {
+                    tracing::debug!(%reference, attempts, %error, "manifest is sent again");
+                    attempts += 1;
+                    tokio::time::sleep(self.options().retry_delay_min).await;
+                }
+                result => return result.map(|_| digest),
+            }
+        }
     }
 
     /// Returns whether the registry lists it with the referrers of its subject.

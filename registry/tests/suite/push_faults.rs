@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use format_spec::Digest;
-use registry::{BlobContent, Client, ClientOptions, Error};
+use registry::{BlobContent, Client, ClientOptions, Error, media_type};
 
 use crate::{
     client,
@@ -141,4 +141,24 @@ async fn an_upload_that_nobody_waits_for_any_more_is_ended() {
     assert!(tokio::time::timeout(Duration::from_millis(500), push).await.is_err());
     client.uploads_have_ended(Duration::from_secs(5)).await;
     assert_eq!(server.requests(), ["POST /v2/a/blobs/uploads/".to_owned(), put(), "DELETE /upload?state=1".to_owned()]);
+}
+
+const BLOB_UNKNOWN: &[u8] = br#"{"errors":[{"code":"MANIFEST_BLOB_UNKNOWN","message":"blob unknown to registry"}]}"#;
+
+#[tokio::test]
+async fn a_blob_that_a_registry_has_confirmed_and_does_not_see_fails_no_push() {
+    let server = FaultServer::start(|count, _| match count {
+        0 | 1 => Reply::full(400, &[], BLOB_UNKNOWN),
+        _ => Reply::status(201),
+    })
+    .await;
+    let manifest = Bytes::from_static(b"{}");
+    let pushed = client().push_manifest(&server.reference("a:1"), media_type::OCI_MANIFEST, manifest.clone()).await;
+    assert_eq!(pushed.unwrap(), Digest::of(&manifest));
+    assert_eq!(server.requests().len(), 3);
+
+    let missing = FaultServer::start(|_, _| Reply::full(400, &[], BLOB_UNKNOWN)).await;
+    let refused = client().push_manifest(&missing.reference("a:1"), media_type::OCI_MANIFEST, manifest).await;
+    assert!(refused.unwrap_err().to_string().contains("MANIFEST_BLOB_UNKNOWN"));
+    assert_eq!(missing.requests().len(), 4);
 }

@@ -98,25 +98,12 @@ impl Yard<'_> {
         place: Place,
         more: &[&str],
     ) -> Result<()> {
-        let finished = self.finished(machine, from, &self.destination(place, &source.name), more)?;
+        let finished = machine.start(from, &self.destination(place, &source.name), more)?.finish(None)?;
         self.note(source, place, &finished, "honest");
         Ok(())
     }
 
-    /// How a conversion ends that nobody interrupts.
-    ///
-    /// docker-registry 2.8 may not know a blob that it has confirmed when others send the same one at that moment: it is
-    /// asked again then, and that is counted.
-    fn finished(&self, machine: &Machine, from: &str, to: &str, more: &[&str]) -> Result<Finished> {
-        let finished = machine.start(from, to, more)?.finish(None)?;
-        if finished.code != Some(1) || !finished.stderr.contains("MANIFEST_BLOB_UNKNOWN") {
-            return Ok(finished);
-        }
-        self.record().count("asked again, as the registry lost a blob");
-        machine.start(from, to, more)?.finish(None)
-    }
-
-    /// Has a machine convert an honest image, with a signal when it has run for `after`.
+    /// The same, with a signal when it has run for `after`.
     pub(crate) fn interrupt(
         &self,
         machine: &Machine,
@@ -146,7 +133,7 @@ impl Yard<'_> {
     /// Has a machine convert a hostile image.
     pub(crate) fn convert_hostile(&self, machine: &Machine, source: &Source, place: Place) -> Result<()> {
         let from = &source.places[0];
-        let finished = self.finished(machine, from, &self.destination(place, &source.name), &[])?;
+        let finished = machine.start(from, &self.destination(place, &source.name), &[])?.finish(None)?;
         match finished.code {
             Some(1) if source.is_refused || source.pushed.is_none() => self.record().count("hostile, refused"),
             Some(0) if !source.is_refused => self.note(source, place, &finished, "hostile, converted"),
