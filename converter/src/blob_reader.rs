@@ -276,7 +276,7 @@ mod tests {
 
     use super::*;
 
-    /// What `zstd --long=LOG` writes through a pipe, where it does not know the length of its input.
+    /// The output of `zstd --long=LOG` through a pipe, where it does not know the length of its input.
     fn with_window(log: u32, content: &[u8]) -> Vec<u8> {
         let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
         encoder.window_log(log).unwrap();

@@ -4,9 +4,9 @@
 //! where the destination has the blob, or a repository of the same registry from which it can be mounted.
 //!
 //! Entries are believed by who made them. Those of this run and of this user's directory are our own, and only the
-//! end of the blob is looked at, whether it is there as we wrote it. What an image says that was converted earlier,
-//! anybody may have written: it serves this run alone, and only after the whole layer was read and held against the
-//! diff ID that is wanted.
+//! end of the blob is looked at, whether it is there as we wrote it. Anybody may have written what an image says that
+//! was converted earlier: it serves this run alone, and only after the whole layer was read and held against the diff
+//! ID that is wanted.
 //!
 //! A layer that is found keeps the hot pack of the image that it was first converted for: that is what lets images
 //! share their base layers. Without a cache the result depends on input and options alone.

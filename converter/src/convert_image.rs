@@ -57,8 +57,8 @@ enum Finished {
 }
 
 impl Finished {
-    /// What points to it now, where `original` pointed to the original: of two descriptors of one blob each keeps
-    /// its own annotations. Lazy ones, of which the tar stream is `diff_id`, are signed with `keys`.
+    /// The descriptor that points to it now, where `original` pointed to the original: of two descriptors of one blob
+    /// each keeps its own annotations. Lazy ones, of which the tar stream is `diff_id`, are signed with `keys`.
     fn descriptor(&self, original: &Descriptor, diff_id: Digest, keys: &[SigningKey]) -> Descriptor {
         let (mut descriptor, lazy) = match self {
             Self::CarriedOver(lazy) => (annotate(original.clone(), *lazy), *lazy),

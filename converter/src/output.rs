@@ -1,4 +1,4 @@
-//! What the command says, where nobody may listen: a closed pipe or a full disk is no reason to panic.
+//! The command's output, where nobody may listen: a closed pipe or a full disk is no reason to panic.
 //!
 //! The macros take the place of those of the standard library in this program.
 

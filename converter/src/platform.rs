@@ -240,7 +240,7 @@ mod tests {
         DescriptorPlatform { architecture, os, variant: words.next().flatten(), rest: BTreeMap::new() }
     }
 
-    /// What containerd's `Only` accepts, best first, beside what it never takes.
+    /// The platforms that containerd's `Only` accepts, best first, beside those that it never takes.
     #[test]
     fn an_image_is_chosen_as_containerd_chooses_it() {
         let check = |wanted: &str, accepted: &[&str], refused: &[&str]| {

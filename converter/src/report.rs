@@ -54,7 +54,7 @@ pub struct ArtifactReport {
     pub digest: Digest,
     /// Bytes of its blobs that had to be moved.
     pub copied_len: u64,
-    /// What it is, by its own words: the artifact type, or that of the config; empty where it says neither.
+    /// Its kind, by its own words: the artifact type, or that of the config; empty where it says neither.
     pub kind: String,
 }
 

@@ -67,7 +67,7 @@ pub enum ResolveError {
         index: Digest,
         /// The entry's place, from 1.
         number: usize,
-        /// What is wrong with it.
+        /// Its fault.
         reason: String,
     },
     /// The manifest describes no container image.
@@ -118,9 +118,9 @@ impl FoundManifest {
 
 /// The image that a manifest describes; `None` for a manifest of something else: an artifact.
 ///
-/// What makes an image is its config, and a layer that unpacks: attestations and Wasm modules come with configs of
-/// images, but with layers of their own types. Docker once called configs by types that say nothing, and some
-/// registries still do; then the layers and what is in the config decide.
+/// Its config, and a layer that unpacks, make an image: attestations and Wasm modules come with configs of images, but
+/// with layers of their own types. Docker once called configs by types that say nothing, and some registries still do;
+/// then the layers and what is in the config decide.
 ///
 /// # Errors
 ///
@@ -253,7 +253,7 @@ impl Search<'_> {
         index.manifests[place].descriptor().map(Some).map_err(refuse)
     }
 
-    /// What an entry that says its platform points to.
+    /// The manifest of an entry that says its platform.
     async fn stated(&mut self, entry: &Descriptor, depth: usize) -> Result<Option<FoundManifest>, ResolveError> {
         let stored = self.source.manifest_of(entry).await?;
         if stored.is_index() {
@@ -332,7 +332,7 @@ fn is_of_the_entry(error: &ResolveError) -> bool {
 /// The type of a config that says that there is none. Source: OCI image specification, manifest.md.
 const EMPTY_CONFIG: &str = "application/vnd.oci.empty.v1+json";
 
-/// What a manifest says that it is: its artifact type, or else the type of its config.
+/// The kind that a manifest says that it is: its artifact type, or else the type of its config.
 ///
 /// The manifest is believed, not the entry that points to it: the digest covers the manifest.
 pub(crate) fn artifact_kind(stored: &StoredManifest) -> Option<String> {

@@ -1,7 +1,7 @@
 //! Annotations that say something about bytes which a conversion replaces.
 //!
 //! They would be lies about the new bytes: who believes them, as podman believes what stands there of zstd:chunked
-//! layers, refuses the image. What an annotation says of the content is as true as before and stays.
+//! layers, refuses the image. An annotation about the content is as true as before and stays.
 
 use std::collections::BTreeMap;
 

@@ -20,7 +20,7 @@ fn entry(descriptor: &Descriptor, platform: Value) -> Value {
     entry
 }
 
-/// What the file `which` says in the image that `lazuli convert` takes, or the error.
+/// The content of the file `which` in the image that `lazuli convert` takes, or the error.
 fn which(scene: &Scene, arguments: &[&str]) -> String {
     let _ = fs::remove_dir_all(scene.path("dst"));
     let output = scene.lazuli(&[&["convert", "oci:src", "oci:dst"], arguments].concat());
@@ -30,7 +30,7 @@ fn which(scene: &Scene, arguments: &[&str]) -> String {
     which_of(scene, &scene.converted())
 }
 
-/// What the file `which` says in this image of `dst`.
+/// The content of the file `which` in this image of `dst`.
 fn which_of(scene: &Scene, image: &ImageManifest) -> String {
     let tar = zstd::decode_all(fs::File::open(scene.blob("dst", &image.layers[0].digest)).unwrap()).unwrap();
     let mut archive = tar::Archive::new(tar.as_slice());

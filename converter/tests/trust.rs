@@ -1,4 +1,4 @@
-//! What an image says of itself, and what lies at a destination, is believed as far as it was compared.
+//! An image's words about itself, and content at a destination, are believed as far as it was compared.
 
 #![allow(clippy::unwrap_used, reason = "only tests use it")]
 
@@ -45,8 +45,8 @@ fn content(scene: &Scene, layout: &str, layer: &Descriptor) -> Vec<u8> {
     zstd::decode_all(fs::read(scene.blob(layout, &layer.digest)).unwrap().as_slice()).unwrap()
 }
 
-/// Who may have an image converted could make everybody's base layer his own: his image says of its lazy layer that
-/// it was made from the base layer, and with the next version of it the machine learned that.
+/// Anybody who may have an image converted could make everybody's base layer his own: his image says of its lazy layer
+/// that it was made from the base layer, and with the next version of it the machine learned that.
 #[test]
 fn an_image_that_lies_about_its_origin_harms_nobody() {
     let scene = Scene::new();

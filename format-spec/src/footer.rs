@@ -13,7 +13,7 @@ use crate::{
 
 /// Length of a skippable frame's header: magic number and content length (RFC 8878 3.1.2).
 pub const SKIPPABLE_HEADER_LEN: u64 = 8;
-/// What a blob begins with whose tar stream has no bytes (SPEC.md 2): a zstd frame that decompresses to nothing.
+/// The beginning of a blob whose tar stream has no bytes (SPEC.md 2): a zstd frame that decompresses to nothing.
 pub const EMPTY_FRAME: [u8; 9] = [0x28, 0xb5, 0x2f, 0xfd, 0x20, 0x00, 0x01, 0x00, 0x00];
 /// Length of the footer's content.
 pub const FOOTER_LEN: u64 = size_of::<Footer>() as u64;

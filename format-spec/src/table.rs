@@ -416,7 +416,7 @@ impl WireIndex {
     ///
     /// # Errors
     ///
-    /// What reading and writing fail with, and [`FormatError::Checksum`] when a section is not what the table says.
+    /// The errors of reading and writing, and [`FormatError::Checksum`] when a section is not what the table says.
     pub fn to_open<E: From<FormatError>>(
         &self,
         mut read_at: impl FnMut(u64, &mut [u8]) -> Result<(), E>,

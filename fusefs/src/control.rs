@@ -92,7 +92,8 @@ pub enum Request {
         /// The layers.
         layers: Vec<RemoteLayer>,
     },
-    /// What is known of these layers without waiting for anything; answered with [`Response::Verdicts`].
+    /// The verdicts on these layers, as far as they are known without waiting for anything; answered with
+    /// [`Response::Verdicts`].
     Verdicts {
         /// The layers.
         layers: Vec<LayerId>,

@@ -38,8 +38,8 @@ where
 
 /// A source whose requests belong to another runtime than whoever waits for them.
 ///
-/// What a request needs of threads that may block (names to be resolved, credentials to be looked up) it gets from
-/// there: a resolver that hangs takes none of the threads on which frames are decoded and written.
+/// A request gets from there the threads that may block (names to be resolved, credentials to be looked up): a resolver
+/// that hangs takes none of the threads on which frames are decoded and written.
 pub fn on_runtime(source: Arc<dyn Source>, runtime: Handle) -> Arc<dyn Source> {
     Arc::new(OnRuntime { source, runtime })
 }

@@ -313,7 +313,7 @@ fn answer_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
     }
 }
 
-/// What `lseek(2)` looks for (include/uapi/linux/fs.h); the kernel does the other kinds itself.
+/// The target of an `lseek(2)` (include/uapi/linux/fs.h); the kernel does the other kinds itself.
 fn sought(whence: i32) -> Option<Sought> {
     const SEEK_DATA: i32 = 3;
     const SEEK_HOLE: i32 = 4;

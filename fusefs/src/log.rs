@@ -2,8 +2,8 @@
 //!
 //! Lines go into a short queue, and a thread of its own writes them out: a full disk, a closed pipe or a reader that
 //! has stopped reading costs lines, never the thread that logs. Lines that are lost are counted, and the number stands
-//! in the log as soon as it can be written again. What a container can cause again and again is written a few times a
-//! minute (`repeats.rs`), and a file is cut (`output.rs`).
+//! in the log as soon as it can be written again. Lines that a container can cause again and again are written a few
+//! times a minute (`repeats.rs`), and a file is cut (`output.rs`).
 
 mod output;
 mod repeats;
@@ -192,7 +192,7 @@ fn lost_line(count: u64) -> String {
     format!("{count} lines of the log are lost: it could not be written\n")
 }
 
-/// What is said behind a line; `None` if it is left out.
+/// The note behind a line; `None` if it is left out.
 fn note_of(admission: &Admission, which: &str) -> Option<String> {
     match admission {
         Admission::Write { left_out: 0 } => Some(String::new()),

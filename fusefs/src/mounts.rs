@@ -1,6 +1,6 @@
 //! Trees as directories: shown by the session or mounted by the kernel, and taken away again.
 //!
-//! What the control socket asks for. Changes of one tree wait for each other (`trees.rs`), those of two trees do not.
+//! The requests of the control socket. Changes of one tree wait for each other (`trees.rs`), those of two trees do not.
 
 use std::{
     path::{Path, PathBuf},
@@ -182,7 +182,7 @@ impl Mounts {
     ///
     /// # Errors
     ///
-    /// What the kernel says, or that it says nothing.
+    /// The kernel's error, or that the kernel says nothing.
     pub(crate) async fn ask_session(&self) -> Result<(), Error> {
         let failed = |error| Error::Session { path: self.0.session.clone(), error };
         let ask = async {

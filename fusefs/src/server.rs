@@ -49,7 +49,7 @@ const LOOKS_MAX: usize = 4;
 /// How long a tree may take: its indexes come from the registry, which retries and waits on its own. A little less than
 /// a snapshotter waits, so that it hears why.
 const TREE_WITHIN: Duration = Duration::from_secs(170);
-/// How long everything else may take. What is begun is done, also when nobody waits for it any longer.
+/// How long everything else may take. Work that is begun is done, also when nobody waits for it any longer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 /// How long a client may be silent that holds nothing.
 const SILENT_WITHIN: Duration = Duration::from_secs(60);

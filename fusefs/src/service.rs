@@ -1,6 +1,6 @@
 //! Layers and trees of a root directory: opened, merged, kept.
 //!
-//! What the daemon and `lazuli mount` have in common. `mounts.rs` shows trees as directories and takes them away again;
+//! The common part of the daemon and `lazuli mount`. `mounts.rs` shows trees as directories and takes them away again;
 //! `trees.rs` knows who waits for which. Below the root lie `cache/` (storage's) and `trees/` (`store.rs`).
 
 use std::{

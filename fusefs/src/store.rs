@@ -6,8 +6,8 @@
 //! a file `<hex ID>.erofs` too: the tree as an EROFS image, made from its bytes when it is first mounted.
 //!
 //! Bytes and image are read whole and compared with a checksum before they are used: that of the bytes is in the
-//! record, that of the image in `<hex ID>.erofs-sum`. What the disk has changed or lost is made again, in a new file
-//! and for the same slot, so that node numbers stay.
+//! record, that of the image in `<hex ID>.erofs-sum`. A file that the disk has changed or lost is made again, in a new
+//! file and for the same slot, so that node numbers stay.
 //!
 //! Every file is durable before it gets its name, and the names are before anybody hears of tree or image
 //! (`store_order_tests.rs`). A removal may be undone by a machine that goes down: then the tree goes as one that nobody

@@ -23,8 +23,8 @@ use crate::{
     tree::Tree,
 };
 
-/// Requests that wait for one tree at most: as many as a node can start containers of one image at a time. What hangs
-/// for one image leaves room for the others.
+/// Requests that wait for one tree at most: as many as a node can start containers of one image at a time. A request
+/// that hangs for one image leaves room for the others.
 pub(crate) const WAITING_MAX: usize = 128;
 
 /// How the making of a tree ended.
@@ -54,7 +54,7 @@ struct Entry {
     state: State,
     /// Held while the tree is changed on disk or in the kernel.
     change: Arc<AsyncMutex<()>>,
-    /// Who holds it or waits for it.
+    /// Number of tasks that hold it or wait for it.
     change_count: usize,
 }
 
@@ -111,7 +111,7 @@ impl Trees {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What there is of a tree; `layers` are its layers.
+    /// The present state of a tree; `layers` are its layers.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! Who reads from the trees of a root: the overlayfs mounts that have one among their layers.
+//! Readers of the trees of a root: the overlayfs mounts that have one among their layers.
 //!
 //! The kernel does not say who uses a file system. But a container's root is an overlayfs mount whose options name its
 //! layers, and every process shows the mounts of its namespace.
@@ -13,7 +13,7 @@ use std::{
 use crate::{control::TreeId, id_mapped};
 
 /// Mount points of overlayfs mounts, in whatever mount namespace, that have one of `trees` or an id-mapped mount below
-/// `root` as a layer; blocks. What cannot be looked at is passed over.
+/// `root` as a layer; blocks. Mounts that cannot be looked at are passed over.
 pub(crate) fn mounts_in_use(root: &Path, trees: &[TreeId]) -> Vec<PathBuf> {
     let trees: HashSet<String> = trees.iter().map(TreeId::hex).collect();
     // Options may be relative to a directory that is not known, as containerd has them when they are long.

@@ -305,7 +305,7 @@ fn the_program_says_in_its_last_line_why_it_did_not_start() {
     assert_eq!(Command::new(program).arg("--unknown").output().unwrap().status.code(), Some(2));
 }
 
-/// What its index says is not what its tar stream says: the headers of layers made here are none.
+/// Its index says other things than its tar stream: the headers of layers made here are none.
 #[test]
 fn a_layer_that_is_refused_is_in_no_new_mount_and_its_reads_fail() {
     let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());

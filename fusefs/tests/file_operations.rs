@@ -1,4 +1,4 @@
-//! What programs do with the files of an image beyond reading them, below overlayfs as in a container.
+//! Operations of programs on the files of an image beyond reading, below overlayfs as in a container.
 
 #![allow(clippy::unwrap_used, reason = "only tests use it")]
 

@@ -1,4 +1,4 @@
-//! What a daemon has open after many mounts. One test: it counts what its process has.
+//! The descriptors of a daemon after many mounts. One test: it counts what its process has.
 
 #![allow(clippy::unwrap_used, reason = "only tests use it")]
 

@@ -80,7 +80,7 @@ pub(crate) struct Kept {
 #[derive(Default)]
 struct SlotState {
     kept: Option<Kept>,
-    /// What the host wanted last: a refusal does not always say it again.
+    /// The last challenge of the host: a refusal does not always say it again.
     challenge: Option<Challenge>,
     /// When a kept answer was refused and credentials were looked up anew.
     renewed: Option<Instant>,

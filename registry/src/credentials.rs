@@ -86,7 +86,7 @@ impl Credentials {
         found.map_err(|reason| Error::Credentials { host: host.to_owned(), reason })
     }
 
-    /// What may help where `host` refuses permission.
+    /// A hint for where `host` refuses permission.
     pub(crate) fn hint(&self, host: &str) -> String {
         let origin = self.host(host).origin.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let config = self.config.as_deref().unwrap_or(Path::new("config.json")).display();

@@ -17,12 +17,12 @@ use serde_json::Value;
 const DOCKER_HUB_KEY: &str = "https://index.docker.io/v1/";
 /// Names of Docker Hub, all of which mean that key.
 const DOCKER_HUB_NAMES: [&str; 3] = ["docker.io", "registry-1.docker.io", "index.docker.io"];
-/// What a helper gives as the user's name of an identity token.
+/// The user's name that a helper gives with an identity token.
 const TOKEN_USER: &str = "<token>";
 /// Paths that docker wrote behind a host: they mean the host. Other paths are podman's, for a part of it only.
 const API_PATHS: [&str; 3] = ["", "v1", "v2"];
 
-/// What proves who we are. Not `Debug`: it is secret.
+/// The proof of who we are. Not `Debug`: it is secret.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum Credential {
     /// To be exchanged for tokens at a token service.

@@ -85,7 +85,7 @@ pub enum Error {
         what: String,
         /// Who refused: the registry, its token service or its storage.
         host: String,
-        /// What may help: it depends on where the credentials come from.
+        /// Advice: it depends on where the credentials come from.
         hint: String,
         /// 401 or 403.
         status: u16,

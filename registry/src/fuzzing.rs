@@ -41,7 +41,7 @@ pub fn hosts_toml(text: &str, directory: &Path) -> Result<usize, String> {
 ///
 /// # Errors
 ///
-/// What is wrong with it.
+/// The fault of the file.
 pub fn docker_config(bytes: &[u8], host: &str) -> Result<(), String> {
     docker_config::find_configured(bytes, host).map(|_| ())
 }

@@ -43,8 +43,8 @@ pub struct ClientOptions {
     pub slow_timeout: Duration,
     /// How long one host is waited for before the next one is asked for the same part of a blob as well.
     pub hedge_delay: Duration,
-    /// How long an operation goes on trying without progress; counted from the first failure. What was refused is not
-    /// tried again.
+    /// How long an operation goes on trying without progress; counted from the first failure. A request that was
+    /// refused is not tried again.
     ///
     /// A command leaves all patience to the client. A daemon whose readers wait longer, and for refusals too, decides
     /// that where the readers are: it sets this to a few seconds, looks at the kind and the `retry_after` of each

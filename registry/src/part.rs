@@ -1,4 +1,4 @@
-//! What an answer holds of what is wanted of a blob. Deciding only, from the head of the answer.
+//! The part of a wanted range that an answer holds. Deciding only, from the head of the answer.
 //!
 //! Source: RFC 9110 14.2 to 14.4, 15.3.7 and 15.5.17. A server may answer a range with all of the blob, or with
 //! another range: whoever asks looks at `Content-Range` and asks for the rest.
@@ -38,13 +38,13 @@ pub(crate) struct Part {
     pub(crate) skip: u64,
     /// Where it ends in the blob, if it says so.
     pub(crate) end: Option<u64>,
-    /// What is wanted, with what the answer says about the blob.
+    /// The wanted range, with what the answer says about the blob.
     pub(crate) wanted: Wanted,
     /// Whether it is all of the blob where a range was asked for.
     pub(crate) is_whole: bool,
 }
 
-/// What to do with an answer.
+/// The use of an answer.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Use(Part),
@@ -83,11 +83,11 @@ impl Wanted {
         format!("bytes={}-{last}", self.next)
     }
 
-    /// What an answer with this head means; `is_ranged` says whether a range was asked for.
+    /// The verdict on an answer with this head; `is_ranged` says whether a range was asked for.
     ///
     /// # Errors
     ///
-    /// What makes it unusable.
+    /// The reason why it is unusable.
     pub(crate) fn judge(&self, head: &Head, is_ranged: bool) -> Result<Verdict, String> {
         match head.status {
             StatusCode::PARTIAL_CONTENT => match parse_content_range(&head.content_range) {

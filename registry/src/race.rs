@@ -1,4 +1,4 @@
-//! Who answers first: the hosts of a registry are asked one after the other for a part of a blob, and the next one
+//! The first to answer: the hosts of a registry are asked one after the other for a part of a blob, and the next one
 //! also while the one before takes its time.
 //!
 //! An answer counts when its first bytes are there: a host that only says that it will deliver has won nothing.
@@ -29,7 +29,7 @@ use crate::{
 pub(crate) struct Answer {
     pub(crate) endpoint: Arc<Endpoint>,
     pub(crate) part: Part,
-    /// Who sends, as errors name it.
+    /// The sender, as errors name it.
     pub(crate) host: String,
     /// Hosts that could have been asked.
     pub(crate) host_count: usize,
@@ -40,7 +40,7 @@ pub(crate) struct Answer {
     pace: Pace,
 }
 
-/// What is asked for.
+/// The part that is asked for.
 pub(crate) struct Question<'a> {
     pub(crate) client: &'a Client,
     pub(crate) reference: &'a Reference,
@@ -50,7 +50,7 @@ pub(crate) struct Question<'a> {
     pub(crate) wanted: &'a Wanted,
 }
 
-/// Who may be asked.
+/// A host that may be asked.
 #[derive(Clone)]
 enum Candidate {
     /// The address that the last read was redirected to.

@@ -13,7 +13,7 @@ use super::*;
 
 const NOW: Time = Time { seconds: 1, nanos: 0 };
 
-/// What reached the disk, in order.
+/// A write or sync that reached the disk.
 #[derive(Debug, Clone)]
 enum Event {
     Write(u64, Vec<u8>),
@@ -120,8 +120,8 @@ impl StorageBackend for Disk {
     }
 }
 
-/// What the disk may hold when power fails after the first `count` events: all that was synced, and of the rest what
-/// `choice` says, bit by bit.
+/// The content that the disk may hold when power fails after the first `count` events: all that was synced, and of the
+/// rest what `choice` says, bit by bit.
 fn after_power_loss(events: &[Event], count: usize, choice: u64) -> Vec<u8> {
     let synced = events[..count].iter().rposition(|event| matches!(event, Event::Sync)).unwrap_or(0);
     let mut bytes = Vec::new();

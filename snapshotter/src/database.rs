@@ -56,7 +56,7 @@ pub(crate) struct Database {
     room: Arc<Room>,
 }
 
-/// What is open now.
+/// The files that are open now.
 struct Opened {
     /// `None` when it could not be opened again.
     database: Option<OpenDatabase>,
@@ -219,7 +219,7 @@ impl Database {
                 continue;
             }
             syncing.is_under_way = true;
-            // Who has begun is covered too: they change memory only.
+            // Transactions that have begun are covered too: they change memory only.
             let begun = syncing.begun;
             let is_behind = |syncing: &mut Syncing| syncing.ended < begun;
             syncing = self.went_on.wait_while(syncing, is_behind).unwrap_or_else(PoisonError::into_inner);
@@ -298,7 +298,7 @@ impl Database {
             if syncing.waiting > 0 && after < up_to {
                 syncing.losses.push(Loss { after, up_to, kind: io_kind(cause), message: cause.to_string() });
             }
-            // What is lost is not waited for any longer.
+            // Lost transactions are not waited for any longer.
             syncing.durable = up_to;
             self.went_on.notify_all();
         }
@@ -478,7 +478,7 @@ impl StorageBackend for DatabaseFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         if len > self.len()? {
-            // What is kept is used; where that is not enough the file stays as it is.
+            // The kept space is used; where that is not enough the file stays as it is.
             allocate(&self.file, len)?;
         }
         self.file.set_len(len)?;

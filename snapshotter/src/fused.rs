@@ -414,7 +414,7 @@ impl Fused {
 #[derive(Debug)]
 pub struct Watch(BufReader<UnixStream>);
 
-/// What became of a watched daemon.
+/// The fate of a watched daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// It has ended.

@@ -84,7 +84,7 @@ pub fn overlay_options() -> Vec<String> {
     options
 }
 
-/// What an overlay mount with a lazy lower directory gets besides.
+/// Further options of an overlay mount with a lazy lower directory.
 pub fn lazy_overlay_options() -> Vec<String> {
     // A tree is a file system of its own: without it numbers of directories are made up anew whenever the kernel drops
     // what it remembers, and one root has two devices (Linux Documentation/filesystems/overlayfs.rst, "Inode

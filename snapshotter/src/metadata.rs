@@ -30,7 +30,7 @@ const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapsh
 /// (parent, child): finds the children of a snapshot without reading all of them.
 const CHILDREN: TableDefinition<'_, (&str, &str), ()> = TableDefinition::new("children");
 const NUMBERS: TableDefinition<'_, &str, u64> = TableDefinition::new("numbers");
-/// What is to be deleted, by [`Unused::to_key`].
+/// Things to be deleted, by [`Unused::to_key`].
 const UNUSED: TableDefinition<'_, &str, ()> = TableDefinition::new("unused");
 /// (tree or layer, id of a snapshot that needs it): follows from the records, and is made from them when the store is
 /// opened.
@@ -167,7 +167,7 @@ pub struct LazySnapshot {
     pub further_places: Vec<RemoteLayer>,
 }
 
-/// What became of a lazy layer.
+/// The fate of a lazy layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LazyInsert {
     /// The snapshot shows this layer, or another one that is the same by its chain ID.
@@ -275,7 +275,7 @@ impl<E: Into<redb::Error>> From<E> for MetadataError {
 
 type Result<T, E = MetadataError> = std::result::Result<T, E>;
 
-/// What belongs to no snapshot any longer and is to be deleted, unless a snapshot uses it again by then.
+/// A thing that belongs to no snapshot any longer and is to be deleted, unless a snapshot uses it again by then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Unused {
     /// The directory of a snapshot that was removed, and its mounts with other owners.
@@ -386,7 +386,7 @@ impl Metadata {
         self.database.read(|state| all(&state.open_table(SNAPSHOTS)?))
     }
 
-    /// What a new snapshot would be built on, nearest first, when it can be added.
+    /// The parents of a new snapshot, nearest first, when it can be added.
     ///
     /// # Errors
     ///
@@ -720,7 +720,7 @@ fn make_tables(change: &WriteTransaction) -> Result<()> {
     Ok(())
 }
 
-/// What stands in [`USERS`]; `None` when a table is missing: the file is new, or was written by an earlier version.
+/// The entries of [`USERS`]; `None` when a table is missing: the file is new, or was written by an earlier version.
 fn have_users(state: &ReadTransaction) -> Result<Option<BTreeSet<(String, u64)>>> {
     let tables = [state.open_table(CHILDREN).map(drop), state.open_table(UNUSED).map(drop)];
     if tables.iter().any(Result::is_err) {
@@ -771,7 +771,7 @@ fn forget(
     Ok(())
 }
 
-/// What `new` would be built on, nearest first.
+/// The parents of `new`, nearest first.
 fn parents_of(snapshots: &impl ReadableTable<&'static str, &'static [u8]>, new: &NewSnapshot) -> Result<Vec<Snapshot>> {
     let parents = match &new.parent {
         None => Vec::new(),

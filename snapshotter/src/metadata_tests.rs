@@ -243,7 +243,7 @@ fn what_a_removed_snapshot_had_is_unused_until_it_is_said_to_be_deleted() {
     assert_eq!(store.metadata.unused().unwrap(), []);
 }
 
-/// What a version before this one left: no table of what is unused, none of who uses what.
+/// The store that a version before this one left: no table of what is unused, none of who uses what.
 #[test]
 fn an_older_store_learns_who_uses_what() {
     let store = Store::new();

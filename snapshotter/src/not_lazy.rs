@@ -15,7 +15,7 @@ use crate::metadata::Time;
 /// Images that are remembered; older ones are forgotten.
 const IMAGES_MAX: usize = 100;
 
-/// The file. What it says is for people: that it cannot be written is logged, and no more.
+/// The file. Its content is for people: a failure to write it is logged, and no more.
 #[derive(Debug)]
 pub(crate) struct NotLazyImages {
     path: PathBuf,

@@ -22,7 +22,7 @@ const ANSWER_LATER: Duration = Duration::from_millis(100);
 
 type Outcome = Result<(), Arc<FusedError>>;
 
-/// What is known about images.
+/// Knowledge about images.
 #[derive(Debug)]
 pub(crate) struct Probes {
     fused: Arc<Fused>,

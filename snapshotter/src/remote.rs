@@ -24,7 +24,7 @@ pub const CRI_LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
 /// The ecosystem's mark of a snapshot that was prepared remotely, and its value.
 pub const REMOTE_MARK: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
 
-/// What containerd's names of snapshots begin with, behind its own prefix, that layers are unpacked into
+/// The beginning of containerd's names, behind its own prefix, of snapshots that layers are unpacked into
 /// (`snapshots.UnpackKeyPrefix`).
 const EXTRACTION: &str = "extract";
 

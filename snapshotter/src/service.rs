@@ -60,7 +60,8 @@ impl Service {
             let _under_way = under_way.read().await;
             work.await
         };
-        // Who goes away leaves nothing half done: only waiting ends with the task, what blocks runs to its end.
+        // A caller that goes away leaves nothing half done: only waiting ends with the task, what blocks runs to its
+        // end.
         let mut running = Running(tokio::spawn(work));
         let done = (&mut running.0).await;
         let done = done.map_err(|error| Status::internal(format!("{request}: {error}")))?;

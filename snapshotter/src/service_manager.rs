@@ -1,4 +1,4 @@
-//! What a service manager is told: that the daemon serves, and now and then that it still does (sd_notify(3)).
+//! Messages to a service manager: that the daemon serves, and now and then that it still does (sd_notify(3)).
 
 use std::time::Duration;
 

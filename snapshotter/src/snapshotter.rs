@@ -6,9 +6,9 @@
 //! image for a look at its registry, with another (`probes.rs`). Nothing here asks containerd for anything.
 //!
 //! Order that makes a crash harmless: a directory exists before its record and goes after it, so what a
-//! crash leaves is a directory without a record, an *orphan*, or a record of what is to be deleted. Who uses
-//! what is always read off the records, never counted. Removals, labels and extractions are durable a moment after they
-//! are answered: a crash that undoes one leaves a snapshot that containerd collects, or a pull that begins anew.
+//! crash leaves is a directory without a record, an *orphan*, or a record of what is to be deleted. Uses are always
+//! read off the records, never counted. Removals, labels and extractions are durable a moment after they are answered:
+//! a crash that undoes one leaves a snapshot that containerd collects, or a pull that begins anew.
 
 use std::{
     collections::HashSet,
@@ -126,10 +126,10 @@ pub enum Error {
     /// `lazuli-fused` failed.
     #[error("snapshot {0}: {1}")]
     Fused(SnapshotKey, #[source] Arc<FusedError>),
-    /// What it is built on cannot be had, or not yet.
+    /// Its base cannot be had, or not yet.
     #[error("snapshot {0}: {1}")]
     Tree(SnapshotKey, #[source] TreeError),
-    /// What it is built on is not what its chain ID names.
+    /// Its base is not what the chain ID names.
     #[error("snapshot {snapshot}: its base {chain}, pulled as {image}, is refused: {reason}; remove that image")]
     Untrue {
         /// Its name.
@@ -138,10 +138,10 @@ pub enum Error {
         chain: SnapshotKey,
         /// The image that it was pulled for.
         image: String,
-        /// What is wrong.
+        /// The fault.
         reason: String,
     },
-    /// What it is built on was pulled for another image, and is not verified yet.
+    /// Its base was pulled for another image, and is not verified yet.
     #[error("snapshot {snapshot}: its base {chain} comes from elsewhere and is not verified after {wait:?}: ask again")]
     Unverified {
         /// Its name.
@@ -261,7 +261,7 @@ impl Snapshotter {
         .await
     }
 
-    /// Removes a snapshot. What it alone used is deleted later.
+    /// Removes a snapshot. Things that it alone used are deleted later.
     ///
     /// # Errors
     ///
@@ -308,8 +308,8 @@ impl Snapshotter {
         self.blocking(|inner| Ok(inner.list()?.snapshots)).await
     }
 
-    /// What a snapshot takes on disk now; of a lazy layer what has arrived, and for the first snapshot that has the
-    /// layer only, so that the sum is what the disk holds.
+    /// The usage of the disk by a snapshot now; of a lazy layer what has arrived, and for the first snapshot that has
+    /// the layer only, so that the sum is what the disk holds.
     ///
     /// # Errors
     ///
@@ -436,7 +436,7 @@ impl Snapshotter {
         } else if matches!(inserted, LazyInsert::Claimed(_)) {
             warn!(%target, %blob, image, "which layer the chain names is not known yet, this one is pulled completely");
         } else {
-            // What was announced is found by the next cleanup.
+            // The next cleanup finds what was announced.
             info!(%target, %blob, image, "snapshot is there and means something else, the layer is pulled completely");
         }
         Ok(committed)

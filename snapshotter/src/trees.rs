@@ -145,7 +145,7 @@ impl Trees {
         tokio::task::spawn_blocking(look).await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
 
-    /// Who wants the tree waits from now on.
+    /// Callers that want the tree wait from now on.
     pub(crate) fn releasing(&self, tree: TreeId) -> Releasing<'_> {
         self.releasing.send_modify(|releasing| _ = releasing.insert(tree));
         Releasing(self, tree)

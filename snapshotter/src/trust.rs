@@ -22,7 +22,7 @@ const VOUCHERS_MAX: usize = 16;
 /// How long a call waits for a verification, unless the configuration says otherwise: as for a look at a registry.
 const WAIT: Duration = Duration::from_secs(2);
 
-/// What containers of images from elsewhere get before a layer is verified.
+/// The policy for containers of images from elsewhere before a layer is verified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Unverified {
@@ -33,7 +33,7 @@ pub enum Unverified {
     Wait,
 }
 
-/// What the configuration says under `trust`.
+/// The section `trust` of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrustSettings {
@@ -45,7 +45,7 @@ pub struct TrustSettings {
     /// [`read_keys`]: crate::signers::read_keys
     #[serde(default)]
     pub keys: Vec<String>,
-    /// What containers of other images get.
+    /// The policy for containers of other images.
     #[serde(default)]
     pub unverified: Unverified,
     /// Seconds that a call waits for a verification before containerd is told to ask again.
@@ -58,7 +58,7 @@ pub struct Trust {
     repositories: Vec<String>,
     /// Keys whose signatures are believed.
     pub keys: Vec<PublicKey>,
-    /// What containers of images from elsewhere get.
+    /// The policy for containers of images from elsewhere.
     pub unverified: Unverified,
     /// How long a call waits for a verification.
     pub wait: Duration,
@@ -122,12 +122,12 @@ pub enum Asker<'a> {
 }
 
 impl<'a> Asker<'a> {
-    /// Who asks for a snapshot.
+    /// The asker of a snapshot.
     pub fn of(new: &'a NewSnapshot) -> Self {
         Self::from_labels(&new.key, &new.labels)
     }
 
-    /// Who asked for one with this key and these labels.
+    /// The asker of one with this key and these labels.
     pub fn from_labels(key: &SnapshotKey, labels: &'a Labels) -> Self {
         match labels.get(CRI_IMAGE).filter(|_| is_extraction(key)) {
             Some(image) => Self::Image(image),
@@ -137,7 +137,7 @@ impl<'a> Asker<'a> {
     }
 }
 
-/// What follows for a snapshot from the digest of its layer's tar stream.
+/// The consequence for a snapshot of the digest of its layer's tar stream.
 ///
 /// Source: OCI image specification, config.md, "Layer ChainID". A name that is no chain ID binds nothing and can
 /// only be believed: containerd's own clients give none.

@@ -215,7 +215,7 @@ async fn a_log_that_nobody_reads_ends_nothing() {
     let daemon = Daemon::start_with_log(directory, writer).await;
     prepare_lazy(&daemon, "one", "").await;
     fused.wait_until_asked(&Request::Status).await;
-    // What follows is worth a line or two in the log.
+    // The rest is worth a line or two in the log.
     drop(fused);
     let fused = Fused::start(daemon.directory.path(), Vec::new());
     fused.wait_until_asked(&Request::Status).await;
@@ -372,7 +372,7 @@ async fn removing_the_last_user_frees_tree_and_cache() {
         daemon.remove(key).await.unwrap();
         fused.wait_until_asked(expected.last().unwrap()).await;
         let mut freed = fused.take_asked();
-        // What is left of a removal is done before more is looked for.
+        // The rest of a removal is done before more is looked for.
         if key != "one" {
             daemon.cleanup().await.unwrap();
             fused.wait_until_asked(&Request::Status).await;

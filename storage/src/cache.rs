@@ -80,7 +80,7 @@ pub struct CacheOptions {
     pub sources: Sources,
     /// When and how fast the rest of every layer is fetched; `None` leaves it at the source.
     pub rest: Option<RestOptions>,
-    /// Who may read a layer, by its description: content is copied between layers for which this says the same.
+    /// The readers of a layer, by its description: content is copied between layers for which this says the same.
     pub domain: fn(&Value) -> String,
     /// Whose a place is, by its description: of too many places of a layer, those of whoever has most go first.
     pub owner: fn(&Value) -> String,
@@ -117,7 +117,7 @@ impl Default for CacheOptions {
 pub struct KnownLayer {
     /// What names it.
     pub layer: LazyLayer,
-    /// What a caller of [`Cache::layer`] gave for the newest of its places.
+    /// The description that a caller of [`Cache::layer`] gave for the newest of its places.
     pub description: Value,
 }
 
@@ -127,7 +127,7 @@ pub struct KnownLayer {
 #[derive(Debug, Clone)]
 pub struct Cache {
     inner: Arc<CacheInner>,
-    /// What works in the background holds `inner` now and then, and this never.
+    /// Background work holds `inner` now and then, and this never.
     _ending: Arc<Ending>,
 }
 
@@ -370,8 +370,8 @@ impl Cache {
 
     /// Deletes a layer and stops fetching it; unknown ones are deleted already.
     ///
-    /// Who waits for the layer to be opened, or for content that nobody is bringing, hears of it at once. Handles that
-    /// are still around read what arrived before, and nothing more.
+    /// A caller that waits for the layer to be opened, or for content that nobody is bringing, hears of it at once.
+    /// Handles that are still around read what arrived before, and nothing more.
     ///
     /// # Errors
     ///
@@ -464,7 +464,7 @@ impl CacheInner {
 
     /// Writes down the places of a layer, which may take as long as the disk takes: nobody waits for it.
     ///
-    /// Who is killed before that is told of the place again by whoever uses it.
+    /// A process that is killed before that is told of the place again by whoever uses it.
     fn keep_places(&self, layer: &Layer) {
         let layer = layer.clone();
         self.runtime.spawn_blocking(move || {

@@ -98,7 +98,7 @@ impl LayerRecord {
     }
 }
 
-/// A file with content from another one. What is left of it by an error goes with the next opening.
+/// A file with content from another one. The remains of one after an error go with the next opening.
 #[derive(Debug)]
 pub(crate) struct NewData {
     pub(crate) file: DiskFile,
@@ -274,7 +274,7 @@ impl LayerDirectory {
         Ok((data, PresenceBits::empty(counts)))
     }
 
-    /// What `presence` says; `None` where it does not fit.
+    /// The bits in `presence`; `None` where it does not fit.
     pub(crate) fn read_presence(&self, counts: Counts, index: &Digest) -> io::Result<Option<PresenceBits>> {
         Ok(self.read("presence")?.and_then(|bytes| PresenceBits::decode(&bytes, counts, index)))
     }
@@ -293,7 +293,7 @@ impl LayerDirectory {
         Ok(new)
     }
 
-    /// Puts a file whose content is durable in the place of `data`. What `presence` says of that goes first.
+    /// Puts a file whose content is durable in the place of `data`. The record of that in `presence` goes first.
     pub(crate) fn replace_data(&self, new: NewData) -> io::Result<DiskFile> {
         let is_buried = lock(&self.is_buried);
         if *is_buried {

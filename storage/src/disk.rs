@@ -18,7 +18,7 @@ use std::{
 /// Only the daemon's user reads the cache.
 const DIRECTORY_MODE: u32 = 0o700;
 
-/// What is about to be done. A `file` is a number that [`Operation::Open`] gave.
+/// An operation that is about to be done. A `file` is a number that [`Operation::Open`] gave.
 #[derive(Debug, Clone, Copy)]
 #[allow(missing_docs, reason = "they are what the system calls have")]
 pub enum Operation<'a> {

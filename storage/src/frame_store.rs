@@ -4,7 +4,7 @@
 //! network and no waiting in this file.
 //!
 //! Locks, each taken while those before it may be held: `flushed` over everything that makes content durable, `writing`
-//! over one write to the page cache. Who serves reads takes neither.
+//! over one write to the page cache. Threads that serve reads take neither.
 
 use std::{
     io,
@@ -44,7 +44,7 @@ pub(crate) struct Epoch(u64);
 /// Frames by number with their plain bytes, which the disk did not take.
 pub(crate) type UnkeptFrames = Vec<(u32, Bytes)>;
 
-/// What is known of content while it is written.
+/// Knowledge of content while it is written.
 #[derive(Debug, Default)]
 pub(crate) struct Writing {
     /// One a page with content, 0 where it is not there; none at all once the layer is sealed.
@@ -140,7 +140,7 @@ impl FrameStore {
         self.data.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Another file has the content from now on. What it lacks is missing already.
+    /// Another file has the content from now on. Content that it lacks is missing already.
     pub(crate) fn set_data(&self, data: DiskFile) {
         *self.data.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(data);
     }
@@ -178,7 +178,7 @@ impl FrameStore {
         self.ask_for_seal();
     }
 
-    /// What is there.
+    /// The presence of content.
     pub(crate) fn presence(&self) -> &Presence {
         &self.presence
     }
@@ -188,7 +188,7 @@ impl FrameStore {
         &self.index
     }
 
-    /// What is known of its truth.
+    /// The proof of its truth.
     pub(crate) fn proof(&self) -> &Proof {
         &self.proof
     }
@@ -397,7 +397,7 @@ impl FrameStore {
         self.note_disk_took_it();
     }
 
-    /// What was written from now on stays as long as this is the same.
+    /// Content that is written from now on stays as long as this is the same.
     pub(crate) fn epoch(&self) -> Epoch {
         Epoch(self.epoch.load(Ordering::Acquire))
     }
@@ -493,8 +493,8 @@ impl FrameStore {
         Ok(())
     }
 
-    /// The directory. What was moved away with [`LayerDirectory::bury`] is not written to any longer; open readers go
-    /// on.
+    /// The directory. A directory that was moved away with [`LayerDirectory::bury`] is not written to any longer; open
+    /// readers go on.
     pub(crate) fn directory(&self) -> &LayerDirectory {
         &self.directory
     }

@@ -134,7 +134,7 @@ impl Gaps {
         Ok(())
     }
 
-    /// What was kept of a frame; `None` without a record, also from now on if it is damaged.
+    /// The kept bytes of a frame; `None` without a record, also from now on if it is damaged.
     pub(crate) fn read(&self, frame: u32) -> io::Result<Option<Vec<u8>>> {
         let (place, file) = {
             let state = lock(&self.state);

@@ -190,7 +190,7 @@ impl FrameStore {
             }
             Ok(())
         })?;
-        // What was given up meanwhile was written anew perhaps.
+        // Pages that were given up meanwhile were written anew perhaps.
         damaged.retain(|number| is_known(*number));
         Ok(damaged)
     }
@@ -210,7 +210,7 @@ impl FrameStore {
         if damaged.is_empty() {
             return Ok(());
         }
-        // What is fetched in their place may come in another way than what was verified.
+        // Content that is fetched in their place may come in another way than the verified content.
         self.doubt();
         let mut flushed = lock(self.flushed());
         let mut writing = lock(self.writing());

@@ -73,12 +73,12 @@ impl Layer {
         &self.core().layer
     }
 
-    /// What a caller of [`crate::Cache::layer`] gave for the newest place of this layer.
+    /// The description that a caller of [`crate::Cache::layer`] gave for the newest place of this layer.
     pub fn description(&self) -> Value {
         self.core().description()
     }
 
-    /// What callers gave for all its places, newest first.
+    /// The descriptions that callers gave for all its places, newest first.
     pub fn descriptions(&self) -> Vec<Value> {
         self.core().places.descriptions()
     }

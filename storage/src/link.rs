@@ -1,4 +1,4 @@
-//! What a running request and the scheduler know of each other.
+//! The mutual knowledge of a running request and the scheduler.
 
 use std::sync::{
     OnceLock,

@@ -54,7 +54,7 @@ impl AsRef<[u8]> for Map {
     }
 }
 
-/// What tells whether a file is what was written.
+/// A checksum that tells whether a file is as it was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileChecksum {
     len: u64,

@@ -31,7 +31,7 @@ pub(crate) struct Place {
     /// The layer as this place has it: all places of a layer have one index, and not all the same blob.
     pub(crate) layer: LazyLayer,
     pub(crate) source: Arc<dyn Source>,
-    /// What the caller calls it.
+    /// The caller's description of it.
     pub(crate) description: Value,
     /// Whose it is.
     pub(crate) owner: String,
@@ -144,7 +144,7 @@ impl Places {
         lock(&self.0).first().map(|known| known.place.clone())
     }
 
-    /// What the caller calls them, newest first.
+    /// The caller's descriptions of them, newest first.
     pub(crate) fn descriptions(&self) -> Vec<Value> {
         lock(&self.0).iter().map(|known| known.place.description.clone()).collect()
     }

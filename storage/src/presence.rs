@@ -60,7 +60,7 @@ impl Counts {
 }
 
 impl Presence {
-    /// What `bits` say; `map` is that of the index.
+    /// The presence that `bits` say; `map` is that of the index.
     pub(crate) fn new(index: &LayerIndex, map: Arc<PageMap>, bits: PresenceBits) -> Self {
         let counts = Counts::of(index, &map);
         let presence = Self { map, pages: Bitmap::new(bits.pages), frames: Bitmap::new(bits.frames), counts };

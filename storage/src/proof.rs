@@ -33,14 +33,14 @@ const REASON_LEN_MAX: usize = 300;
 /// Bytes that are looked at at once when they should be zeros.
 const ZEROS_LEN: usize = 64 << 10;
 
-/// What is known of one layer. Safe from many threads.
+/// Knowledge of the truth of one layer. Safe from many threads.
 #[derive(Debug)]
 pub(crate) struct Proof {
     index_digest: Digest,
     gaps: Gaps,
     verdict: RwLock<Option<Verdict>>,
     is_refused: AtomicBool,
-    /// What the tar stream was when content was lost after a good verdict: it must be that again.
+    /// The digest of the tar stream when content was lost after a good verdict: it must be that again.
     earlier: RwLock<Option<Digest>>,
     /// Somebody waits for the verdict.
     pub(crate) is_urgent: AtomicBool,
@@ -61,7 +61,8 @@ pub(crate) enum ProofError {
 }
 
 impl Proof {
-    /// What the directory of a layer knows. A good verdict of content that is gone is none: other content may come.
+    /// The proof that the directory of a layer keeps. A good verdict of content that is gone is none: other content may
+    /// come.
     pub(crate) fn open(
         directory: &LayerDirectory,
         index: &LayerIndex,

@@ -67,12 +67,12 @@ pub(crate) struct Scheduler {
 struct State {
     machine: Machine<Arc<Wait>>,
     layers: HashMap<u64, Known>,
-    /// Who waits for a slot, by ticket: of which layer.
+    /// Waiters for a slot, by ticket: of which layer.
     streams: HashMap<u64, (u64, oneshot::Sender<Slot>)>,
     is_dispatching: bool,
 }
 
-/// What is known of a layer that is open or being opened.
+/// Knowledge of a layer that is open or being opened.
 #[derive(Debug)]
 struct Known {
     places: Arc<Places>,
@@ -238,7 +238,7 @@ impl Scheduler {
         lock(&self.state).machine.note_urgent_now(Instant::now());
     }
 
-    /// What a layer would be fetched from now, as far as that is shared with others.
+    /// The source that a layer would be fetched from now, as far as that is shared with others.
     pub(crate) fn source_of(&self, layer: u64) -> Option<Arc<str>> {
         lock(&self.state).machine.source_of(layer, Instant::now())
     }

@@ -14,7 +14,7 @@ pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, SourceError>> + Se
 /// What [`Source::fetch`] returns.
 pub type FetchFuture<'a> = Pin<Box<dyn Future<Output = Result<ByteStream, SourceError>> + Send + 'a>>;
 
-/// What [`Source::fetch_wide`] returns.
+/// The future that [`Source::fetch_wide`] returns.
 pub type FetchWideFuture<'a> = Pin<Box<dyn Future<Output = Result<WideStream, SourceError>> + Send + 'a>>;
 
 /// Bytes of a blob that hold a range and may begin before it and end behind it.
@@ -52,7 +52,7 @@ impl WideStream {
     }
 }
 
-/// What a failure of a source means for whoever may ask again.
+/// The meaning of a failure of a source for whoever may ask again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SourceErrorKind {
     /// No answer, or one that says "later": the same request may succeed in a while.
@@ -67,7 +67,7 @@ pub enum SourceErrorKind {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct SourceError {
-    /// What it means for another try.
+    /// Its meaning for another try.
     pub kind: SourceErrorKind,
     /// One line: what, where, and what to do.
     pub message: String,

@@ -1,9 +1,9 @@
 //! Indexes on their way to the disk: received, verified, decompressed and checked in little memory, whatever they claim.
 //!
-//! What is received goes to a file without a name, what it decompresses to into another one, and from there in open
-//! form to the file that becomes `index`. The first bytes say how many records of what length there are, and what does
-//! not fit them ends the work there. Openings together use a budget of memory, which none of them holds while it waits
-//! for a source.
+//! Received bytes go to a file without a name, what they decompress to into another one, and from there in open form to
+//! the file that becomes `index`. The first bytes say how many records of what length there are, and what does not fit
+//! them ends the work there. Openings together use a budget of memory, which none of them holds while it waits for a
+//! source.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -29,7 +29,7 @@ use crate::{
 
 /// Bytes that are read or written at once.
 const PART_LEN: usize = 128 << 10;
-/// What an opening needs beside the window of its index: zstd's tables, parts of sections, buffers.
+/// Memory of an opening beside the window of its index: zstd's tables, parts of sections, buffers.
 const WORK_LEN: u64 = 2 << 20;
 /// The budget is counted in units of this, so that its number fits a semaphore.
 const UNIT_LEN: u64 = 1 << 10;

@@ -29,7 +29,7 @@ use crate::{
 
 /// Compressed bytes of one request. A step that fails is asked for again as a whole.
 const STEP_LEN_MAX: u64 = 8 << 20;
-/// What a step may take beside the time that its bytes take at [`STEP_RATE_MIN`]: a place that stands still is given up.
+/// The time that a step may take beside that of its bytes at [`STEP_RATE_MIN`]: a place that stands still is given up.
 const STEP_TIME_MAX: Duration = Duration::from_secs(20);
 /// Bytes a second below which a place is as good as one that stands still.
 const STEP_RATE_MIN: u64 = 64 << 10;

@@ -82,7 +82,7 @@ pub struct TarSide {
 }
 
 impl TarSide {
-    /// What a stream of `tar_len` bytes says that has this tree; `frames` are where its layer is cut.
+    /// The side of a stream of `tar_len` bytes that has this tree; `frames` are where its layer is cut.
     ///
     /// # Errors
     ///
@@ -378,7 +378,7 @@ mod tests {
         }
     }
 
-    /// What the stream of a symbolic link with these attributes says.
+    /// The side of the stream of a symbolic link with these attributes.
     fn side(target: &[u8], xattrs: &[(&str, &str)]) -> TarSide {
         let mut builder = tar::Builder::new(Vec::new());
         let keys: Vec<_> = xattrs.iter().map(|(name, value)| (format!("SCHILY.xattr.{name}"), *value)).collect();

@@ -1,4 +1,4 @@
-//! What the index of a layer must say, read off its tar stream.
+//! The index that a layer must have, read off its tar stream.
 //!
 //! A converter makes indexes with it, `lazuli check` and a node compare indexes with it. It reads what containerd's
 //! unpack reads, refuses what that refuses, and takes bounded memory whatever the stream is.

@@ -17,11 +17,11 @@ use crate::error::{Context as _, Result};
 
 /// Longest head of a request or an answer.
 const HEAD_LEN_MAX: usize = 64 << 10;
-/// What is relayed at a time.
+/// Most bytes that are relayed at a time.
 const PIECE_LEN: usize = 64 << 10;
 /// Nobody listens there: the port is reserved for a service that no machine of today has.
 const DEAD_HOST: &str = "http://127.0.0.1:1/dead";
-/// What a captive portal says.
+/// The page of a captive portal.
 const PAGE: &str = "<html><body>please log in</body></html>";
 
 /// How blobs of a repository are answered.

@@ -25,7 +25,7 @@ use crate::{
 /// Flags under which nothing is fetched but what readers ask for: tests count it.
 const READERS_ONLY: [&str; 2] = ["--background-rate", "0"];
 
-/// What a `lazuli-snapshotter` is started with besides its places.
+/// The options of a `lazuli-snapshotter` besides its places.
 #[derive(Debug, Clone, Default)]
 pub struct SnapshotterOptions {
     /// Flags.

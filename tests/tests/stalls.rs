@@ -127,7 +127,7 @@ impl<'a> Calls<'a> {
         })
     }
 
-    /// What is asked about a snapshot of any kind.
+    /// The questions about a snapshot of any kind.
     fn look(&mut self, kind: &str, key: &str) -> Result<()> {
         let (snapshotter, key) = (self.snapshotter.to_owned(), key.to_owned());
         let request = StatSnapshotRequest { snapshotter: snapshotter.clone(), key: key.clone() };
@@ -359,7 +359,7 @@ fn no_call_waits_for_what_hangs() -> Result<()> {
             assert!(!waits, "{call} took {half:?} mostly while {stall}: it waits for the disk");
         }
     }
-    // What was removed while nothing could be deleted is deleted now.
+    // Snapshots that were removed while nothing could be deleted are deleted now.
     wait_for("a lazy layer that is used is gone, or directories stay", || {
         let snapshots = snapshotter.root().join("snapshots");
         let directories = fs::read_dir(&snapshots).at("listing", &snapshots)?.count();

@@ -147,7 +147,7 @@ impl Scene {
         serde_json::from_slice(&fs::read(self.blob(layout, digest)).unwrap()).unwrap()
     }
 
-    /// What `index.json` of a layout says.
+    /// The content of a layout's `index.json`.
     pub(crate) fn index_of_layout(&self, layout: &str) -> ImageIndex {
         serde_json::from_slice(&fs::read(self.path(layout).join("index.json")).unwrap()).unwrap()
     }

@@ -169,7 +169,8 @@ pub enum DeviceAccess {
 #[derive(Debug)]
 pub struct DetachedMount {
     mount: OwnedFd,
-    /// What reads ahead for it; more than one if others mounted at the same moment, who have waited for nobody.
+    /// The devices that read ahead for it; more than one if others mounted at the same moment, who have waited for
+    /// nobody.
     bdi_names: Vec<OsString>,
 }
 

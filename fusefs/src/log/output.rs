@@ -15,7 +15,7 @@ use super::LogTarget;
 
 /// Longest file. With the one before it, twice as much of the disk that the cache lies on.
 pub(super) const FILE_LEN_MAX: u64 = 8 << 20;
-/// What is appended to the name of the file before.
+/// The suffix of the file before.
 const OLD_SUFFIX: &str = ".1";
 /// How often somebody's non-blocking pipe is tried while it is full.
 const FULL_PAUSE: Duration = Duration::from_millis(10);

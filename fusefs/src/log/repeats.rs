@@ -24,7 +24,7 @@ struct Window {
     left_out: u64,
 }
 
-/// What becomes of something that is to be said.
+/// The fate of something that is to be said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Admission {
     /// It is said, and so much of the same kind was not in the window before.

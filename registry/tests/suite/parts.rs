@@ -159,7 +159,7 @@ async fn every_failure_of_a_mirror_sends_a_read_to_the_next_host() {
         let bytes = collect(source.fetch(5000..14_000).await.unwrap()).await.unwrap();
         assert_eq!(bytes, pattern(LEN)[5000..14_000], "{name}");
         assert_eq!((mirror.requests().len(), origin.requests().len()), (1, 1), "{name}");
-        // What does not fit this blob says nothing of others: an image may lie about its blobs.
+        // An answer that does not fit this blob says nothing of others: an image may lie about its blobs.
         collect(source.fetch(0..10).await.unwrap()).await.unwrap();
         let rests = ["429", "503", "no HTTP"].contains(&name);
         assert_eq!(mirror.requests().len(), 1 + usize::from(!rests), "{name}");

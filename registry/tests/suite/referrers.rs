@@ -86,7 +86,7 @@ async fn an_image_under_the_tag_of_referrers_is_not_overwritten() {
     let error = push_referrer(&client, &reference, &subject, SBOM, "1").await.unwrap_err().to_string();
     assert!(error.ends_with("an image, where an index of referrers is expected"), "{error}");
     assert_eq!(client.manifest_digest(&tag).await.unwrap(), Some(subject));
-    // Who only reads learns that it names no referrers.
+    // A client that only reads learns that it names no referrers.
     assert_eq!(client.referrers(&reference, &subject, None).await.unwrap(), []);
 }
 

@@ -33,7 +33,7 @@ async fn all_of_a_blob_can_be_taken_where_a_range_is_ignored() {
     let wide = source(&server).fetch_wide(5_000_000..5_000_100).await.unwrap();
     assert_eq!(wide.range, 0..u64::from(LEN));
     assert!(collect(wide.stream).await.unwrap() == content);
-    // Who cannot use more gets what he asked for.
+    // A caller that cannot use more gets what it asked for.
     let bytes = collect(source(&server).fetch(5_000_000..5_000_100).await.unwrap()).await.unwrap();
     assert_eq!(bytes, content[5_000_000..5_000_100]);
 }

@@ -59,7 +59,7 @@ impl Refusals {
     }
 }
 
-/// What was refused: another place or length for the same digest may be right.
+/// The key of a refused index: another place or length for the same digest may be right.
 fn key_of(layer: &LazyLayer) -> RefusedIndex {
     let IndexLocation { compressed_len, plain_len, digest, .. } = layer.index;
     (digest, compressed_len, plain_len)
@@ -170,8 +170,8 @@ impl CacheInner {
 
     /// Fetches and verifies an index, in a request that goes on to the end of the hot pack if that is wanted.
     ///
-    /// What is wrong or refused at one place is asked for at the next. What may pass is waited for as long as a reader
-    /// would.
+    /// An index that is wrong or refused at one place is asked for at the next. A failure that may pass is waited for
+    /// as long as a reader would wait.
     async fn fetch_index(
         &self,
         number: u64,
@@ -292,7 +292,7 @@ impl CacheInner {
     }
 }
 
-/// What has been tried to get an index.
+/// The tries to get an index.
 #[derive(Debug, Default)]
 struct IndexTries {
     /// The places that were asked.

@@ -145,7 +145,7 @@ async fn take(Step { layer, missing }: Step, runtime: Handle, step_max: Duration
         layer.inner().scheduler.drop_background(number);
     }
     let ended = runtime.spawn_blocking(move || {
-        // What came is looked at, not what was answered: a full disk is no error there.
+        // The content that came counts, not the answer: a full disk is no error there.
         let has_arrived = is_answered && layer.core().store.has(&missing);
         let fetched = layer.core().fetched_bytes().saturating_sub(before);
         drop(layer);

@@ -1,4 +1,4 @@
-//! What is known of one place of one layer: whether it works, and when it may be asked again.
+//! Health of one place of one layer: whether it works, and when it may be asked again.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::{
 /// those of [`RequestOptions`] are lower.
 const WINDOW_MAX: usize = 64;
 
-/// What has been seen of it.
+/// The observed state of a place.
 #[derive(Debug)]
 pub(crate) struct PlaceState {
     pub(crate) place: PlaceRef,

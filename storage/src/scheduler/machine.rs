@@ -1,6 +1,6 @@
-//! Who waits for which frame, and which request is made next: a state machine without clock, threads or network.
+//! Waiters for frames, and the choice of the next request: a state machine without clock, threads or network.
 //!
-//! What happens is told to it, with the time at which it happened; what is to be done about it is taken from it as
+//! Events are told to it, with the time at which they happened; what is to be done about them is taken from it as
 //! [`Effect`]s. A frame that is not in the cache is *pending* while somebody wants it: queued, coming with a request
 //! (or two, where the next place is asked too), or received and being decoded. However many readers wait for it, it is
 //! pending once.
@@ -43,7 +43,7 @@ pub(crate) trait Waiter: Clone {
     fn is_over(&self) -> bool;
 }
 
-/// What requests are for. Each class has slots of its own, so a blocked read never waits for a prefetch to end.
+/// The purpose of requests. Each class has slots of its own, so a blocked read never waits for a prefetch to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Class {
     Frames(Priority),
@@ -70,7 +70,7 @@ impl Class {
     ];
 }
 
-/// What is to be done.
+/// An action that is to be done.
 #[derive(Debug)]
 pub(crate) enum Effect<W> {
     /// Ask for frames.
@@ -598,7 +598,7 @@ impl<W: Waiter> Machine<W> {
         unwanted
     }
 
-    /// What is wanted of a layer at this moment.
+    /// The demand for a layer at this moment.
     pub(crate) fn activity(&self, layer: u64) -> Activity {
         let mut activity = Activity::default();
         for ((_, frame), pending) in self.pending.iter().filter(|((number, _), _)| *number == layer) {
@@ -624,7 +624,7 @@ impl<W: Waiter> Machine<W> {
         self.last_urgent = Some(now);
     }
 
-    /// What the place has in common with others that the layer asks, or would ask next.
+    /// The source, shared with others, of the place that the layer asks, or would ask next.
     pub(crate) fn source_of(&self, layer: u64, now: Instant) -> Option<Arc<str>> {
         let layer = self.layers.get(&layer)?;
         let place = layer.place_for(&[], now).or(layer.places.first())?;

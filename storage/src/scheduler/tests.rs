@@ -587,7 +587,7 @@ fn a_source_that_sends_all_of_a_blob_is_asked_once_for_all_of_it() {
         world.decode(0, true);
     }
     assert!(waits.iter().chain([&late]).all(TestWait::is_over));
-    // What did not pass by is asked for again.
+    // Frames that did not pass by are asked for again.
     world.end(first, Outcome::Done);
     assert!(world.asked.len() > 2);
 }
@@ -811,7 +811,7 @@ impl World {
         }
     }
 
-    /// What always holds.
+    /// The invariants.
     fn check(&self) {
         for ((layer, frame), pending) in &self.machine.pending {
             let bringing: Vec<_> =
@@ -835,7 +835,7 @@ impl World {
             assert!(taken.len() <= limits.node_max(), "{class:?}");
             let unproven = taken.iter().filter(|taken| !taken.is_proven).count();
             SOURCES.iter().for_each(|source| assert!(at(source) <= limits.source));
-            // Who has nothing and may have something has got it.
+            // A layer that has nothing and may have something has got it.
             for (number, layer) in &self.machine.layers {
                 let Class::Frames(priority) = class else { continue };
                 let is_queued = self.machine.pending.iter().any(|(key, pending)| {

@@ -131,7 +131,7 @@ mod tests {
         vec![Taken { layer, place: layer, source: source.into(), is_of_class: true, is_proven: false }; count]
     }
 
-    /// Who gets the slot of `candidates`, with so many running of each layer and source.
+    /// The layer among `candidates` that gets the slot, with so many running of each layer and source.
     fn chosen(candidates: &[Candidate], running: &[(u64, &str, usize)]) -> Option<u64> {
         let running: Vec<_> = running.iter().flat_map(|(layer, source, count)| taken(*layer, source, *count)).collect();
         choose(candidates, &running, LIMITS).map(|candidate| candidate.layer)

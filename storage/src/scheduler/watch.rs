@@ -1,4 +1,4 @@
-//! What time changes: readers who have waited long enough, requests that are too slow, places that are asked too.
+//! Effects of time: readers who have waited long enough, requests that are too slow, places that are asked too.
 
 use std::time::{Duration, Instant};
 
@@ -97,7 +97,7 @@ impl<W: Waiter> Machine<W> {
         }
     }
 
-    /// What is thought of a request whose time has come to be looked at.
+    /// The verdict on a request whose time has come to be looked at.
     fn verdict(&self, request: u64, now: Instant) -> Option<Option<Outcome>> {
         let running = self.running.get(&request)?;
         if !running.link.is_waiting() {

@@ -25,7 +25,7 @@ use crate::{
     watched::WatchedDisk,
 };
 
-/// What holds after a crash at any step in `from..=until`.
+/// A promise that holds after a crash at any step in `from..=until`.
 #[derive(Debug, Clone)]
 struct Promise {
     from: usize,
@@ -71,7 +71,7 @@ impl Recording {
         layer
     }
 
-    /// What begins now may end promises of this kind.
+    /// The operation that begins now may end promises of this kind.
     fn end(&mut self, is_meant: impl Fn(&Promised) -> bool) {
         let now = self.disk.changes().len();
         let meant = self.promises.iter_mut().filter(|promise| promise.until == usize::MAX && is_meant(&promise.what));
@@ -89,7 +89,7 @@ async fn verdict_of(layer: &Layer) -> Verdict {
     }
 }
 
-/// What the next process finds wrong.
+/// The faults that the next process finds.
 async fn find_wrong(state: &State, promises: &[&Promised], test: &TestLayer) -> Vec<String> {
     // In memory where that is possible: nothing is lost here any more.
     let root = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();

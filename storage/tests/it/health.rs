@@ -68,7 +68,7 @@ async fn after_a_power_cut_flipped_bits_and_lost_writes_are_fetched_again() {
         check_read(&layer, &test, 0..test.space.len() as u64).await;
         assert_eq!(layer.progress().healed_pages, 2);
         assert!(!source.requests().is_empty());
-        // What was complete may be mounted: it stays as it is, and a new file is healed.
+        // A complete file may be mounted: it stays as it is, and a new file is healed.
         let is_new = fs::metadata(&data).unwrap().ino() != inode;
         assert_eq!(is_new, count == 4);
         let mut after = vec![0; before.len()];

@@ -121,7 +121,7 @@ async fn a_failing_disk_takes_nothing_back_that_was_given_away() {
     assert_eq!(disk.changes(), changes);
 }
 
-/// A hot pack may lie, in the limits of its own digests. Who has read a page must not see it change under its feet.
+/// A hot pack may lie, in the limits of its own digests. A reader of a page must not see it change under its feet.
 #[tokio::test(flavor = "multi_thread")]
 async fn content_that_comes_late_never_replaces_what_is_there() {
     let lie = |_: usize, content: &[u8]| content.iter().map(|byte| !byte).collect();

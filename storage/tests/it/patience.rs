@@ -65,7 +65,7 @@ async fn a_layer_is_opened_when_its_source_answers_within_patience() {
     source.set_outage(None);
     check_read(&opening.await.unwrap().unwrap(), &test, 0..100).await;
 
-    // What is refused is refused at once: somebody waits for a command.
+    // A refusal comes at once: somebody waits for a command.
     let refused = TestLayer::of_frames(3, 10_000);
     let source = MemorySource::new(&refused);
     source.set_outage(Some(SourceError::refused("answered 404")));

@@ -92,7 +92,7 @@ async fn a_slow_sync_of_one_layer_delays_nothing_else() {
     assert_eq!(fixture.cache.known_layers().unwrap().len(), 2);
     fixture.cache.remove(slow.lazy.id()).await.unwrap();
     assert_eq!(fixture.cache.known_layers().unwrap().len(), 1);
-    // What is flushed late does not come back under the name of a removed layer.
+    // Content that is flushed late does not come back under the name of a removed layer.
     let anew = fixture.cache.layer(&slow.lazy, MemorySource::new(&slow), json!("anew")).await.unwrap();
     disk.release();
     flushing.await.unwrap().unwrap();

@@ -88,7 +88,7 @@ pub(crate) struct LayerMaker<'a> {
     pub(crate) change_hot: &'a dyn Fn(usize, &[u8]) -> Vec<u8>,
     /// Alters the pieces of the dedup section; without it there is no section.
     pub(crate) dedup: Option<ChangePieces<'a>>,
-    /// What the index says of each file, whatever its tar header does: a name and a mode.
+    /// The index's words about each file, whatever its tar header says: a name and a mode.
     pub(crate) index_says: &'a dyn Fn(usize) -> (String, u32),
 }
 
@@ -233,7 +233,7 @@ impl LayerMaker<'_> {
     }
 }
 
-/// What stands in front of a file's content: one header, and where it has holes their map in front of that.
+/// The bytes in front of a file's content: one header, and, where it has holes, their map before it.
 fn tar_headers(number: usize, file: &TestFile, time: u64) -> Vec<u8> {
     let header = |kind, path: &str, len: usize| {
         let mut header = tar::Header::new_ustar();
@@ -366,7 +366,7 @@ pub(crate) enum Fault {
 pub(crate) struct MemorySource {
     blob: Bytes,
     faults: Mutex<Vec<Fault>>,
-    /// What every request is answered with.
+    /// The error that answers every request.
     outage: Mutex<Option<SourceError>>,
     range_faults: Mutex<Vec<(Range<u64>, Fault)>>,
     requests: watch::Sender<Vec<Range<u64>>>,

@@ -319,7 +319,7 @@ async fn check_hot(layer: &Layer, plain: std::ops::Range<u64>) {
     assert!(read.iter().all(|byte| *byte == 7));
 }
 
-/// What had arrived is not asked for again: neither content nor what lies between.
+/// Bytes that had arrived are not asked for again: neither content nor what lies between.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proof_goes_on_after_a_crash_and_damage_costs_only_what_is_damaged() {
     let files = files();
@@ -367,7 +367,7 @@ async fn a_source_that_sends_other_bytes_is_no_verdict() {
     check_read(&fixture.layer, &test, 0..test.space.len() as u64).await;
 }
 
-/// Who may read a layer, as its description says it.
+/// The readers of a layer, as its description says it.
 fn domain(description: &Value) -> String {
     description.as_str().unwrap_or_default().to_owned()
 }
@@ -381,7 +381,7 @@ async fn content_for_its_digest_is_given_within_a_domain_only() {
     let claimed = Digest::of(&victim.space[..5000]);
     let claim = |pieces: &mut Vec<DedupPiece>| pieces[1].digest = *claimed.as_bytes();
     let oracle = LayerMaker { dedup: Some(&claim), changed_files: &[1], frame_lens: &[20_000], ..maker(&own) }.make();
-    // Who names a place of the victim's layer has not shown that he may read it.
+    // A caller that names a place of the victim's layer has not shown that he may read it.
     for (whose, also_named_by, is_given) in
         [("test", None, true), ("theirs", None, false), ("theirs", Some("theirs"), false)]
     {

@@ -44,7 +44,7 @@ impl WatchedDisk {
         CacheOptions { disk: Disk::observed(self.clone()), ..options() }
     }
 
-    /// What was changed so far.
+    /// The changes so far.
     pub(crate) fn changes(&self) -> Vec<Change> {
         self.state.lock().unwrap().changes.clone()
     }

@@ -45,17 +45,17 @@ exec $mount
 "#;
 /// Digits of a digest that a cell has.
 const HEX_LEN_MAX: u32 = 8;
-/// What a row prints before each of its lines, for the process that makes the table.
+/// The mark that a row prints before each of its lines, for the process that makes the table.
 pub(crate) const LINE_MARK: &str = "torture-line\t";
 
 /// One line of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Line {
-    /// What was done.
+    /// The fault that was made.
     pub(crate) fault: String,
-    /// What a container sees.
+    /// A container's view.
     pub(crate) sees: String,
-    /// What is logged.
+    /// The log's words.
     pub(crate) logged: String,
     /// Whether that is right.
     pub(crate) is_right: bool,
@@ -128,7 +128,7 @@ impl Mounted {
     }
 }
 
-/// What a row works with.
+/// The tools of a row.
 pub(crate) struct Bench {
     pub(crate) scratch: Scratch,
     /// `host:port` of the registry that has all images.

@@ -17,7 +17,7 @@ pub(crate) const HEALTHY_LEN: usize = 1 << 20;
 pub(crate) const SLOW_FILES: u64 = 200;
 /// Length of each.
 pub(crate) const SLOW_LEN: usize = 512 << 10;
-/// What `/etc/msg` of `ordinary`, an image that is not converted, says.
+/// The content of `/etc/msg` in `ordinary`, an image that is not converted.
 pub(crate) const ORDINARY: &str = "ordinary\n";
 
 /// The repository of single image `number`.

@@ -30,7 +30,7 @@ const LAST_MOMENT: f64 = 5.0;
 /// How long a pull, a start or a read may take in all.
 const WITHIN: Duration = Duration::from_secs(60);
 
-/// What came of kills.
+/// The results of kills.
 #[derive(Debug, Default)]
 pub(crate) struct Kills {
     kills: u64,

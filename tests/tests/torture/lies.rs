@@ -17,9 +17,9 @@ use lazuli_tests::{
 
 use crate::{images::write_lazy, snapshots::lazy_layer};
 
-/// What `/etc/msg` of an honest image says.
+/// The content of `/etc/msg` in an honest image.
 pub(crate) const GOOD: &[u8] = b"GOOD\n";
-/// What it says in an image that lies.
+/// Its content in an image that lies.
 pub(crate) const EVIL: &[u8] = b"EVIL\n";
 /// Length of `/data` in the private image, and in the one that claims it.
 pub(crate) const CLAIMED_LEN: usize = 64 << 10;

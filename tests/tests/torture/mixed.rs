@@ -27,7 +27,7 @@ use crate::{
 const IMAGES: u64 = 4;
 const FILES: u64 = 8;
 const FILE_LEN: usize = 1 << 20;
-/// What a good registry takes to answer.
+/// The time that a good registry takes to answer.
 const ROUND_TRIP: Duration = Duration::from_millis(20);
 /// Readers of the hostile registry's image.
 const HOSTILE_READERS: u64 = 60;

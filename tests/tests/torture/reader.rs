@@ -22,7 +22,7 @@ use crate::bench::send;
 const KILLED_WITHIN: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
 
-/// What a reader got.
+/// The result of a reader.
 #[derive(Debug)]
 pub(crate) enum Seen {
     /// Everything it asked for.

@@ -23,7 +23,7 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 use tonic::{Code, Request, Status, transport::Channel};
 
-/// What names the snapshot that a prepare is for, the image and the blob.
+/// The labels that name the snapshot that a prepare is for, the image and the blob.
 pub(crate) const TARGET: &str = "containerd.io/snapshot.ref";
 const CRI_IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
 const CRI_LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";

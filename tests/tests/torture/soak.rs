@@ -21,7 +21,7 @@ use crate::{
 
 /// Images that stay mounted throughout.
 const IMAGES: u64 = 10;
-/// What both daemons may hold together at any moment.
+/// The memory that both daemons may hold together at any moment.
 const MEMORY_MAX: u64 = 64 << 20;
 /// Every so many rounds a daemon is killed.
 const KILL_EVERY: u64 = 5;
@@ -29,7 +29,7 @@ const KILL_EVERY: u64 = 5;
 const MORE_MAX: u64 = 24;
 const WITHIN: Duration = Duration::from_secs(60);
 
-/// What is held at one moment, both daemons together.
+/// The resources that both daemons together hold at one moment.
 #[derive(Debug, Clone, Copy)]
 struct Held {
     memory: u64,
@@ -61,7 +61,7 @@ impl Held {
     }
 }
 
-/// What lies below `root` on its own file system.
+/// The bytes that lie below `root` on its own file system.
 fn disk_bytes(root: &Path) -> Result<u64> {
     let printed = run_command(command("du", ["-sxk"]).arg(root))?;
     Ok(printed.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10)

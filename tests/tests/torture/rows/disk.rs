@@ -20,7 +20,7 @@ use crate::{
 
 /// Where a node's root lies.
 const ROOT: &str = "snapshotter";
-/// What is read from the cache is written down every few seconds.
+/// Content that is read from the cache is written down every few seconds.
 const WRITTEN_DOWN: Duration = Duration::from_secs(5);
 
 /// The files called `name` of the layers in a node's cache.
@@ -245,7 +245,7 @@ pub(crate) fn flipped_bit(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
-/// What says which frames are there is damaged while a container has the layer mounted.
+/// The record of which frames are there is damaged while a container has the layer mounted.
 pub(crate) fn damaged_presence(bench: &Bench) -> Result<()> {
     let node = bench.node_with(&["--background-rate", "64"])?;
     let image = bench.registry.reference("healthy:lazy");

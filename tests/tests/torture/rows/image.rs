@@ -160,7 +160,7 @@ fn report_data(
 /// Indexes of a few KiB that claim to be a gigabyte each, and are.
 pub(crate) fn hostile_index(bench: &Bench) -> Result<()> {
     const LAYERS: u64 = 6;
-    /// What `lazuli-fused` may hold at its peak: its budget for indexes and as much again.
+    /// The memory that `lazuli-fused` may hold at its peak: its budget for indexes and as much again.
     const PEAK_MAX: u64 = 160 << 20;
     publish_hostile_index(&bench.scratch, &bench.upstream, LAYERS)?;
     let node = bench.node()?;
