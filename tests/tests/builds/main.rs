@@ -48,7 +48,14 @@ fn whatever_two_build_machines_publish_is_the_original() -> Result<()> {
     let registry = TestRegistry::start(&scratch)?;
     let honest = images::honest(&scratch, &registry)?;
     let hostile = images::hostile(&scratch, &registry)?;
-    let yard = Yard { scratch: &scratch, registry: &registry, honest, hostile, record: Default::default() };
+    let yard = Yard {
+        scratch: &scratch,
+        registry: &registry,
+        honest,
+        hostile,
+        record: Default::default(),
+        power: Default::default(),
+    };
     let machines = [Machine::new(&scratch, "machine-1")?, Machine::new(&scratch, "machine-2")?];
     let is_over = AtomicBool::new(false);
     let started = Instant::now();

@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard},
     thread,
     time::{Duration, Instant},
 };
@@ -70,9 +70,16 @@ pub(crate) struct Yard<'a> {
     pub(crate) honest: Vec<Source>,
     pub(crate) hostile: Vec<Source>,
     pub(crate) record: Mutex<Record>,
+    /// Held by everybody who writes to the layout; alone by a power cut, in the middle of which nobody converts.
+    pub(crate) power: RwLock<()>,
 }
 
 impl Yard<'_> {
+    /// Held while somebody converts to `place`.
+    fn power_for(&self, place: Place) -> Option<RwLockReadGuard<'_, ()>> {
+        (place == Place::Layout).then(|| self.power.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(crate) fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -98,6 +105,7 @@ impl Yard<'_> {
         place: Place,
         more: &[&str],
     ) -> Result<()> {
+        let _power = self.power_for(place);
         let finished = machine.start(from, &self.destination(place, &source.name), more)?.finish(None)?;
         self.note(source, place, &finished, "honest");
         Ok(())
@@ -112,6 +120,7 @@ impl Yard<'_> {
         after: Duration,
         signal: Signal,
     ) -> Result<()> {
+        let _power = self.power_for(place);
         let running = machine.start(&source.places[0], &self.destination(place, &source.name), &[])?;
         let finished = running.finish(Some((after, signal)))?;
         match finished.code {
@@ -133,6 +142,7 @@ impl Yard<'_> {
     /// Has a machine convert a hostile image.
     pub(crate) fn convert_hostile(&self, machine: &Machine, source: &Source, place: Place) -> Result<()> {
         let from = &source.places[0];
+        let _power = self.power_for(place);
         let finished = machine.start(from, &self.destination(place, &source.name), &[])?.finish(None)?;
         match finished.code {
             Some(1) if source.is_refused || source.pushed.is_none() => self.record().count("hostile, refused"),
@@ -179,6 +189,7 @@ impl Yard<'_> {
                 Ok("entries of a cache spoilt")
             }
             _ => {
+                let _power = self.power.write().unwrap_or_else(PoisonError::into_inner);
                 let blobs = files(&self.layout().join("blobs/sha256"));
                 if let Some(blob) = dice.choose(&blobs) {
                     // As a power cut leaves it.
