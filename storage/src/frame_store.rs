@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 use crate::{
     directory::{CopySource, LayerDirectory},
     disk::DiskFile,
+    health::PageChecksum,
     mapping::LayerIndex,
     page_map::PageMap,
     presence::{Counts, Presence, PresenceBits, frame_runs, needed_frames},
@@ -34,8 +35,8 @@ use crate::{
     unkept::Unkept,
 };
 
-/// Longest run of files assembled for one write, in bytes.
-const WRITE_LEN_MAX: usize = 1 << 20;
+/// Longest run of files assembled for one write, in bytes. Memory for a longer one would go back to the system each time.
+const RUN_LEN_MAX: usize = 64 << 10;
 
 /// As long as it is the same, everything that was written to the file is still in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -332,17 +333,22 @@ impl FrameStore {
     pub(crate) fn write_frame(&self, frame: u32, content: &[u8]) -> io::Result<()> {
         let mut run: Vec<u8> = Vec::new();
         let mut run_offset = 0;
+        let mut written = Vec::new();
         let mut writing = lock(&self.writing);
         self.for_each_piece(frame, content, |piece_offset, piece| {
             // Files follow each other in both orders, so nothing but zeros lies between two pieces. Gaps shorter
             // than a block take no more disk when written, and save a system call a file.
             let run_end: u64 = run_offset + run.len() as u64;
             let is_near = piece_offset >= run_end && piece_offset - run_end < PLAIN_ALIGN;
-            if !run.is_empty() && (!is_near || run.len() + piece.len() > WRITE_LEN_MAX) {
-                self.write_missing(run_offset, &run)?;
+            if !run.is_empty() && (!is_near || run.len() + piece.len() > RUN_LEN_MAX) {
+                written.extend(self.write_missing(run_offset, &run)?);
                 run.clear();
             }
             if run.is_empty() {
+                if piece.len() >= RUN_LEN_MAX {
+                    written.extend(self.write_missing(piece_offset, piece)?);
+                    return Ok(());
+                }
                 run_offset = piece_offset;
             }
             let gap_len = usize::try_from(piece_offset - run_offset).map_err(io::Error::other)?;
@@ -350,8 +356,9 @@ impl FrameStore {
             run.extend_from_slice(piece);
             Ok(())
         })?;
-        self.write_missing(run_offset, &run)?;
+        written.extend(self.write_missing(run_offset, &run)?);
         self.presence.note_frame(&self.index, frame);
+        self.keep_checksums(&mut writing, &written);
         self.take_checksums(&mut writing, frame_runs(&self.index, frame));
         drop(writing);
         self.note_disk_took_it();
@@ -365,8 +372,9 @@ impl FrameStore {
         let plain = plain_offset..plain_offset.saturating_add(content.len() as u64);
         if !self.presence.has_pages(&plain) {
             let mut writing = lock(&self.writing);
-            self.write_missing(plain_offset, content)?;
+            let written = self.write_missing(plain_offset, content)?;
             self.presence.note_pages(&plain);
+            self.keep_checksums(&mut writing, &written);
             self.take_checksums(&mut writing, std::iter::once(plain));
             drop(writing);
             self.note_disk_took_it();
@@ -377,7 +385,7 @@ impl FrameStore {
     /// Writes verified bytes that may start and end inside pages; [`Self::note_written`] makes them readable.
     pub(crate) fn write_bytes(&self, plain_offset: u64, content: &[u8]) -> io::Result<()> {
         let _writing = lock(&self.writing);
-        self.write_missing(plain_offset, content)
+        self.write_missing(plain_offset, content).map(drop)
     }
 
     /// [`Self::write_bytes`] has written a plain range: what it completes is there afterwards.
@@ -402,16 +410,20 @@ impl FrameStore {
         Epoch(self.epoch.load(Ordering::Acquire))
     }
 
-    /// Writes what of `content` lies in pages that are not there; the caller holds `writing`.
+    /// Writes what of `content` lies in pages that are not there; the caller holds `writing`. Returns the checksums of
+    /// the pages that it has written wholly.
     ///
     /// All content comes through here, and here it is decided that a page that is there is never written again,
     /// whatever comes for it later: who has read it, or has the file mounted, sees one content.
-    fn write_missing(&self, offset: u64, content: &[u8]) -> io::Result<()> {
+    fn write_missing(&self, offset: u64, content: &[u8]) -> io::Result<Vec<PageChecksum>> {
         let position = |at: u64| usize::try_from(at - offset).map_err(io::Error::other);
+        let mut written = Vec::new();
         for run in self.presence.missing_runs(&(offset..offset.saturating_add(content.len() as u64))) {
-            self.data().write_all_at(&content[position(run.start)?..position(run.end)?], run.start)?;
+            let content = &content[position(run.start)?..position(run.end)?];
+            self.data().write_all_at(content, run.start)?;
+            written.extend(self.checksums_of(run.start, content));
         }
-        Ok(())
+        Ok(written)
     }
 
     fn note_disk_took_it(&self) {

@@ -19,13 +19,14 @@ use crate::{
     disk::{DiskFile, is_lost},
     frame_store::{FrameStore, Writing},
     page_map::PageMap,
-    presence::PresenceBits,
+    presence::{PresenceBits, pages_of},
     sync::{atomic::Ordering, lock},
 };
 
 /// Pages that are read at once.
 const BATCH_PAGES: u64 = 64;
 const PAGE_LEN: usize = 4096;
+const ZEROS: [u8; PAGE_LEN] = [0; PAGE_LEN];
 const _: () = assert!(PAGE_LEN as u64 == PLAIN_ALIGN);
 
 /// Of a page; 0 is left for those that are not there.
@@ -37,6 +38,9 @@ fn checksum_of(page: &[u8]) -> u32 {
 fn start_of(map: &PageMap, number: u64) -> u64 {
     map.pages_from(number).start * PLAIN_ALIGN
 }
+
+/// The number of a page and the checksum of its content.
+pub(crate) type PageChecksum = (u64, u32);
 
 fn get(checksums: &[u32], number: u64) -> u32 {
     usize::try_from(number).ok().and_then(|number| checksums.get(number)).copied().unwrap_or(0)
@@ -80,7 +84,60 @@ fn read_pages(data: &DiskFile, map: &PageMap, batch: &Range<u64>) -> io::Result<
 }
 
 impl FrameStore {
-    /// Takes the checksums of pages that have just become whole, among those that `runs` touch.
+    /// The checksums of the pages that lie wholly in a run of content without holes.
+    pub(crate) fn checksums_of(&self, plain_offset: u64, content: &[u8]) -> impl Iterator<Item = PageChecksum> {
+        let start = plain_offset.next_multiple_of(PLAIN_ALIGN);
+        let skipped = usize::try_from(start - plain_offset).unwrap_or(usize::MAX);
+        let pages = content.get(skipped..).unwrap_or_default().chunks_exact(PAGE_LEN);
+        let first = self.presence().map().number(start / PLAIN_ALIGN);
+        first.into_iter().flat_map(move |first| (first..).zip(pages.clone().map(checksum_of)))
+    }
+
+    /// The parts of `content` that are here already, and not with the checksums that it gives: those that must be read to
+    /// be compared, ascending.
+    ///
+    /// Checksums are quick and no proof: somebody may have made other content with the same ones.
+    pub(crate) fn unlike_runs(&self, plain_offset: u64, content: &[u8]) -> Vec<Range<u64>> {
+        let plain = plain_offset..plain_offset + content.len() as u64;
+        let (writing, mut unlike) = (lock(self.writing()), Vec::<Range<u64>>::new());
+        for run in self.present_runs(plain) {
+            let pages = pages_of(&run);
+            let numbers = self.presence().map().numbers(&pages);
+            for (page, number) in pages.zip(numbers) {
+                let start = page * PLAIN_ALIGN;
+                let found = start.checked_sub(plain_offset).and_then(|from| {
+                    let rest = content.get(usize::try_from(from).ok()?..)?;
+                    Some(match rest.first_chunk::<PAGE_LEN>() {
+                        Some(page) => checksum_of(page),
+                        // The end of a file, mostly: zeros up to the next one.
+                        None => checksum_of(&[rest, &ZEROS[rest.len()..]].concat()),
+                    })
+                });
+                if found == Some(get(&writing.checksums, number)) {
+                    continue;
+                }
+                let part = start.max(run.start)..(start + PLAIN_ALIGN).min(run.end);
+                match unlike.last_mut() {
+                    Some(last) if last.end == part.start => last.end = part.end,
+                    _ => unlike.push(part),
+                }
+            }
+        }
+        unlike
+    }
+
+    /// Keeps checksums of pages that are there by now.
+    pub(crate) fn keep_checksums(&self, writing: &mut Writing, checksums: &[PageChecksum]) {
+        for (number, checksum) in checksums {
+            let known = usize::try_from(*number).ok().and_then(|number| writing.checksums.get_mut(number));
+            if let Some(known) = known.filter(|known| **known == 0 && self.presence().has_number(*number)) {
+                *known = *checksum;
+            }
+        }
+    }
+
+    /// Takes the checksums of pages that have just become whole, among those that `runs` touch. Those that are known
+    /// already cost nothing; the others are read.
     pub(crate) fn take_checksums(&self, writing: &mut Writing, runs: impl Iterator<Item = Range<u64>>) {
         if writing.checksums.is_empty() {
             return;
@@ -105,11 +162,7 @@ impl FrameStore {
             Ok(())
         });
         writing.checksums = checksums;
-        for (number, checksum) in taken {
-            if let Some(known) = usize::try_from(number).ok().and_then(|number| writing.checksums.get_mut(number)) {
-                *known = checksum;
-            }
-        }
+        self.keep_checksums(writing, &taken);
         if let Err(error) = read {
             // Nothing is known of them then.
             tracing::debug!(%error, "checksums cannot be taken");

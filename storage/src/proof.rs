@@ -129,6 +129,9 @@ impl Proof {
 
 impl FrameStore {
     /// Compares what is here already of a frame that arrived with it: a difference is a refusal.
+    ///
+    /// Checksums are compared, as a start waits for the same processors. So what was made to have the same checksums is
+    /// refused later, by [`Self::prove`].
     pub(crate) fn compare_frame(&self, frame: u32, content: &[u8]) -> io::Result<()> {
         if self.proof().verdict().is_some() {
             return Ok(());
@@ -252,7 +255,7 @@ impl FrameStore {
     }
 
     fn difference_in(&self, plain_offset: u64, piece: &[u8]) -> io::Result<Option<u64>> {
-        for run in self.present_runs(plain_offset..plain_offset + piece.len() as u64) {
+        for run in self.unlike_runs(plain_offset, piece) {
             let position = |offset: u64| usize::try_from(offset - plain_offset).map_err(io::Error::other);
             let expected = &piece[position(run.start)?..position(run.end)?];
             let mut found = vec![0; expected.len()];
