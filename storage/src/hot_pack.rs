@@ -1,20 +1,16 @@
 //! A hot pack on its way: copies of what a start-up reads, streamed into the cache right behind the index.
 //!
-//! Its frames are received, verified, decompressed and cut into pieces one after the other. A read of what the stream
-//! will bring soon waits for it. A hot pack that is wrong or breaks off is given up: whoever waited looks again, and
-//! what is missing then is fetched as frames of the layer.
+//! Its frames are received, verified and decompressed while those before them are cut into pieces and written. A read of
+//! what the stream will bring soon waits for it. A hot pack that is wrong or breaks off is given up: whoever waited looks
+//! again, and what is missing then is fetched as frames of the layer.
 
 use std::{fmt, io, ops::Range, sync::Arc};
 
-use bytes::Bytes;
-use format_spec::{
-    Digest,
-    footer::SKIPPABLE_HEADER_LEN,
-    index::{HotFrame, PLAIN_ALIGN},
-};
+use format_spec::{Digest, footer::SKIPPABLE_HEADER_LEN, index::PLAIN_ALIGN};
+use tokio::sync::mpsc;
 
 use crate::{
-    decode::{DecodeError, decode},
+    decode::{DecodeError, Workspaces},
     frame_store::FrameStore,
     incoming::Incoming,
     layer_core::LayerCore,
@@ -33,6 +29,9 @@ use crate::{
 /// Frames that are not needed, in compressed bytes, are received rather than left out of a request when they are no
 /// longer than this: about what a round trip costs.
 const GAP_LEN_MAX: u64 = 128 << 10;
+
+/// Frames of a pack that are decompressed or wait to be kept, beside one that is kept and one that is received.
+const DECODING_MAX: usize = 1;
 
 /// A hot pack, or parts of one, that is being received.
 #[derive(Debug)]
@@ -207,7 +206,7 @@ async fn receive_all(
     stream: &Arc<HotStream>,
     mut first: Option<(Incoming, Slot)>,
 ) -> Result<(), HotError> {
-    let mut writer = Writer::default();
+    let (mut writer, workspaces) = (Writer::default(), scheduler.workspaces());
     for request in &stream.requests {
         let mut frames = request.clone();
         let mut tries_left = layer.places.tries();
@@ -218,7 +217,9 @@ async fn receive_all(
                 None => ask(layer, scheduler, stream, frames.clone()).await?,
             };
             let received = match incoming {
-                Ok(incoming) => receive_frames(layer, stream, &slot, incoming, &mut frames, &mut writer).await,
+                Ok(incoming) => {
+                    receive_frames(layer, stream, &slot, incoming, &mut frames, &mut writer, &workspaces).await
+                }
                 Err(error) => Err(error.into()),
             };
             match received {
@@ -256,7 +257,8 @@ async fn ask(
     Ok((slot, opened))
 }
 
-/// Receives frames one after the other; `frames` is left with what did not come.
+/// Receives frames; `frames` is left with what did not come. While a frame is kept, the next ones are decompressed and
+/// received.
 async fn receive_frames(
     layer: &Arc<LayerCore>,
     stream: &Arc<HotStream>,
@@ -264,29 +266,55 @@ async fn receive_frames(
     mut incoming: Incoming,
     frames: &mut Range<usize>,
     writer: &mut Writer,
+    workspaces: &Arc<Workspaces>,
 ) -> Result<(), HotError> {
-    while frames.start < frames.end {
-        if layer.is_removed() {
-            return Err(HotError::Stopped);
+    let (decoding, mut decoded) = mpsc::channel(DECODING_MAX);
+    let wanted = frames.clone();
+    let receive = async move {
+        for frame in wanted {
+            let record = layer.store.index().hot_frames()[frame];
+            let len = record.compressed_len.get() as usize;
+            let compressed = match incoming.take(len, |len| layer.count_fetched(len)).await {
+                Ok(compressed) => compressed,
+                // What came before is kept first.
+                Err(error) => return Ok(Err(error)),
+            };
+            stream.received_until.store(stream.layout.frame_ends[frame], Ordering::Release);
+            let workspaces = workspaces.clone();
+            let content = layer.runtime().spawn_blocking(move || {
+                workspaces
+                    .decode(&compressed, Digest::from_bytes(record.digest), record.plain_len.get())
+                    .map_err(|error| HotError::Frame(frame, error))
+            });
+            if decoding.send((len, content)).await.is_err() {
+                return Err(HotError::Stopped);
+            }
         }
-        let frame = frames.start;
-        let record = layer.store.index().hot_frames()[frame];
-        let len = record.compressed_len.get() as usize;
-        let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
-        stream.received_until.store(stream.layout.frame_ends[frame], Ordering::Release);
-        // One at a time: pieces may go on in the next frame, and the disk is no faster for two.
-        let (layer, stream, mut taken) = (layer.clone(), stream.clone(), std::mem::take(writer));
-        let kept = layer.runtime().clone().spawn_blocking(move || {
-            taken.keep(&layer.store, &stream.layout, frame, &record, &compressed)?;
-            layer.count_hot(len);
-            stream.note_kept(frame + 1);
-            Ok::<_, HotError>(taken)
-        });
-        *writer = kept.await.unwrap_or(Err(HotError::Stopped))?;
-        slot.works();
-        frames.start += 1;
-    }
-    Ok(())
+        Ok(Ok(()))
+    };
+    let keep = async {
+        while let Some((len, content)) = decoded.recv().await {
+            let content = content.await.unwrap_or(Err(HotError::Stopped))?;
+            if layer.is_removed() {
+                return Err(HotError::Stopped);
+            }
+            // One at a time: pieces may go on in the next frame, and the disk is no faster for two.
+            let frame = frames.start;
+            let (layer, stream, mut taken) = (layer.clone(), stream.clone(), std::mem::take(writer));
+            let kept = layer.runtime().clone().spawn_blocking(move || {
+                taken.keep(&layer.store, &stream.layout, frame, &content)?;
+                layer.count_hot(len);
+                stream.note_kept(frame + 1);
+                Ok::<_, HotError>(taken)
+            });
+            *writer = kept.await.unwrap_or(Err(HotError::Stopped))?;
+            slot.works();
+            frames.start += 1;
+        }
+        Ok(())
+    };
+    let (received, ()) = tokio::try_join!(receive, keep)?;
+    Ok(received?)
 }
 
 /// Cuts frames into pieces.
@@ -297,22 +325,14 @@ struct Writer {
 }
 
 impl Writer {
-    fn keep(
-        &mut self,
-        store: &FrameStore,
-        layout: &Layout,
-        frame: usize,
-        record: &HotFrame,
-        compressed: &Bytes,
-    ) -> Result<(), HotError> {
-        let content = decode(compressed, Digest::from_bytes(record.digest), record.plain_len.get())
-            .map_err(|error| HotError::Frame(frame, error))?;
+    fn keep(&mut self, store: &FrameStore, layout: &Layout, frame: usize, content: &[u8]) -> io::Result<()> {
         let position = |offset: u64| usize::try_from(offset).map_err(io::Error::other);
         for (plain, bytes, is_end) in layout.cut(store.index(), frame) {
             let bytes = content.get(position(bytes.start)?..position(bytes.end)?).unwrap_or_default();
             let (rest_start, rest) = std::mem::take(&mut self.rest);
             let goes_on = !rest.is_empty() && rest_start + rest.len() as u64 == plain;
-            let (start, bytes) = if goes_on { (rest_start, [&rest, bytes].concat()) } else { (plain, bytes.to_vec()) };
+            let joined = goes_on.then(|| [&rest, bytes].concat());
+            let (start, bytes) = joined.as_deref().map_or((plain, bytes), |joined| (rest_start, joined));
             // Without the frame before, the page that both share stays missing.
             let skipped = position(start.next_multiple_of(PLAIN_ALIGN) - start)?.min(bytes.len());
             let (start, bytes) = (start + skipped as u64, &bytes[skipped..]);

@@ -68,6 +68,10 @@ impl Incoming {
                 left.ok_or_else(|| SourceError::unusable("the source's answer is longer than the range asked for"))?;
             self.link.count(piece.len());
             on_arrival(piece.len());
+            if self.skip == 0 {
+                // Room for all of it at once: it is no longer than what is left of the answer.
+                self.received.reserve(len.saturating_sub(self.received.len()).max(piece.len()));
+            }
             self.received.extend_from_slice(&piece);
         }
     }

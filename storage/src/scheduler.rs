@@ -18,6 +18,7 @@ use tokio::{
 };
 
 use crate::{
+    decode::{SharedWorkspaces, Workspaces},
     error::ReadError,
     layer_core::LayerCore,
     places::{Place, Places},
@@ -58,6 +59,7 @@ pub(crate) struct Scheduler {
     patience: Option<Duration>,
     start_request: StartRequest,
     decoders: [Arc<Semaphore>; 3],
+    workspaces: SharedWorkspaces,
     state: Mutex<State>,
     /// Wakes [`watch`].
     changed: Arc<Notify>,
@@ -125,6 +127,7 @@ impl Scheduler {
             patience,
             start_request: start,
             decoders: [2 * processors, processors, processors].map(|count| Arc::new(Semaphore::new(count))),
+            workspaces: SharedWorkspaces::default(),
             state: Mutex::new(state),
             changed: changed.clone(),
         });
@@ -246,6 +249,11 @@ impl Scheduler {
     /// Permits to decode frames of a class: bounds the memory for them.
     pub(crate) fn decoders(&self, priority: Priority) -> Arc<Semaphore> {
         self.decoders[priority as usize].clone()
+    }
+
+    /// What frames are decoded with.
+    pub(crate) fn workspaces(&self) -> Arc<Workspaces> {
+        self.workspaces.get()
     }
 
     /// The runtime that requests run on.

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use format_spec::Frame;
 
 use crate::{
-    decode::{DecodeError, decode},
+    decode::{DecodeError, Workspaces},
     error::ReadError,
     incoming::Incoming,
     layer_core::LayerCore,
@@ -30,6 +30,7 @@ struct Request {
     /// Neighbours in the blob, first to last.
     frames: VecDeque<(u32, Frame)>,
     link: Arc<Link>,
+    workspaces: Arc<Workspaces>,
 }
 
 /// Begins to fetch frames, in a task of its own.
@@ -42,8 +43,9 @@ impl Request {
     fn new(scheduler: &Arc<Scheduler>, layer: Arc<LayerCore>, place: Arc<Place>, fetch: Fetch) -> Self {
         let records = layer.store.index().frames();
         let frames = fetch.frames.filter_map(|frame| Some((frame, *records.get(frame as usize)?))).collect();
+        let workspaces = scheduler.workspaces();
         let (scheduler, priority, number) = (scheduler.clone(), fetch.priority, fetch.request);
-        Self { scheduler, place, priority, number, frames, link: fetch.link, layer }
+        Self { scheduler, place, priority, number, frames, link: fetch.link, layer, workspaces }
     }
 
     fn blob_range(&self) -> Range<u64> {
@@ -128,18 +130,19 @@ async fn receive_frame(
     let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
     let Some(in_flight) = scheduler.receive(request.number, layer, frame) else { return Ok(false) };
     let Ok(permit) = scheduler.decoders(request.priority).acquire_owned().await else { return Ok(false) };
+    let workspaces = request.workspaces.clone();
     scheduler.runtime().spawn_blocking(move || {
-        keep(in_flight, &record, &compressed);
+        keep(in_flight, &record, &compressed, &workspaces);
         drop(permit);
     });
     Ok(true)
 }
 
 /// Verifies, decompresses and writes a frame, and wakes who waits for it.
-fn keep(in_flight: InFlight, record: &Frame, compressed: &[u8]) {
+fn keep(in_flight: InFlight, record: &Frame, compressed: &[u8], workspaces: &Arc<Workspaces>) {
     let (blob, frame) = (in_flight.layer.blob(), in_flight.frame);
     let plain_len = record.plain_len.get();
-    let content = match decode(compressed, record.digest(), plain_len) {
+    let content = match workspaces.decode(compressed, record.digest(), plain_len) {
         Ok(content) => content,
         Err(DecodeError::Digest { expected, found }) => {
             return in_flight.refuse(ReadError::Corrupt { blob, frame, expected, found });
@@ -162,7 +165,7 @@ fn keep(in_flight: InFlight, record: &Frame, compressed: &[u8]) {
         }
         Err(error) => {
             tracing::warn!(%blob, frame, %error, "cache cannot be written: frame is served from memory");
-            let content = Bytes::from(content);
+            let content = Bytes::copy_from_slice(&content);
             layer.store.keep_in_memory(frame, content.clone());
             in_flight.arrived(Some(&content));
         }

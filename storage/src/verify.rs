@@ -17,7 +17,7 @@ use format_spec::Frame;
 use tokio::sync::Semaphore;
 
 use crate::{
-    decode::{DecodeError, decode},
+    decode::{DecodeError, Workspaces},
     error::ReadError,
     layer_core::LayerCore,
     proof::ProofError,
@@ -99,10 +99,16 @@ impl LayerCore {
     }
 
     /// Verifies, decompresses and keeps a frame that came for the proof.
-    fn keep_for_proof(&self, number: u32, frame: &Frame, compressed: &[u8]) -> Result<(), ReadError> {
+    fn keep_for_proof(
+        &self,
+        number: u32,
+        frame: &Frame,
+        compressed: &[u8],
+        workspaces: &Arc<Workspaces>,
+    ) -> Result<(), ReadError> {
         let blob = self.blob();
         let plain_len = frame.plain_len.get();
-        let content = decode(compressed, frame.digest(), plain_len).map_err(|error| match error {
+        let content = workspaces.decode(compressed, frame.digest(), plain_len).map_err(|error| match error {
             DecodeError::Digest { expected, found } => ReadError::Corrupt { blob, frame: number, expected, found },
             DecodeError::Content(reason) => ReadError::Undecodable { blob, frame: number, plain_len, reason },
         })?;
@@ -188,14 +194,14 @@ pub(crate) async fn verify(under_way: UnderWay, pace: Option<&Pace>) -> Result<V
 /// Fetches a step from the places of a layer in their turn.
 async fn fetch_step(layer: &Arc<LayerCore>, scheduler: &Arc<Scheduler>, step: Step) -> Result<(), ReadError> {
     let blob = layer.blob();
-    let mut left: VecDeque<_> = step.into();
+    let (mut left, workspaces): (VecDeque<_>, _) = (step.into(), scheduler.workspaces());
     let (mut tries_left, mut displaced_left) = (layer.places.tries(), DISPLACED_MAX);
     loop {
         let slot = scheduler.slot(layer.number, StreamKind::Proof).await.ok_or(ReadError::Stopped(blob))?;
         let bytes: u64 = left.iter().map(|(_, frame)| u64::from(frame.compressed_len.get())).sum();
         let time_max = STEP_TIME_MAX + Duration::from_secs(bytes / STEP_RATE_MIN);
         let before = left.len();
-        let fetched = tokio::time::timeout(time_max, fetch_frames(layer, &slot, &mut left)).await;
+        let fetched = tokio::time::timeout(time_max, fetch_frames(layer, &slot, &mut left, &workspaces)).await;
         let fetched = fetched.unwrap_or_else(|_| {
             let error = SourceError::passing(format!("it did not bring a step within {time_max:?}"));
             Err(ReadError::Source { blob, error })
@@ -217,7 +223,12 @@ async fn fetch_step(layer: &Arc<LayerCore>, scheduler: &Arc<Scheduler>, step: St
 }
 
 /// Fetches frames with one request; `left` is left with those that did not come.
-async fn fetch_frames(layer: &Arc<LayerCore>, slot: &Slot, left: &mut VecDeque<(u32, Frame)>) -> Result<(), ReadError> {
+async fn fetch_frames(
+    layer: &Arc<LayerCore>,
+    slot: &Slot,
+    left: &mut VecDeque<(u32, Frame)>,
+    workspaces: &Arc<Workspaces>,
+) -> Result<(), ReadError> {
     let blob = layer.blob();
     let source_error = |error| ReadError::Source { blob, error };
     let range = left.front().map_or(0, |(_, frame)| frame.blob_range().start)
@@ -227,7 +238,8 @@ async fn fetch_frames(layer: &Arc<LayerCore>, slot: &Slot, left: &mut VecDeque<(
     while let Some((number, frame)) = left.front().copied() {
         let len = frame.compressed_len.get() as usize;
         let compressed: Bytes = incoming.take(len, |len| layer.count_fetched(len)).await.map_err(source_error)?;
-        let kept = layer.blocking(move |layer| layer.keep_for_proof(number, &frame, &compressed)).await;
+        let workspaces = workspaces.clone();
+        let kept = layer.blocking(move |layer| layer.keep_for_proof(number, &frame, &compressed, &workspaces)).await;
         kept.ok_or(ReadError::Stopped(blob))??;
         slot.works();
         left.pop_front();
