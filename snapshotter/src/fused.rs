@@ -45,7 +45,7 @@ const TREE_WITHIN: Duration = Duration::from_secs(180);
 /// How long a new daemon may take to open its socket.
 const START_WITHIN: Duration = Duration::from_secs(20);
 /// How often a new daemon's socket is tried.
-const START_POLL: Duration = Duration::from_millis(10);
+const START_POLL: Duration = Duration::from_millis(2);
 /// How long a request is repeated while connections break.
 const REPEAT_WITHIN: Duration = Duration::from_secs(5);
 /// After a failed start: how long requests fail at once instead of starting it again.
