@@ -22,6 +22,8 @@ const CERTIFICATES_LIFE: Duration = Duration::from_secs(10);
 /// The settings that make connections of a host differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Kind {
+    /// Whether they are encrypted: the system's CA certificates, which take milliseconds to read, are for those alone.
+    is_tls: bool,
     /// Whether they go past any proxy of the environment: to loopback hosts.
     is_direct: bool,
     /// Whether they must not lead to this machine or its link.
@@ -49,7 +51,8 @@ impl Connections {
         resolver: &Resolver,
     ) -> Result<reqwest::Client, Error> {
         let is_direct = url.host_str().is_some_and(is_loopback) && settings.config.proxy.is_none();
-        let kind = Kind { is_direct, is_far, identity: self.identity() };
+        let is_tls = url.scheme() != "http";
+        let kind = Kind { is_tls, is_direct, is_far, identity: self.identity() };
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, client)) = clients.get(&kind) {
             return Ok(client.clone());
@@ -116,6 +119,9 @@ fn build(
         }
         builder
     };
+    if !kind.is_tls {
+        return builder().tls_certs_only([]).build().map_err(refuse);
+    }
     builder().tls_certs_merge(ca.clone()).build().or_else(|error| {
         // A node without CA certificates can still speak plain HTTP; TLS then says that it knows no issuer.
         tracing::warn!(%error, "no TLS with the system's CA certificates; install ca-certificates");
