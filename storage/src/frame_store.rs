@@ -101,8 +101,8 @@ impl FrameStore {
         let unchecked = Unchecked::new(counts, &bits.pages, kept);
         let presence = Presence::new(&index, map, bits.clone());
         let proof = Proof::open(&directory, &index, index_digest, presence.is_complete())?;
-        // A layer of holes alone is complete before anything is written of it, and bits of frames may set those of pages.
-        let is_sealed = presence.is_complete() && is_kept && presence.snapshot().pages == bits.pages;
+        // A layer of holes alone is complete before anything is written of it.
+        let is_sealed = presence.is_complete() && is_kept;
         let mut checksums = std::mem::take(&mut bits.checksums);
         if is_sealed {
             checksums = Vec::new();

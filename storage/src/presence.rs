@@ -60,14 +60,18 @@ impl Counts {
 }
 
 impl Presence {
-    /// The presence that `bits` say; `map` is that of the index.
+    /// The presence that `bits` of an earlier process say; `map` is that of the index.
     pub(crate) fn new(index: &LayerIndex, map: Arc<PageMap>, bits: PresenceBits) -> Self {
         let counts = Counts::of(index, &map);
         let presence = Self { map, pages: Bitmap::new(bits.pages), frames: Bitmap::new(bits.frames), counts };
         if !presence.is_complete() {
-            // A page between two frames may have been left out when its frames were not.
-            let all = (0..).zip(index.frames()).map(|(frame, _)| frame);
-            all.filter(|frame| presence.has_frame(*frame)).for_each(|frame| presence.note_frame(index, frame));
+            // What a frame has of a page that is not there has no checksum, so nobody would see what became of it on
+            // the disk meanwhile: it is written anew.
+            for (frame, _) in (0..).zip(index.frames()).filter(|(frame, _)| presence.has_frame(*frame)) {
+                if !frame_runs(index, frame).all(|run| presence.has_pages(&run)) {
+                    presence.frames.clear(u64::from(frame)..u64::from(frame) + 1);
+                }
+            }
         }
         presence
     }

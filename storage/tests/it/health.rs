@@ -11,10 +11,12 @@ use std::{
 
 use rustix::io::Errno;
 use serde_json::json;
-use storage::{Cache, CacheOptions, Layer, ReadError};
+use storage::{Cache, CacheOptions, Layer, ReadError, Verdict};
 
 use crate::{
-    support::{Fixture, LayerMaker, MemorySource, TestFile, TestLayer, check_read, options, wait_for_dedup},
+    support::{
+        Fixture, LayerMaker, MemorySource, TestFile, TestLayer, check_read, options, wait_for_dedup, wait_for_verdict,
+    },
     watched::{Kind, WatchedDisk},
 };
 
@@ -120,6 +122,19 @@ async fn every_flipped_bit_of_content_is_found() {
         assert_eq!(layer.progress().healed_pages, 1, "byte {position}");
         layer.flush().unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_in_a_page_of_which_one_frame_is_missing_reaches_no_reader_and_condemns_no_layer() {
+    let test = TestLayer::of_frames(4, 20_000);
+    let root = left_behind(&test, 1).await;
+    // The first frame ends in the fifth page.
+    flip(&data_of(root.path(), &test), 17_000);
+    let cache = cache(root.path(), options());
+    let layer = cache.layer(&test.lazy, MemorySource::new(&test), json!("test")).await.unwrap();
+    check_read(&layer, &test, 0..test.space.len() as u64).await;
+    layer.verify();
+    assert!(matches!(wait_for_verdict(&layer).await, Verdict::Verified { .. }));
 }
 
 #[tokio::test(flavor = "multi_thread")]
