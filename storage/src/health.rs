@@ -69,17 +69,24 @@ fn for_each_batch(
     if batch.is_empty() { Ok(()) } else { each(batch) }
 }
 
-/// Reads pages one by one where they cannot be read at once; `None` for those that the disk has lost.
-fn read_pages(data: &DiskFile, map: &PageMap, batch: &Range<u64>) -> io::Result<Vec<(u64, Option<Vec<u8>>)>> {
-    let mut bytes = vec![0; usize::try_from((batch.end - batch.start) * PLAIN_ALIGN).map_err(io::Error::other)?];
-    match data.read_sparse(start_of(map, batch.start), &mut bytes) {
-        Ok(()) => Ok(batch.clone().zip(bytes.chunks_exact(PAGE_LEN).map(|page| Some(page.to_vec()))).collect()),
-        Err(error) if !is_lost(&error) => Err(error),
-        Err(_) if batch.end - batch.start == 1 => Ok(vec![(batch.start, None)]),
-        Err(_) => {
-            let single = batch.clone().map(|number| read_pages(data, map, &(number..number + 1)));
-            Ok(single.collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
+/// Calls `each` with the number and the content of every page of a batch, `None` for those that the disk has lost.
+/// `bytes` is memory for them.
+fn read_pages(
+    data: &DiskFile,
+    map: &PageMap,
+    batch: &Range<u64>,
+    bytes: &mut Vec<u8>,
+    each: &mut impl FnMut(u64, Option<&[u8]>) -> io::Result<()>,
+) -> io::Result<()> {
+    bytes.resize(usize::try_from((batch.end - batch.start) * PLAIN_ALIGN).map_err(io::Error::other)?, 0);
+    match data.read_sparse(start_of(map, batch.start), bytes) {
+        Ok(()) => {
+            batch.clone().zip(bytes.chunks_exact(PAGE_LEN)).try_for_each(|(number, page)| each(number, Some(page)))
         }
+        Err(error) if !is_lost(&error) => Err(error),
+        Err(_) if batch.end - batch.start == 1 => each(batch.start, None),
+        // One by one.
+        Err(_) => batch.clone().try_for_each(|number| read_pages(data, map, &(number..number + 1), bytes, each)),
     }
 }
 
@@ -152,14 +159,14 @@ impl FrameStore {
             numbers
         });
         let checksums = std::mem::take(&mut writing.checksums);
-        let mut taken = Vec::new();
+        let (mut taken, mut bytes) = (Vec::new(), Vec::new());
         let is_new =
             |number: u64| get(&checksums, number) == 0 && presence.has_number(number) && !self.unchecked.has(number);
         let read = for_each_batch(map, numbers, is_new, |batch| {
-            for (number, content) in read_pages(&self.data(), map, &batch)? {
-                taken.extend(content.map(|content| (number, checksum_of(&content))));
-            }
-            Ok(())
+            read_pages(&self.data(), map, &batch, &mut bytes, &mut |number, content| {
+                taken.extend(content.map(|content| (number, checksum_of(content))));
+                Ok(())
+            })
         });
         writing.checksums = checksums;
         self.keep_checksums(writing, &taken);
@@ -179,15 +186,14 @@ impl FrameStore {
         if self.unchecked.is_empty() {
             return Ok(());
         }
-        let map = self.presence().map();
+        let (map, mut bytes) = (self.presence().map(), Vec::new());
         for_each_batch(
             map,
             self.presence().numbers(plain),
             |number| self.unchecked.has(number),
             |batch| {
                 let Some(checksums) = self.unchecked.checksums_of(&batch)? else { return Ok(()) };
-                let mut bytes =
-                    vec![0; usize::try_from((batch.end - batch.start) * PLAIN_ALIGN).map_err(io::Error::other)?];
+                bytes.resize(usize::try_from((batch.end - batch.start) * PLAIN_ALIGN).map_err(io::Error::other)?, 0);
                 data.read_sparse(start_of(map, batch.start), &mut bytes)?;
                 let mut pages = bytes.chunks_exact(PAGE_LEN).zip(checksums);
                 if !pages.all(|(content, checksum)| checksum_of(content) == checksum) {
@@ -229,19 +235,20 @@ impl FrameStore {
             checksums if checksums.is_empty() => self.kept_checksums()?,
             checksums => checksums,
         };
-        let (data, presence, mut damaged) = (self.data(), self.presence(), Vec::new());
+        let (data, presence) = (self.data(), self.presence());
+        let (mut damaged, mut bytes) = (Vec::new(), Vec::new());
         // One to be compared whose checksum the disk has lost is damaged too.
         let is_known =
             |number: u64| (get(&checksums, number) != 0 || self.unchecked.has(number)) && presence.has_number(number);
         for_each_batch(presence.map(), presence.numbers(plain), is_known, |batch| {
-            for (number, content) in read_pages(&data, presence.map(), &batch)? {
-                if content.is_some_and(|content| checksum_of(&content) == get(&checksums, number)) {
+            read_pages(&data, presence.map(), &batch, &mut bytes, &mut |number, content| {
+                if content.is_some_and(|content| checksum_of(content) == get(&checksums, number)) {
                     self.unchecked.note_checked(number..number + 1);
                 } else {
                     damaged.push(number);
                 }
-            }
-            Ok(())
+                Ok(())
+            })
         })?;
         // Pages that were given up meanwhile were written anew perhaps.
         damaged.retain(|number| is_known(*number));
@@ -300,20 +307,20 @@ impl FrameStore {
         let (map, mut checksums) = (self.presence().map(), self.kept_checksums()?);
         checksums.resize(usize::try_from(map.count()).map_err(io::Error::other)?, 0);
         let (old, new) = (self.data(), self.directory().new_data(self.index().space_len())?);
-        let mut lost = damaged.to_vec();
+        let (mut lost, mut bytes) = (damaged.to_vec(), Vec::new());
         let is_known = |number: u64| get(&checksums, number) != 0;
         for_each_batch(map, 0..map.count(), is_known, |batch| {
-            for (number, content) in read_pages(&old, map, &batch)? {
+            read_pages(&old, map, &batch, &mut bytes, &mut |number, content| {
                 match content.filter(|content| checksum_of(content) == get(&checksums, number)) {
                     // Also one that was damaged a moment ago: the page cache may have it whole.
                     Some(content) => {
-                        new.file.write_all_at(&content, start_of(map, number))?;
+                        new.file.write_all_at(content, start_of(map, number))?;
                         lost.retain(|lost| *lost != number);
                     }
                     None => lost.push(number),
                 }
-            }
-            Ok(())
+                Ok(())
+            })
         })?;
         // Without its checksum nothing is known of a page, and it was not copied.
         lost.extend((0..map.count()).filter(|number| !is_known(*number)));
