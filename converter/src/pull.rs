@@ -22,7 +22,7 @@ use crate::{
     manifest::Descriptor,
     platform::Platform,
     pull::{
-        containerd::{Containerd, ContainerdError, Prepared, WriteError},
+        containerd::{Containerd, ContainerdError, Prepared, REPOSITORIES, WriteError},
         source::{ImageLayer, PulledImage, PulledManifest},
     },
     resolve::ResolveError,
@@ -304,8 +304,7 @@ impl Pull<'_> {
     /// Labels of a blob: `others`, and where it came from, as containerd notes it.
     fn blob_labels(&self, others: impl IntoIterator<Item = (String, String)>) -> HashMap<String, String> {
         let reference = &self.options.reference;
-        let from =
-            (format!("containerd.io/distribution.source.{}", reference.host()), reference.repository().to_owned());
+        let from = (format!("{REPOSITORIES}{}", reference.host()), reference.repository().to_owned());
         others.into_iter().chain([from]).collect()
     }
 

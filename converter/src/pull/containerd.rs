@@ -84,6 +84,12 @@ pub(super) enum WriteError {
     Source(SourceError),
 }
 
+/// Begins the names of labels that list the repositories of a registry, whose name follows, that have the blob. containerd
+/// mounts it from there in a push.
+pub(super) const REPOSITORIES: &str = "containerd.io/distribution.source.";
+/// Longest label, name and value, in bytes. Source: containerd, pkg/labels/validate.go.
+const LABEL_LEN_MAX: usize = 4096;
+
 type Result<T> = std::result::Result<T, ContainerdError>;
 type Intercepted = InterceptedService<Channel, Headers>;
 
@@ -171,13 +177,16 @@ impl Containerd {
         // Held first: it could be collected between the look and the label.
         self.hold("content", &digest.to_string()).await?;
         match self.content().info(InfoRequest { digest: digest.to_string() }).await {
-            Ok(_) => self.label(digest, labels.clone()).await.map(|()| true),
+            Ok(found) => {
+                let known = found.into_inner().info.unwrap_or_default().labels;
+                self.label(digest, beside_known(labels, &known)).await.map(|()| true)
+            }
             Err(status) if status.code() == Code::NotFound => Ok(false),
             Err(status) => Err(refused(&format!("blob {digest}"))(status)),
         }
     }
 
-    /// Adds labels to a blob.
+    /// Adds labels to a blob, in the place of those with the same names.
     pub(super) async fn label(&self, digest: &Digest, labels: HashMap<String, String>) -> Result<()> {
         let paths = labels.keys().map(|key| format!("labels.{key}")).collect();
         let info = Info { digest: digest.to_string(), labels, ..Info::default() };
@@ -280,6 +289,20 @@ impl Containerd {
     fn content(&self) -> ContentClient<Intercepted> {
         ContentClient::with_interceptor(self.channel.clone(), self.headers.clone())
     }
+}
+
+/// The labels that a blob with the labels `known` gets: a list of repositories gains one and loses none.
+fn beside_known(labels: &HashMap<String, String>, known: &HashMap<String, String>) -> HashMap<String, String> {
+    let beside = |(name, value): (&String, &String)| {
+        let listed = known.get(name).filter(|listed| name.starts_with(REPOSITORIES) && !listed.is_empty());
+        let Some(listed) = listed else { return (name.clone(), value.clone()) };
+        let mut all: Vec<&str> = listed.split(',').chain([value.as_str()]).collect();
+        all.sort_unstable();
+        all.dedup();
+        let all = all.join(",");
+        (name.clone(), if name.len() + all.len() > LABEL_LEN_MAX { listed.clone() } else { all })
+    };
+    labels.iter().map(beside).collect()
 }
 
 /// The snapshots of one snapshotter.
@@ -441,6 +464,24 @@ fn on_one_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_second_pull_of_a_blob_forgot_the_repositories_of_the_first() {
+        let (list, other) = (format!("{REPOSITORIES}registry.example"), "label".to_owned());
+        let labels = HashMap::from([(list.clone(), "a/b".to_owned()), (other.clone(), "new".to_owned())]);
+        let beside = |known: &str| {
+            let known = HashMap::from([(list.clone(), known.to_owned()), (other.clone(), "old".to_owned())]);
+            let beside = beside_known(&labels, &known);
+            assert_eq!(beside[&other], "new");
+            beside[&list].clone()
+        };
+        assert_eq!(beside("other/repo"), "a/b,other/repo");
+        assert_eq!(beside("a/b,other/repo"), "a/b,other/repo");
+        assert_eq!(beside(""), "a/b");
+        let long = format!("c/{}", "d".repeat(4050));
+        assert_eq!(beside(&long), long);
+        assert_eq!(beside_known(&labels, &HashMap::new()), labels);
+    }
 
     async fn messages(pieces: &[&[u8]], len: u64) -> (Vec<WriteContentRequest>, Option<String>) {
         let failure = Arc::new(Mutex::new(None));
