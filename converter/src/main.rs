@@ -85,8 +85,9 @@ fn main() -> ExitCode {
         }?;
         Ok(ExitCode::SUCCESS)
     });
-    // Threads may still work on what nobody waits for any more.
-    runtime.shutdown_background();
+    // Threads may still work on what nobody waits for any more, and ask the runtime for it: a runtime that was shut down
+    // would have them panic. It ends with the process.
+    std::mem::forget(runtime);
     match result {
         Ok(_) if output::has_failed() => fail("standard output cannot be written"),
         Ok(code) => code,

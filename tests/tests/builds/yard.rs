@@ -127,12 +127,9 @@ impl Yard<'_> {
             Some(0) => self.note(source, place, &finished, "honest"),
             // By SIGKILL, or by another signal in its first moment.
             None => self.record().count("killed"),
-            Some(1) if finished.stderr.ends_with("lazuli: interrupted\n") => {
+            // A thread that finds its runtime gone panics.
+            Some(1) if finished.stderr.ends_with("lazuli: interrupted\n") && !finished.stderr.contains("panicked") => {
                 self.record().count("interrupted");
-                // A thread may find its runtime gone: no harm is done, but it is ugly.
-                if finished.stderr.contains("panicked") {
-                    self.record().count("panics of a thread when interrupted");
-                }
             }
             _ => self.record().failures.push(format!("{} after {signal:?}: {finished:?}", source.name)),
         }
