@@ -226,7 +226,8 @@ impl Conversion<'_> {
         let digest = pending.descriptor.digest;
         self.observer.layer_starts(pending.number, &digest, pending.descriptor.size);
         let lazy = find_lazy_layer(self.source, &pending.descriptor).await?;
-        let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&pending.descriptor.media_type.as_str());
+        let media_type = pending.descriptor.media_type.as_str();
+        let is_convertible = media_type::CONVERTIBLE_LAYERS.contains(&media_type) && !pending.descriptor.is_elsewhere();
         if let Some(lazy) = lazy.filter(|_| !self.sign.is_empty()) {
             // Its maker is not known, and whoever believes the key believes this.
             let checked = check_all(self.source, &lazy, pending.diff_id).await;

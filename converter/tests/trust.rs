@@ -255,6 +255,41 @@ fn an_image_of_which_a_part_lies_elsewhere_is_not_called_sound() {
     assert_eq!(allowed.status.code(), Some(0));
 }
 
+/// Such a layer was asked for at the source, where it is not, unless its media type said that it lies elsewhere.
+#[test]
+fn a_layer_that_lies_elsewhere_stays_there_however_it_is_compressed() {
+    for suffix in ["+zstd", "+gzip", ""] {
+        let scene = Scene::new();
+        let tar = tar(&[("a", 10)]);
+        let mut far = Descriptor::of(&layer_type(suffix), b"far away");
+        far.rest.insert("urls".to_owned(), json!(["https://registry.example/layer"]));
+        let near = scene.put(&layer_type("+gzip"), &gzip(&tar));
+        scene.put_image(vec![far.clone(), near], &[Digest::of(b"far"), Digest::of(&tar)]);
+        let (image, _) = convert(&scene, "oci:dst", &[]);
+        assert_eq!(image.layers[0], far, "{suffix}");
+        assert_eq!(content(&scene, "dst", &image.layers[1]), tar);
+    }
+}
+
+/// A copy for one platform has the index of all: the first image that was not there ended the search.
+#[test]
+fn an_index_of_which_images_are_missing_gives_the_layers_of_those_that_are_there() {
+    let scene = Scene::new();
+    let entry = |architecture: &str| {
+        let platform = json!({"os": "linux", "architecture": architecture});
+        let mut entry = serde_json::to_value(scene.put_marked(platform.clone(), architecture)).unwrap();
+        entry["platform"] = platform;
+        entry
+    };
+    scene.put_index_of(vec![entry("amd64"), entry("arm64")]);
+    scene.convert(&["--all-platforms"]);
+    let first = scene.index("dst").known().next().unwrap().digest;
+    fs::remove_file(scene.blob("dst", &first)).unwrap();
+    let arguments = ["--cache-from", "oci:dst:v1", "--platform", "linux/arm64"];
+    let (_, done) = convert(&scene, "oci:dst:v2", &arguments);
+    assert_eq!(done["cached"], true);
+}
+
 /// An image could clear the findings off the screen and print the verdict itself.
 #[test]
 fn no_byte_of_an_image_is_a_command_to_a_terminal() {
