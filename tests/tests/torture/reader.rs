@@ -21,6 +21,10 @@ use crate::bench::send;
 /// How long the end of a process that was killed is waited for.
 const KILLED_WITHIN: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
+/// The same as long as it has just started: what takes milliseconds is told from what takes twice as many.
+const POLL_SOON: Duration = Duration::from_micros(500);
+/// How long it has.
+const SOON: Duration = Duration::from_millis(200);
 
 /// The result of a reader.
 #[derive(Debug)]
@@ -116,7 +120,7 @@ impl Running {
                 self.kill();
                 return Ok(None);
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(if self.started.elapsed() < SOON { POLL_SOON } else { POLL });
         }
         let time = if ended_before { self.last_words() } else { self.started.elapsed() };
         let code = self.child.wait().context("waiting for a command")?.code();
