@@ -276,7 +276,7 @@ async fn receive_frames(
             let len = record.compressed_len.get() as usize;
             let compressed = match incoming.take(len, |len| layer.count_fetched(len)).await {
                 Ok(compressed) => compressed,
-                // What came before is kept first.
+                // Frames that came before are kept first.
                 Err(error) => return Ok(Err(error)),
             };
             stream.received_until.store(stream.layout.frame_ends[frame], Ordering::Release);

@@ -65,7 +65,7 @@ impl Presence {
         let counts = Counts::of(index, &map);
         let presence = Self { map, pages: Bitmap::new(bits.pages), frames: Bitmap::new(bits.frames), counts };
         if !presence.is_complete() {
-            // What a frame has of a page that is not there has no checksum, so nobody would see what became of it on
+            // A frame's part of a page that is not there has no checksum, so nobody would see what became of it on
             // the disk meanwhile: it is written anew.
             for (frame, _) in (0..).zip(index.frames()).filter(|(frame, _)| presence.has_frame(*frame)) {
                 if !frame_runs(index, frame).all(|run| presence.has_pages(&run)) {

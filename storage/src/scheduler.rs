@@ -251,7 +251,7 @@ impl Scheduler {
         self.decoders[priority as usize].clone()
     }
 
-    /// What frames are decoded with.
+    /// The workspaces in which frames are decoded.
     pub(crate) fn workspaces(&self) -> Arc<Workspaces> {
         self.workspaces.get()
     }
