@@ -22,8 +22,8 @@ const CERTIFICATES_LIFE: Duration = Duration::from_secs(10);
 /// The settings that make connections of a host differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Kind {
-    /// Whether they are encrypted: the system's CA certificates, which take milliseconds to read, are for those alone.
-    is_tls: bool,
+    /// Whether TLS can play a part in them. The system's CA certificates, which take milliseconds to read, are for those.
+    may_need_tls: bool,
     /// Whether they go past any proxy of the environment: to loopback hosts.
     is_direct: bool,
     /// Whether they must not lead to this machine or its link.
@@ -51,8 +51,8 @@ impl Connections {
         resolver: &Resolver,
     ) -> Result<reqwest::Client, Error> {
         let is_direct = url.host_str().is_some_and(is_loopback) && settings.config.proxy.is_none();
-        let is_tls = url.scheme() != "http";
-        let kind = Kind { is_tls, is_direct, is_far, identity: self.identity() };
+        let may_need_tls = may_need_tls(url, is_direct);
+        let kind = Kind { may_need_tls, is_direct, is_far, identity: self.identity() };
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, client)) = clients.get(&kind) {
             return Ok(client.clone());
@@ -79,6 +79,11 @@ impl Connections {
         self.identity.fetch_max((refused + 1).min(count.saturating_sub(1)), Ordering::Relaxed);
         self.identity() > refused
     }
+}
+
+/// Plain HTTP needs TLS too where a proxy may be in the way, which may be spoken to by TLS.
+fn may_need_tls(url: &Url, is_direct: bool) -> bool {
+    url.scheme() != "http" || !is_direct
 }
 
 fn build(
@@ -119,7 +124,7 @@ fn build(
         }
         builder
     };
-    if !kind.is_tls {
+    if !kind.may_need_tls {
         return builder().tls_certs_only([]).build().map_err(refuse);
     }
     builder().tls_certs_merge(ca.clone()).build().or_else(|error| {
@@ -136,4 +141,19 @@ pub(crate) fn is_loopback(host: &str) -> bool {
         None => host.split(':').next().unwrap_or_default(),
     };
     name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A registry behind a proxy that is spoken to by TLS could not be reached.
+    #[test]
+    fn only_plain_http_that_no_proxy_carries_does_without_certificates() {
+        let needs = |url: &str, is_direct| may_need_tls(&url.parse().unwrap(), is_direct);
+        assert!(!needs("http://127.0.0.1:5000/v2/", true));
+        assert!(needs("http://127.0.0.1:5000/v2/", false));
+        assert!(needs("http://registry.example/v2/", false));
+        assert!(needs("https://127.0.0.1:5000/v2/", true));
+    }
 }

@@ -50,8 +50,8 @@ impl SharedWorkspaces {
 
 /// Decompressors with memory for what they bring.
 ///
-/// The process gives memory of this size back to the system when it is freed, and taking it anew costs as much as
-/// decompressing. So it is used again until the last holder is gone.
+/// The process gives memory of this size back to the system when it is freed, and taking it anew costs a good part of what
+/// decompressing does. So it is used again until the last holder is gone.
 #[derive(Default)]
 pub(crate) struct Workspaces(Mutex<Vec<Workspace>>);
 

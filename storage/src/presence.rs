@@ -2,8 +2,9 @@
 //!
 //! Content comes as frames, as pieces of the hot pack and as copies from other layers. A *page* (4 KiB of the plain
 //! address space) is what a read asks about; its bit is set when all content of the page is there. Pages
-//! without content have no bit and are always there: bits go by the numbers of [`PageMap`]. The bit of a *frame* is set when all content of the frame is there, however it came:
-//! frames end in the middle of pages, and such a page is there when all frames are that have bytes in it.
+//! without content have no bit and are always there: bits go by the numbers of [`PageMap`]. The bit of a *frame* is set
+//! when all content of the frame is there, however it came: frames end in the middle of pages, and such a page is there
+//! when all frames are that have bytes in it.
 //!
 //! Both are kept in the file `presence`, with the checksums of pages ([`crate::health`]), bound to the layer's index by
 //! its digest and closed by a CRC-32. Whatever does not fit is treated as "nothing there": the price is bytes fetched
