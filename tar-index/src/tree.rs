@@ -33,6 +33,9 @@ const LINKS_FOLLOWED_MAX: usize = 255;
 const MEMORY_LEN_MAX: u64 = 256 << 20;
 /// What an inode takes beside its names, target, attributes and segments.
 const NODE_MEMORY_LEN: u64 = 160;
+/// What a segment of a sparse file takes, as itself, as an extent and as a piece of the dedup section, while these are
+/// made from each other.
+const SEGMENT_MEMORY_LEN: u64 = 160;
 /// What a name takes beside its bytes.
 const NAME_MEMORY_LEN: u64 = 64;
 
@@ -302,7 +305,7 @@ impl LayerTree {
     /// Adds an inode that is created in the directory `parent`, with what it inherits there.
     fn add_node(&mut self, parent: u32, mut node: Node) -> Result<u32, String> {
         let segments_len = match &node.content {
-            Content::File { segments: Some(segments), .. } => size_of_val(segments.as_slice()) as u64,
+            Content::File { segments: Some(segments), .. } => segments.len() as u64 * SEGMENT_MEMORY_LEN,
             Content::Symlink(target) => target.len() as u64,
             _ => 0,
         };

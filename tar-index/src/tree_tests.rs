@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use format_spec::{Index, IndexLocation, Inode, LayerData, index::WHITEOUT};
 
 use super::*;
-use crate::layer_index::build_index;
+use crate::{layer_index::build_index, walker::Segment};
 
 fn entry(kind: EntryKind, path: &str) -> Entry {
     Entry {
@@ -283,6 +283,22 @@ fn a_layer_of_too_many_entries_is_refused_before_memory_runs_out() {
         refused.to_string().ends_with("the layer's metadata takes more than 256 MiB: split it into several layers")
     );
     assert!(tree.node_count() > 1_000_000, "{}", tree.node_count());
+}
+
+/// An extent and a piece of the dedup section are made of each: a layer of six million took 2 GB.
+#[test]
+fn a_layer_of_sparse_files_in_too_many_pieces_is_refused_before_memory_runs_out() {
+    let mut tree = LayerTree::default();
+    let segments: Vec<_> = (0..100_000).map(|number| Segment { offset: 2 * number, len: 1 }).collect();
+    let sparse = |number: u64| Entry {
+        size: 200_000,
+        stored_len: 100_000,
+        segments: Some(segments.clone()),
+        ..file(&number.to_string())
+    };
+    let refused = (0..160).find_map(|number| tree.apply(sparse(number), 0).err()).unwrap();
+    assert!(refused.to_string().contains("takes more than 256 MiB"), "{refused}");
+    assert!(tree.node_count() > 10, "{}", tree.node_count());
 }
 
 #[test]
