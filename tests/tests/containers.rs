@@ -5,8 +5,10 @@ use std::{fs, path::Path, thread, time::Instant};
 use lazuli_tests::{
     HarnessError, Node, Result, Scratch, TarLayer,
     containerd::LAZULI,
+    error::Context as _,
     image::extend_image,
     process::{command, run, wait_for},
+    registry_server::digest_in,
     samples::{LARGE_FILE_COUNT, LARGE_FILES_LEN, checksum_line, publish_sample},
 };
 use serde_json::Value;
@@ -39,6 +41,37 @@ fn ctr_runs_an_image_after_a_lazy_pull() -> Result<()> {
     // What one container wrote, another does not see.
     let finished = node.containerd.run(&lazy, LAZULI, "again", &["/bin/cat", "/etc/greeting"])?;
     assert_eq!((finished.code, finished.stdout.as_str()), (Some(0), "good morning\n"), "{}", finished.stderr);
+    Ok(())
+}
+
+/// One that fails leaves nothing that it stored either.
+#[test]
+fn a_pull_gives_its_lease_up_however_it_ends() -> Result<()> {
+    let scratch = Scratch::new("pull-lease")?;
+    let registry = publish_sample(&scratch)?;
+    let node = Node::start(&scratch)?;
+    let original = registry.reference("sample:original");
+    let listed = |kind: &str| {
+        let words = if kind == "leases" { [kind, "list", "-q"] } else { [kind, "ls", "-q"] };
+        run(&mut node.containerd.ctr(words))
+    };
+    let manifest = registry.manifest("sample:original")?;
+    let top = digest_in(manifest["layers"].as_array().and_then(|layers| layers.last()).unwrap_or(&Value::Null))?;
+    let file = registry.blob_file(top);
+    let blob = fs::read(&file).at("reading", &file)?;
+    fs::write(&file, vec![0; blob.len()]).at("writing", &file)?;
+    let failed = node.lazuli_pull(&original)?;
+    assert_eq!(failed.code, Some(1), "{}", failed.stderr);
+    assert!(failed.stderr.contains(&top.to_string()), "{}", failed.stderr);
+    for kind in ["leases", "images", "content"] {
+        assert_eq!(listed(kind)?, "", "{kind} after a pull that failed");
+    }
+
+    fs::write(&file, blob).at("writing", &file)?;
+    pull_lazily(&node, &original)?;
+    assert_eq!(listed("leases")?, "");
+    assert_eq!(listed("images")?.trim(), original);
+    assert_ne!(listed("content")?, "");
     Ok(())
 }
 
