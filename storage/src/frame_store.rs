@@ -298,10 +298,17 @@ impl FrameStore {
         extra: &UnkeptFrames,
     ) -> io::Result<Option<usize>> {
         let plain = self.clip(offset, buffer.len());
+        let len = usize::try_from(plain.end - plain.start).map_err(io::Error::other)?;
+        let buffer = &mut buffer[..len];
         // The file before the bits: what a new file lacks is missing before it is here. And what turns out to be damaged is
         // missing before it counts as compared.
-        let data = self.data();
-        self.check(&data, &plain)?;
+        let (epoch, data) = (self.epoch(), self.data());
+        // What is to be compared is compared as the reader gets it, not read twice.
+        let is_read = !self.unchecked.is_empty() && self.presence.has_pages(&plain);
+        if is_read {
+            data.read_sparse(plain.start, buffer)?;
+        }
+        self.check(&data, &plain, is_read.then_some(&*buffer))?;
         let mut from_memory = UnkeptFrames::new();
         if !self.presence.has_pages(&plain) {
             for frame in self.missing_frames(&plain) {
@@ -311,11 +318,11 @@ impl FrameStore {
                 }
             }
         }
-        let len = usize::try_from(plain.end - plain.start).map_err(io::Error::other)?;
-        let buffer = &mut buffer[..len];
-        data.read_sparse(plain.start, buffer)?;
-        if !Arc::ptr_eq(&data, &self.data()) {
-            // Its place was taken meanwhile, for a reason.
+        if !is_read {
+            data.read_sparse(plain.start, buffer)?;
+        }
+        if !Arc::ptr_eq(&data, &self.data()) || is_read && epoch != self.epoch() {
+            // Its place was taken meanwhile, or content was given up, for a reason.
             return Ok(None);
         }
         for (frame, content) in &from_memory {

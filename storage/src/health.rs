@@ -177,32 +177,47 @@ impl FrameStore {
     }
 
     /// Compares what an earlier process left in the pages that a plain range touches, unless that was done. `data` is the
-    /// file as it was when the caller began. Blocks where something is left to compare.
+    /// file as it was when the caller began, and `content` the bytes of the range where he has read them from it. Blocks
+    /// where something is left to compare.
     ///
     /// # Errors
     ///
     /// One that [`is_lost`] where a page is not what was written, or cannot be read: [`Self::heal`] helps.
-    pub(crate) fn check(&self, data: &DiskFile, plain: &Range<u64>) -> io::Result<()> {
+    pub(crate) fn check(&self, data: &DiskFile, plain: &Range<u64>, content: Option<&[u8]>) -> io::Result<()> {
         if self.unchecked.is_empty() {
             return Ok(());
         }
-        let (map, mut bytes) = (self.presence().map(), Vec::new());
-        for_each_batch(
-            map,
-            self.presence().numbers(plain),
-            |number| self.unchecked.has(number),
-            |batch| {
-                let Some(checksums) = self.unchecked.checksums_of(&batch)? else { return Ok(()) };
-                bytes.resize(usize::try_from((batch.end - batch.start) * PLAIN_ALIGN).map_err(io::Error::other)?, 0);
-                data.read_sparse(start_of(map, batch.start), &mut bytes)?;
-                let mut pages = bytes.chunks_exact(PAGE_LEN).zip(checksums);
-                if !pages.all(|(content, checksum)| checksum_of(content) == checksum) {
-                    return Err(Errno::BADMSG.into());
+        let (map, mut read) = (self.presence().map(), Vec::new());
+        let numbers = self.presence().numbers(plain);
+        // At its ends the caller may have parts of pages.
+        let inner = self.presence().numbers_inside(plain);
+        let mut compare = |batch: Range<u64>| {
+            let Some(checksums) = self.unchecked.checksums_of(&batch)? else { return Ok(()) };
+            let start = start_of(map, batch.start);
+            let len = usize::try_from((batch.end - batch.start) * PLAIN_ALIGN).map_err(io::Error::other)?;
+            let known = content.and_then(|content| {
+                let from = usize::try_from(start.checked_sub(plain.start)?).ok()?;
+                content.get(from..from.checked_add(len)?)
+            });
+            let bytes = match known {
+                Some(known) => known,
+                None => {
+                    read.resize(len, 0);
+                    data.read_sparse(start, &mut read)?;
+                    &read
                 }
-                self.unchecked.note_checked(batch);
-                Ok(())
-            },
-        )
+            };
+            let mut pages = bytes.chunks_exact(PAGE_LEN).zip(checksums);
+            if !pages.all(|(content, checksum)| checksum_of(content) == checksum) {
+                return Err(Errno::BADMSG.into());
+            }
+            self.unchecked.note_checked(batch);
+            Ok(())
+        };
+        for part in [numbers.start..inner.start, inner.start..inner.end, inner.end..numbers.end] {
+            for_each_batch(map, part, |number| self.unchecked.has(number), &mut compare)?;
+        }
+        Ok(())
     }
 
     /// The next part of the plain address space that an earlier process left and nobody has compared; see

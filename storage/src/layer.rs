@@ -327,7 +327,7 @@ impl LayerInner {
     /// Compares what an earlier process left in a plain range, unless that was done; what is damaged counts as missing
     /// afterwards. Blocks.
     pub(crate) fn check(&self, plain: Range<u64>) -> io::Result<()> {
-        match self.core.store.check(&self.core.store.data(), &plain) {
+        match self.core.store.check(&self.core.store.data(), &plain, None) {
             Err(error) if is_lost(&error) => self.heal(plain),
             checked => checked,
         }

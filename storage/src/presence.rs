@@ -92,6 +92,13 @@ impl Presence {
         self.map.numbers(&pages_of(plain))
     }
 
+    /// The numbers of those that lie in it as a whole.
+    pub(crate) fn numbers_inside(&self, plain: &Range<u64>) -> Range<u64> {
+        let pages = whole_pages_of(plain);
+        let start = self.map.first_number(pages.start);
+        start..self.map.first_number(pages.end).max(start)
+    }
+
     /// Whether all pages that a plain range touches are there: what a read of content that has arrived costs.
     pub(crate) fn has_pages(&self, plain: &Range<u64>) -> bool {
         self.pages.are_set(self.numbers(plain))

@@ -153,7 +153,9 @@ async fn opening_a_layer_reads_none_of_its_content() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bit_that_flipped_while_no_process_ran_is_found_at_the_first_read() {
     let test = TestLayer::of_frames(4, 20_000);
-    for count in [2, 4] {
+    // The page is more than what is asked for, just that, the first, the last and the middle of it.
+    let asked = [6000..6100, 4096..8192, 5000..9000, 100..5001, 4000..8200];
+    for (count, asked) in [2, 4].into_iter().flat_map(|count| asked.clone().map(|asked| (count, asked))) {
         let root = left_behind(&test, count).await;
         let data = data_of(root.path(), &test);
         flip(&data, 5000);
@@ -162,8 +164,12 @@ async fn a_bit_that_flipped_while_no_process_ran_is_found_at_the_first_read() {
         let (cache, source) = (cache(root.path(), options()), MemorySource::new(&test));
         let layer = cache.layer(&test.lazy, source.clone(), json!("test")).await.unwrap();
         let number = layer.file_number().unwrap();
-        // Not aligned: the page is more than what is asked for.
-        assert_eq!(layer.read_at_if_present(6000, &mut [0; 100]).unwrap(), None, "{count} frames");
+        let mut buffer = vec![0; asked.end - asked.start];
+        assert_eq!(
+            layer.read_at_if_present(asked.start as u64, &mut buffer).unwrap(),
+            None,
+            "{count} frames, {asked:?}"
+        );
         assert!(source.requests().is_empty());
         check_read(&layer, &test, 4000..6100).await;
         assert_eq!(layer.progress().healed_pages, 1);
@@ -186,12 +192,27 @@ async fn content_is_compared_once_and_that_of_this_process_never() {
     let layer = cache.layer(&test.lazy, source, json!("test")).await.unwrap();
     let reads_of = |offset| {
         let before = disk.read_count();
-        assert_eq!(layer.read_at_if_present(offset, &mut [0; 4096]).unwrap(), Some(4096));
+        assert_eq!(layer.read_at_if_present(offset, &mut [0; 2048]).unwrap(), Some(2048));
         disk.read_count() - before
     };
-    assert_eq!([reads_of(8192), reads_of(8192), reads_of(12_288)], [2, 1, 2]);
+    // Of a part of a page the whole is read besides.
+    assert_eq!([reads_of(8192), reads_of(8192), reads_of(12_288 + 2048)], [2, 1, 2]);
     check_read(&layer, &test, 0..test.space.len() as u64).await;
     assert_eq!(reads_of(test.plain_of_frame(3).start / 4096 * 4096), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whole_pages_are_read_once_to_be_compared_and_answered() {
+    let test = TestLayer::of_frames(4, 20_000);
+    let root = left_behind(&test, 4).await;
+    let disk = Arc::new(WatchedDisk::default());
+    let (cache, source) = (cache(root.path(), disk.options()), MemorySource::new(&test));
+    let layer = cache.layer(&test.lazy, source, json!("test")).await.unwrap();
+    let before = disk.read_count();
+    let mut buffer = vec![0; 8 * 4096];
+    assert_eq!(layer.read_at_if_present(4096, &mut buffer).unwrap(), Some(buffer.len()));
+    assert_eq!(disk.read_count() - before, 1);
+    assert_eq!(buffer, test.space[4096..9 * 4096]);
 }
 
 /// The checksums are in `presence`: where that cannot be read, content of an earlier process is fetched again.
