@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "only tests use it")]
 
+#[path = "it/support/mod.rs"]
 mod support;
 
 use std::{
