@@ -182,7 +182,8 @@ impl IndexBuilder {
             let name = name.as_ref();
             check_name(name).map_err(BuildError)?;
             let name_offset = u32::try_from(self.names.len()).map_err(|_| BuildError("names exceed 4 GiB"))?;
-            if previous_offset.is_some_and(|previous| &self.names[previous as usize..] >= name) {
+            let previous = previous_offset.and_then(|previous: u32| self.names.get(previous as usize..));
+            if previous.is_some_and(|previous| previous >= name) {
                 return Err(BuildError("names of a directory do not ascend"));
             }
             previous_offset = Some(name_offset);

@@ -70,8 +70,8 @@ impl FromStr for Digest {
             _ => None,
         };
         let mut bytes = [0; 32];
-        for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
-            let (high, low) = nibble(pair[0]).zip(nibble(pair[1])).ok_or_else(refuse)?;
+        for (byte, [high, low]) in bytes.iter_mut().zip(hex.as_chunks::<2>().0) {
+            let (high, low) = nibble(*high).zip(nibble(*low)).ok_or_else(refuse)?;
             *byte = high << 4 | low;
         }
         Ok(Self(bytes))

@@ -8,7 +8,7 @@ use zerocopy::{
 use crate::{
     annotation::{FORMAT_VERSION, INDEX_LEN_MAX, IndexLocation},
     digest::Digest,
-    table::FormatError,
+    table::{FormatError, before_checksum},
 };
 
 /// Length of a skippable frame's header: magic number and content length (RFC 8878 3.1.2).
@@ -113,7 +113,7 @@ impl Footer {
     }
 
     fn checksum(&self) -> u32 {
-        crc32fast::hash(&self.as_bytes()[..size_of::<Self>() - size_of::<U32>()])
+        crc32fast::hash(before_checksum(self.as_bytes()))
     }
 
     /// The footer as the skippable frame that ends a blob.

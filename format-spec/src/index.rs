@@ -541,8 +541,8 @@ impl<B: AsRef<[u8]>> Index<B> {
     /// Names and inode numbers of a directory, sorted by name; whiteouts have inode number [`WHITEOUT`].
     pub fn children(&self, directory: &Inode) -> impl ExactSizeIterator<Item = (&[u8], u32)> + DoubleEndedIterator {
         let range = directory.dirent_range();
-        let range = if range.end <= self.dirents().len() { range } else { 0..0 };
-        range.map(|number| (self.name(number), self.dirents()[number].inode.get()))
+        let dirents = self.dirents().get(range.clone()).unwrap_or_default();
+        range.zip(dirents).map(|(number, dirent)| (self.name(number), dirent.inode.get()))
     }
 
     /// The inode number under a name; [`WHITEOUT`] for a whiteout, `None` if the directory has no such name.
@@ -593,24 +593,21 @@ impl<B: AsRef<[u8]>> Index<B> {
     pub fn extents_in_plain(&self, plain: &Range<u64>) -> Range<usize> {
         let extents = self.extents();
         let start = extents.partition_point(|extent| extent.plain_range().end <= plain.start);
-        let count = extents[start..].partition_point(|extent| extent.plain_offset.get() < plain.end);
-        start..start + count
+        start..extents.partition_point(|extent| extent.plain_offset.get() < plain.end).max(start)
     }
 
     /// The extents that have bytes in `tar`, as numbers.
     pub fn extents_in_tar(&self, tar: &Range<u64>) -> Range<usize> {
         let extents = self.extents();
         let start = extents.partition_point(|extent| extent.tar_range().end <= tar.start);
-        let count = extents[start..].partition_point(|extent| extent.tar_offset.get() < tar.end);
-        start..start + count
+        start..extents.partition_point(|extent| extent.tar_offset.get() < tar.end).max(start)
     }
 
     /// The frames that have bytes in `tar`, as numbers.
     pub fn frames_in_tar(&self, tar: &Range<u64>) -> Range<usize> {
         let frames = self.frames();
         let start = frames.partition_point(|frame| frame.tar_range().end <= tar.start);
-        let count = frames[start..].partition_point(|frame| frame.tar_offset.get() < tar.end);
-        start..start + count
+        start..frames.partition_point(|frame| frame.tar_offset.get() < tar.end).max(start)
     }
 
     /// Proves every rule of SPEC.md 6, checksums of the sections included; linear in the length.
@@ -704,7 +701,7 @@ impl<B: AsRef<[u8]>> Index<B> {
         // Directories whose entries are still to come, and where these end.
         let mut directories = VecDeque::from([(0, end)]);
         let mut links = vec![0u32; inodes.len()];
-        links[0] = 2;
+        count_links(&mut links, 0, 2);
         let mut previous_name: Option<&[u8]> = None;
         let mut name_end = 0;
         for (number, dirent) in dirents.iter().enumerate() {
@@ -726,17 +723,17 @@ impl<B: AsRef<[u8]>> Index<B> {
             }
             let inode_number = dirent.inode.get();
             let inode = self.inode(inode_number).ok_or(dirent_rule(number, "there is no such inode"))?;
-            let has_names = links[inode_number as usize] > 0;
+            let has_names = links.get(inode_number as usize).is_some_and(|links| *links > 0);
             ensure(inode_number != 0, "names the root")?;
             ensure(has_names || inode.parent == directory, "is the first of an inode with another parent")?;
             if !inode.is_directory() {
-                links[inode_number as usize] += 1;
+                count_links(&mut links, inode_number, 1);
                 continue;
             }
             ensure(!has_names, "names a directory that has a name already")?;
             ensure(inode.payload.get() as usize == end, "names a directory whose dirents are not the next ones")?;
-            links[inode_number as usize] = 2;
-            links[directory as usize] += 1;
+            count_links(&mut links, inode_number, 2);
+            count_links(&mut links, directory, 1);
             end = directory_end(inode, inode_number.into(), dirents.len())?;
             directories.push_back((inode_number, end));
         }
@@ -864,6 +861,13 @@ pub fn check_name(name: &[u8]) -> Result<(), &'static str> {
         _ if name.len() > NAME_LEN_MAX => Err("its name is longer than 255 bytes"),
         _ if name.iter().any(|byte| matches!(byte, 0 | b'/')) => Err("its name has a slash or a zero byte"),
         _ => Ok(()),
+    }
+}
+
+/// Counts names of an inode, which exists.
+fn count_links(links: &mut [u32], number: u32, count: u32) {
+    if let Some(links) = links.get_mut(number as usize) {
+        *links += count;
     }
 }
 

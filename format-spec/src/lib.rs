@@ -7,6 +7,8 @@
 //! an *index* and a *footer* in skippable frames. The *plain address space* gives every regular file
 //! of a layer an aligned offset; the index maps it to frames.
 
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
+
 pub mod annotation;
 pub mod builder;
 pub mod dedup;

@@ -145,8 +145,8 @@ fn from_hex(text: &str) -> Option<[u8; SIGNATURE_LEN]> {
         _ => None,
     };
     let mut bytes = [0; SIGNATURE_LEN];
-    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
+    for (byte, [high, low]) in bytes.iter_mut().zip(text.as_bytes().as_chunks::<2>().0) {
+        *byte = nibble(*high)? << 4 | nibble(*low)?;
     }
     Some(bytes)
 }

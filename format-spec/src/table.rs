@@ -202,14 +202,19 @@ pub(crate) fn encode(tar_len: u64, space_len: u64, sections: &[NewSection<'_>]) 
         crc32: 0.into(),
     };
     header.crc32 = header_checksum(&header, &table).into();
-    bytes[..size_of::<Header>()].copy_from_slice(header.as_bytes());
-    bytes[size_of::<Header>()..table_end].copy_from_slice(table.as_bytes());
+    let head = header.as_bytes().iter().chain(table.as_bytes());
+    bytes.iter_mut().zip(head).for_each(|(place, byte)| *place = *byte);
     bytes
+}
+
+/// The bytes that a CRC-32 at the end of a structure is of.
+pub(crate) fn before_checksum(structure: &[u8]) -> &[u8] {
+    structure.split_last_chunk::<{ size_of::<U32>() }>().map_or(structure, |(covered, _)| covered)
 }
 
 fn header_checksum(header: &Header, table: &[SectionEntry]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&header.as_bytes()[..size_of::<Header>() - size_of::<U32>()]);
+    hasher.update(before_checksum(header.as_bytes()));
     hasher.update(table.as_bytes());
     hasher.finalize()
 }
@@ -350,6 +355,7 @@ pub(crate) fn decompress(compressed: &[u8], plain_len: u64) -> Result<Vec<u8>, F
 }
 
 /// Turns the open form into the wire form, in place (SPEC.md 4.3).
+#[expect(clippy::indexing_slicing, reason = "a section of `count` records has a column of `count` for each byte")]
 pub(crate) fn to_wire(open: &mut [u8]) -> Result<(), FormatError> {
     rearrange(open, |section, record_len, delta_words| {
         let plain = section.to_vec();
@@ -370,6 +376,7 @@ pub(crate) fn to_wire(open: &mut [u8]) -> Result<(), FormatError> {
 }
 
 /// Turns the wire form into the open form, in place (SPEC.md 4.3).
+#[expect(clippy::indexing_slicing, reason = "a section of `count` records has a column of `count` for each byte")]
 pub(crate) fn from_wire(wire: &mut [u8]) -> Result<(), FormatError> {
     rearrange(wire, |section, record_len, delta_words| {
         let stored = section.to_vec();
@@ -463,6 +470,7 @@ fn copy<E>(
 }
 
 /// Brings the records of a section, which stand in columns of single bytes, into rows.
+#[expect(clippy::indexing_slicing, reason = "a part of `part_count` records has a column of so many for each byte")]
 fn records_to_open<E>(
     entry: &SectionEntry,
     read_at: &mut impl FnMut(u64, &mut [u8]) -> Result<(), E>,
@@ -495,8 +503,7 @@ fn records_to_open<E>(
 }
 
 fn word_at(record: &[u8], word: usize) -> u32 {
-    let bytes = &record[word * 4..word * 4 + 4];
-    u32::from_le_bytes(bytes.try_into().expect("four bytes"))
+    record.as_chunks().0.get(word).map_or(0, |bytes| u32::from_le_bytes(*bytes))
 }
 
 fn rearrange(bytes: &mut [u8], section: impl Fn(&mut [u8], usize, u32)) -> Result<(), FormatError> {
@@ -505,7 +512,7 @@ fn rearrange(bytes: &mut [u8], section: impl Fn(&mut [u8], usize, u32)) -> Resul
         let record_len = entry.record_len.get() as usize;
         if record_len > 1 {
             let range = section_range(entry).expect("checked by parse");
-            section(&mut bytes[range], record_len, entry.delta_words.get());
+            section(bytes.get_mut(range).expect("checked by parse"), record_len, entry.delta_words.get());
         }
     }
     Ok(())

@@ -188,7 +188,8 @@ impl<'a, B: AsRef<[u8]>> Comparison<'a, B> {
     fn compare_inodes(&mut self, ours: u32, theirs: u32, place: Place<'_>) -> bool {
         let (index, tree) = (self.index, &self.tar.tree);
         let (Some(left), Some(right)) = (index.inode(ours), tree.inode(theirs)) else { return false };
-        match self.partners[theirs as usize].replace(ours) {
+        let Some(partner) = self.partners.get_mut(theirs as usize) else { return false };
+        match partner.replace(ours) {
             // A further name of a file that was compared.
             Some(other) if other == ours => return false,
             Some(_) => self.add(place, "the index has a file of its own, the tar stream a hard link".to_owned()),
@@ -342,7 +343,7 @@ fn exact_list(xattrs: &Xattrs<'_>) -> String {
 fn extents_of(extents: &[Extent], inode: &Inode) -> Vec<(u64, u64, u64)> {
     let plain = inode.plain_range();
     let start = extents.partition_point(|extent| extent.plain_range().end <= plain.start);
-    let inside = extents[start..].iter().take_while(|extent| extent.plain_offset.get() < plain.end);
+    let inside = extents.iter().skip(start).take_while(|extent| extent.plain_offset.get() < plain.end);
     let relative = |offset: u64| offset.saturating_sub(plain.start);
     inside.map(|extent| (relative(extent.plain_offset.get()), extent.tar_offset.get(), extent.len.get())).collect()
 }

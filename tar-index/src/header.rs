@@ -55,7 +55,7 @@ impl Header {
         let is_star = is_ustar && &block[STAR_TRAILER] == b"tar\0";
         let prefix = match (is_ustar, is_star, is_gnu) {
             (_, true, _) => {
-                STAR_TIMES.into_iter().try_for_each(|field| number(&block[field]).map(drop))?;
+                STAR_TIMES.into_iter().try_for_each(|field| number(block.get(field).unwrap_or_default()).map(drop))?;
                 text(&block[STAR_PREFIX])
             }
             (true, ..) => text(&block[USTAR_PREFIX]),
@@ -68,7 +68,7 @@ impl Header {
         }
         path.extend_from_slice(text(&block[NAME]));
         // Archives older than POSIX have arbitrary bytes here.
-        let device = |field| if is_gnu || is_ustar { number(&block[field]) } else { Ok(0) };
+        let device = |field| if is_gnu || is_ustar { number(block.get(field).unwrap_or_default()) } else { Ok(0) };
         Ok(Self {
             path,
             link_target: text(&block[LINK_NAME]).to_vec(),
@@ -87,7 +87,10 @@ impl Header {
 /// GNU headers have times where others have a prefix. Go up to 1.7 wrote a prefix into them all the same,
 /// and its reader still takes what is no time for that.
 fn gnu_prefix(block: &[u8; BLOCK_LEN]) -> &[u8] {
-    let is_time = |field: Range<usize>| block[field.start] == 0 || number(&block[field]).is_ok();
+    let is_time = |field: Range<usize>| {
+        let field = block.get(field).unwrap_or_default();
+        field.first() == Some(&0) || number(field).is_ok()
+    };
     let prefix = text(&block[USTAR_PREFIX]);
     if GNU_TIMES.into_iter().all(is_time) || !prefix.is_ascii() { &[] } else { prefix }
 }
@@ -124,7 +127,7 @@ fn octal(field: &[u8]) -> Result<i64, &'static str> {
     let is_padding = |byte: &u8| matches!(byte, b' ' | 0);
     let start = field.iter().position(|byte| !is_padding(byte)).unwrap_or(field.len());
     let end = field.iter().rposition(|byte| !is_padding(byte)).map_or(start, |last| last + 1);
-    text(&field[start..end]).iter().try_fold(0i64, |value, digit| match digit {
+    text(field.get(start..end).unwrap_or_default()).iter().try_fold(0i64, |value, digit| match digit {
         b'0'..=b'7' => Ok(value * 8 + i64::from(digit - b'0')),
         _ => Err("a number of its header is not octal"),
     })

@@ -6,13 +6,17 @@
 //! `walker.rs` finds the entries of a stream (`header.rs`, `pax.rs`), `tree.rs` says what they mean together
 //! (`attributes.rs`, `acl.rs`), `layer_index.rs` makes an index of that, `compare.rs` holds another index against it.
 
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
+
 mod acl;
 mod attributes;
 pub mod compare;
 mod header;
+#[allow(clippy::indexing_slicing, reason = "numbers of nodes are of its own tree")]
 pub mod layer_index;
 pub mod paths;
 mod pax;
+#[allow(clippy::indexing_slicing, reason = "numbers of nodes are of its own tree")]
 pub mod tree;
 pub mod walker;
 

@@ -51,7 +51,7 @@ impl<'a, B: AsRef<[u8]>> Paths<'a, B> {
     /// The file that has its content at `plain_offset` of the plain address space, and the offset in it.
     pub fn file_at(&self, plain_offset: u64) -> Option<(u32, u64)> {
         let number = self.files.partition_point(|(start, _)| *start <= plain_offset).checked_sub(1)?;
-        let (start, inode) = self.files[number];
+        let (start, inode) = *self.files.get(number)?;
         let range = self.index.inode(inode)?.plain_range();
         range.contains(&plain_offset).then_some((inode, plain_offset - start))
     }

@@ -90,8 +90,9 @@ impl Records {
 
     /// Extended attributes by full name; empty values are values.
     pub(crate) fn xattrs(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
-        let xattrs = self.0.range(XATTR_PREFIX.to_vec()..).take_while(|(key, _)| key.starts_with(XATTR_PREFIX));
-        xattrs.map(|(key, value)| (key[XATTR_PREFIX.len()..].to_vec(), value.clone())).collect()
+        let records = self.0.range(XATTR_PREFIX.to_vec()..);
+        let xattrs = records.map_while(|(key, value)| Some((key.strip_prefix(XATTR_PREFIX)?, value)));
+        xattrs.map(|(key, value)| (key.to_vec(), value.clone())).collect()
     }
 
     /// What they say of a sparse file; `None` for one without holes, and for formats that nobody knows.
@@ -126,10 +127,16 @@ impl Records {
 /// Splits `LENGTH KEY=VALUE\n` off; the length counts the whole record.
 fn next_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let space = bytes.iter().position(|byte| *byte == b' ')?;
-    let len = usize::try_from(unsigned(&bytes[..space]).ok()?).ok()?;
+    let len = usize::try_from(unsigned(bytes.get(..space)?).ok()?).ok()?;
     let record = bytes.get(space + 1..len)?.strip_suffix(b"\n")?;
-    let equals = record.iter().position(|byte| *byte == b'=')?;
-    (equals > 0).then(|| (&record[..equals], &record[equals + 1..], &bytes[len..]))
+    let (key, value) = split_at_byte(record, b'=')?;
+    (!key.is_empty()).then_some((key, value, bytes.get(len..)?))
+}
+
+/// What stands before and behind the first such byte.
+fn split_at_byte(text: &[u8], byte: u8) -> Option<(&[u8], &[u8])> {
+    let at = text.iter().position(|found| *found == byte)?;
+    Some((text.get(..at)?, text.get(at + 1..)?))
 }
 
 fn integer(text: &[u8]) -> Result<i64, &'static str> {
@@ -146,10 +153,7 @@ pub(crate) fn unsigned(text: &[u8]) -> Result<u64, &'static str> {
 /// `-?SECONDS[.FRACTION]`; digits below the nanosecond are dropped.
 fn time(text: &[u8]) -> Result<Time, &'static str> {
     const MALFORMED: &str = "a time of its PAX header is malformed";
-    let (seconds_text, fraction) = match text.iter().position(|byte| *byte == b'.') {
-        Some(point) => (&text[..point], &text[point + 1..]),
-        None => (text, &[][..]),
-    };
+    let (seconds_text, fraction) = split_at_byte(text, b'.').unwrap_or((text, &[]));
     let seconds = integer(seconds_text).map_err(|_| MALFORMED)?;
     if !fraction.iter().all(u8::is_ascii_digit) {
         return Err(MALFORMED);

@@ -322,12 +322,13 @@ fn read_sparse_map(input: &mut impl TarInput, entry: &mut Entry) -> Result<Vec<u
         text.extend_from_slice(block);
         input.consume(BLOCK_LEN)?;
         while expected_len.is_none_or(|expected| map.len() < expected) {
-            let Some(found) = text[searched_len..].iter().position(|byte| *byte == b'\n') else {
+            let rest = text.get(searched_len..).unwrap_or_default();
+            let Some(found) = rest.iter().position(|byte| *byte == b'\n') else {
                 searched_len = text.len();
                 break;
             };
             let line_end = searched_len + found;
-            let value = unsigned(&text[line_start..line_end]).map_err(malformed)?;
+            let value = unsigned(text.get(line_start..line_end).unwrap_or_default()).map_err(malformed)?;
             line_start = line_end + 1;
             searched_len = line_start;
             match expected_len {
