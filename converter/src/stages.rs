@@ -16,9 +16,9 @@ use format_spec::{Digest, DigestHasher};
 /// Batches that wait to be hashed.
 const BATCHES_WAITING_MAX: usize = 4;
 /// Bytes that are decompressed at a time: few enough to stay in the processor's cache until they are taken.
-const CHUNK_LEN: usize = 128 << 10;
-/// Chunks that there are: a megabyte and a half, which is made while the cutting of a large file looks for its next border.
-const CHUNK_COUNT: usize = 12;
+const PART_LEN: usize = 128 << 10;
+/// Parts that there are: a megabyte and a half, which is made while the cutting of a large file looks for its next border.
+const PART_COUNT: usize = 12;
 
 /// Hashes a stream on a thread of its own.
 #[derive(Debug)]
@@ -75,7 +75,7 @@ fn start_hashing() -> (SyncSender<Vec<Bytes>>, JoinHandle<DigestHasher>) {
 pub(crate) struct ReadAhead {
     filled: Receiver<io::Result<Vec<u8>>>,
     spent: Sender<Vec<u8>>,
-    chunk: Vec<u8>,
+    part: Vec<u8>,
     position: usize,
 }
 
@@ -85,9 +85,9 @@ impl ReadAhead {
         scope: &'scope thread::Scope<'scope, '_>,
         open: impl FnOnce() -> io::Result<R> + Send + 'scope,
     ) -> Self {
-        let (filled_sender, filled) = sync_channel(CHUNK_COUNT);
+        let (filled_sender, filled) = sync_channel(PART_COUNT);
         let (spent, spent_receiver) = channel();
-        for _ in 0..CHUNK_COUNT {
+        for _ in 0..PART_COUNT {
             spent.send(Vec::new()).expect("its receiver is here");
         }
         scope.spawn(move || {
@@ -96,36 +96,36 @@ impl ReadAhead {
                 let _ = filled_sender.send(Err(error));
             }
         });
-        Self { filled, spent, chunk: Vec::new(), position: 0 }
+        Self { filled, spent, part: Vec::new(), position: 0 }
     }
 }
 
 impl Read for ReadAhead {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.position == self.chunk.len() {
-            let Ok(chunk) = self.filled.recv() else { return Ok(0) };
+        if self.position == self.part.len() {
+            let Ok(part) = self.filled.recv() else { return Ok(0) };
             // The other thread may be at the end.
-            let _ = self.spent.send(mem::replace(&mut self.chunk, chunk?));
+            let _ = self.spent.send(mem::replace(&mut self.part, part?));
             self.position = 0;
         }
-        let len = (&self.chunk[self.position..]).read(buffer)?;
+        let len = (&self.part[self.position..]).read(buffer)?;
         self.position += len;
         Ok(len)
     }
 }
 
-/// Reads a stream to its end, into chunks that come back. Bytes in front of an error are passed on before it.
+/// Reads a stream to its end, into parts that come back. Bytes in front of an error are passed on before it.
 fn read_ahead(
     mut stream: impl Read,
     filled: &SyncSender<io::Result<Vec<u8>>>,
     spent: &Receiver<Vec<u8>>,
 ) -> io::Result<()> {
     // Both channels end with the reader.
-    while let Ok(mut chunk) = spent.recv() {
-        chunk.resize(CHUNK_LEN, 0);
-        let (len, result) = fill(&mut stream, &mut chunk);
-        chunk.truncate(len);
-        if (len > 0 && filled.send(Ok(chunk)).is_err()) || (len < CHUNK_LEN && result.is_ok()) {
+    while let Ok(mut part) = spent.recv() {
+        part.resize(PART_LEN, 0);
+        let (len, result) = fill(&mut stream, &mut part);
+        part.truncate(len);
+        if (len > 0 && filled.send(Ok(part)).is_err()) || (len < PART_LEN && result.is_ok()) {
             break;
         }
         result?;
@@ -186,8 +186,8 @@ mod tests {
     #[test]
     fn a_stream_is_the_same_when_it_is_read_ahead() {
         assert_eq!(read(&[], false), (0, None));
-        // Parts of chunks, whole ones, and more than there are chunks.
-        for lens in [&[1][..], &[CHUNK_LEN / 2; 3], &[CHUNK_LEN / 4; 4], &[CHUNK_LEN / 8; 8 * (2 * CHUNK_COUNT + 1)]] {
+        // Less than a part, whole ones, and more than there are.
+        for lens in [&[1][..], &[PART_LEN / 2; 3], &[PART_LEN / 4; 4], &[PART_LEN / 8; 8 * (2 * PART_COUNT + 1)]] {
             let len = lens.iter().sum();
             assert_eq!(read(lens, false), (len, None));
             assert_eq!(read(lens, true), (len, Some("it failed".to_owned())), "bytes in front of an error count");
