@@ -1,4 +1,5 @@
-//! What `docs/ARCHITECTURE.md` says of the crates holds: arrows, lints, where `unsafe` stands.
+//! The project keeps its own rules: arrows between crates, lints, where `unsafe` stands, one name for a thing, and
+//! documents that name only tests, files and headings that there are.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -172,16 +173,16 @@ fn every_test_that_the_promises_name_exists() {
     assert!(tests > 40 && rows_named > 15, "{tests} tests, {rows_named} rows");
 }
 
-/// Between backticks, `docs/TRUST.md` has names of options and of tests; the latter are sentences.
+/// Between backticks, these pages have names of options, files and of tests; the latter are sentences.
 #[test]
-fn every_test_that_the_page_on_trust_names_exists() {
-    let text = fs::read_to_string(root().join("docs/TRUST.md")).expect("readable");
+fn every_test_that_the_pages_on_trust_and_architecture_name_exists() {
     let directories = [
         "format-spec/tests",
         "converter/tests",
         "storage/tests",
         "fusefs/src",
         "fusefs/tests",
+        "fuzz/tests",
         "snapshotter/src",
         "snapshotter/tests",
         "tests/tests",
@@ -193,9 +194,124 @@ fn every_test_that_the_page_on_trust_names_exists() {
             |character: char| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '_';
         word.chars().all(is_name) && word.matches('_').count() > 2
     };
-    let names: Vec<_> = text.split('`').skip(1).step_by(2).filter(is_test_name).collect();
-    assert!(names.len() > 25, "{names:?}");
-    for name in names {
-        assert!(code.contains(&format!("fn {name}()")), "{name}");
+    for (page, count_min) in [("TRUST", 25), ("ARCHITECTURE", 8)] {
+        let text = fs::read_to_string(root().join(format!("docs/{page}.md"))).expect("readable");
+        let names: Vec<_> = text.split('`').skip(1).step_by(2).filter(is_test_name).collect();
+        assert!(names.len() > count_min, "{page}: {names:?}");
+        for name in names {
+            assert!(code.contains(&format!("fn {name}(")), "{page}: {name}");
+        }
     }
+}
+
+/// All documents, by their paths.
+fn documents() -> Vec<(PathBuf, String)> {
+    let beside = ["README.md", "CHANGELOG.md", "CONVENTIONS.md", "format-spec/SPEC.md"].map(|name| root().join(name));
+    let docs = fs::read_dir(root().join("docs")).expect("readable").map(|entry| entry.expect("readable").path());
+    let mut paths: Vec<_> = docs.filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect();
+    paths.extend(beside);
+    paths.sort();
+    paths.into_iter().map(|path| (path.clone(), fs::read_to_string(path).expect("readable"))).collect()
+}
+
+/// The name by which a heading is linked to.
+fn anchor_of(heading: &str) -> String {
+    let kept = heading.chars().filter(|character| character.is_alphanumeric() || " -_".contains(*character));
+    kept.flat_map(char::to_lowercase).map(|character| if character == ' ' { '-' } else { character }).collect()
+}
+
+#[test]
+fn every_link_of_the_documents_leads_somewhere() {
+    let mut links = 0;
+    for (path, text) in documents() {
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if target.contains("://") || target.contains(' ') {
+                continue;
+            }
+            let (file, anchor) = target.split_once('#').unwrap_or((target, ""));
+            let at = if file.is_empty() { path.clone() } else { path.parent().expect("a directory").join(file) };
+            assert!(at.exists(), "{}: {target}", path.display());
+            let is_heading =
+                |line: &str| line.starts_with('#') && anchor_of(line.trim_start_matches(['#', ' '])) == anchor;
+            if !anchor.is_empty() {
+                let there = fs::read_to_string(&at).expect("readable");
+                assert!(there.lines().any(is_heading), "{}: {target}", path.display());
+            }
+            links += 1;
+        }
+    }
+    assert!(links > 30, "{links}");
+}
+
+/// Between backticks, a path that begins with a directory of the project is one of it.
+#[test]
+fn every_file_that_the_documents_name_exists() {
+    let directories: HashSet<_> = ARROWS.iter().map(|(name, _)| *name).chain(["docs", "benches", "deploy"]).collect();
+    let mut files = 0;
+    for (path, text) in documents() {
+        for word in text.split('`').skip(1).step_by(2) {
+            let Some((first, _)) = word.split_once('/') else { continue };
+            let is_path = |character: char| character.is_ascii_alphanumeric() || "/-_.".contains(character);
+            if directories.contains(first) && word.chars().all(is_path) {
+                assert!(root().join(word).exists(), "{}: {word}", path.display());
+                files += 1;
+            }
+        }
+    }
+    assert!(files > 60, "{files}");
+}
+
+/// Words that other projects have for ours, or that we had ourselves: what has two names is taken for two things. The
+/// table of `docs/ARCHITECTURE.md` has those of others, so that a stranger finds ours.
+const TWINS: [(&str, &[&str]); 9] = [
+    ("frame", &["chunk", "chunks", "span", "spans"]),
+    ("index", &["toc", "ztoc", "bootstrap", "blob index"]),
+    ("hot pack", &["prefetch pack", "prefetch list", "prefetch table", "prioritized files"]),
+    ("plain address space", &["plain space", "uncompressed address space", "logical address space"]),
+    ("kernel mode", &["erofs mode", "native mode"]),
+    ("portable mode", &["fuse mode", "fallback mode"]),
+    ("cache file", &["data file", "backing file", "chunk map"]),
+    ("dedup section", &["dedup table", "dedup index", "chunk dictionary"]),
+    ("chain ID", &["chain digest", "chain hash"]),
+];
+
+/// Where a word is that of somebody else's subject: uploads of the OCI distribution specification, and EROFS's files.
+const OWN_WORDS: [(&str, &[&str]); 4] = [
+    ("registry/src", &["chunk", "chunks"]),
+    ("fusefs/src/erofs", &["chunk", "chunks"]),
+    ("fusefs/src/erofs.rs", &["chunk"]),
+    ("CHANGELOG.md", &["chunks"]),
+];
+
+#[test]
+fn every_thing_has_one_name_in_documents_and_comments() {
+    let comments = |path: &Path| {
+        let text = fs::read_to_string(path).expect("readable");
+        let lines = text.lines().map(str::trim_start).filter(|line| line.starts_with("//"));
+        lines.map(|line| format!("{line}\n")).collect::<String>()
+    };
+    let crates = ARROWS.iter().map(|(name, _)| root().join(name).join("src"));
+    let code = crates.flat_map(|directory| sources(&directory)).map(|path| (path.clone(), comments(&path)));
+    let mut found = Vec::new();
+    for (path, text) in documents().into_iter().chain(code) {
+        for line in text.lines() {
+            // A row that has our word has theirs for who looks for it; the words of others stand beside their names.
+            if path.ends_with("docs/ARCHITECTURE.md") && line.starts_with('|') {
+                continue;
+            }
+            let spoken: String = line.split('`').step_by(2).collect::<Vec<_>>().join("`");
+            let words: Vec<_> = spoken.split(|character: char| !character.is_alphanumeric()).collect();
+            let spoken = format!(" {} ", words.join(" ").to_lowercase());
+            for (ours, theirs) in TWINS {
+                for twin in theirs {
+                    let is_own =
+                        |(at, words): &(&str, &[&str])| path.starts_with(root().join(at)) && words.contains(twin);
+                    if spoken.contains(&format!(" {twin} ")) && !OWN_WORDS.iter().any(is_own) {
+                        found.push(format!("{}: {twin} is {ours}: {line}", path.display()));
+                    }
+                }
+            }
+        }
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
 }
