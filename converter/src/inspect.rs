@@ -195,7 +195,7 @@ pub enum InspectError {
     },
     /// The layers do not make a tree.
     #[error(transparent)]
-    Merge(#[from] fusefs::merge::MergeError),
+    Merge(#[from] tree::merge::MergeError),
 }
 
 /// A lazy layer whose index has been read.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use format_spec::{Digest, HotPiece, Index, Inode, index::PLAIN_ALIGN};
-use fusefs::merge::{MergeError, merge};
+use tree::merge::{MergeError, merge};
 
 use crate::{
     frame_reader::FrameReader,

@@ -30,7 +30,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     connection::{Connection, has_session},
-    erofs,
+    erofs_mount,
     error::Error,
     factory::SourceFactory,
     mode::{Mode, choose},
@@ -131,7 +131,7 @@ impl Daemon {
             }
             let lock = retry(patience, || lock(&root), |error| matches!(error, Error::Locked(_)))?;
             let stores = Stores::open(&root, runtime, sources, cache)?;
-            let mode = choose(asked, || erofs::probe(&root)).map_err(Error::KernelMode)?;
+            let mode = choose(asked, || erofs_mount::probe(&root)).map_err(Error::KernelMode)?;
             info!(mode = %mode.in_use, reason = mode.reason, "how trees are mounted");
             let bind = || ControlServer::bind(&address);
             let server = retry(CLOSING_PATIENCE, bind, |error| matches!(error, Error::SocketInUse(_)))?;

@@ -4,11 +4,11 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use format_spec::{Digest, FormatError, LayerId};
 use storage::{CacheError, ReadError, SourceError, SourceErrorKind};
+use tree::{erofs::WriteError, merge::MergeError};
 
 use crate::{
     control::{ErrorKind, TreeId},
-    erofs::{MountError, WriteError},
-    merge::MergeError,
+    erofs_mount::MountError,
     trees::WAITING_MAX,
 };
 

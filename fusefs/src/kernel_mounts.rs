@@ -24,7 +24,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     control::TreeId,
-    erofs::{DetachedMount, DeviceAccess, MountError},
+    erofs_mount::{DetachedMount, DeviceAccess, MountError},
     id_mapped::detach_all,
     namespace::LAYERS,
     tree::Tree,

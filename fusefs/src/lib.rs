@@ -1,9 +1,9 @@
-//! Merged tree of an image, FUSE session, control socket.
+//! FUSE session, mounts, control socket.
 //!
-//! [`merge`](mod@merge) makes one tree of an image's layers; `lazuli-fused` ([`Daemon`]) shows the trees of a node
-//! in one session and is asked over the [`control`] socket; [`mount_image`] shows one image without a daemon.
-//! In kernel mode ([`Mode`]) each tree is an EROFS mount of its own whose content comes from the session, or from
-//! complete cache files: [`erofs`] writes a tree as an image and mounts it.
+//! `lazuli-fused` ([`Daemon`]) shows the trees of a node in one session and is asked over the [`control`] socket;
+//! [`mount_image`] shows one image without a daemon. In kernel mode ([`Mode`]) each tree is an EROFS mount of its own
+//! ([`erofs_mount`]) whose content comes from the session, or from complete cache files. The crate `tree` merges layers
+//! and writes EROFS images.
 //! Bytes come from `storage`, which asks the sources that a [`SourceFactory`] makes.
 //!
 //! Words: a *tree* is what a container sees of an image; a *session* is one FUSE mount; a *slot* is the
@@ -15,14 +15,13 @@ pub mod control;
 pub mod daemon;
 mod dedup_scope;
 pub mod descriptor;
-pub mod erofs;
+pub mod erofs_mount;
 pub mod error;
 pub mod factory;
 mod fs;
 pub mod id_mapped;
 mod kernel_mounts;
 pub mod log;
-pub mod merge;
 pub mod mode;
 pub mod mount;
 mod mounts;

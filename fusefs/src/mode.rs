@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     control::{ModeStatus, TreeMode},
-    erofs::MountError,
+    erofs_mount::MountError,
 };
 
 /// The mode that a program is asked to use.

@@ -18,7 +18,7 @@ use tracing::warn;
 
 use crate::{
     control::{RemoteLayer, TreeMode},
-    erofs::{self, DetachedMount, MountError},
+    erofs_mount::{self, DetachedMount, MountError},
     error::Error,
     factory::SourceFactory,
     kernel_mounts::Devices,
@@ -116,7 +116,7 @@ pub async fn mount_image(
     let stores = blocking(move || Stores::open(&root, runtime, sources, cache)).await?;
     let service = Service::new(stores, Arc::new(Namespace::of_node()), None);
     let root = cache_root.to_owned();
-    let chosen = blocking(move || choose(mode, || erofs::probe(&root))).await.map_err(Error::KernelMode)?;
+    let chosen = blocking(move || choose(mode, || erofs_mount::probe(&root))).await.map_err(Error::KernelMode)?;
     let tree = service.tree(&layers).await?;
     let mut refusal = None;
     if chosen.in_use == TreeMode::Erofs {

@@ -17,13 +17,13 @@ use serde_json::{Value, json};
 use storage::{Cache, CacheOptions, KnownLayer, Layer, Source, Sources, Verdict};
 use tokio::{runtime::Handle, task::JoinSet};
 use tracing::{debug, info, warn};
+use tree::merge::{MergeError, merge};
 
 use crate::{
     control::{LayerStatus, RemoteLayer, TreeId, tree_id},
     dedup_scope::owner_of,
     error::Error,
     factory::SourceFactory,
-    merge::{MergeError, merge},
     namespace::Namespace,
     number::Node,
     pool::Pools,

@@ -28,10 +28,10 @@ use storage::{
     mapping::{FileChecksum, Map},
 };
 use tracing::warn;
+use ::tree::erofs;
 
 use crate::{
     control::{RemoteLayer, TreeId},
-    erofs,
     error::Error,
     number::Slot,
     tree,

@@ -102,7 +102,7 @@ fn find_wrong(state: &State, promises: &[&Promised]) -> Vec<String> {
         }
         if let Some(image) = image {
             let mut expected = Vec::new();
-            crate::erofs::write_sparse_image(&stored.index, &[], &mut expected).unwrap();
+            ::tree::erofs::write_sparse_image(&stored.index, &[], &mut expected).unwrap();
             if fs::read(image).unwrap() != expected {
                 wrong.push(format!("the image of {name} is another one"));
             }

@@ -7,8 +7,8 @@ use std::io::Write;
 
 use flate2::{Compression, write::GzEncoder};
 use format_spec::{Digest, Footer, Index, IndexLocation, LazyLayer, dedup, dedup::DedupPiece};
-use fusefs::merge::merge;
 use tar::{Builder, EntryType, Header};
+use tree::merge::merge;
 
 use crate::targets::{cache, layer::convert, start::SEPARATOR};
 

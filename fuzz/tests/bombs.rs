@@ -25,7 +25,7 @@ use format_spec::{
     footer::FOOTER_FRAME_LEN,
     index::{Frame, TARGET_LEN_MAX, TEXTS_LEN_MAX, mode},
 };
-use fusefs::merge::merge;
+use tree::merge::merge;
 
 const MIB: u64 = 1 << 20;
 

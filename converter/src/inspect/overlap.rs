@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use format_spec::{Digest, Index, Inode};
-use fusefs::merge::{MergeError, merge};
+use tree::merge::{MergeError, merge};
 
 use super::{DedupFacts, HiddenFacts, OpenLayer};
 

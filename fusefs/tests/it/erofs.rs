@@ -18,11 +18,12 @@ use std::{
     time::Instant,
 };
 
+use ::tree::erofs::{WriteError, write_image};
 use format_spec::{
     Index, Inode,
     index::mode::{BLOCK, CHARACTER, FIFO, SOCKET, SYMLINK},
 };
-use fusefs::erofs::{DetachedMount, DeviceAccess, MountError, WriteError, mount_erofs, probe, write_image};
+use fusefs::erofs_mount::{DetachedMount, DeviceAccess, MountError, mount_erofs, probe};
 use proptest::prelude::*;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 

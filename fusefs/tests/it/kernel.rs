@@ -204,11 +204,11 @@ fn where_the_kernel_mounts_no_erofs_it_is_said_why() {
         .map(|key| format!("{key}={}", at(key.strip_suffix("dir").unwrap()).display()));
     let _merged = Mounted::new("overlay", at("merged"), &options.join(","));
     for (name, expected) in [("memory", "tmpfs"), ("merged", "overlayfs")] {
-        let refusal = fusefs::erofs::probe(&at(name)).unwrap_err().to_string();
+        let refusal = fusefs::erofs_mount::probe(&at(name)).unwrap_err().to_string();
         assert!(refusal.contains(expected) && refusal.contains("kernel mode is not to be had"), "{refusal}");
         assert_eq!(fs::read_dir(at(name)).unwrap().count(), 0);
     }
-    fusefs::erofs::probe(root.path()).unwrap();
+    fusefs::erofs_mount::probe(root.path()).unwrap();
 }
 
 /// Detached when dropped.

@@ -1,7 +1,7 @@
 //! The index of a layer or merged tree: open form, wire form, and what is made of one that passed its check.
 
 use format_spec::{Digest, Index, IndexLocation};
-use fusefs::{erofs::write_image, merge::merge};
+use tree::{erofs::write_image, merge::merge};
 
 use super::{choose, one_line};
 use crate::{

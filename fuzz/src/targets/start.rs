@@ -4,7 +4,7 @@ use std::{io, sync::LazyLock};
 
 use converter::hot_set::{FileContent, HotRange, Profile, StartConfig, derive};
 use format_spec::{Digest, Index, Inode};
-use fusefs::merge::merge;
+use tree::merge::merge;
 
 use super::{
     choose,

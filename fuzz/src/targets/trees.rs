@@ -7,13 +7,13 @@ use std::collections::BTreeMap;
 
 use arbitrary::{Arbitrary, Unstructured};
 use format_spec::{Digest, Frame, Index, LayerData, index::FRAME_PLAIN_LEN_MAX};
-use fusefs::{erofs::write_image, merge::merge};
 use tar_index::{
     Time,
     layer_index::build_index,
     tree::LayerTree,
     walker::{Entry, EntryKind, Segment},
 };
+use tree::{erofs::write_image, merge::merge};
 
 use super::one_line;
 use crate::tree_rules::assert_tree;

@@ -180,7 +180,7 @@ fn read(layer: &Converted, inode: &Inode) -> Vec<u8> {
 /// What the merged tree shows; times where `expected` has none are left out.
 fn merged(layers: &[Converted], expected: &BTreeMap<Path, Shown>) -> BTreeMap<Path, Shown> {
     let named: Vec<_> = (0u8..).zip(layers).map(|(number, layer)| (Digest::of(&[number]), &layer.index)).collect();
-    let tree = Index::open(fusefs::merge::merge(&named).expect("merges")).expect("a tree");
+    let tree = Index::open(tree::merge::merge(&named).expect("merges")).expect("a tree");
     tree.check().expect("a sound tree");
     let mut shown = BTreeMap::new();
     let mut pending = vec![(Path::new(), 0)];

@@ -8,16 +8,17 @@ use std::{
 };
 
 /// Crate, and the crates of this project that it may use. `docs/ARCHITECTURE.md` draws the same.
-const ARROWS: [(&str, &[&str]); 9] = [
+const ARROWS: [(&str, &[&str]); 10] = [
     ("format-spec", &[]),
     ("tar-index", &["format-spec"]),
     ("storage", &["format-spec", "tar-index"]),
     ("registry", &["format-spec", "storage"]),
-    ("fusefs", &["format-spec", "storage", "registry"]),
-    ("converter", &["format-spec", "tar-index", "storage", "registry", "fusefs"]),
+    ("tree", &["format-spec"]),
+    ("fusefs", &["format-spec", "tree", "storage", "registry"]),
+    ("converter", &["format-spec", "tar-index", "tree", "storage", "registry", "fusefs"]),
     ("snapshotter", &["format-spec", "fusefs"]),
-    ("tests", &["format-spec", "storage", "registry", "fusefs", "converter", "snapshotter"]),
-    ("fuzz", &["format-spec", "tar-index", "storage", "registry", "fusefs", "converter", "snapshotter"]),
+    ("tests", &["format-spec", "tree", "storage", "registry", "fusefs", "converter", "snapshotter"]),
+    ("fuzz", &["format-spec", "tar-index", "tree", "storage", "registry", "fusefs", "converter", "snapshotter"]),
 ];
 
 /// `registry` is for the program alone: the library takes any source of bytes.
@@ -104,7 +105,7 @@ fn no_test_is_switched_off() {
 #[test]
 fn every_test_that_the_semantics_name_exists() {
     let text = fs::read_to_string(root().join("docs/SEMANTICS.md")).expect("readable");
-    let code: String = ["tar-index/src", "converter/src", "fusefs/src", "fusefs/tests", "tests/tests"]
+    let code: String = ["tar-index/src", "tree/src", "converter/src", "fusefs/src", "fusefs/tests", "tests/tests"]
         .iter()
         .flat_map(|directory| sources(&root().join(directory)))
         .map(|source| fs::read_to_string(source).expect("readable"))
@@ -180,6 +181,7 @@ fn every_test_that_the_pages_on_trust_and_architecture_name_exists() {
         "format-spec/tests",
         "converter/tests",
         "storage/tests",
+        "tree/src",
         "fusefs/src",
         "fusefs/tests",
         "fuzz/tests",
@@ -278,8 +280,8 @@ const TWINS: [(&str, &[&str]); 9] = [
 /// Where a word is that of somebody else's subject: uploads of the OCI distribution specification, and EROFS's files.
 const OWN_WORDS: [(&str, &[&str]); 4] = [
     ("registry/src", &["chunk", "chunks"]),
-    ("fusefs/src/erofs", &["chunk", "chunks"]),
-    ("fusefs/src/erofs.rs", &["chunk"]),
+    ("tree/src/erofs", &["chunk", "chunks"]),
+    ("tree/src/erofs.rs", &["chunk"]),
     ("CHANGELOG.md", &["chunks"]),
 ];
 

@@ -8,6 +8,7 @@ use std::{
     process::Command,
 };
 
+use ::tree::erofs::{ImageSummary, write_image};
 use format_spec::{
     Digest, Index, IndexBuilder, Inode,
     builder::blank_inode,
@@ -16,7 +17,6 @@ use format_spec::{
         mode::{DIRECTORY, REGULAR, SYMLINK},
     },
 };
-use fusefs::erofs::{ImageSummary, write_image};
 
 /// Files up to this length have content everywhere, longer ones at both ends and zeros between.
 pub(crate) const FULL_CONTENT_LEN_MAX: u64 = 1 << 20;

@@ -28,10 +28,8 @@ use rustix::{
         fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
     },
 };
-
 use tracing::debug;
-
-use super::{layout::BLOCK, write_image};
+use tree::erofs::{layout::BLOCK, write_image};
 
 /// Longest value that `fsconfig` takes (Linux fs/fsopen.c: 256 with the closing zero).
 const OPTION_LEN_MAX: usize = 255;

@@ -1,23 +1,21 @@
-//! Kernel mode: a merged tree as an EROFS image of metadata, and its mount.
+//! A merged tree as an EROFS image of metadata.
 //!
 //! [`write_image`] turns a merged tree into an image without file content: regular files point into *devices*,
-//! one for each layer, which hold the layers' plain address spaces (SPEC.md 6.3). [`mount_erofs`] hands image
-//! and devices, all of them files, to the kernel, which then serves everything but content that is in no page
-//! cache.
+//! one for each layer, which hold the layers' plain address spaces (SPEC.md 6.3). Whoever hands image and devices,
+//! all of them files, to the kernel has it serve everything but content that is in no page cache.
 //!
 //! An image is: superblock and device slots; inodes in the order of the tree, each with its attributes and, if it
 //! fits into the same block, the last part of its directory or its symlink target; shared attributes; full
 //! directory blocks. An inode's number is its offset. Content follows from the layers alone, so equal
 //! trees give equal bytes: overlayfs may rely on inode numbers and UUID across mounts.
 //!
-//! Not here: content, compression, and who decides which mode a node uses.
+//! Not here: content, compression, and who mounts the image.
 
 mod check;
 mod directory;
 mod holes;
 mod inode;
 pub mod layout;
-mod mount;
 mod xattr;
 
 use std::io;
@@ -29,7 +27,6 @@ use format_spec::{
 use zerocopy::IntoBytes;
 
 pub use self::check::is_image_of;
-pub use self::mount::{DetachedMount, DeviceAccess, MountError, mount_erofs, probe};
 use self::{
     directory::{Blocks, Entry},
     holes::{Chunks, chunks_of},
