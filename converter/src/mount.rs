@@ -2,8 +2,9 @@
 
 use std::{path::Path, sync::Arc};
 
+use control::{Mode, RemoteLayer};
 use format_spec::{Digest, LazyLayer};
-use fusefs::{Mode, Mount, control::RemoteLayer, mount_image};
+use fusefs::{Mount, mount_image};
 use storage::{Source, SourceError};
 
 use crate::{

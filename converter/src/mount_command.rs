@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use control::Mode;
 use converter::{
     image::ImageSource,
     location::Location,
@@ -10,7 +11,6 @@ use converter::{
     platform::Platform,
     resolve::ResolveError,
 };
-use fusefs::Mode;
 
 use crate::{fail_with, registry_arguments::RegistryArguments, user_directories};
 

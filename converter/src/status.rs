@@ -7,21 +7,14 @@ use std::{
     time::Duration,
 };
 
-use format_spec::{Digest, LayerId};
-use fusefs::{
+use control::{
+    LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, SOCKET, TreeMode, TreeStatus, Verdict,
     chains::{CHAINS_FILE, ChainStatus},
-    control::{
-        LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, TreeMode, TreeStatus, Verdict,
-    },
+    exchange, request_line,
 };
+use format_spec::{Digest, LayerId};
 use serde::Serialize;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
-    net::UnixStream,
-};
-
-/// Longest answer that is read: that of some ten thousand layers.
-const ANSWER_LEN_MAX: u64 = 64 << 20;
+use tokio::net::UnixStream;
 
 /// How long an answer may take: a daemon that works answers at once.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -130,7 +123,7 @@ pub enum StatusError {
 ///
 /// When it does not run or does not answer.
 pub async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> {
-    let path = root.join("fused.sock");
+    let path = root.join(SOCKET);
     let timeout = |_| StatusError::Timeout { path: path.clone(), within: ANSWER_WITHIN };
     let answer = tokio::time::timeout(ANSWER_WITHIN, ask(&path)).await.map_err(timeout)?;
     let answer = answer.map_err(|error| match error.kind() {
@@ -153,12 +146,7 @@ pub async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> {
 
 async fn ask(path: &Path) -> io::Result<Vec<u8>> {
     let mut connection = UnixStream::connect(path).await?;
-    let mut question = serde_json::to_vec(&Request::Status).expect("a request has text keys only");
-    question.push(b'\n');
-    connection.write_all(&question).await?;
-    let mut answer = Vec::new();
-    BufReader::new(connection).take(ANSWER_LEN_MAX).read_until(b'\n', &mut answer).await?;
-    Ok(answer)
+    exchange(&mut connection, &request_line(&Request::Status)).await
 }
 
 /// Puts layers and trees together to images.
@@ -231,8 +219,8 @@ fn summarize(image: &str, mode: Option<TreeMode>, layers: Vec<ImageLayer>) -> Im
 
 #[cfg(test)]
 mod tests {
+    use control::{RemoteLayer, tree_id};
     use format_spec::{IndexLocation, LazyLayer};
-    use fusefs::control::{RemoteLayer, tree_id};
 
     use super::*;
 

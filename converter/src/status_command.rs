@@ -7,11 +7,11 @@ use std::{
 };
 
 use clap::Args;
-use converter::status::{ImageLayer, ImageStatus, NodeStatus, node_status};
-use fusefs::{
+use control::{
+    Reading, Verdict,
     chains::{ChainStatus, Truth},
-    control::{Reading, Verdict},
 };
+use converter::status::{ImageLayer, ImageStatus, NodeStatus, node_status};
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 
 /// What `lazuli status` is told.

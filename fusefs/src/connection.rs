@@ -18,6 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use control::descriptor;
 use fuser::{Config, Filesystem, SessionACL};
 use rustix::{
     mount::{MountFlags, UnmountFlags},
@@ -25,7 +26,7 @@ use rustix::{
 };
 use tracing::{info, warn};
 
-use crate::{descriptor, error::Error};
+use crate::error::Error;
 
 /// Name of the file system in the mount table.
 pub(crate) const NAME: &str = "lazuli";

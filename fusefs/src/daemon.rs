@@ -23,17 +23,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use control::Mode;
 use rustix::fs::FlockOperation;
 use storage::{CacheOptions, create_private_directory};
 use tokio::{runtime::Handle, sync::mpsc};
 use tracing::{error, info, warn};
 
 use crate::{
+    choice::choose,
     connection::{Connection, has_session},
     erofs_mount,
     error::Error,
     factory::SourceFactory,
-    mode::{Mode, choose},
     mounts::Mounts,
     namespace::Namespace,
     server::{ControlServer, HeldDevice},

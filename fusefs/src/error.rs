@@ -2,15 +2,12 @@
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
+use control::{ErrorKind, TreeId};
 use format_spec::{Digest, FormatError, LayerId};
 use storage::{CacheError, ReadError, SourceError, SourceErrorKind};
 use tree::{erofs::WriteError, merge::MergeError};
 
-use crate::{
-    control::{ErrorKind, TreeId},
-    erofs_mount::MountError,
-    trees::WAITING_MAX,
-};
+use crate::{erofs_mount::MountError, trees::WAITING_MAX};
 
 /// A tree cannot be made, kept or mounted. One line each, for the user.
 #[derive(Debug, thiserror::Error)]

@@ -8,11 +8,10 @@ use std::{
 };
 
 use bytes::Bytes;
+use control::RemoteLayer;
 use futures_util::Stream;
 use storage::{ByteStream, FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
 use tokio::runtime::Handle;
-
-use crate::control::RemoteLayer;
 
 /// Makes a [`Source`] from what a client says about a layer. Any closure of that form is one.
 ///

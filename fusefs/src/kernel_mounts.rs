@@ -17,15 +17,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use control::{TreeId, id_mapped::detach_all};
 use format_spec::LayerId;
 use serde::{Deserialize, Serialize};
 use storage::{Layer, create_private_directory};
 use tracing::{debug, info, warn};
 
 use crate::{
-    control::TreeId,
     erofs_mount::{DetachedMount, DeviceAccess, MountError},
-    id_mapped::detach_all,
     namespace::LAYERS,
     tree::Tree,
 };

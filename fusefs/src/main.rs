@@ -14,14 +14,11 @@ use std::{
 };
 
 use clap::Parser;
-use fusefs::{
-    Daemon, DaemonOptions, DedupScope, Ended, Error, Mode, SessionOptions,
-    control::RemoteLayer,
-    daemon::Health,
-    descriptor,
-    factory::on_runtime,
+use control::{
+    DedupScope, Mode, RemoteLayer, descriptor,
     log::{Log, LogTarget},
 };
+use fusefs::{Daemon, DaemonOptions, Ended, Error, SessionOptions, daemon::Health, factory::on_runtime};
 use registry::{BlobSource, Client, ClientOptions, PlainHttp, Reference};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;

@@ -11,18 +11,18 @@ use std::{
     time::Duration,
 };
 
+use control::{Mode, RemoteLayer, TreeMode};
 use rustix::{io::Errno, mount::UnmountFlags};
 use storage::CacheOptions;
 use tokio::runtime::Handle;
 use tracing::warn;
 
 use crate::{
-    control::{RemoteLayer, TreeMode},
+    choice::choose,
     erofs_mount::{self, DetachedMount, MountError},
     error::Error,
     factory::SourceFactory,
     kernel_mounts::Devices,
-    mode::{Mode, choose},
     namespace::{LAYERS, Namespace},
     service::{Service, Stores, blocking},
     session::{Session, SessionOptions},

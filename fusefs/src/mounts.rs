@@ -8,15 +8,13 @@ use std::{
     time::Duration,
 };
 
+use control::{Mode, ModeStatus, RemoteLayer, TreeId, TreeMode, TreeStatus, id_mapped};
 use tokio::{sync::Mutex, time::timeout};
 use tracing::warn;
 
 use crate::{
-    control::{ModeStatus, RemoteLayer, TreeId, TreeMode, TreeStatus},
     error::Error,
-    id_mapped,
     kernel_mounts::KernelMounts,
-    mode::Mode,
     namespace::TREES,
     pool::Pool,
     service::{Service, check_not_refused},

@@ -16,13 +16,13 @@ use std::{
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
+use control::TreeId;
 use format_spec::{Digest, LayerId};
 use rustix::io::Errno;
 use storage::Layer;
 use tokio::sync::watch;
 
 use crate::{
-    control::TreeId,
     number::{Node, Slot, layer_number},
     tree::{Attributes, Content, Sought, Tree, clip, seek},
 };

@@ -1,5 +1,6 @@
 //! What a session says, without mounting it.
 
+use control::RemoteLayer;
 use format_spec::{
     IndexBuilder, IndexLocation, Inode, LazyLayer,
     builder::{blank_inode, implicit_directory},
@@ -7,7 +8,8 @@ use format_spec::{
 };
 
 use super::*;
-use crate::{control::RemoteLayer, store::TreeStore};
+
+use crate::store::TreeStore;
 
 /// A tree: `/directory/{a..e}`, `/link`; no data, so no layer either.
 fn tree(store: &TreeStore, name: &[u8]) -> Arc<Tree> {

@@ -2,10 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use control::Reading;
 use format_spec::Index;
 use storage::Layer;
-
-use crate::control::Reading;
 
 /// Awaited frames that are looked at: bounds the work for a reader of everything.
 const FRAMES_MAX: usize = 64;

@@ -21,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use control::{ErrorKind, Request, Response, descriptor};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest},
@@ -30,12 +31,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use crate::{
-    control::{ErrorKind, Request, Response},
-    descriptor,
-    error::Error,
-    mounts::Mounts,
-};
+use crate::{error::Error, mounts::Mounts};
 
 /// Longest request: the layers of a tree, [`format_spec::index::LAYER_COUNT_MAX`] of them with long image names.
 const REQUEST_LEN_MAX: u64 = 4 << 20;

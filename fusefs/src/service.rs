@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use control::{IMAGE, LayerStatus, RemoteLayer, TreeId, owner_of, tree_id};
 use format_spec::{Digest, LayerId, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use futures_util::StreamExt;
@@ -20,8 +21,6 @@ use tracing::{debug, info, warn};
 use tree::merge::{MergeError, merge};
 
 use crate::{
-    control::{LayerStatus, RemoteLayer, TreeId, tree_id},
-    dedup_scope::owner_of,
     error::Error,
     factory::SourceFactory,
     namespace::Namespace,
@@ -34,8 +33,6 @@ use crate::{
     trees::{Attempt, Change, Trees, Wanted},
 };
 
-/// Key of the image reference in storage's description of a layer.
-pub(crate) const IMAGE: &str = "image";
 /// How long what nobody looks at stays in the daemon's memory.
 const RELEASE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -243,10 +240,10 @@ impl Service {
     }
 
     /// The verdicts on layers, as far as there are any.
-    pub(crate) fn verdicts(&self, layers: &[LayerId]) -> Vec<Option<Verdict>> {
+    pub(crate) fn verdicts(&self, layers: &[LayerId]) -> Vec<Option<control::Verdict>> {
         let open = self.0.cache.open_layers();
         let known: HashMap<LayerId, &Layer> = open.iter().map(|layer| (layer.lazy_layer().id(), layer)).collect();
-        layers.iter().map(|id| known.get(id).and_then(|layer| layer.verdict())).collect()
+        layers.iter().map(|id| known.get(id).and_then(|layer| layer.verdict()).map(told)).collect()
     }
 
     /// The merged tree of `layers`, lowest first: known already, from disk, or made now. Concurrent calls share the
@@ -495,7 +492,7 @@ fn layer_status(known: &KnownLayer, open: Option<&Layer>, disk_bytes: u64) -> La
         frames_total: progress.frames_total,
         fetched_bytes: progress.fetched_bytes,
         is_complete: open.is_some_and(Layer::is_settled),
-        verdict: open.and_then(Layer::verdict),
+        verdict: open.and_then(Layer::verdict).map(told),
         disk_bytes,
         healed_pages: progress.healed_pages,
         reading: open.map(reading).unwrap_or_default(),
@@ -505,4 +502,12 @@ fn layer_status(known: &KnownLayer, open: Option<&Layer>, disk_bytes: u64) -> La
 /// Runs `work` where it may block.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+}
+
+/// A verdict as clients hear it.
+fn told(verdict: Verdict) -> control::Verdict {
+    match verdict {
+        Verdict::Verified { tar } => control::Verdict::Verified { tar },
+        Verdict::Refused { reason } => control::Verdict::Refused { reason },
+    }
 }

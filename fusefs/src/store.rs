@@ -21,6 +21,8 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use ::tree::erofs;
+use control::{RemoteLayer, TreeId};
 use format_spec::{Extent, Index, LayerId};
 use serde::{Deserialize, Serialize};
 use storage::{
@@ -28,14 +30,8 @@ use storage::{
     mapping::{FileChecksum, Map},
 };
 use tracing::warn;
-use ::tree::erofs;
 
-use crate::{
-    control::{RemoteLayer, TreeId},
-    error::Error,
-    number::Slot,
-    tree,
-};
+use crate::{error::Error, number::Slot, tree};
 
 const RECORD_SUFFIX: &str = ".json";
 const IMAGE_SUFFIX: &str = ".erofs";

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use control::TreeId;
 use format_spec::{
     Extent, Index, Inode,
     index::{WHITEOUT, mode},
@@ -9,7 +10,7 @@ use format_spec::{
 use rustix::io::Errno;
 use storage::{Layer, mapping::Map};
 
-use crate::{control::TreeId, number::Slot};
+use crate::number::Slot;
 
 /// What `stat` shows as block size; content is aligned to it.
 pub(crate) const BLOCK_LEN: u64 = 4096;

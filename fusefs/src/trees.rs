@@ -11,17 +11,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use control::{RemoteLayer, TreeId};
 use format_spec::LayerId;
 use tokio::{
     sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch},
     task::AbortHandle,
 };
 
-use crate::{
-    control::{RemoteLayer, TreeId},
-    error::Error,
-    tree::Tree,
-};
+use crate::{error::Error, tree::Tree};
 
 /// Requests that wait for one tree at most: as many as a node can start containers of one image at a time. A request
 /// that hangs for one image leaves room for the others.

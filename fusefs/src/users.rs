@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{control::TreeId, id_mapped};
+use control::{TreeId, id_mapped};
 
 /// Mount points of overlayfs mounts, in whatever mount namespace, that have one of `trees` or an id-mapped mount below
 /// `root` as a layer; blocks. Mounts that cannot be looked at are passed over.

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fusefs::{Mode, control::Request, control::Response};
+use control::{Mode, Request, Response};
 use support::{daemon::Running, *};
 
 /// Mounts and unmounts; `LAZULI_MOUNTS` says another number.

@@ -255,7 +255,7 @@ fn nested_json_is_an_error_and_no_overflow_of_the_stack() {
     for text in [nested.clone(), format!("{{\"config\":{nested}"), format!("{{\"x\":{nested}")] {
         assert!(serde_json::from_str::<ImageManifest>(&text).is_err());
         assert!(serde_json::from_str::<ImageConfig>(&text).is_err());
-        assert!(serde_json::from_str::<fusefs::control::Request>(&text).is_err());
+        assert!(serde_json::from_str::<control::Request>(&text).is_err());
         assert!(registry::fuzzing::referrers(text.as_bytes()).is_err());
     }
     assert!(snapshotter::config::Settings::parse(&format!("address = {nested}")).is_err());

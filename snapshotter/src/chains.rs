@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fusefs::chains::{CHAINS_FILE, ChainStatus};
+use control::chains::{CHAINS_FILE, ChainStatus};
 use tracing::warn;
 
 use crate::{

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use fusefs::{DedupScope, Mode};
+use control::{DedupScope, Mode};
 use serde::Deserialize;
 
 use crate::{

@@ -185,7 +185,7 @@ impl Inner {
             path.file_name().and_then(|name| name.to_str()).is_none_or(|name| !known.contains(name))
         };
         for path in shown.into_iter().filter(is_orphan) {
-            tell(&path, fusefs::id_mapped::remove_mounts(&path));
+            tell(&path, control::id_mapped::remove_mounts(&path));
         }
         for path in found.into_iter().filter(is_orphan) {
             tell(&path, remove_all(&path));

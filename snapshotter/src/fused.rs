@@ -21,11 +21,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use format_spec::LayerId;
-use fusefs::{
-    control::{ErrorKind, LayerStatus, RemoteLayer, Request, Response, TreeId, Verdict},
-    descriptor,
+use control::{
+    ErrorKind, LayerStatus, RemoteLayer, Request, Response, SOCKET, TreeId, Verdict, descriptor, exchange, request_line,
 };
+use format_spec::LayerId;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest},
     net::UnixStream,
@@ -55,8 +54,6 @@ const START_PAUSE: Duration = Duration::from_secs(1);
 const MMAP_THRESHOLD: &str = "131072";
 /// Longest answer to a ping.
 const PONG_LEN_MAX: u64 = 4096;
-/// Longest answer: a status with some ten thousand layers.
-const ANSWER_LEN_MAX: u64 = 64 << 20;
 
 /// What `lazuli-fused` is started from.
 #[derive(Debug, Clone)]
@@ -126,7 +123,7 @@ type Result<T> = std::result::Result<T, FusedError>;
 impl Fused {
     /// A client for the daemon of `root`, to be started from `program` if need be.
     pub fn new(root: &Path, program: FusedProgram) -> Self {
-        let address = root.join("fused.sock");
+        let address = root.join(SOCKET);
         Self { root: root.to_owned(), address, program, last_failure: Mutex::default(), session: StdMutex::default() }
     }
 
@@ -288,13 +285,8 @@ impl Fused {
 
     async fn exchange(&self, line: &[u8], within: Duration) -> Result<Response> {
         let mut connection = self.connect().await?;
-        let answer = async {
-            connection.write_all(line).await?;
-            let mut answer = Vec::new();
-            BufReader::new(&mut connection).take(ANSWER_LEN_MAX).read_until(b'\n', &mut answer).await?;
-            if answer.ends_with(b"\n") { Ok(answer) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
-        };
-        let answer = time::timeout(within, answer).await.map_err(|_| FusedError::Timeout(within))?;
+        let answer =
+            time::timeout(within, exchange(&mut connection, line)).await.map_err(|_| FusedError::Timeout(within))?;
         parse_answer(&answer.map_err(|error| FusedError::Connection(self.address.clone(), error))?)
     }
 
@@ -460,12 +452,6 @@ impl Watch {
             warn!(%error, "lazuli-fused cannot be ended");
         }
     }
-}
-
-fn request_line(request: &Request) -> Vec<u8> {
-    let mut line = serde_json::to_vec(request).expect("a request has text keys only");
-    line.push(b'\n');
-    line
 }
 
 fn parse_answer(answer: &[u8]) -> Result<Response> {

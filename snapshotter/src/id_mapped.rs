@@ -19,7 +19,7 @@ use std::{
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
 };
 
-use fusefs::id_mapped::{DIRECTORY, detach_all, remove_mounts};
+use control::id_mapped::{DIRECTORY, detach_all, remove_mounts};
 use rustix::{
     fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags, statx},
     io::Errno,

@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Parser;
-use fusefs::{
+use control::{
     DedupScope, Mode,
     log::{Log, LogTarget},
 };

@@ -13,8 +13,8 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use control::{RemoteLayer, TreeId};
 use format_spec::LayerId;
-use fusefs::control::{RemoteLayer, TreeId};
 use redb::{ReadTransaction, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
@@ -797,7 +797,7 @@ fn has_children(children: &impl ReadableTable<(&'static str, &'static str), ()>,
 
 /// The tree of `blob` on top of the tree `below`.
 fn tree_above(below: Option<TreeId>, layer: LayerId) -> TreeId {
-    fusefs::control::tree_id(below.into_iter().chain([layer])).expect("at least one layer")
+    control::tree_id(below.into_iter().chain([layer])).expect("at least one layer")
 }
 
 fn find(snapshots: &impl ReadableTable<&'static str, &'static [u8]>, key: &SnapshotKey) -> Result<Option<Snapshot>> {

@@ -193,7 +193,7 @@ fn lazy_layers_stack_only_on_lazy_layers() {
     assert!(matches!(store.lazy("three", "missing"), Err(MetadataError::NotFound(_))));
     let chain = store.metadata.chain(&key("two")).unwrap();
     let layers = ["one", "two"].map(|name| remote(name).layer.id());
-    assert_eq!(chain.top.lazy.unwrap().tree, fusefs::control::tree_id(layers).unwrap());
+    assert_eq!(chain.top.lazy.unwrap().tree, control::tree_id(layers).unwrap());
     assert_eq!(keys(&chain.parents), ["one"]);
 }
 

@@ -11,8 +11,8 @@ use std::{
 };
 
 use containerd_client::types::Mount;
+use control::{LAYER_CACHES, RemoteLayer};
 use format_spec::LayerId;
-use fusefs::{LAYER_CACHES, control::RemoteLayer};
 
 use crate::metadata::{Kind, Snapshot, SnapshotId};
 

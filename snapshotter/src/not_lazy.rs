@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use fusefs::control::{NOT_LAZY_FILE, NotLazy};
+use control::{NOT_LAZY_FILE, NotLazy};
 use serde::Serialize;
 use tracing::warn;
 

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fusefs::control::RemoteLayer;
+use control::RemoteLayer;
 use tokio::sync::watch;
 use tracing::debug;
 

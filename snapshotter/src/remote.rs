@@ -8,8 +8,8 @@
 //! is a complete `tar+zstd` layer in any case. Annotations that contradict themselves are refused: they
 //! come from a damaged or forged manifest, and a silent full download would hide that.
 
+use control::RemoteLayer;
 use format_spec::{Digest, LazyLayer, annotation::AnnotationError};
-use fusefs::control::RemoteLayer;
 use tracing::warn;
 
 use crate::metadata::{Labels, SnapshotKey};

@@ -10,7 +10,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use fusefs::control::ErrorKind;
+use control::ErrorKind;
 use prost_types::Timestamp;
 use tokio::sync::RwLock;
 use tokio_stream::Iter;

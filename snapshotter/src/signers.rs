@@ -106,8 +106,8 @@ pub(crate) fn signers(
 
 #[cfg(test)]
 mod tests {
+    use control::RemoteLayer;
     use format_spec::{Digest, IndexLocation, LazyLayer, SigningKey};
-    use fusefs::control::RemoteLayer;
 
     use super::*;
 

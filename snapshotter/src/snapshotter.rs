@@ -20,7 +20,7 @@ use std::{
 };
 
 use containerd_client::types::Mount;
-use fusefs::control::{RemoteLayer, repository_of};
+use control::{RemoteLayer, repository_of};
 use tokio::{sync::Notify, time::timeout};
 use tracing::{debug, error, info, warn};
 

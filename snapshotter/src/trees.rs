@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use fusefs::control::{RemoteLayer, TreeId, tree_id};
+use control::{RemoteLayer, TreeId, tree_id};
 use tokio::sync::{Semaphore, watch};
 use tracing::debug;
 

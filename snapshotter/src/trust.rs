@@ -7,9 +7,9 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
+pub use control::chains::Truth;
+use control::{RemoteLayer, repository_of};
 use format_spec::{Digest, PublicKey};
-pub use fusefs::chains::Truth;
-use fusefs::control::{RemoteLayer, repository_of};
 use serde::Deserialize;
 
 use crate::{

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use fusefs::control::{RemoteLayer, Verdict};
+use control::{RemoteLayer, Verdict};
 use tracing::{debug, error, info, warn};
 
 use crate::{

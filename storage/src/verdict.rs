@@ -21,16 +21,6 @@ pub enum Verdict {
     },
 }
 
-impl Verdict {
-    /// Why nothing is shown.
-    pub fn refusal(&self) -> Option<&str> {
-        match self {
-            Self::Refused { reason } => Some(reason),
-            Self::Verified { .. } => None,
-        }
-    }
-}
-
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -10,11 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use control::{ErrorKind, RemoteLayer, Request, Response};
+
 use crate::support::{
     daemon::{Connection, Running},
     *,
 };
-use fusefs::control::{ErrorKind, RemoteLayer, Request, Response};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 /// Clients of one image whose index never comes; kubelet repeats a start for as long as it fails.

@@ -11,15 +11,14 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use control::{ErrorKind, RemoteLayer, Request, Response};
+
 use crate::support::{
     daemon::{Connection, Running, options},
     *,
 };
 use format_spec::Digest;
-use fusefs::{
-    Daemon, DaemonOptions, Error,
-    control::{ErrorKind, RemoteLayer, Request, Response},
-};
+use fusefs::{Daemon, DaemonOptions, Error};
 use rustix::{
     mount::{MountFlags, UnmountFlags},
     process::{Pid, Signal, kill_process},

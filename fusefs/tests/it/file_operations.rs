@@ -8,8 +8,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use control::Mode;
+
 use crate::support::{daemon::Running, *};
-use fusefs::Mode;
 use rustix::{
     fs::{OFlags, SeekFrom},
     io::Errno,

@@ -8,14 +8,13 @@ use std::{
     process::Command,
 };
 
+use control::{Mode, RemoteLayer, Request, Response, TreeMode, TreeStatus};
+
 use crate::support::{
     daemon::{Running, options},
     *,
 };
-use fusefs::{
-    DaemonOptions, Mode, SessionOptions,
-    control::{RemoteLayer, Request, Response, TreeMode, TreeStatus},
-};
+use fusefs::{DaemonOptions, SessionOptions};
 
 /// Two layers with a file of several frames in each.
 fn two_layers(registry: &Registry) -> Vec<RemoteLayer> {

@@ -9,9 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use control::{RemoteLayer, Request, Response};
+
 use crate::support::{daemon::options, is_mounted};
 use format_spec::{Digest, IndexLocation, LazyLayer};
-use fusefs::control::{RemoteLayer, Request, Response};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// How long the program may take to open its socket, to answer, or to end.

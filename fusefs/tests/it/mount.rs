@@ -16,8 +16,10 @@ use std::{
     sync::Arc,
 };
 
+use control::Mode;
+
 use crate::support::*;
-use fusefs::{Error, Mode, Mount, mount_image};
+use fusefs::{Error, Mount, mount_image};
 use rustix::{
     io::Errno,
     mount::{MountFlags, UnmountFlags},
@@ -72,7 +74,7 @@ impl Mounted {
         Self::with_registry(mode, registry, layers)
     }
 
-    fn with_registry(mode: Mode, registry: Registry, layers: Vec<fusefs::control::RemoteLayer>) -> Self {
+    fn with_registry(mode: Mode, registry: Registry, layers: Vec<control::RemoteLayer>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (cache, mount_point) = (directory.path().join("cache"), directory.path().join("mount"));
         fs::create_dir(&mount_point).unwrap();
@@ -520,7 +522,7 @@ fn bad_mount_points_and_images_are_said_in_one_line_and_leave_no_mount(mode: Mod
     );
     assert!(matches!(fail(vec![], "directory"), Error::Merge(_)));
     let unknown = build(&layer([("other", file("y"))]));
-    let unknown = fusefs::control::RemoteLayer { layer: unknown.layer, image: IMAGE.to_owned() };
+    let unknown = control::RemoteLayer { layer: unknown.layer, image: IMAGE.to_owned() };
     let error = fail(vec![good, unknown.clone()], "directory").to_string();
     assert!(error.contains(&unknown.layer.blob.to_string()) && error.contains("registry is down"), "{error}");
     assert!(!is_mounted(&path("directory")));

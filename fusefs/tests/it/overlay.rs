@@ -161,7 +161,7 @@ impl Drop for Unmount<'_> {
     }
 }
 
-fn seen_by_us(layers: &[Layer], directory: &Path, mode: fusefs::Mode) -> BTreeMap<PathBuf, Seen> {
+fn seen_by_us(layers: &[Layer], directory: &Path, mode: control::Mode) -> BTreeMap<PathBuf, Seen> {
     let registry = Registry::default();
     let layers = layers.iter().map(|layer| registry.push(layer)).collect();
     let directory = directory.join(mode.to_string());
@@ -186,7 +186,7 @@ fn seen_by_us(layers: &[Layer], directory: &Path, mode: fusefs::Mode) -> BTreeMa
 fn check(layers: &[Layer]) {
     let directory = tempfile::tempdir().unwrap();
     let theirs = seen_by_overlayfs(layers, directory.path());
-    for mode in [fusefs::Mode::Fuse, fusefs::Mode::Erofs] {
+    for mode in [control::Mode::Fuse, control::Mode::Erofs] {
         assert_eq!(seen_by_us(layers, directory.path(), mode), theirs, "{mode}");
     }
 }

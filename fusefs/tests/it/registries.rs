@@ -10,12 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use control::RemoteLayer;
+
 use crate::support::{
     daemon::{Running, options},
     *,
 };
 use format_spec::{Digest, LazyLayer};
-use fusefs::{control::RemoteLayer, factory::on_runtime};
+use fusefs::factory::on_runtime;
 use registry::{BlobSource, Client, ClientOptions, Reference};
 use storage::{Source, SourceError};
 use tokio::runtime::Runtime;

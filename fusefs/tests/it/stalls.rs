@@ -9,15 +9,13 @@ use std::{
     time::Duration,
 };
 
+use control::{Mode, RemoteLayer, Request, Response};
+
 use crate::support::{
     daemon::{Connection, Running, options},
     *,
 };
-use fusefs::{
-    Mode,
-    control::{RemoteLayer, Request, Response},
-    factory::on_runtime,
-};
+use fusefs::factory::on_runtime;
 use storage::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
 use tokio::runtime::{Builder, Runtime};
 

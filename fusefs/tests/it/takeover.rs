@@ -16,10 +16,7 @@ use std::{
     time::Duration,
 };
 
-use fusefs::{
-    control::{Request, Response},
-    descriptor,
-};
+use control::{Request, Response, descriptor};
 use rustix::{
     mount::UnmountFlags,
     process::{Pid, Signal, kill_process},

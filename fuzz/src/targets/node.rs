@@ -1,6 +1,6 @@
 //! What reaches the daemons of a node: labels, filters, configuration, lines of the control socket.
 
-use fusefs::control::{Request, Response};
+use control::{Request, Response};
 use snapshotter::{
     config::Settings,
     filter::{Fields, Filters},

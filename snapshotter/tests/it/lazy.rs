@@ -11,16 +11,14 @@ use std::{
     time::Duration,
 };
 
+use control::{
+    ErrorKind, LayerStatus, ModeStatus, Reading, RemoteLayer, Request, Response, TreeId, TreeMode, TreeStatus, Verdict,
+    descriptor, tree_id,
+};
+
 use crate::common::{Daemon, Mounted, code, to_labels};
 use containerd_client::services::v1::snapshots::Kind;
 use format_spec::{Digest, IndexLocation, LayerId, LazyLayer};
-use fusefs::{
-    control::{
-        ErrorKind, LayerStatus, ModeStatus, Reading, RemoteLayer, Request, Response, TreeId, TreeMode, TreeStatus,
-        Verdict, tree_id,
-    },
-    descriptor,
-};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::{
@@ -419,7 +417,7 @@ async fn an_image_that_cannot_be_read_is_pulled_completely_and_says_why() {
     assert_eq!(daemon.prepare_with("extract above", "one", above).await.unwrap().r#type, "overlay");
     let asked = fused.take_asked();
     assert!(!asked.iter().any(|asked| matches!(asked, Request::ProbeLayer { .. } | Request::AnnounceLayer { .. })));
-    let noted = fusefs::control::NotLazy::read(&daemon.root().join(fusefs::control::NOT_LAZY_FILE)).unwrap();
+    let noted = control::NotLazy::read(&daemon.root().join(control::NOT_LAZY_FILE)).unwrap();
     let noted: Vec<_> = noted.into_iter().map(|noted| (noted.image, noted.reason)).collect();
     assert_eq!(noted, [("refused/image".to_owned(), "no permission: answered 401".to_owned())]);
 }

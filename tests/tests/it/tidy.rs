@@ -8,17 +8,18 @@ use std::{
 };
 
 /// Crate, and the crates of this project that it may use. `docs/ARCHITECTURE.md` draws the same.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("format-spec", &[]),
+    ("control", &["format-spec"]),
     ("tar-index", &["format-spec"]),
     ("storage", &["format-spec", "tar-index"]),
     ("registry", &["format-spec", "storage"]),
     ("tree", &["format-spec"]),
-    ("fusefs", &["format-spec", "tree", "storage", "registry"]),
-    ("converter", &["format-spec", "tar-index", "tree", "storage", "registry", "fusefs"]),
-    ("snapshotter", &["format-spec", "fusefs"]),
-    ("tests", &["format-spec", "tree", "storage", "registry", "fusefs", "converter", "snapshotter"]),
-    ("fuzz", &["format-spec", "tar-index", "tree", "storage", "registry", "fusefs", "converter", "snapshotter"]),
+    ("fusefs", &["format-spec", "control", "tree", "storage", "registry"]),
+    ("converter", &["format-spec", "control", "tar-index", "tree", "storage", "registry", "fusefs"]),
+    ("snapshotter", &["format-spec", "control"]),
+    ("tests", &["format-spec", "control", "tree", "storage", "registry", "fusefs", "converter", "snapshotter"]),
+    ("fuzz", &["format-spec", "control", "tar-index", "tree", "storage", "registry", "fusefs", "converter", "snapshotter"]),
 ];
 
 /// `registry` is for the program alone: the library takes any source of bytes.

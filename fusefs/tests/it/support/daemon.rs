@@ -9,11 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use control::{Mode, RemoteLayer, Request, Response};
 use format_spec::Digest;
-use fusefs::{
-    Daemon, DaemonOptions, Ended, Error, Mode, SessionOptions, SourceFactory,
-    control::{RemoteLayer, Request, Response},
-};
+use fusefs::{Daemon, DaemonOptions, Ended, Error, SessionOptions, SourceFactory};
 use storage::CacheOptions;
 use tokio::{runtime::Runtime, sync::mpsc, task::JoinHandle};
 

@@ -17,16 +17,14 @@ use std::{
 };
 
 use bytes::Bytes;
+use control::{RemoteLayer, TreeId, tree_id};
 use format_spec::{
     Digest, Extent, Frame, IndexBuilder, Inode, LayerData, LazyLayer,
     builder::{blank_inode, implicit_directory},
     footer::{SkippableKind, skippable_header},
     index::{PLAIN_ALIGN, WHITEOUT, flag, mode},
 };
-use fusefs::{
-    SourceFactory,
-    control::{RemoteLayer, TreeId, tree_id},
-};
+use fusefs::SourceFactory;
 use storage::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
 use tokio::sync::watch;
 

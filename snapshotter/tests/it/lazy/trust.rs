@@ -1,7 +1,7 @@
 //! Whom the daemon believes: signatures, images that race, restarts in between, and what it says of chains.
 
+use control::chains::{CHAINS_FILE, ChainStatus, Truth};
 use format_spec::{LayerSignatures, PublicKey, SigningKey, signature::SIGNATURE};
-use fusefs::chains::{CHAINS_FILE, ChainStatus, Truth};
 
 use super::*;
 

@@ -10,7 +10,41 @@ use std::{
 
 use format_spec::{Digest, LayerId, LazyLayer};
 use serde::{Deserialize, Serialize};
-pub use storage::Verdict;
+
+/// Whether a layer is what its tar stream says, once `lazuli-fused` has found it out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verdict", rename_all = "snake_case")]
+pub enum Verdict {
+    /// Everything is what the tar stream says.
+    Verified {
+        /// Digest of the tar stream: the diff ID of every image that may show this layer.
+        tar: Digest,
+    },
+    /// The layer contradicts itself: nothing of it is shown any longer.
+    Refused {
+        /// One line: where, and what differs.
+        reason: String,
+    },
+}
+
+impl Verdict {
+    /// Why nothing is shown.
+    pub fn refusal(&self) -> Option<&str> {
+        match self {
+            Self::Refused { reason } => Some(reason),
+            Self::Verified { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Verified { tar } => write!(f, "verified as {tar}"),
+            Self::Refused { reason } => write!(f, "refused: {reason}"),
+        }
+    }
+}
 
 /// A layer and the place to fetch it from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -78,12 +78,12 @@ pub fn take_from_service_manager(name: &str) -> io::Result<Option<OwnedFd>> {
 }
 
 /// Opens a descriptor that no session belongs to yet.
-pub(crate) fn open_fuse_device() -> io::Result<OwnedFd> {
+pub fn open_fuse_device() -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(FUSE_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// Whether the session of a `/dev/fuse` descriptor goes on: it is mounted or in use, and nobody aborted it.
-pub(crate) fn has_session(device: impl AsFd) -> bool {
+pub fn has_session(device: impl AsFd) -> bool {
     let mut descriptors = [PollFd::new(&device, PollFlags::IN)];
     let polled = poll(&mut descriptors, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
     polled.is_ok() && !descriptors[0].revents().intersects(PollFlags::ERR | PollFlags::NVAL)
@@ -91,7 +91,7 @@ pub(crate) fn has_session(device: impl AsFd) -> bool {
 
 /// Another descriptor of the same session. Requests that were read from `device` and not answered fail when the last
 /// duplicate of it is closed; they are none of the new one's.
-pub(crate) fn clone_fuse_device(device: impl AsFd) -> io::Result<OwnedFd> {
+pub fn clone_fuse_device(device: impl AsFd) -> io::Result<OwnedFd> {
     let clone = open_fuse_device()?;
     let number = u32::try_from(device.as_fd().as_raw_fd()).map_err(io::Error::other)?;
     // SAFETY: the request reads one u32 from where the argument points (Linux fs/fuse/dev.c, fuse_dev_ioctl_clone),
@@ -104,7 +104,7 @@ pub(crate) fn clone_fuse_device(device: impl AsFd) -> io::Result<OwnedFd> {
 }
 
 /// Has `place` mean what `descriptor` means, for everybody who uses its number.
-pub(crate) fn replace(place: BorrowedFd<'_>, descriptor: impl AsFd) -> io::Result<()> {
+pub fn replace(place: BorrowedFd<'_>, descriptor: impl AsFd) -> io::Result<()> {
     // SAFETY: the number is open for as long as the borrow lasts, and this second owner of it is never dropped. Safe
     // functions want the owner himself, but `fuser` keeps the descriptor of its session to itself.
     #[allow(unsafe_code)]

@@ -1,54 +1,8 @@
-//! Which of the two modes trees are mounted in: what is asked for, what works here, and what follows.
+//! Which mode follows from what is asked for and what works here.
 
-use std::{fmt, str::FromStr};
+use control::{Mode, ModeStatus, TreeMode};
 
-use serde::{Deserialize, Serialize};
-
-use crate::{
-    control::{ModeStatus, TreeMode},
-    erofs_mount::MountError,
-};
-
-/// The mode that a program is asked to use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Kernel mode where it works, else portable mode.
-    #[default]
-    Auto,
-    /// Kernel mode or nothing.
-    Erofs,
-    /// Portable mode.
-    Fuse,
-}
-
-/// A word that is no [`Mode`].
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no mode: give auto, erofs or fuse")]
-pub struct UnknownMode(String);
-
-impl FromStr for Mode {
-    type Err = UnknownMode;
-
-    fn from_str(word: &str) -> Result<Self, UnknownMode> {
-        match word {
-            "auto" => Ok(Self::Auto),
-            "erofs" => Ok(Self::Erofs),
-            "fuse" => Ok(Self::Fuse),
-            _ => Err(UnknownMode(word.to_owned())),
-        }
-    }
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::Erofs => "erofs",
-            Self::Fuse => "fuse",
-        })
-    }
-}
+use crate::erofs_mount::MountError;
 
 /// Decides; `probe` tries kernel mode and is only run where that matters.
 ///
@@ -77,14 +31,6 @@ pub(crate) fn choose(asked: Mode, probe: impl FnOnce() -> Result<(), MountError>
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_mode_is_known_by_its_word() {
-        for mode in [Mode::Auto, Mode::Erofs, Mode::Fuse] {
-            assert_eq!(mode.to_string().parse(), Ok(mode));
-        }
-        assert_eq!("EROFS".parse::<Mode>(), Err(UnknownMode("EROFS".to_owned())));
-    }
 
     #[test]
     fn auto_takes_kernel_mode_where_it_works_and_says_why_it_does_not() {

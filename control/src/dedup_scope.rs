@@ -8,10 +8,10 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{
-    control::{host_of, repository_of},
-    service::IMAGE,
-};
+use crate::protocol::{host_of, repository_of};
+
+/// The key under which a layer's description in storage has the reference of its image.
+pub const IMAGE: &str = "image";
 
 /// Which layers share content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -43,7 +43,7 @@ impl DedupScope {
 }
 
 /// The repository that a layer comes from, by its description in storage.
-pub(crate) fn owner_of(layer: &Value) -> String {
+pub fn owner_of(layer: &Value) -> String {
     repository_of(image_of(layer)).to_owned()
 }
 

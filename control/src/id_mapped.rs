@@ -37,7 +37,7 @@ pub fn remove_mounts(directory: &Path) -> io::Result<()> {
 /// # Errors
 ///
 /// As [`remove_mounts`].
-pub(crate) fn remove_all(root: &Path) -> io::Result<()> {
+pub fn remove_all(root: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(root.join(DIRECTORY)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,
