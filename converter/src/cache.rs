@@ -321,7 +321,7 @@ mod tests {
 
     /// A layer without content, as a conversion makes it.
     fn converted() -> (LazyLayer, Vec<u8>) {
-        let made = crate::mount::empty_layer().unwrap();
+        let made = crate::layer::empty_layer().unwrap();
         let mut blob = vec![0; usize::try_from(made.layer.blob_len).unwrap()];
         std::os::unix::fs::FileExt::read_exact_at(&*made.file, &mut blob, 0).unwrap();
         (made.layer, blob)

@@ -38,7 +38,7 @@ use tar_index::{
 
 use crate::{
     blob_reader::{BlobError, BlobReader},
-    compress::{CompressedFrame, Compressor},
+    compress::{CompressedFrame, Compressor, FrameOptions},
     contents::{ContentPiece, dedup_pieces},
     frame_reader::FrameReader,
     framer::{EntryOutline, FrameSizes},
@@ -169,6 +169,18 @@ pub fn spool_layer<P: Iterator<Item = Result<Bytes, String>> + Send>(
     let index = Index::open(built.builder.layer_bytes(&data)?)?;
     let pieces = dedup_pieces(index.extents(), &pieces);
     Ok(SpooledLayer { facts, index, spool, pieces })
+}
+
+/// A layer with nothing in it. An image without layers shows what one with this layer shows: an empty root.
+///
+/// # Errors
+///
+/// When a temporary file cannot be had or written.
+pub fn empty_layer() -> Result<ConvertedLayer, LayerError> {
+    let compressor = Compressor::new(&FrameOptions::default(), 1, 1).map_err(LayerError::Write)?;
+    let nothing = BlobReader::new(std::iter::empty(), Digest::of(b""), 0);
+    let spool = Spool::new(tempfile::tempfile().map_err(LayerError::Write)?);
+    spool_layer(nothing, spool, &compressor)?.finish(&[], &compressor)
 }
 
 /// Walks the whole stream; returns the tree and the length of the stream.

@@ -1,4 +1,4 @@
-//! Image in, lazy image out: the library behind the `lazuli` command.
+//! Image in, lazy image out; checks and looks at images. The command `lazuli` lies beside this crate.
 
 pub mod archive;
 pub mod blob_reader;
@@ -27,12 +27,10 @@ pub mod layout;
 pub mod lazy_layer;
 pub mod location;
 pub mod manifest;
-pub mod mount;
 pub mod oci_archive;
 pub mod oci_directory;
 mod plain;
 pub mod platform;
-pub mod pull;
 mod referrers;
 pub mod report;
 pub mod resolve;
@@ -41,4 +39,3 @@ pub mod spool;
 mod stages;
 mod stale;
 pub mod start_up;
-pub mod status;

@@ -37,13 +37,13 @@ pub struct ResolvedImage {
 
 /// A manifest of one image, and how it was found.
 #[derive(Debug, Clone)]
-pub(crate) struct FoundManifest {
+pub struct FoundManifest {
     /// The indexes on the way to it, outermost first.
-    pub(crate) indexes: Vec<StoredManifest>,
+    pub indexes: Vec<StoredManifest>,
     /// The manifest.
-    pub(crate) stored: StoredManifest,
+    pub stored: StoredManifest,
     /// The platform for which it was chosen; `None` where there was nothing to choose from.
-    pub(crate) platform: Option<DescriptorPlatform>,
+    pub platform: Option<DescriptorPlatform>,
 }
 
 /// An image cannot be found.
@@ -97,11 +97,7 @@ impl FoundManifest {
     ///
     /// When it describes none, cannot be understood, or nothing but its config says for which platform it is and
     /// that is another one than `wanted`.
-    pub(crate) async fn read(
-        &self,
-        source: &ImageSource,
-        wanted: Option<&Platform>,
-    ) -> Result<ResolvedImage, ResolveError> {
+    pub async fn read(&self, source: &ImageSource, wanted: Option<&Platform>) -> Result<ResolvedImage, ResolveError> {
         let Some(image) = read_image(source, &self.stored).await? else {
             let reason = match parse::<ImageManifest>(&self.stored) {
                 Ok(manifest) => format!("no container image: its config is of type {:?}", manifest.config.media_type),
@@ -183,10 +179,11 @@ impl ResolvedImage {
 }
 
 /// Follows indexes to the manifest for the platform, by default that of this host.
-pub(crate) async fn find_manifest(
-    source: &ImageSource,
-    platform: Option<&Platform>,
-) -> Result<FoundManifest, ResolveError> {
+///
+/// # Errors
+///
+/// When one cannot be read, or there is none for the platform.
+pub async fn find_manifest(source: &ImageSource, platform: Option<&Platform>) -> Result<FoundManifest, ResolveError> {
     let stored = source.manifest().await?;
     if !stored.is_index() {
         return Ok(FoundManifest { indexes: Vec::new(), stored, platform: None });
@@ -342,7 +339,12 @@ pub(crate) fn artifact_kind(stored: &StoredManifest) -> Option<String> {
     said.find(|said| !matches!(*said, "" | EMPTY_CONFIG)).map(str::to_owned)
 }
 
-pub(crate) fn parse<T: serde::de::DeserializeOwned>(stored: &StoredManifest) -> Result<T, ImageError> {
+/// A manifest as what it should be.
+///
+/// # Errors
+///
+/// When it is something else.
+pub fn parse<T: serde::de::DeserializeOwned>(stored: &StoredManifest) -> Result<T, ImageError> {
     document::parse(&stored.bytes, document::Kind::Manifest)
         .map_err(|reason| ImageError::Malformed { what: format!("manifest {}", stored.digest), reason })
 }

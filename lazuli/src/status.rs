@@ -21,70 +21,70 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// What a node holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct NodeStatus {
+pub(crate) struct NodeStatus {
     /// How new trees are mounted, and why.
-    pub mode: ModeStatus,
+    pub(crate) mode: ModeStatus,
     /// Every image that has layers here, sorted by name.
-    pub images: Vec<ImageStatus>,
+    pub(crate) images: Vec<ImageStatus>,
     /// The layers under the chain IDs by which containerd knows them, with what is known of each, sorted by chain ID.
-    pub chains: Vec<ChainStatus>,
+    pub(crate) chains: Vec<ChainStatus>,
     /// Images that were pulled completely because `lazuli-fused` could not read them, oldest first.
-    pub not_lazy: Vec<NotLazy>,
+    pub(crate) not_lazy: Vec<NotLazy>,
 }
 
 /// One image on a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ImageStatus {
+pub(crate) struct ImageStatus {
     /// The reference it was pulled by.
-    pub image: String,
+    pub(crate) image: String,
     /// How the kernel reads it; none before the first container.
-    pub mode: Option<TreeMode>,
+    pub(crate) mode: Option<TreeMode>,
     /// Its layers: lowest first when it is mounted, else sorted.
-    pub layers: Vec<ImageLayer>,
+    pub(crate) layers: Vec<ImageLayer>,
     /// Frames of its layers that are in the cache.
-    pub frames_present: u64,
+    pub(crate) frames_present: u64,
     /// Frames of its layers.
-    pub frames_total: u64,
+    pub(crate) frames_total: u64,
     /// Compressed bytes of its layers in the registry.
-    pub compressed_bytes: u64,
+    pub(crate) compressed_bytes: u64,
     /// Bytes that its layers take on disk.
-    pub disk_bytes: u64,
+    pub(crate) disk_bytes: u64,
     /// Whether everything has arrived.
-    pub is_complete: bool,
+    pub(crate) is_complete: bool,
     /// Reads that wait, and fetching ahead: all layers together.
-    pub reading: Reading,
+    pub(crate) reading: Reading,
 }
 
 /// One layer of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ImageLayer {
+pub(crate) struct ImageLayer {
     /// Its digest in the registry.
-    pub blob: Digest,
+    pub(crate) blob: Digest,
     /// Its length in the registry, in bytes.
-    pub compressed_bytes: u64,
+    pub(crate) compressed_bytes: u64,
     /// Frames that are in the cache.
-    pub frames_present: u64,
+    pub(crate) frames_present: u64,
     /// Frames of the layer.
-    pub frames_total: u64,
+    pub(crate) frames_total: u64,
     /// Compressed bytes that `lazuli-fused` fetched since it started.
-    pub fetched_bytes: u64,
+    pub(crate) fetched_bytes: u64,
     /// Bytes that it takes on disk.
-    pub disk_bytes: u64,
+    pub(crate) disk_bytes: u64,
     /// Pages of 4 KiB that `lazuli-fused` found damaged on disk since it started, and fetches again.
-    pub healed_pages: u64,
+    pub(crate) healed_pages: u64,
     /// Whether everything has arrived.
-    pub is_complete: bool,
+    pub(crate) is_complete: bool,
     /// Whether the kernel reads it from its cache file, without any daemon.
-    pub is_direct: bool,
+    pub(crate) is_direct: bool,
     /// Whether it is what its tar stream says, once that is known.
-    pub verdict: Option<Verdict>,
+    pub(crate) verdict: Option<Verdict>,
     /// What is being fetched of it.
-    pub reading: Reading,
+    pub(crate) reading: Reading,
 }
 
 /// The state of a node cannot be had.
 #[derive(Debug, thiserror::Error)]
-pub enum StatusError {
+pub(crate) enum StatusError {
     /// Nobody listens.
     #[error(
         "no lazuli-fused listens on {}: it runs while there are lazily pulled images; --root names another directory",
@@ -122,7 +122,7 @@ pub enum StatusError {
 /// # Errors
 ///
 /// When it does not run or does not answer.
-pub async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> {
+pub(crate) async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> {
     let path = root.join(SOCKET);
     let timeout = |_| StatusError::Timeout { path: path.clone(), within: ANSWER_WITHIN };
     let answer = tokio::time::timeout(ANSWER_WITHIN, ask(&path)).await.map_err(timeout)?;

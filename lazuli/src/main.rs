@@ -9,10 +9,13 @@ mod output;
 mod check_command;
 mod convert_command;
 mod inspect_command;
+mod mount;
 mod mount_command;
 mod progress;
+mod pull;
 mod pull_command;
 mod registry_arguments;
+mod status;
 mod status_command;
 mod user_directories;
 

@@ -7,7 +7,7 @@
 //! A layer is *present* when its snapshot exists, *lazy* when the snapshotter takes it as it is, and else
 //! downloaded into the content store, unpacked by containerd and held against its diff ID.
 
-pub mod containerd;
+pub(crate) mod containerd;
 mod source;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
@@ -17,15 +17,16 @@ use format_spec::Digest;
 use futures_util::TryStreamExt;
 use registry::{Client, Reference};
 
-use crate::{
+use converter::{
     image::{ImageError, ImageSource},
     manifest::Descriptor,
     platform::Platform,
-    pull::{
-        containerd::{Containerd, ContainerdError, Prepared, REPOSITORIES, WriteError},
-        source::{ImageLayer, PulledImage, PulledManifest},
-    },
     resolve::ResolveError,
+};
+
+use crate::pull::{
+    containerd::{Containerd, ContainerdError, Prepared, REPOSITORIES, WriteError},
+    source::{ImageLayer, PulledImage, PulledManifest},
 };
 
 /// Annotations and labels under this prefix are passed between clients and snapshotters.
@@ -43,33 +44,33 @@ const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// What to pull, and where to.
 #[derive(Debug, Clone)]
-pub struct PullOptions {
+pub(crate) struct PullOptions {
     /// The image; under this name it stands in containerd afterwards.
-    pub reference: Reference,
+    pub(crate) reference: Reference,
     /// containerd's socket.
-    pub address: PathBuf,
+    pub(crate) address: PathBuf,
     /// containerd's namespace.
-    pub namespace: String,
+    pub(crate) namespace: String,
     /// The snapshotter, as containerd's configuration names it.
-    pub snapshotter: String,
+    pub(crate) snapshotter: String,
     /// How long to ask again for a layer that the snapshotter cannot take yet.
-    pub wait: Duration,
+    pub(crate) wait: Duration,
 }
 
 /// What was pulled.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pulled {
+pub(crate) struct Pulled {
     /// The name of the image in containerd.
-    pub name: String,
+    pub(crate) name: String,
     /// The digest it points to: of the manifest, or of the index over several.
-    pub digest: Digest,
+    pub(crate) digest: Digest,
     /// The layers, lowest first.
-    pub layers: Vec<PulledLayer>,
+    pub(crate) layers: Vec<PulledLayer>,
 }
 
 /// What became of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PulledLayer {
+pub(crate) enum PulledLayer {
     /// Its snapshot was there.
     Present,
     /// It will be read when it is needed.
@@ -82,7 +83,7 @@ pub enum PulledLayer {
 }
 
 /// Is told how a pull goes on; layers are counted from 0.
-pub trait PullObserver: Send + Sync {
+pub(crate) trait PullObserver: Send + Sync {
     /// A layer must be downloaded.
     fn download_starts(&self, layer: usize, digest: &Digest, len: u64);
     /// So much of it has arrived.
@@ -97,7 +98,7 @@ pub trait PullObserver: Send + Sync {
 
 /// An image cannot be pulled.
 #[derive(Debug, thiserror::Error)]
-pub enum PullError {
+pub(crate) enum PullError {
     /// The image cannot be read.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -163,7 +164,7 @@ type Result<T> = std::result::Result<T, PullError>;
 /// # Errors
 ///
 /// As [`PullError`] says; containerd then has no new image, and collects what was stored for it.
-pub async fn pull(
+pub(crate) async fn pull(
     options: &PullOptions,
     client: &Client,
     observer: Arc<dyn PullObserver>,

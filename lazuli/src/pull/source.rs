@@ -3,13 +3,14 @@
 use bytes::Bytes;
 use format_spec::Digest;
 
-use crate::{
+use converter::{
     image::{ImageSource, StoredManifest},
     manifest::{Descriptor, ImageIndex},
     platform::Platform,
-    pull::PullError,
     resolve::{find_manifest, parse},
 };
+
+use crate::pull::PullError;
 
 /// An image to pull.
 #[derive(Debug)]

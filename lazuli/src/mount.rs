@@ -7,21 +7,18 @@ use format_spec::{Digest, LazyLayer};
 use fusefs::{Mount, mount_image};
 use storage::{Source, SourceError};
 
-use crate::{
-    blob_reader::BlobReader,
-    compress::{Compressor, FrameOptions},
+use converter::{
     file_source::FileSource,
     image::ImageSource,
-    layer::{ConvertedLayer, LayerError, spool_layer},
+    layer::{LayerError, empty_layer},
     lazy_layer::{LazyLayerError, find_lazy_layer},
     platform::Platform,
     resolve::{ResolveError, ResolvedImage, resolve_image},
-    spool::Spool,
 };
 
 /// An image cannot be mounted.
 #[derive(Debug, thiserror::Error)]
-pub enum MountError {
+pub(crate) enum MountError {
     /// Finding the image.
     #[error(transparent)]
     Resolve(#[from] ResolveError),
@@ -48,7 +45,7 @@ pub enum MountError {
 ///
 /// When the image is not there or not lazy, or the mode, the mount point or the cache cannot be used; then
 /// nothing is mounted.
-pub async fn mount(
+pub(crate) async fn mount(
     source: &ImageSource,
     platform: Option<&Platform>,
     mount_point: &Path,
@@ -81,14 +78,6 @@ async fn lazy_layers(source: &ImageSource, image: &ResolvedImage) -> Result<Vec<
         layers.push(lazy.ok_or(MountError::Ordinary(descriptor.digest))?);
     }
     Ok(layers)
-}
-
-/// A layer with nothing in it. An image without layers shows what one with this layer shows: an empty root.
-pub(crate) fn empty_layer() -> Result<ConvertedLayer, LayerError> {
-    let compressor = Compressor::new(&FrameOptions::default(), 1, 1).map_err(LayerError::Write)?;
-    let nothing = BlobReader::new(std::iter::empty(), Digest::of(b""), 0);
-    let spool = Spool::new(tempfile::tempfile().map_err(LayerError::Write)?);
-    spool_layer(nothing, spool, &compressor)?.finish(&[], &compressor)
 }
 
 fn layer_source(image: &ImageSource, layer: &LazyLayer) -> Result<Arc<dyn Source>, SourceError> {

@@ -4,15 +4,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 use control::Mode;
-use converter::{
-    image::ImageSource,
-    location::Location,
-    mount::{MountError, mount},
-    platform::Platform,
-    resolve::ResolveError,
-};
+use converter::{image::ImageSource, location::Location, platform::Platform, resolve::ResolveError};
 
-use crate::{fail_with, registry_arguments::RegistryArguments, user_directories};
+use crate::{
+    fail_with,
+    mount::{MountError, mount},
+    registry_arguments::RegistryArguments,
+    user_directories,
+};
 
 /// What `lazuli mount` is told.
 #[derive(Debug, Args)]

@@ -11,8 +11,9 @@ use control::{
     Reading, Verdict,
     chains::{ChainStatus, Truth},
 };
-use converter::status::{ImageLayer, ImageStatus, NodeStatus, node_status};
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
+
+use crate::status::{ImageLayer, ImageStatus, NodeStatus, node_status};
 
 /// What `lazuli status` is told.
 #[derive(Debug, Args)]

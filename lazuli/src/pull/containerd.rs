@@ -36,7 +36,7 @@ use tonic::{
     transport::Channel,
 };
 
-use crate::manifest::Descriptor;
+use converter::manifest::Descriptor;
 
 /// When containerd may forget a lease by itself: for a pull that was killed. containerd's clients say the same.
 const LEASE_EXPIRES_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
@@ -45,7 +45,7 @@ const WRITE_PIECE_LEN: usize = 1 << 20;
 
 /// containerd refused, failed, or is not there.
 #[derive(Debug, thiserror::Error)]
-pub enum ContainerdError {
+pub(crate) enum ContainerdError {
     /// Nobody serves.
     #[error("containerd at {}: {reason}; is it running, and --address right?", address.display())]
     Unreachable {

@@ -9,11 +9,11 @@ use std::{
 };
 
 use clap::Args;
-use converter::pull::{PullObserver, PullOptions, PulledLayer, pull};
 use format_spec::Digest;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 use registry::Reference;
 
+use crate::pull::{PullObserver, PullOptions, PulledLayer, pull};
 use crate::registry_arguments::RegistryArguments;
 
 /// What `lazuli pull` is told.
