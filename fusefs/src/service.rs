@@ -6,7 +6,7 @@
 use std::{
     collections::{HashMap, HashSet},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     time::Duration,
 };
 
@@ -16,7 +16,7 @@ use fuser::Notifier;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 use storage::{Cache, CacheOptions, KnownLayer, Layer, Source, Sources, Verdict};
-use tokio::{runtime::Handle, task::JoinSet};
+use tokio::{runtime::Handle, sync::oneshot, task::JoinSet};
 use tracing::{debug, info, warn};
 use tree::merge::{MergeError, merge};
 
@@ -33,6 +33,9 @@ use crate::{
     trees::{Attempt, Change, Trees, Wanted},
 };
 
+/// How long an answer waits for the kernel to know what it says: a path that is answered can be opened, and one that was
+/// released is gone. A lookup that hangs holds up nobody for longer.
+const TELLING_TIME: Duration = Duration::from_millis(200);
 /// How long what nobody looks at stays in the daemon's memory.
 const RELEASE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -286,7 +289,7 @@ impl Service {
         let (made, change) = self.load_or_merge(id, &layers, opened, change).await;
         if let Ok(tree) = &made {
             self.0.namespace.add_tree(tree);
-            self.notify_change(Node::Trees, id);
+            self.tell(Node::Trees, id).await;
             let image = layers.last().map_or("", |top| top.image.as_str());
             info!(image, tree = %id, layers = layers.len(), inodes = tree.index.inodes().len(), "tree available");
         }
@@ -364,7 +367,9 @@ impl Service {
         let removed = self.0.namespace.remove_tree(id);
         self.0.store.remove(id)?;
         if removed.is_some() {
-            self.notify_change(Node::Trees, id);
+            let (sender, told) = mpsc::sync_channel(1);
+            self.notify_change(Node::Trees, id, move || _ = sender.send(()));
+            _ = told.recv_timeout(TELLING_TIME);
         }
         Ok(())
     }
@@ -389,7 +394,7 @@ impl Service {
         let service = self.clone();
         let removing = tokio::spawn(async move {
             service.0.namespace.remove_layer(id);
-            service.notify_change(Node::Layers, id);
+            service.tell(Node::Layers, id).await;
             let removed = service.0.cache.remove(id).await;
             drop(removal);
             removed
@@ -437,15 +442,26 @@ impl Service {
         Ok(self.0.cache.flush()?)
     }
 
-    /// Not while lookups wait for what the last process has shown: the kernel would keep this one waiting for them. All
-    /// changes of that time are told at its end.
-    fn notify_change(&self, directory: Node, name: Digest) {
-        if !self.0.namespace.is_incomplete() {
-            self.notify(move |notifier| session::notify_change(notifier, directory.number(), &name.hex()));
-        }
+    /// Has the kernel hear of a change, and waits for that, not long.
+    async fn tell(&self, directory: Node, name: Digest) {
+        let (sender, told) = oneshot::channel();
+        self.notify_change(directory, name, move || _ = sender.send(()));
+        _ = tokio::time::timeout(TELLING_TIME, told).await;
     }
 
-    /// The kernel answers only when it holds no lock that a lookup under way needs, so nobody waits for it here.
+    /// Not while lookups wait for what the last process has shown: the kernel would keep this one waiting for them. All
+    /// changes of that time are told at its end. `done` runs when the kernel knows, or is not told.
+    fn notify_change(&self, directory: Node, name: Digest, done: impl FnOnce() + Send + 'static) {
+        if self.0.namespace.is_incomplete() {
+            return done();
+        }
+        self.notify(move |notifier| {
+            session::notify_change(notifier, directory.number(), &name.hex());
+            done();
+        });
+    }
+
+    /// The kernel answers only when it holds no lock that a lookup under way needs: who waits for it does so for a while.
     fn notify(&self, notify: impl FnOnce(&Notifier) + Send + 'static) {
         if let Some(notifier) = self.0.notifier.clone() {
             self.0.pools.telling.begin(move || notify(&notifier));
