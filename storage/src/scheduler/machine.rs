@@ -604,7 +604,8 @@ impl<W: Waiter> Machine<W> {
         for ((_, frame), pending) in self.pending.iter().filter(|((number, _), _)| *number == layer) {
             activity.frames_wanted += 1;
             activity.frames_under_way += u64::from(pending.state != FrameState::Queued);
-            if pending.is_awaited() {
+            // Whoever fetches the rest waits too, and for him nobody is blocked.
+            if pending.priority == Priority::Read && pending.is_awaited() {
                 activity.frames_awaited.push(*frame);
             }
         }

@@ -506,6 +506,17 @@ fn a_read_that_was_answered_left_frames_that_nobody_gave_up() {
     assert_eq!(world.asked.last(), Some(&(0, 0, 2..3)));
 }
 
+/// `lazuli status` named files that the fetching of the rest was at as read now: a first user thought of an intrusion.
+#[test]
+fn what_is_fetched_in_the_background_is_no_reader_waiting() {
+    let mut world = World::with_layers(&["source"]);
+    let _rest = world.want(0, 0..2, Priority::Background);
+    let activity = world.machine.activity(0);
+    assert_eq!((activity.frames_wanted, activity.frames_awaited), (2, vec![]));
+    let _read = world.want(0, 1..2, Priority::Read);
+    assert_eq!(world.machine.activity(0).frames_awaited, [1]);
+}
+
 /// A reader may be answered in another way: its file is removed, or the process that asked has gone.
 #[test]
 fn who_waits_no_longer_is_nobody_to_wait_for() {
