@@ -25,6 +25,52 @@ use self::{
     repeats::{Admission, Repeats},
 };
 
+/// Where log lines of our programs come from; a filter may name these, modules in them, and a few libraries.
+const TARGETS: [&str; 18] = [
+    "control",
+    "converter",
+    "format_spec",
+    "fusefs",
+    "lazuli",
+    "lazuli_fused",
+    "lazuli_snapshotter",
+    "registry",
+    "snapshotter",
+    "storage",
+    "tar_index",
+    "tree",
+    "fuser",
+    "h2",
+    "hyper",
+    "reqwest",
+    "rustls",
+    "tonic",
+];
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// Reads what is to be logged: a level, or directives as `fusefs=debug,storage=info`.
+///
+/// # Errors
+///
+/// One line, for a word that is no level and for a place that logs nothing: taken as they are, both would silence
+/// everything.
+pub fn filter(text: &str) -> Result<EnvFilter, String> {
+    for directive in text.split(',').map(str::trim).filter(|directive| !directive.is_empty()) {
+        let (target, level) = directive.split_once('=').unwrap_or(("", directive));
+        if !LEVELS.contains(&level.to_ascii_lowercase().as_str()) {
+            return Err(format!("log filter {text:?}: {level:?} is no level: give {}", LEVELS.join(", ")));
+        }
+        let program = target.split("::").next().unwrap_or(target);
+        if !target.is_empty() && !TARGETS.contains(&program) {
+            return Err(format!(
+                "log filter {text:?}: nothing logs as {program:?}: give one of {}",
+                TARGETS.join(", ")
+            ));
+        }
+    }
+    EnvFilter::try_new(text).map_err(|error| format!("log filter {text:?}: {error}"))
+}
+
 /// Bytes that wait for the writing thread at most; a burst of some thousand lines.
 const QUEUE_LEN_MAX: usize = 256 << 10;
 /// Longest line; what follows is cut off.

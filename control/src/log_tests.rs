@@ -7,6 +7,18 @@ use std::{
 
 use super::{output::FILE_LEN_MAX, *};
 
+/// A filter with a typo was taken, and silenced everything.
+#[test]
+fn a_filter_with_a_typo_is_refused() {
+    for text in ["info", "warn,storage=debug", "fusefs::trees=trace", "OFF", ""] {
+        assert!(filter(text).is_ok(), "{text}");
+    }
+    for (text, word) in [("verbose", "verbose"), ("snapshoter=debug", "snapshoter"), ("storage=loud", "loud")] {
+        let error = filter(text).unwrap_err();
+        assert!(error.contains(word) && error.contains("give") && error.lines().count() == 1, "{error}");
+    }
+}
+
 fn log_to(file: File) -> Log {
     Log::new(Output::of_file(file, None)).unwrap()
 }

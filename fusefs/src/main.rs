@@ -16,7 +16,7 @@ use std::{
 use clap::Parser;
 use control::{
     DedupScope, Mode, RemoteLayer, descriptor,
-    log::{Log, LogTarget},
+    log::{self, Log, LogTarget},
 };
 use fusefs::{Daemon, DaemonOptions, Ended, Error, SessionOptions, daemon::Health, factory::on_runtime};
 use registry::{BlobSource, Client, ClientOptions, PlainHttp, Reference};
@@ -94,7 +94,7 @@ struct Arguments {
     #[arg(long, value_name = "MODE", default_value_t)]
     mode: Mode,
     /// What to log: a level, or directives as `fusefs=debug,storage=info`.
-    #[arg(long, value_name = "FILTER", default_value = "info")]
+    #[arg(long, value_name = "FILTER", default_value = "info", value_parser = log::filter)]
     log: EnvFilter,
     /// Log to this file instead of standard error, and keep it short.
     #[arg(long, value_name = "FILE")]
@@ -103,6 +103,10 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if !rustix::process::geteuid().is_root() {
+        _ = writeln!(io::stderr(), "lazuli-fused: needs root: it mounts file systems");
+        return ExitCode::FAILURE;
+    }
     let log = match start_log(arguments.log, arguments.log_file) {
         Ok(log) => log,
         Err(error) => {

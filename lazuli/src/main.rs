@@ -22,6 +22,7 @@ mod user_directories;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use control::log;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -61,7 +62,11 @@ enum Action {
 
 fn main() -> ExitCode {
     let command = Command::parse();
-    let filter = EnvFilter::try_from_env("LAZULI_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter =
+        match std::env::var("LAZULI_LOG").map_or_else(|_| Ok(EnvFilter::new("warn")), |text| log::filter(&text)) {
+            Ok(filter) => filter,
+            Err(error) => return fail(&format!("LAZULI_LOG: {error}")),
+        };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false).init();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,

@@ -2,18 +2,18 @@
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use clap::Args;
 use control::{
-    Reading, Verdict,
+    LAYER_CACHES, Reading, Verdict,
     chains::{ChainStatus, Truth},
 };
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 
-use crate::status::{ImageLayer, ImageStatus, NodeStatus, node_status};
+use crate::status::{ImageLayer, ImageStatus, NodeStatus, StatusError, node_status};
 
 /// What `lazuli status` is told.
 #[derive(Debug, Args)]
@@ -31,7 +31,18 @@ pub(crate) struct StatusArguments {
 
 /// Asks and prints.
 pub(crate) async fn run(arguments: StatusArguments) -> Result<(), String> {
-    let mut status = node_status(&arguments.root).await.map_err(|error| error.to_string())?;
+    let mut status = match node_status(&arguments.root).await {
+        // A node on which nothing lazy was pulled is a healthy one.
+        Err(StatusError::NotRunning(_)) if arguments.image.is_none() && !has_layers(&arguments.root) => {
+            if arguments.json {
+                println!("{}", serde_json::json!({ "mode": null, "images": [], "chains": [], "not_lazy": [] }));
+            } else {
+                println!("no lazily pulled images: lazuli-fused is started with the first one");
+            }
+            return Ok(());
+        }
+        status => status.map_err(|error| error.to_string())?,
+    };
     if let Some(wanted) = &arguments.image {
         status.images.retain(|image| image.image == *wanted);
         status.chains.retain(|chain| chain.image == *wanted);
@@ -47,6 +58,14 @@ pub(crate) async fn run(arguments: StatusArguments) -> Result<(), String> {
         print!("{}", describe(&status, arguments.image.is_some(), now));
     }
     Ok(())
+}
+
+/// Whether the node of a root directory keeps a layer, for which `lazuli-fused` should run. A directory that is none is
+/// no healthy node.
+fn has_layers(root: &Path) -> bool {
+    let is_node = root.join("snapshots").exists();
+    let layers = std::fs::read_dir(root.join(LAYER_CACHES)).map(|mut entries| entries.next().is_some());
+    !is_node || layers.unwrap_or(false)
 }
 
 /// `now` is the time since 1970.
@@ -85,12 +104,15 @@ fn lines_of(image: &ImageStatus) -> String {
         HumanBytes(image.compressed_bytes),
     );
     let Reading { frames_wanted, frames_under_way, frames_awaited, files } = &image.reading;
-    if *frames_wanted > 0 {
+    if *frames_awaited > 0 {
+        text += &format!("  readers wait for {} frames\n", HumanCount(*frames_awaited));
+    }
+    let in_background = frames_wanted.saturating_sub(*frames_awaited);
+    if in_background > 0 {
         text += &format!(
-            "  fetching {} frames, {} under way, readers wait for {}\n",
-            HumanCount(*frames_wanted),
+            "  fetching {} frames in the background; {} frames under way in all\n",
+            HumanCount(in_background),
             HumanCount(*frames_under_way),
-            HumanCount(*frames_awaited),
         );
     }
     let verdicts = || image.layers.iter().map(|layer| &layer.verdict);
@@ -105,7 +127,7 @@ fn lines_of(image: &ImageStatus) -> String {
     if unverified > 0 {
         text += &format!("  {} layers believed, not verified yet\n", HumanCount(unverified as u64));
     }
-    text + &files.iter().map(|file| format!("  read now: {file}\n")).collect::<String>()
+    text + &files.iter().map(|file| format!("  waited for: {file}\n")).collect::<String>()
 }
 
 /// The lines about the chains of an image; all of them, or those with which something is.

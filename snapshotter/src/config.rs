@@ -147,7 +147,12 @@ impl Settings {
         toml::from_str(text).map_err(|error| {
             let offset = error.span().map_or(0, |span| span.start.min(text.len()));
             let line = 1 + text.as_bytes()[..offset].iter().filter(|byte| **byte == b'\n').count();
-            ConfigError { line, problem: error.message().lines().next().unwrap_or_default().to_owned() }
+            let message = error.message().lines().next().unwrap_or_default();
+            // What is wrong with a value says nothing of its key.
+            let key = text.lines().nth(line - 1).and_then(|text| text.split_once('=')).map(|(key, _)| key.trim());
+            let key = key.filter(|key| !message.contains(&format!("`{key}`")));
+            let problem = key.map_or_else(|| message.to_owned(), |key| format!("{key}: {message}"));
+            ConfigError { line, problem }
         })
     }
 
@@ -246,5 +251,9 @@ mod tests {
     fn a_typo_is_refused_with_its_line() {
         let error = Settings::parse("address = '/a'\nrooot = '/b'\n").unwrap_err().to_string();
         assert!(error.starts_with("configuration: line 2: unknown field `rooot`"), "{error}");
+        let error = Settings::parse("root = '/a'\nbackground_rate = '5'").unwrap_err().to_string();
+        assert!(error.starts_with("configuration: line 2: background_rate: invalid type"), "{error}");
+        let error = Settings::parse("mode = 'eros'").unwrap_err().to_string();
+        assert!(error.starts_with("configuration: line 1: mode: unknown variant `eros`"), "{error}");
     }
 }

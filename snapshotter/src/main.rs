@@ -11,7 +11,7 @@ use std::{
 use clap::Parser;
 use control::{
     DedupScope, Mode,
-    log::{Log, LogTarget},
+    log::{self, Log, LogTarget},
 };
 use snapshotter::{
     api::snapshots_server::SnapshotsServer,
@@ -25,7 +25,6 @@ use snapshotter::{
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::{info, warn};
-use tracing_subscriber::EnvFilter;
 
 mod service_manager;
 
@@ -111,7 +110,10 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let config = configuration(arguments)?;
-    let filter = EnvFilter::try_new(&config.log).map_err(|error| format!("log {:?}: {error}", config.log))?;
+    if !rustix::process::geteuid().is_root() {
+        return Err("needs root: it mounts file systems".into());
+    }
+    let filter = log::filter(&config.log)?;
     let color = io::IsTerminal::is_terminal(&io::stderr());
     let _log = Log::start(filter, LogTarget::StandardError, color).map_err(|error| format!("log: {error}"))?;
     let runtime = tokio::runtime::Runtime::new()?;

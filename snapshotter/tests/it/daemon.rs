@@ -1,6 +1,11 @@
 //! The daemon as a process: restarts, orphans, and what stands in its way at start.
 
-use std::{collections::HashSet, fs, os::unix::net::UnixDatagram, time::Duration};
+use std::{
+    collections::HashSet,
+    fs,
+    os::unix::{fs::PermissionsExt as _, net::UnixDatagram, process::CommandExt as _},
+    time::Duration,
+};
 
 use crate::common::{Daemon, Mounted, run, settles};
 use rustix::process::Signal;
@@ -202,4 +207,18 @@ fn a_daemon_that_hangs_is_silent_to_the_service_manager() {
     let heard: Vec<_> = heard.iter().flatten().map(String::as_str).collect();
     assert_eq!(heard, ["READY=1", "WATCHDOG=1", "WATCHDOG=1"]);
     assert_eq!((silent, again.as_deref()), (None, Some("WATCHDOG=1")));
+}
+
+/// It said "serving" to a user who can mount nothing.
+#[test]
+fn who_is_not_root_is_told_so() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // Where the tests were built may be closed to others.
+    let program = directory.path().join("lazuli-snapshotter");
+    fs::copy(env!("CARGO_BIN_EXE_lazuli-snapshotter"), &program).unwrap();
+    let output = std::process::Command::new(&program).uid(65_534).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!((output.status.code(), message.lines().count()), (Some(1), 1), "{message}");
+    assert!(message.contains("needs root"), "{message}");
 }

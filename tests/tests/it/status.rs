@@ -95,7 +95,7 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
         registry.resume();
         assert_eq!(waiting?["reading"]["files"][0], "/large/5");
         let shown = shown?.stdout;
-        assert!(shown.contains("read now: /large/5") && shown.contains("readers wait for"), "{shown}");
+        assert!(shown.contains("waited for: /large/5") && shown.contains("readers wait for"), "{shown}");
         assert_eq!(shown.lines().filter(|line| line.starts_with("  layer ")).count(), 3, "{shown}");
         assert_eq!(reader.join().expect("the thread does not panic")?.code, Some(0));
         Ok(())
@@ -108,6 +108,22 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
     assert_eq!(complete, [true, false, true], "{all:#}");
     let unknown = status(&node, &["host/unknown:tag"])?;
     assert_eq!((unknown.code, unknown.stderr.lines().count()), (Some(1), 1), "{unknown:?}");
+    Ok(())
+}
+
+/// What a first user sees: the daemon runs from the first lazy pull on, and that it does not yet is no fault.
+#[test]
+fn a_node_without_lazy_images_is_healthy_and_a_directory_that_is_no_node_is_not() -> Result<()> {
+    let scratch = Scratch::new("status-empty")?;
+    let node = Node::start(&scratch)?;
+    let empty = status(&node, &[])?;
+    assert_eq!((empty.code, empty.stderr.as_str()), (Some(0), ""), "{empty:?}");
+    assert!(empty.stdout.contains("no lazily pulled images"), "{}", empty.stdout);
+    let json: Value = serde_json::from_str(&status(&node, &["--json"])?.stdout).unwrap_or_default();
+    assert_eq!(json["images"], serde_json::json!([]), "{json:#}");
+    let nowhere = scratch.directory("nowhere")?.display().to_string();
+    let refused = lazuli(["status", "--root", &nowhere])?;
+    assert_eq!((refused.code, refused.stderr.lines().count()), (Some(1), 1), "{refused:?}");
     Ok(())
 }
 
