@@ -148,7 +148,7 @@ impl Settings {
             let offset = error.span().map_or(0, |span| span.start.min(text.len()));
             let line = 1 + text.as_bytes()[..offset].iter().filter(|byte| **byte == b'\n').count();
             let message = error.message().lines().next().unwrap_or_default();
-            // What is wrong with a value says nothing of its key.
+            // A message about a value does not name its key.
             let key = text.lines().nth(line - 1).and_then(|text| text.split_once('=')).map(|(key, _)| key.trim());
             let key = key.filter(|key| !message.contains(&format!("`{key}`")));
             let problem = key.map_or_else(|| message.to_owned(), |key| format!("{key}: {message}"));

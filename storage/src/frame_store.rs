@@ -303,7 +303,7 @@ impl FrameStore {
         // The file before the bits: what a new file lacks is missing before it is here. And what turns out to be damaged is
         // missing before it counts as compared.
         let (epoch, data) = (self.epoch(), self.data());
-        // What is to be compared is compared as the reader gets it, not read twice.
+        // Bytes that are to be compared are compared as the reader gets them, not read twice.
         let is_read = !self.unchecked.is_empty() && self.presence.has_pages(&plain);
         if is_read {
             data.read_sparse(plain.start, buffer)?;

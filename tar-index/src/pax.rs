@@ -133,7 +133,7 @@ fn next_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     (!key.is_empty()).then_some((key, value, bytes.get(len..)?))
 }
 
-/// What stands before and behind the first such byte.
+/// The parts before and behind the first such byte.
 fn split_at_byte(text: &[u8], byte: u8) -> Option<(&[u8], &[u8])> {
     let at = text.iter().position(|found| *found == byte)?;
     Some((text.get(..at)?, text.get(at + 1..)?))

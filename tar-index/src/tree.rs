@@ -33,7 +33,7 @@ const LINKS_FOLLOWED_MAX: usize = 255;
 const MEMORY_LEN_MAX: u64 = 256 << 20;
 /// What an inode takes beside its names, target, attributes and segments.
 const NODE_MEMORY_LEN: u64 = 160;
-/// What a segment of a sparse file takes, as itself, as an extent and as a piece of the dedup section, while these are
+/// Bytes for a segment of a sparse file, as itself, as an extent and as a piece of the dedup section, while these are
 /// made from each other.
 const SEGMENT_MEMORY_LEN: u64 = 160;
 /// What a name takes beside its bytes.

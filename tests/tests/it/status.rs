@@ -111,7 +111,7 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
     Ok(())
 }
 
-/// What a first user sees: the daemon runs from the first lazy pull on, and that it does not yet is no fault.
+/// A first user sees this: the daemon runs from the first lazy pull on, and that it does not yet is no fault.
 #[test]
 fn a_node_without_lazy_images_is_healthy_and_a_directory_that_is_no_node_is_not() -> Result<()> {
     let scratch = Scratch::new("status-empty")?;
