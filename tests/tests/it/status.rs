@@ -65,10 +65,6 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
     let scratch = Scratch::new("status")?;
     let mut registry = publish_sample(&scratch)?;
     let node = Node::start(&scratch)?;
-    let nobody = status(&node, &[])?;
-    assert_eq!(nobody.code, Some(1));
-    assert!(nobody.stderr.contains("no lazuli-fused listens on"), "{}", nobody.stderr);
-
     let lazy = registry.reference("sample:lazy");
     assert_eq!(node.lazuli_pull(&lazy)?.code, Some(0));
     let pulled = wait_for("the image has no layers", || {
@@ -121,6 +117,8 @@ fn a_node_without_lazy_images_is_healthy_and_a_directory_that_is_no_node_is_not(
     assert!(empty.stdout.contains("no lazily pulled images"), "{}", empty.stdout);
     let json: Value = serde_json::from_str(&status(&node, &["--json"])?.stdout).unwrap_or_default();
     assert_eq!(json["images"], serde_json::json!([]), "{json:#}");
+    let absent = status(&node, &["host/image:tag"])?;
+    assert!(absent.code == Some(1) && absent.stderr.contains("no lazuli-fused listens on"), "{absent:?}");
     let nowhere = scratch.directory("nowhere")?.display().to_string();
     let refused = lazuli(["status", "--root", &nowhere])?;
     assert_eq!((refused.code, refused.stderr.lines().count()), (Some(1), 1), "{refused:?}");
