@@ -38,6 +38,16 @@ impl NotLazyImages {
         });
     }
 
+    /// The same, unless it is known why: a layer is ordinary because another one below it is. Blocks.
+    pub(crate) fn add_unless_known(&self, image: &str, reason: &str, now: Time) {
+        self.change(|images| {
+            if images.iter().all(|known| known.image != image) {
+                images.push(NotLazy { image: image.to_owned(), reason: reason.to_owned(), since: now.seconds });
+                images.drain(..images.len().saturating_sub(IMAGES_MAX));
+            }
+        });
+    }
+
     /// The image is lazy after all. Blocks.
     pub(crate) fn remove(&self, image: &str) {
         self.change(|images| images.retain(|known| known.image != image));

@@ -112,7 +112,11 @@ pub fn remote_request(key: &SnapshotKey, labels: &Labels) -> Result<Option<Remot
         return Ok(None);
     }
     let Some(image) = label(CRI_IMAGE) else {
-        warn!(%target, "labels name no image to fetch from, layer is pulled completely");
+        warn!(
+            %target,
+            "labels name no image to fetch from, layer is pulled completely: containerd passes annotations when \
+             disable_snapshot_annotations is false (1.6, 1.7) or enable_remote_snapshot_annotations is set (2.1), see NODE.md"
+        );
         return Ok(None);
     };
     Ok(Some(RemoteRequest { target, layer: RemoteLayer { layer, image: image.to_owned() } }))

@@ -45,6 +45,9 @@ use crate::{
     usage::disk_usage,
 };
 
+/// Why a lazy layer on an ordinary one is pulled completely, for who reads `lazuli status`.
+const ON_ORDINARY: &str = "its base is here as an ordinary image and was pulled completely before: it becomes lazy when all \
+                           images on that base are removed and it is pulled again";
 /// Things that were told of and are remembered: images may cause any number of them.
 const TOLD_MAX: usize = 1000;
 /// User and group of the host's root.
@@ -371,7 +374,13 @@ impl Snapshotter {
             .await?;
         let parent = parents.first();
         if parent.is_some_and(|parent| parent.lazy.is_none()) {
-            info!(%target, %blob, image, "layer lies on one that is not lazy, it is pulled completely");
+            warn!(%target, %blob, image, "layer lies on one that is not lazy, it is pulled completely");
+            let image = image.clone();
+            self.blocking(move |inner| {
+                inner.not_lazy.add_unless_known(&image, ON_ORDINARY, now);
+                Ok(())
+            })
+            .await?;
             return Ok(false);
         }
         // The layers below are part of this image too: its registry is a place of them, perhaps the only one left.

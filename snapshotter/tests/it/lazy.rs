@@ -422,6 +422,20 @@ async fn an_image_that_cannot_be_read_is_pulled_completely_and_says_why() {
     assert_eq!(noted, [("refused/image".to_owned(), "no permission: answered 401".to_owned())]);
 }
 
+/// Nobody was told why a converted image was pulled completely on a node that had its base unconverted.
+#[tokio::test]
+async fn an_image_whose_base_is_here_as_an_ordinary_one_says_so() {
+    let (daemon, _fused) = start().await;
+    daemon.prepare("extract base", "").await.unwrap();
+    daemon.commit("extract base", "base").await.unwrap();
+    let above = labels_of("above", "above", "host/image:lazy");
+    assert_eq!(daemon.prepare_with("extract above", "base", above).await.unwrap().r#type, "overlay");
+    let noted = control::NotLazy::read(&daemon.root().join(control::NOT_LAZY_FILE)).unwrap();
+    assert_eq!(noted.len(), 1);
+    assert_eq!(noted[0].image, "host/image:lazy");
+    assert!(noted[0].reason.contains("base is here as an ordinary image"), "{noted:?}");
+}
+
 #[tokio::test]
 async fn a_layer_that_cannot_be_read_lies_on_lazy_ones_as_an_ordinary_one() {
     let (daemon, _fused) = start().await;
