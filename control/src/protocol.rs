@@ -12,6 +12,9 @@ use format_spec::{Digest, LayerId, LazyLayer};
 use serde::{Deserialize, Serialize};
 
 /// Whether a layer is what its tar stream says, once `lazuli-fused` has found it out.
+///
+/// A type of its own beside that of `storage`: what is kept on disk may change, what clients of another version read
+/// may not, and they need nothing else of that crate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "verdict", rename_all = "snake_case")]
 pub enum Verdict {
@@ -209,7 +212,7 @@ pub enum ErrorKind {
 /// [`NotLazy`], oldest first.
 pub const NOT_LAZY_FILE: &str = "not-lazy.json";
 
-/// An image that is pulled completely because `lazuli-fused` could not read it.
+/// A converted image that is pulled completely all the same.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NotLazy {
     /// The image reference.

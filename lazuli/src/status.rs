@@ -8,7 +8,8 @@ use std::{
 };
 
 use control::{
-    LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, SOCKET, TreeMode, TreeStatus, Verdict,
+    LAYER_CACHES, LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, SOCKET, TreeMode,
+    TreeStatus, Verdict,
     chains::{CHAINS_FILE, ChainStatus},
     exchange, request_line,
 };
@@ -22,13 +23,13 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// What a node holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct NodeStatus {
-    /// How new trees are mounted, and why.
-    pub(crate) mode: ModeStatus,
+    /// How new trees are mounted, and why; `None` on a node without lazy images, on which `lazuli-fused` need not run.
+    pub(crate) mode: Option<ModeStatus>,
     /// Every image that has layers here, sorted by name.
     pub(crate) images: Vec<ImageStatus>,
     /// The layers under the chain IDs by which containerd knows them, with what is known of each, sorted by chain ID.
     pub(crate) chains: Vec<ChainStatus>,
-    /// Images that were pulled completely because `lazuli-fused` could not read them, oldest first.
+    /// Converted images that were pulled completely all the same, and why, oldest first.
     pub(crate) not_lazy: Vec<NotLazy>,
 }
 
@@ -126,22 +127,33 @@ pub(crate) async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> 
     let path = root.join(SOCKET);
     let timeout = |_| StatusError::Timeout { path: path.clone(), within: ANSWER_WITHIN };
     let answer = tokio::time::timeout(ANSWER_WITHIN, ask(&path)).await.map_err(timeout)?;
-    let answer = answer.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => StatusError::NotRunning(path.clone()),
-        _ => StatusError::Connection { path: path.clone(), error },
-    })?;
     let refuse = |problem| StatusError::Answer { path: path.clone(), problem };
     // Both are for people: one that cannot be read says nothing.
     let chains = ChainStatus::read(&root.join(CHAINS_FILE)).unwrap_or_default();
     let not_lazy = NotLazy::read(&root.join(NOT_LAZY_FILE)).unwrap_or_default();
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            let is_healthy = is_without_layers(root);
+            let status = NodeStatus { mode: None, images: Vec::new(), chains, not_lazy };
+            return if is_healthy { Ok(status) } else { Err(StatusError::NotRunning(path)) };
+        }
+        Err(error) => return Err(StatusError::Connection { path, error }),
+    };
     match serde_json::from_slice(&answer) {
         Ok(Response::Status { mode, layers, trees }) => {
-            Ok(NodeStatus { mode, images: images(layers, &trees), chains, not_lazy })
+            Ok(NodeStatus { mode: Some(mode), images: images(layers, &trees), chains, not_lazy })
         }
         Ok(Response::Error { message, .. }) => Err(refuse(message)),
         Ok(_) => Err(refuse("the answer is none to the question".to_owned())),
         Err(error) => Err(refuse(format!("the answer is of another version of lazuli-fused: {error}"))),
     }
+}
+
+/// Whether this is the root directory of a node, and none of its layers wants `lazuli-fused` to run.
+fn is_without_layers(root: &Path) -> bool {
+    let layers = std::fs::read_dir(root.join(LAYER_CACHES)).map(|mut entries| entries.next().is_some());
+    root.join("snapshots").exists() && !layers.unwrap_or(false)
 }
 
 async fn ask(path: &Path) -> io::Result<Vec<u8>> {

@@ -2,18 +2,18 @@
 
 use std::{
     collections::BTreeSet,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use clap::Args;
 use control::{
-    LAYER_CACHES, Reading, Verdict,
+    Reading, Verdict,
     chains::{ChainStatus, Truth},
 };
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 
-use crate::status::{ImageLayer, ImageStatus, NodeStatus, StatusError, node_status};
+use crate::status::{ImageLayer, ImageStatus, NodeStatus, node_status};
 
 /// What `lazuli status` is told.
 #[derive(Debug, Args)]
@@ -31,18 +31,7 @@ pub(crate) struct StatusArguments {
 
 /// Asks and prints.
 pub(crate) async fn run(arguments: StatusArguments) -> Result<(), String> {
-    let mut status = match node_status(&arguments.root).await {
-        // A node on which nothing lazy was pulled is a healthy one.
-        Err(StatusError::NotRunning(_)) if arguments.image.is_none() && !has_layers(&arguments.root) => {
-            if arguments.json {
-                println!("{}", serde_json::json!({ "mode": null, "images": [], "chains": [], "not_lazy": [] }));
-            } else {
-                println!("no lazily pulled images: lazuli-fused is started with the first one");
-            }
-            return Ok(());
-        }
-        status => status.map_err(|error| error.to_string())?,
-    };
+    let mut status = node_status(&arguments.root).await.map_err(|error| error.to_string())?;
     if let Some(wanted) = &arguments.image {
         status.images.retain(|image| image.image == *wanted);
         status.chains.retain(|chain| chain.image == *wanted);
@@ -60,17 +49,12 @@ pub(crate) async fn run(arguments: StatusArguments) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether the node of a root directory keeps a layer, for which `lazuli-fused` should run. A directory that is none is
-/// no healthy node.
-fn has_layers(root: &Path) -> bool {
-    let is_node = root.join("snapshots").exists();
-    let layers = std::fs::read_dir(root.join(LAYER_CACHES)).map(|mut entries| entries.next().is_some());
-    !is_node || layers.unwrap_or(false)
-}
-
 /// `now` is the time since 1970.
 fn describe(status: &NodeStatus, with_layers: bool, now: Duration) -> String {
-    let mut text = format!("mode {}: {}\n", status.mode.in_use, status.mode.reason);
+    let mut text = match &status.mode {
+        Some(mode) => format!("mode {}: {}\n", mode.in_use, mode.reason),
+        None => "no lazily pulled images: lazuli-fused is started with the first one\n".to_owned(),
+    };
     for image in &status.images {
         text += &format!("\n{}\n", image.image);
         text += &lines_of(image);

@@ -118,10 +118,20 @@ fn a_node_without_lazy_images_is_healthy_and_a_directory_that_is_no_node_is_not(
     let json: Value = serde_json::from_str(&status(&node, &["--json"])?.stdout).unwrap_or_default();
     assert_eq!(json["images"], serde_json::json!([]), "{json:#}");
     let absent = status(&node, &["host/image:tag"])?;
-    assert!(absent.code == Some(1) && absent.stderr.contains("no lazuli-fused listens on"), "{absent:?}");
+    assert!(absent.code == Some(1) && absent.stderr.contains("no layer of it is here"), "{absent:?}");
     let nowhere = scratch.directory("nowhere")?.display().to_string();
     let refused = lazuli(["status", "--root", &nowhere])?;
     assert_eq!((refused.code, refused.stderr.lines().count()), (Some(1), 1), "{refused:?}");
+    assert!(refused.stderr.contains("no lazuli-fused listens on"), "{refused:?}");
+
+    // It is asked why an image is not lazy on such a node above all.
+    let noted = r#"[{"image":"host/image:tag","reason":"answered 401","since":1}]"#;
+    let file = node.snapshotter.root().join("not-lazy.json");
+    std::fs::write(&file, noted).at("writing", &file)?;
+    for words in [&[][..], &["host/image:tag"]] {
+        let told = status(&node, words)?;
+        assert!(told.code == Some(0) && told.stdout.contains("pulled completely: answered 401"), "{told:?}");
+    }
     Ok(())
 }
 
