@@ -19,6 +19,6 @@ pub const LAYER_CACHES: &str = "cache/layers";
 pub const SOCKET: &str = "fused.sock";
 
 pub use client::{exchange, request_line};
-pub use dedup_scope::{DedupScope, IMAGE, UnknownScope, owner_of};
+pub use dedup_scope::{DedupScope, UnknownScope};
 pub use mode::Mode;
 pub use protocol::*;

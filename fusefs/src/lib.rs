@@ -12,6 +12,7 @@
 mod choice;
 mod connection;
 pub mod daemon;
+pub mod description;
 pub mod erofs_mount;
 pub mod error;
 pub mod factory;

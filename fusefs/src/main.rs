@@ -18,7 +18,9 @@ use control::{
     DedupScope, Mode, RemoteLayer, descriptor,
     log::{self, Log, LogTarget},
 };
-use fusefs::{Daemon, DaemonOptions, Ended, Error, SessionOptions, daemon::Health, factory::on_runtime};
+use fusefs::{
+    Daemon, DaemonOptions, Ended, Error, SessionOptions, daemon::Health, description::domain_of, factory::on_runtime,
+};
 use registry::{BlobSource, Client, ClientOptions, PlainHttp, Reference};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
@@ -137,7 +139,7 @@ fn main() -> ExitCode {
             rest: NonZeroU64::new(u64::from(arguments.background_rate) << 20).map(RestOptions::new),
             index_memory: u64::from(arguments.index_memory) << 20,
             scrub_rate: NonZeroU64::new(u64::from(arguments.scrub_rate) << 20),
-            domain: arguments.dedup.domain(),
+            domain: domain_of(arguments.dedup),
             patience: Some(Duration::from_secs(arguments.patience.max(1).into())),
             ..CacheOptions::default()
         },

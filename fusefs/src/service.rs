@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use control::{IMAGE, LayerStatus, RemoteLayer, TreeId, owner_of, tree_id};
+use control::{LayerStatus, RemoteLayer, TreeId, tree_id};
 use format_spec::{Digest, LayerId, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use futures_util::StreamExt;
@@ -21,6 +21,7 @@ use tracing::{debug, info, warn};
 use tree::merge::{MergeError, merge};
 
 use crate::{
+    description::{IMAGE, owner_of},
     error::Error,
     factory::SourceFactory,
     namespace::Namespace,
