@@ -150,7 +150,9 @@ impl Settings {
             let message = error.message().lines().next().unwrap_or_default();
             // A message about a value does not name its key.
             let key = text.lines().nth(line - 1).and_then(|text| text.split_once('=')).map(|(key, _)| key.trim());
-            let key = key.filter(|key| !message.contains(&format!("`{key}`")));
+            let is_key =
+                |key: &&str| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+            let key = key.filter(is_key).filter(|key| !message.contains(&format!("`{key}`")));
             let problem = key.map_or_else(|| message.to_owned(), |key| format!("{key}: {message}"));
             ConfigError { line, problem }
         })

@@ -39,7 +39,7 @@
 //! In this order; who holds one takes only those after it:
 //!
 //! 1. a layer's writer of places, and the cancellation of an opening; `flushed`, then `writing` of a store; the burial
-//!    of a directory; the list of boots, and the records of `gaps`;
+//!    of a directory; the records of `gaps`;
 //! 2. the map of layers of a [`Cache`];
 //! 3. read-ahead and `Warm` of a layer;
 //! 4. the scheduler's state, in which frames are looked up and waits counted;
