@@ -19,11 +19,13 @@ use std::{
 
 use bytes::Bytes;
 use converter::{
-    blob_reader::BlobReader,
-    compress::{Compressor, FrameOptions},
-    framer::{FrameSizes, Lengths},
-    layer::{SpooledLayer, spool_layer},
-    spool::Spool,
+    blob::{reader::BlobReader, spool::Spool},
+    layer::{
+        SpooledLayer,
+        compress::{Compressor, FrameOptions},
+        framer::{FrameSizes, Lengths},
+        spool_layer,
+    },
 };
 use flate2::bufread::MultiGzDecoder;
 use format_spec::{Digest, Frame, Index};

@@ -25,11 +25,13 @@ pub(crate) use self::layer::check_layer;
 pub use self::report::{ArtifactCheck, CheckReport, Counts, Finding, ImageCheck, LayerCheck, Part};
 use self::{original::Original, report::Findings};
 use crate::{
-    blob_thread::Aborted,
-    image::ImageSource,
-    manifest::Descriptor,
-    platform::Platform,
-    resolve::{FoundManifest, ResolveError, ResolvedImage, resolve_image},
+    blob::thread::Aborted,
+    image::{
+        ImageSource,
+        manifest::Descriptor,
+        platform::Platform,
+        resolve::{FoundManifest, ResolveError, ResolvedImage, resolve_image},
+    },
 };
 
 /// Layers checked side by side: hashing keeps a processor busy with each, and each may hold a large index.

@@ -1,7 +1,14 @@
 //! Converts whatever a name points to, and publishes the result last.
 //!
 //! Nothing but layers changes: the config is carried over byte for byte, and a layer is only accepted when
-//! its tar stream is what the config says. `convert_index.rs` walks indexes, `convert_image.rs` converts an image.
+//! its tar stream is what the config says. `index.rs` walks indexes, `image.rs` converts an image.
+
+pub mod cache;
+mod cache_directory;
+mod image;
+mod index;
+mod referrers;
+pub mod report;
 
 use std::{num::NonZeroUsize, sync::Arc, time::Instant};
 
@@ -9,17 +16,23 @@ use format_spec::{Digest, FormatError, SigningKey, annotation::FORMAT_VERSION};
 use tar_index::TREE_GENERATION;
 
 use crate::{
-    cache::{CacheOptions, ConversionCache},
-    compress::{Compressor, FRAMES_GENERATION, FrameOptions},
-    convert_index::Made,
-    image::{ImageDestination, ImageError, ImageSource},
-    layer::LayerError,
-    lazy_layer::LazyLayerError,
-    platform::Platform,
-    referrers::carry_referrers,
-    report::{LayerReport, Observer, Report},
-    resolve::{ResolveError, find_manifest},
-    start_up::{HotPackChoice, StartUpError},
+    convert::{
+        cache::{CacheOptions, ConversionCache},
+        index::Made,
+        referrers::carry_referrers,
+        report::{LayerReport, Observer, Report},
+    },
+    image::{
+        ImageDestination, ImageError, ImageSource,
+        platform::Platform,
+        resolve::{ResolveError, find_manifest},
+    },
+    layer::{
+        LayerError,
+        compress::{Compressor, FRAMES_GENERATION, FrameOptions},
+        lazy::LazyLayerError,
+        start_up::{HotPackChoice, StartUpError},
+    },
 };
 
 /// Layers converted side by side at most: more only cost memory and temporary space.

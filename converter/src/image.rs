@@ -1,5 +1,19 @@
 //! Images to read, wherever they are: manifests, and blobs as streams or by range.
 
+pub mod archive;
+pub(crate) mod copy;
+pub mod destination;
+pub mod docker_archive;
+mod document;
+pub mod layout;
+pub mod location;
+pub mod manifest;
+pub mod oci_archive;
+pub mod oci_directory;
+pub mod platform;
+pub mod resolve;
+pub(crate) mod stale;
+
 use std::{
     io,
     ops::Range,
@@ -14,14 +28,16 @@ use futures_util::{StreamExt, TryStreamExt};
 use registry::{BlobSource, Client, MANIFEST_LEN_MAX, Reference};
 use storage::{ByteStream, Source, SourceError};
 
-pub use crate::destination::{ImageDestination, Progress};
+pub use crate::image::destination::{ImageDestination, Progress};
 use crate::{
-    archive::Archive,
-    docker_archive::DockerArchive,
-    file_source::FileSource,
-    layout::Layout,
-    location::{Location, Selector},
-    manifest::Descriptor,
+    blob::file_source::FileSource,
+    image::{
+        archive::Archive,
+        docker_archive::DockerArchive,
+        layout::Layout,
+        location::{Location, Selector},
+        manifest::Descriptor,
+    },
 };
 
 /// Longest config accepted: real ones have kilobytes.

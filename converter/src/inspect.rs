@@ -14,12 +14,16 @@ use serde::Serialize;
 
 pub use self::hot_pack::{HotEntry, HotPackFacts, ReasonFacts};
 use crate::{
-    image::{ImageError, ImageSource},
-    lazy_layer::{LayerKind, LazyLayerError, dedup_range, layer_kind},
-    manifest::Descriptor,
-    platform::Platform,
-    resolve::{ResolveError, resolve_image},
-    sign::signatures_of,
+    image::{
+        ImageError, ImageSource,
+        manifest::Descriptor,
+        platform::Platform,
+        resolve::{ResolveError, resolve_image},
+    },
+    layer::{
+        lazy::{LayerKind, LazyLayerError, dedup_range, layer_kind},
+        sign::signatures_of,
+    },
 };
 
 /// Layers asked for side by side.

@@ -9,6 +9,16 @@
 //!
 //! The result depends on the input, the level and the hot pieces only.
 
+pub mod compress;
+mod contents;
+pub mod frame_reader;
+pub mod framer;
+mod hot_pack;
+pub mod lazy;
+mod plain;
+pub mod sign;
+pub mod start_up;
+
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -37,15 +47,19 @@ use tar_index::{
 };
 
 use crate::{
-    blob_reader::{BlobError, BlobReader},
-    compress::{CompressedFrame, Compressor, FrameOptions},
-    contents::{ContentPiece, dedup_pieces},
-    frame_reader::FrameReader,
-    framer::{EntryOutline, FrameSizes},
-    hot_pack::HotPack,
-    plain::{PlainFrame, PlainStream},
-    spool::Spool,
-    stages::{DigestThread, ReadAhead},
+    blob::{
+        reader::{BlobError, BlobReader},
+        spool::Spool,
+        stages::{DigestThread, ReadAhead},
+    },
+    layer::{
+        compress::{CompressedFrame, Compressor, FrameOptions},
+        contents::{ContentPiece, dedup_pieces},
+        frame_reader::FrameReader,
+        framer::{EntryOutline, FrameSizes},
+        hot_pack::HotPack,
+        plain::{PlainFrame, PlainStream},
+    },
 };
 
 /// What conversion found in a layer.
@@ -365,5 +379,4 @@ impl SpooledLayer {
 }
 
 #[cfg(test)]
-#[path = "layer_tests.rs"]
 mod tests;

@@ -1,41 +1,13 @@
 //! Image in, lazy image out; checks and looks at images. The command `lazuli` lies beside this crate.
+//!
+//! `blob/` reads one blob as it streams in, `layer/` makes a lazy layer of it, `image/` knows where images are and how
+//! they are described. On these stand `convert/`, `check/` and `inspect/`, one for each thing that a user asks for.
+//! `hot_set/` finds what a start of an image reads. No clap, no gRPC, no FUSE.
 
-pub mod archive;
-pub mod blob_reader;
-mod blob_thread;
-pub mod cache;
-mod cache_directory;
+pub mod blob;
 pub mod check;
-pub mod compress;
-mod contents;
 pub mod convert;
-mod convert_image;
-mod convert_index;
-mod copy;
-pub mod destination;
-pub mod docker_archive;
-mod document;
-pub mod file_source;
-pub mod frame_reader;
-pub mod framer;
-mod hot_pack;
 pub mod hot_set;
 pub mod image;
 pub mod inspect;
 pub mod layer;
-pub mod layout;
-pub mod lazy_layer;
-pub mod location;
-pub mod manifest;
-pub mod oci_archive;
-pub mod oci_directory;
-mod plain;
-pub mod platform;
-mod referrers;
-pub mod report;
-pub mod resolve;
-pub mod sign;
-pub mod spool;
-mod stages;
-mod stale;
-pub mod start_up;

@@ -12,11 +12,13 @@ use std::{
 
 use bytes::Bytes;
 use converter::{
-    blob_reader::BlobReader,
-    compress::{Compressor, FrameOptions},
-    layer::{LayerError, SpooledLayer, spool_layer},
-    manifest::{ImageConfig, ImageManifest},
-    spool::Spool,
+    blob::{reader::BlobReader, spool::Spool},
+    image::manifest::{ImageConfig, ImageManifest},
+    layer::{
+        LayerError, SpooledLayer,
+        compress::{Compressor, FrameOptions},
+        spool_layer,
+    },
 };
 use flate2::{Compression, write::GzEncoder};
 use format_spec::{

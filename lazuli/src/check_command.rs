@@ -5,10 +5,8 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::Args;
 use converter::{
     check::{CheckError, CheckReport, Finding, LayerCheck, check},
-    image::ImageSource,
-    location::Location,
-    platform::Platform,
-    sign::read_public_keys,
+    image::{ImageSource, location::Location, platform::Platform},
+    layer::sign::read_public_keys,
 };
 use indicatif::HumanBytes;
 

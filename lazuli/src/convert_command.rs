@@ -10,16 +10,14 @@ use std::{
 
 use clap::Args;
 use converter::{
-    cache::CacheOptions,
-    compress::FrameOptions,
-    convert::{ConvertError, ConvertOptions, Platforms, convert},
+    convert::{ConvertError, ConvertOptions, Platforms, cache::CacheOptions, convert, report::Report},
     hot_set::Profile,
-    image::{ImageDestination, ImageError, ImageSource},
-    location::Location,
-    platform::Platform,
-    report::Report,
-    sign::{KeyFileError, read_signing_key},
-    start_up::HotPackChoice,
+    image::{ImageDestination, ImageError, ImageSource, location::Location, platform::Platform},
+    layer::{
+        compress::FrameOptions,
+        sign::{KeyFileError, read_signing_key},
+        start_up::HotPackChoice,
+    },
 };
 use format_spec::Digest;
 use indicatif::HumanBytes;

@@ -2,10 +2,8 @@
 
 use clap::Args;
 use converter::{
-    image::ImageSource,
+    image::{ImageSource, location::Location, platform::Platform},
     inspect::{HotEntry, ImageFacts, InspectError, LayerFacts, LazyBy, Spread, inspect_image},
-    location::Location,
-    platform::Platform,
 };
 use indicatif::{HumanBytes, HumanCount};
 

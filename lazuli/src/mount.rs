@@ -8,12 +8,16 @@ use fusefs::{Mount, mount_image};
 use storage::{Source, SourceError};
 
 use converter::{
-    file_source::FileSource,
-    image::ImageSource,
-    layer::{LayerError, empty_layer},
-    lazy_layer::{LazyLayerError, find_lazy_layer},
-    platform::Platform,
-    resolve::{ResolveError, ResolvedImage, resolve_image},
+    blob::file_source::FileSource,
+    image::{
+        ImageSource,
+        platform::Platform,
+        resolve::{ResolveError, ResolvedImage, resolve_image},
+    },
+    layer::{
+        LayerError, empty_layer,
+        lazy::{LazyLayerError, find_lazy_layer},
+    },
 };
 
 /// An image cannot be mounted.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use control::Mode;
-use converter::{image::ImageSource, location::Location, platform::Platform, resolve::ResolveError};
+use converter::image::{ImageSource, location::Location, platform::Platform, resolve::ResolveError};
 
 use crate::{
     fail_with,

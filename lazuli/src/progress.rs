@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use converter::report::{LayerReport, NoObserver, Observer};
+use converter::convert::report::{LayerReport, NoObserver, Observer};
 use format_spec::Digest;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 

@@ -17,12 +17,7 @@ use format_spec::Digest;
 use futures_util::TryStreamExt;
 use registry::{Client, Reference};
 
-use converter::{
-    image::{ImageError, ImageSource},
-    manifest::Descriptor,
-    platform::Platform,
-    resolve::ResolveError,
-};
+use converter::image::{ImageError, ImageSource, manifest::Descriptor, platform::Platform, resolve::ResolveError};
 
 use crate::pull::{
     containerd::{Containerd, ContainerdError, Prepared, REPOSITORIES, WriteError},

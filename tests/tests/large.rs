@@ -7,10 +7,12 @@ use std::{fs, time::Instant};
 
 use bytes::Bytes;
 use converter::{
-    blob_reader::BlobReader,
-    compress::{Compressor, FrameOptions},
-    layer::{ConvertedLayer, LayerError, spool_layer},
-    spool::Spool,
+    blob::{reader::BlobReader, spool::Spool},
+    layer::{
+        ConvertedLayer, LayerError,
+        compress::{Compressor, FrameOptions},
+        spool_layer,
+    },
 };
 use lazuli_tests::{
     Compression, Containerd, ContainerdOptions, ImageBuilder, LazyMount, RawHeader, RawTar, Result, Scratch,

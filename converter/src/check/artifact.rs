@@ -8,10 +8,12 @@ use super::{
     report::{ArtifactCheck, Findings, Part},
 };
 use crate::{
-    copy::Blobs,
-    image::{ImageError, ImageSource, StoredManifest},
-    manifest::Descriptor,
-    resolve::{artifact_kind, parse},
+    image::copy::Blobs,
+    image::{
+        ImageError, ImageSource, StoredManifest,
+        manifest::Descriptor,
+        resolve::{artifact_kind, parse},
+    },
 };
 
 impl Check<'_> {

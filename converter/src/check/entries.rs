@@ -14,11 +14,12 @@ use super::{
     report::{Findings, Part},
 };
 use crate::{
-    convert_index::REFERENCE_DIGEST,
-    image::{ImageSource, StoredManifest},
-    manifest::{Descriptor, ImageIndex, IndexEntry},
-    resolve::{INDEX_DEPTH_MAX, ResolveError, ResolvedImage, parse, read_image},
-    stale::describes_layers,
+    image::{
+        ImageSource, StoredManifest,
+        manifest::{Descriptor, ImageIndex, IndexEntry},
+        resolve::{INDEX_DEPTH_MAX, ResolveError, ResolvedImage, parse, read_image},
+    },
+    image::{manifest::REFERENCE_DIGEST, stale::describes_layers},
 };
 
 /// The entries that were checked, with those of the original: an index may list one thing many times.

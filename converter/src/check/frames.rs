@@ -15,7 +15,7 @@ use super::{
     opening::{Opened, Openers, SpaceThread},
     report::{Findings, Part},
 };
-use crate::stages::DigestThread;
+use crate::blob::stages::DigestThread;
 
 /// Bytes that are hashed together at least.
 const HASHED_LEN_MIN: usize = 256 << 10;

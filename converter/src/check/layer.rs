@@ -16,13 +16,19 @@ use super::{
     report::{Findings, LayerCheck, Part},
 };
 use crate::{
-    blob_reader::{BlobReader, plain_len_max},
-    blob_thread::read_blob,
-    image::{ImageError, ImageSource},
-    lazy_layer::dedup_range,
-    manifest::{Descriptor, media_type},
-    sign::{SignatureFacts, signature_facts, signatures_of},
-    stages::ReadAhead,
+    blob::{
+        reader::{BlobReader, plain_len_max},
+        stages::ReadAhead,
+        thread::read_blob,
+    },
+    image::{
+        ImageError, ImageSource,
+        manifest::{Descriptor, media_type},
+    },
+    layer::{
+        lazy::dedup_range,
+        sign::{SignatureFacts, signature_facts, signatures_of},
+    },
 };
 
 /// Checks one layer of any kind.

@@ -22,7 +22,7 @@ use super::{
     report::{Counts, Findings, Part},
     space::SpaceHasher,
 };
-use crate::blob_reader::BlobReader;
+use crate::blob::reader::BlobReader;
 
 /// A lazy layer whose index and dedup section were fetched and can be read.
 #[derive(Debug, Clone)]

@@ -12,12 +12,14 @@ use super::{
     report::{Findings, LayerCheck, Part},
 };
 use crate::{
-    blob_thread::read_blob,
-    image::ImageSource,
-    manifest::{Descriptor, media_type},
-    platform::{DescriptorPlatform, Platform},
-    resolve::{ResolvedImage, resolve_image},
-    stale::{describes_blob, describes_layers},
+    blob::thread::read_blob,
+    image::stale::{describes_blob, describes_layers},
+    image::{
+        ImageSource,
+        manifest::{Descriptor, media_type},
+        platform::{DescriptorPlatform, Platform},
+        resolve::{ResolvedImage, resolve_image},
+    },
 };
 
 /// An image that another one was converted from.

@@ -5,7 +5,7 @@ use std::fmt;
 use format_spec::Digest;
 use serde::Serialize;
 
-use crate::{image::one_line, sign::SignatureFacts};
+use crate::{image::one_line, layer::sign::SignatureFacts};
 
 /// What a finding is about; the words are those of the JSON report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]

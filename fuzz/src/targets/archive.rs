@@ -8,8 +8,8 @@ use std::{
     sync::Arc,
 };
 
-use converter::{
-    archive::Archive, docker_archive::DockerArchive, image::ImageError, layout::Layout, location::Selector,
+use converter::image::{
+    ImageError, archive::Archive, docker_archive::DockerArchive, layout::Layout, location::Selector,
 };
 
 use super::one_line;
@@ -54,7 +54,7 @@ fn docker(archive: &Arc<Archive>, name: Option<&str>) -> Result<(), ImageError> 
             return Ok(());
         }
     };
-    let manifest: converter::manifest::ImageManifest =
+    let manifest: converter::image::manifest::ImageManifest =
         serde_json::from_slice(&image.manifest().bytes).expect("a manifest that was made here");
     for layer in &manifest.layers {
         image.blob(&layer.digest)?;

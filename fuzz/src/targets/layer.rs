@@ -12,10 +12,12 @@ use std::{
 
 use bytes::Bytes;
 use converter::{
-    blob_reader::BlobReader,
-    compress::{Compressor, FrameOptions},
-    layer::{LayerError, LayerFacts, spool_layer},
-    spool::Spool,
+    blob::{reader::BlobReader, spool::Spool},
+    layer::{
+        LayerError, LayerFacts,
+        compress::{Compressor, FrameOptions},
+        spool_layer,
+    },
 };
 use format_spec::{
     Digest, Footer, HotPiece, Index, Inode, LazyLayer, dedup,

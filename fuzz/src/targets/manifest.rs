@@ -1,6 +1,6 @@
 //! Manifests, indexes of images and configs: JSON of strangers.
 
-use converter::{
+use converter::image::{
     manifest::{ImageConfig, ImageIndex, ImageManifest, IndexEntry},
     platform::Platform,
 };

@@ -2,7 +2,7 @@
 
 use std::{fmt::Display, str::FromStr};
 
-use converter::{
+use converter::image::{
     location::Location,
     platform::{DescriptorPlatform, Platform},
 };

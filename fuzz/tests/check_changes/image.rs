@@ -9,16 +9,15 @@ use std::{
 };
 
 use converter::{
-    blob_reader::BlobReader,
-    compress::{Compressor, FrameOptions},
-    convert::{ConvertOptions, Platforms, convert},
-    framer::{FrameSizes, Lengths},
-    image::{ImageDestination, ImageSource},
-    layer::spool_layer,
-    location::Location,
-    report::NoObserver,
-    spool::Spool,
-    start_up::HotPackChoice,
+    blob::{reader::BlobReader, spool::Spool},
+    convert::{ConvertOptions, Platforms, convert, report::NoObserver},
+    image::{ImageDestination, ImageSource, location::Location},
+    layer::{
+        compress::{Compressor, FrameOptions},
+        framer::{FrameSizes, Lengths},
+        spool_layer,
+        start_up::HotPackChoice,
+    },
 };
 use format_spec::{
     CompressedIndex, Digest, Footer, Frame, HotFrame, HotPiece, Index, LazyLayer, annotation, dedup,

@@ -36,7 +36,7 @@ use tonic::{
     transport::Channel,
 };
 
-use converter::manifest::Descriptor;
+use converter::image::manifest::Descriptor;
 
 /// When containerd may forget a lease by itself: for a pull that was killed. containerd's clients say the same.
 const LEASE_EXPIRES_AFTER: Duration = Duration::from_secs(24 * 60 * 60);

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use format_spec::Digest;
 
-use converter::{
-    image::{ImageSource, StoredManifest},
+use converter::image::{
+    ImageSource, StoredManifest,
     manifest::{Descriptor, ImageIndex},
     platform::Platform,
     resolve::{find_manifest, parse},

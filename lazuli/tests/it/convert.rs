@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::scene::{Scene, gzip, layer_type, list, tar};
-use converter::manifest::{Descriptor, ImageIndex, ImageManifest, IndexEntry, media_type};
+use converter::image::manifest::{Descriptor, ImageIndex, ImageManifest, IndexEntry, media_type};
 use format_spec::{Digest, LazyLayer};
 use rustix::{
     fs::{CWD, FileType, Mode, mknodat},

@@ -4,7 +4,7 @@ use std::{fs, io::Write};
 
 use crate::scene::{Scene, gzip, layer_type, tar};
 use base64::Engine;
-use converter::manifest::{Descriptor, ImageManifest, media_type};
+use converter::image::manifest::{Descriptor, ImageManifest, media_type};
 use format_spec::Digest;
 use registry::media_type::{DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use serde_json::{Value, json};

@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::scene::Scene;
-use converter::manifest::Descriptor;
+use converter::image::manifest::Descriptor;
 use registry::media_type::{OCI_INDEX, OCI_MANIFEST};
 use serde_json::{Value, json};
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::scene::{Scene, tar};
-use converter::manifest::ImageManifest;
+use converter::image::manifest::ImageManifest;
 use format_spec::{Digest, LayerSignatures, LazyLayer, signature};
 use serde_json::Value;
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::scene::{Scene, gzip, layer_type, list, tar};
-use converter::manifest::{Descriptor, ImageManifest};
+use converter::image::manifest::{Descriptor, ImageManifest};
 use format_spec::{
     Digest,
     annotation::{SOURCE_DIFF_ID, SOURCE_DIGEST, SOURCE_OPTIONS},

@@ -19,10 +19,12 @@ use std::{
 
 use bytes::Bytes;
 use converter::{
-    blob_reader::BlobReader,
-    compress::{Compressor, FrameOptions},
-    layer::{LayerError, spool_layer},
-    spool::Spool,
+    blob::{reader::BlobReader, spool::Spool},
+    layer::{
+        LayerError,
+        compress::{Compressor, FrameOptions},
+        spool_layer,
+    },
 };
 use entries::{Entry, layers, to_tar};
 use format_spec::{Digest, Index, Inode, index::mode};

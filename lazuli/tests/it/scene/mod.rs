@@ -7,7 +7,7 @@ use std::{
     process::{Command, Output},
 };
 
-use converter::manifest::{Descriptor, ImageIndex, ImageManifest, IndexEntry, media_type};
+use converter::image::manifest::{Descriptor, ImageIndex, ImageManifest, IndexEntry, media_type};
 use flate2::{Compression, write::GzEncoder};
 use format_spec::Digest;
 use serde_json::{Value, json};

@@ -26,12 +26,14 @@ use registry::Reference;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cache_directory::CacheDirectory,
     check::check_layer,
-    image::{ImageDestination, ImageError, ImageSource, StoredManifest},
-    manifest::{Descriptor, ImageIndex, ImageManifest, media_type},
-    resolve::parse,
-    stale::for_new_blob,
+    convert::cache_directory::CacheDirectory,
+    image::{
+        ImageDestination, ImageError, ImageSource, StoredManifest,
+        manifest::{Descriptor, ImageIndex, ImageManifest, media_type},
+        resolve::parse,
+        stale::for_new_blob,
+    },
 };
 
 /// Repositories remembered for a blob: the last ones.

@@ -6,7 +6,7 @@ use futures_util::StreamExt;
 use storage::ByteStream;
 use tokio::sync::mpsc;
 
-use crate::blob_reader::BlobReader;
+use crate::blob::reader::BlobReader;
 
 /// Pieces that wait for the thread; registry and file pieces have up to 256 KiB.
 const PIECES_WAITING_MAX: usize = 8;

@@ -13,23 +13,32 @@ use storage::ByteStream;
 use tokio::runtime::Handle;
 
 use crate::{
-    blob_reader::BlobReader,
-    blob_thread::{self, Pieces},
-    cache::{ConversionKey, annotations_of, check_all},
-    convert::{Conversion, ConvertError},
-    convert_index::NewManifest,
-    destination::EarlyUpload,
-    frame_reader::{FrameReader, ReadBlob},
-    image::ImageSource,
-    layer::{ConvertedLayer, LayerError, LayerFacts, SpooledLayer, spool_layer},
-    lazy_layer::{annotate, find_lazy_layer},
-    manifest::{Descriptor, media_type},
-    report::{ImageReport, LayerContent, LayerReport},
-    resolve::ResolvedImage,
-    sign::sign,
-    spool::Spool,
-    stale::for_new_layers,
-    start_up::{HotPackChoice, ReadableLayer, choose_hot_pieces},
+    blob::{
+        reader::BlobReader,
+        spool::Spool,
+        thread::{Pieces, read_blob},
+    },
+    convert::{
+        Conversion, ConvertError,
+        cache::{ConversionKey, annotations_of, check_all},
+        index::NewManifest,
+        report::{ImageReport, LayerContent, LayerReport},
+    },
+    image::{
+        ImageSource,
+        destination::EarlyUpload,
+        manifest::{Descriptor, media_type},
+        resolve::ResolvedImage,
+        stale::for_new_layers,
+    },
+    layer::{
+        ConvertedLayer, LayerError, LayerFacts, SpooledLayer,
+        frame_reader::{FrameReader, ReadBlob},
+        lazy::{annotate, find_lazy_layer},
+        sign::sign,
+        spool_layer,
+        start_up::{HotPackChoice, ReadableLayer, choose_hot_pieces},
+    },
 };
 
 /// A layer that is still to be brought to the destination.
@@ -368,7 +377,7 @@ impl Conversion<'_> {
             read_len += piece.len() as u64;
             observer.layer_read(number, read_len);
         });
-        let result = blob_thread::read_blob(Box::pin(counted), digest, descriptor.size, work).await;
+        let result = read_blob(Box::pin(counted), digest, descriptor.size, work).await;
         let result = result.map_err(|_| ConvertError::Aborted(digest))?;
         result.map_err(|error| ConvertError::Layer { digest, error })
     }

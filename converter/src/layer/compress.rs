@@ -14,7 +14,7 @@ use std::{
 use format_spec::Digest;
 use zstd::zstd_safe::CParameter;
 
-use crate::{
+use crate::layer::{
     framer::FrameSizes,
     plain::{BufferPool, PlainFrame},
 };

@@ -4,7 +4,7 @@ use std::io;
 
 use format_spec::{Digest, HotFrame, HotPiece};
 
-use crate::frame_reader::FrameReader;
+use crate::layer::frame_reader::FrameReader;
 
 /// Plain length of a frame but the last, in bytes: a node can use it when it has arrived, a longer one
 /// compresses little better.

@@ -7,8 +7,8 @@ use format_spec::{Digest, DigestHasher};
 use futures_util::StreamExt;
 use serde::Deserialize;
 
-use crate::{
-    image::{ImageDestination, ImageError, ImageSource, StoredManifest},
+use crate::image::{
+    ImageDestination, ImageError, ImageSource, StoredManifest,
     manifest::{Descriptor, null_is_empty},
     resolve::parse,
 };

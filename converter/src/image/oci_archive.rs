@@ -11,7 +11,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::{image::ImageError, oci_directory::OciDirectoryWriter};
+use crate::image::{ImageError, oci_directory::OciDirectoryWriter};
 
 /// Where in the hidden directory the layout is, and where the archive.
 const LAYOUT_NAME: &str = "layout";

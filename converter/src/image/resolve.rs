@@ -8,9 +8,8 @@ use std::pin::Pin;
 use bytes::Bytes;
 use format_spec::{Digest, index::LAYER_COUNT_MAX};
 
-use crate::{
-    document,
-    image::{ImageError, ImageSource, StoredManifest},
+use crate::image::{
+    ImageError, ImageSource, StoredManifest, document,
     manifest::{ConfigKind, Descriptor, ImageConfig, ImageIndex, ImageManifest, media_type},
     platform::{DescriptorPlatform, Platform},
 };

@@ -9,17 +9,18 @@ use bytes::Bytes;
 use format_spec::Digest;
 
 use crate::{
-    convert::{Conversion, ConvertError},
-    copy::copy_blobs,
-    image::{ImageError, StoredManifest},
-    manifest::{Descriptor, ImageIndex, IndexEntry},
-    report::{ArtifactReport, ImageReport},
-    resolve::{INDEX_DEPTH_MAX, ResolveError, artifact_kind, parse, read_image},
-    stale::for_new_layers,
+    convert::{
+        Conversion, ConvertError,
+        report::{ArtifactReport, ImageReport},
+    },
+    image::{
+        ImageError, StoredManifest,
+        copy::copy_blobs,
+        manifest::{Descriptor, ImageIndex, IndexEntry, REFERENCE_DIGEST},
+        resolve::{INDEX_DEPTH_MAX, ResolveError, artifact_kind, parse, read_image},
+        stale::for_new_layers,
+    },
 };
-
-/// In an index of buildkit: the image that an attestation is about. Source: buildkit, docs/attestations.
-pub(crate) const REFERENCE_DIGEST: &str = "vnd.docker.reference.digest";
 
 /// A manifest or index as it shall be stored.
 #[derive(Debug, Clone)]

@@ -14,7 +14,7 @@ use format_spec::{
 };
 use serde::Serialize;
 
-use crate::manifest::Descriptor;
+use crate::image::manifest::Descriptor;
 
 /// Longest file of keys that is read, in bytes: some hundred keys.
 const KEY_FILE_LEN_MAX: u64 = 64 << 10;

@@ -14,8 +14,8 @@ use format_spec::{
 };
 use futures_util::StreamExt;
 
-use crate::{
-    image::{ImageError, ImageSource},
+use crate::image::{
+    ImageError, ImageSource,
     manifest::{Descriptor, media_type},
 };
 

@@ -14,14 +14,14 @@ use format_spec::Digest;
 use serde_json::Value;
 
 use crate::{
-    convert::ConvertError,
-    convert_index::Made,
-    copy::copy_blobs,
-    image::{ImageDestination, ImageError, ImageSource, StoredManifest},
-    layout::find_tag,
-    manifest::{Descriptor, ImageIndex},
-    report::ReferrerReport,
-    resolve::{artifact_kind, parse},
+    convert::{ConvertError, index::Made, report::ReferrerReport},
+    image::{
+        ImageDestination, ImageError, ImageSource, StoredManifest,
+        copy::copy_blobs,
+        layout::find_tag,
+        manifest::{Descriptor, ImageIndex},
+        resolve::{artifact_kind, parse},
+    },
 };
 
 /// Referrers of referrers followed at most: a signature of an SBOM is two.

@@ -13,7 +13,7 @@ use std::{
 use format_spec::{Digest, DigestHasher};
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{ConversionKey, Known};
+use crate::convert::cache::{ConversionKey, Known};
 
 /// Longest entry that is read; they have a kilobyte.
 const ENTRY_LEN_MAX: u64 = 64 << 10;

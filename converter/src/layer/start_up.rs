@@ -11,8 +11,8 @@ use format_spec::{Digest, HotPiece, Index, Inode, index::PLAIN_ALIGN};
 use tree::merge::{MergeError, merge};
 
 use crate::{
-    frame_reader::FrameReader,
     hot_set::{FileContent, HotRange, Profile, StartConfig, derive},
+    layer::frame_reader::FrameReader,
 };
 
 /// Where it is known from what a start reads.

@@ -21,8 +21,8 @@ use std::{
 use format_spec::{Digest, DigestHasher};
 use rustix::fs::{AtFlags, CWD, FlockOperation, flock, linkat};
 
-use crate::{
-    image::ImageError,
+use crate::image::{
+    ImageError,
     layout::{REF_NAME, TAG_DEFAULT, blob_path, index_path, read_index},
     manifest::{Descriptor, ImageIndex, IndexEntry},
 };

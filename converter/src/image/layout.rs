@@ -12,12 +12,14 @@ use std::{
 use format_spec::Digest;
 
 use crate::{
-    archive::Archive,
-    document,
-    file_source::FileSource,
-    image::ImageError,
-    location::Selector,
-    manifest::{Descriptor, ImageIndex, IndexEntry},
+    blob::file_source::FileSource,
+    image::{
+        ImageError,
+        archive::Archive,
+        document,
+        location::Selector,
+        manifest::{Descriptor, ImageIndex, IndexEntry},
+    },
 };
 
 /// Holds the tag of an entry of `index.json`.

@@ -12,7 +12,7 @@ use std::{
 use bytes::{Buf, Bytes};
 use format_spec::Digest;
 
-use crate::stages::DigestThread;
+use crate::blob::stages::DigestThread;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();

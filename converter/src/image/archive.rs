@@ -16,8 +16,10 @@ use std::{
 use tar_index::walker::{Entry, EntryKind, TarError, TarInput, next_entry};
 
 use crate::{
-    blob_reader::{Compression, MAGIC_LEN},
-    file_source::FileSource,
+    blob::{
+        file_source::FileSource,
+        reader::{Compression, MAGIC_LEN},
+    },
     image::ImageError,
 };
 

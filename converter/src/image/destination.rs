@@ -12,8 +12,8 @@ use format_spec::Digest;
 use registry::{BlobContent, Client, GrowingFile, Growth, Reference, UncommittedBlob};
 use tokio::task::JoinHandle;
 
-use crate::{
-    image::{ImageError, ImageSource},
+use crate::image::{
+    ImageError, ImageSource,
     layout::Layout,
     location::{LayoutName, Location, Selector},
     manifest::Descriptor,

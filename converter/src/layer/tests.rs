@@ -7,7 +7,7 @@ use format_spec::{Extent, Footer, Inode, footer::FOOTER_FRAME_LEN};
 use proptest::prelude::*;
 
 use super::*;
-use crate::compress::FrameOptions;
+use crate::layer::compress::FrameOptions;
 
 #[derive(Debug)]
 struct Converted {

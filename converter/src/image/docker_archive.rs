@@ -11,12 +11,16 @@ use registry::MANIFEST_LEN_MAX;
 use serde::Deserialize;
 
 use crate::{
-    archive::Archive,
-    blob_reader::{Compression, MAGIC_LEN},
-    document,
-    file_source::FileSource,
-    image::{CONFIG_LEN_MAX, ImageError, StoredManifest},
-    manifest::{Descriptor, ImageConfig, ImageManifest, media_type},
+    blob::{
+        file_source::FileSource,
+        reader::{Compression, MAGIC_LEN},
+    },
+    image::{
+        CONFIG_LEN_MAX, ImageError, StoredManifest,
+        archive::Archive,
+        document,
+        manifest::{Descriptor, ImageConfig, ImageManifest, media_type},
+    },
 };
 
 const MANIFEST_NAME: &str = "manifest.json";

@@ -11,7 +11,10 @@ use format_spec::Digest;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-use crate::platform::DescriptorPlatform;
+use crate::image::platform::DescriptorPlatform;
+
+/// In an index of buildkit: the image that an attestation is about. Source: buildkit, docs/attestations.
+pub(crate) const REFERENCE_DIGEST: &str = "vnd.docker.reference.digest";
 
 /// Media types of layers and configs; those of manifests are in `registry::media_type`.
 pub mod media_type {
