@@ -25,8 +25,8 @@ use ::tree::erofs;
 use control::{RemoteLayer, TreeId};
 use format_spec::{Extent, Index, LayerId};
 use serde::{Deserialize, Serialize};
-use storage::{
-    disk::{Disk, DiskFile},
+use storage::disk::{
+    Disk, DiskFile,
     mapping::{FileChecksum, Map},
 };
 use tracing::warn;

@@ -8,7 +8,7 @@ use format_spec::{
     index::{WHITEOUT, mode},
 };
 use rustix::io::Errno;
-use storage::{Layer, mapping::Map};
+use storage::{Layer, disk::mapping::Map};
 
 use crate::number::Slot;
 

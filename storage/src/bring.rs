@@ -6,8 +6,11 @@
 use std::{ops::Range, sync::Arc, time::Instant};
 
 use crate::{
-    dedup::CopyPlan, error::ReadError, frame_store::UnkeptFrames, hot_pack::HotStream, layer::LayerInner,
-    presence::frame_runs, scheduler::Priority, wait::Wait, warm::Warm,
+    disk::{frame_store::UnkeptFrames, presence::frame_runs},
+    error::ReadError,
+    fetch::{scheduler::Priority, wait::Wait},
+    layer::LayerInner,
+    warm::{Warm, dedup::CopyPlan, hot_pack::HotStream},
 };
 
 /// Times that somebody waits for what is near before only frames are fetched: once to hear what other layers have,

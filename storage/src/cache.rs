@@ -35,21 +35,25 @@ use tokio::{
 };
 
 use crate::{
-    directory::{LayerDirectory, LayerRecord},
-    disk::Disk,
+    disk::{
+        Disk,
+        directory::{LayerDirectory, LayerRecord},
+        unkept::Unkept,
+        unpack::Unpacker,
+    },
     error::{CacheError, ReadError},
+    fetch::{
+        places::{Place, Places},
+        scheduler::{RequestOptions, Scheduler},
+        source::{Source, Sources},
+        transfer,
+    },
     layer::Layer,
-    places::{Place, Places},
-    scheduler::{RequestOptions, Scheduler},
-    source::{Source, Sources},
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering},
         lock,
     },
-    transfer,
-    unkept::Unkept,
-    unpack::Unpacker,
 };
 
 mod opening;

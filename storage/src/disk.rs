@@ -3,6 +3,20 @@
 //! Everything goes to the kernel at once. An [`Observer`] hears of each operation first: tests record the order, lose
 //! what was not synced, delay and refuse.
 
+pub(crate) mod bitmap;
+pub(crate) mod directory;
+pub(crate) mod frame_store;
+pub(crate) mod gaps;
+pub(crate) mod health;
+pub mod mapping;
+pub(crate) mod page_map;
+pub(crate) mod presence;
+pub(crate) mod proof;
+pub(crate) mod unchecked;
+pub(crate) mod unkept;
+pub(crate) mod unpack;
+pub(crate) mod verdict;
+
 use std::{
     fmt,
     fs::{self, File, OpenOptions},

@@ -6,7 +6,7 @@ use std::{io, path::PathBuf, sync::Arc};
 
 use format_spec::{Digest, FormatError};
 
-use crate::source::SourceError;
+use crate::fetch::source::SourceError;
 
 /// A cache or one of its layers cannot be opened.
 #[derive(Debug, Clone, thiserror::Error)]

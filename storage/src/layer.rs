@@ -12,22 +12,24 @@ use format_spec::LazyLayer;
 use serde_json::Value;
 
 use crate::{
-    dedup::CopyPlan,
-    directory::LayerDirectory,
-    disk::is_lost,
+    disk::{
+        directory::LayerDirectory,
+        frame_store::UnkeptFrames,
+        is_lost,
+        mapping::LayerIndex,
+        presence::{frame_runs, needed_frames},
+        verdict::Verdict,
+    },
     error::ReadError,
-    frame_store::UnkeptFrames,
-    hot_pack::HotStream,
+    fetch::{
+        read_ahead::ReadAhead,
+        scheduler::{Activity, Priority, Scheduler},
+        wait::Wait,
+    },
     layer_core::{LayerCore, Progress},
-    mapping::LayerIndex,
-    presence::{frame_runs, needed_frames},
-    read_ahead::ReadAhead,
-    scheduler::{Activity, Priority, Scheduler},
     sync::{Mutex, MutexGuard, lock},
-    verdict::Verdict,
     verify::verify_in_haste,
-    wait::Wait,
-    warm::{Event, Warm},
+    warm::{Event, Warm, dedup::CopyPlan, hot_pack::HotStream},
 };
 
 /// Times a read fetches what it needs: more than once only if content vanishes between arrival and read.

@@ -9,11 +9,9 @@ use serde_json::Value;
 use tokio::runtime::Handle;
 
 use crate::{
-    directory::LayerRecord,
+    disk::{directory::LayerRecord, frame_store::FrameStore, presence::frame_runs},
     error::ReadError,
-    frame_store::FrameStore,
-    places::{Place, Places},
-    presence::frame_runs,
+    fetch::places::{Place, Places},
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},

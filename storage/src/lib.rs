@@ -10,11 +10,10 @@
 //! a layer are called (`fusefs` reads the index), and who decides that a layer is no longer needed.
 //!
 //! `layer_core.rs` is what everything here knows of a layer; `layer.rs` is the way of a read. `bring.rs` decides how
-//! what it misses comes: `warm.rs` says what comes by itself, `dedup.rs` copies it from another layer, `hot_pack.rs`
-//! receives what a start-up reads, `scheduler/` decides what else is requested, and when and where, and `transfer.rs`
-//! carries a request out. `places.rs` holds where a layer comes from. `frame_store.rs` keeps it all, `presence.rs`
-//! knows what is there, by the numbers of `page_map.rs`, `unpack.rs` makes indexes of what is fetched, `directory.rs` keeps the files and `disk.rs`
-//! changes them. `threads.rs` checks what threads may do to each other.
+//! what it misses comes: `warm/` is what comes by itself, a hot pack or copies from another layer, and `fetch/` decides
+//! what else is requested, when and where, and carries it out. `disk/` keeps it all, in an order of writes that a crash
+//! may cut anywhere. `cache/` opens layers and works for them in the background. `threads.rs` checks what threads may
+//! do to each other.
 //!
 //! # Who tries again
 //!
@@ -50,49 +49,28 @@
 //! threads of the reactor and of FUSE sessions, and held for a look or a change. Callbacks of readers run under none of
 //! them.
 
-mod bitmap;
 mod bring;
 pub mod cache;
-mod decode;
-mod dedup;
-mod directory;
 pub mod disk;
 pub mod error;
-mod frame_store;
-mod gaps;
-mod health;
-mod hot_pack;
-mod incoming;
+mod fetch;
 pub mod layer;
 mod layer_core;
-mod link;
-pub mod mapping;
-mod page_map;
-mod places;
-mod presence;
-mod proof;
 mod ranges;
-mod read_ahead;
-mod scheduler;
-pub mod source;
 mod sync;
 #[cfg(all(test, feature = "shuttle"))]
 mod threads;
-mod transfer;
-mod unchecked;
-mod unkept;
-mod unpack;
-mod verdict;
 mod verify;
-mod wait;
 mod warm;
 
 pub use cache::{Cache, CacheOptions, KnownLayer, RestOptions};
 pub use disk::create_private_directory;
+pub use disk::mapping::LayerIndex;
+pub use disk::verdict::Verdict;
 pub use error::{CacheError, ReadError};
+pub use fetch::scheduler::{Activity, Priority, RequestLimits, RequestOptions};
+pub use fetch::source::{
+    ByteStream, FetchFuture, FetchWideFuture, Source, SourceError, SourceErrorKind, Sources, WideStream,
+};
 pub use layer::Layer;
 pub use layer_core::Progress;
-pub use mapping::LayerIndex;
-pub use scheduler::{Activity, Priority, RequestLimits, RequestOptions};
-pub use source::{ByteStream, FetchFuture, FetchWideFuture, Source, SourceError, SourceErrorKind, Sources, WideStream};
-pub use verdict::Verdict;

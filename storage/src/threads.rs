@@ -32,22 +32,25 @@ use tempfile::TempDir;
 use tokio::sync::Notify;
 
 use crate::{
-    bitmap::{Bitmap, empty},
-    directory::LayerDirectory,
-    disk::{Disk, Observer, Operation},
-    frame_store::{FrameStore, UnkeptFrames},
-    hot_pack::HotStream,
+    disk::{
+        Disk, Observer, Operation,
+        bitmap::{Bitmap, empty},
+        directory::LayerDirectory,
+        frame_store::{FrameStore, UnkeptFrames},
+        page_map::PageMap,
+        presence::{Counts, Presence, PresenceBits},
+        unpack::Unpacker,
+    },
+    fetch::{
+        places::{Place, Places},
+        scheduler::{Fetch, Outcome, Priority, RequestOptions, Scheduler},
+        source::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream},
+        wait::Wait,
+    },
     layer::Layer,
     layer_core::LayerCore,
-    page_map::PageMap,
-    places::{Place, Places},
-    presence::{Counts, Presence, PresenceBits},
-    scheduler::{Fetch, Outcome, Priority, RequestOptions, Scheduler},
-    source::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream},
     sync::{Mutex, lock},
-    unpack::Unpacker,
-    wait::Wait,
-    warm::Event,
+    warm::{Event, hot_pack::HotStream},
 };
 
 /// Schedules of each check and kind.
@@ -192,7 +195,7 @@ impl TestStore {
         let new = unpacker.unpack(&mut received, &MODEL.lazy.index).unwrap_or_else(|_| panic!("index is made here"));
         let directory = LayerDirectory::new(root.path().join(MODEL.lazy.id().hex()), disk);
         directory.create().unwrap();
-        let record = crate::directory::LayerRecord::new(MODEL.lazy, Vec::new());
+        let record = crate::disk::directory::LayerRecord::new(MODEL.lazy, Vec::new());
         let index = directory.place_index(&record, new).unwrap();
         let digest = MODEL.lazy.index.digest;
         let store = FrameStore::open(directory, index, digest, Arc::new(Notify::new()), Arc::default()).unwrap();

@@ -17,14 +17,15 @@ use format_spec::Frame;
 use tokio::sync::Semaphore;
 
 use crate::{
-    decode::{DecodeError, Workspaces},
+    disk::{proof::ProofError, verdict::Verdict},
     error::ReadError,
+    fetch::{
+        decode::{DecodeError, Workspaces},
+        scheduler::{Scheduler, Slot, StreamKind},
+        source::SourceError,
+    },
     layer_core::LayerCore,
-    proof::ProofError,
-    scheduler::{Scheduler, Slot, StreamKind},
-    source::SourceError,
     sync::{Mutex, atomic::Ordering, lock},
-    verdict::Verdict,
 };
 
 /// Compressed bytes of one request. A step that fails is asked for again as a whole.

@@ -2,6 +2,9 @@
 //!
 //! One value says it, and one function changes it. `cache/start_up.rs` tells what happens, `bring.rs` looks.
 
+pub(crate) mod dedup;
+pub(crate) mod hot_pack;
+
 /// Content coming for a layer by itself: `H` is a hot pack on its way, `P` a plan of copies, `W` somebody who waits.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) enum Warm<H, P, W> {

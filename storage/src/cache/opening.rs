@@ -12,18 +12,22 @@ use tokio::time::Instant;
 
 use super::{CacheInner, OpeningPlace, disk_error};
 use crate::{
-    directory::{LayerDirectory, LayerRecord},
+    disk::{
+        directory::{LayerDirectory, LayerRecord},
+        frame_store::FrameStore,
+        mapping::LayerIndex,
+        unpack::{NewIndex, UnpackError},
+    },
     error::CacheError,
-    frame_store::FrameStore,
-    incoming::Incoming,
+    fetch::{
+        incoming::Incoming,
+        places::{PlaceRecord, Places},
+        scheduler::{Slot, StreamKind},
+        source::{SourceError, SourceErrorKind},
+    },
     layer::Layer,
     layer_core::LayerCore,
-    mapping::LayerIndex,
-    places::{PlaceRecord, Places},
-    scheduler::{Slot, StreamKind},
-    source::{SourceError, SourceErrorKind},
     sync::{Mutex, lock},
-    unpack::{NewIndex, UnpackError},
 };
 
 /// Times an index is asked for when the bytes are wrong or break off.

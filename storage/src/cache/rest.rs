@@ -22,7 +22,7 @@ use super::{
     quiet::Quiet,
     shares::{Shares, SourceName},
 };
-use crate::{layer::Layer, scheduler::Priority};
+use crate::{fetch::scheduler::Priority, layer::Layer};
 
 /// Plain bytes of a step: a request or two.
 const STEP_LEN: u64 = 8 << 20;

@@ -1,7 +1,7 @@
 //! Cached content is compared with its checksums: once soon after an earlier process left it, and all of it now and then.
 //!
 //! Both slowly, and giving way to readers. Content of an earlier process that a reader or a mount is about to use does
-//! not wait for this ([`crate::unchecked`]).
+//! not wait for this ([`crate::disk::unchecked`]).
 
 use std::{
     num::NonZeroU64,

@@ -23,17 +23,23 @@ use super::{CacheInner, Entry};
 use tokio::sync::Semaphore;
 
 use crate::{
-    dedup::{self, CopyPlan, Peer},
-    directory::{LayerDirectory, LayerRecord},
-    hot_pack::{self, HotStream},
-    incoming::Incoming,
+    disk::{
+        directory::{LayerDirectory, LayerRecord},
+        mapping::LayerIndex,
+    },
+    fetch::{
+        incoming::Incoming,
+        scheduler::{Priority, Slot, StreamKind},
+        source::SourceError,
+    },
     layer::{Layer, LayerInner},
     layer_core::LayerCore,
-    mapping::LayerIndex,
-    scheduler::{Priority, Slot, StreamKind},
-    source::SourceError,
     sync::lock,
-    warm::Event,
+    warm::{
+        Event,
+        dedup::{self, CopyPlan, Peer},
+        hot_pack::{self, HotStream},
+    },
 };
 
 /// Longest dedup section, compressed, that reads wait for: what a container misses of it in a second on a slow link is

@@ -7,7 +7,7 @@
 //! page is there, kept in `presence`. A page that differs, or that the disk cannot read, counts as missing and is fetched
 //! again. If the file is sealed, somebody may have it mounted: then the good pages are copied to a new one.
 //!
-//! Content of an earlier process is compared once before it is used ([`crate::unchecked`]), everything now and then by
+//! Content of an earlier process is compared once before it is used ([`crate::disk::unchecked`]), everything now and then by
 //! the scrub (`cache/scrub.rs`).
 
 use std::{io, ops::Range};
@@ -16,10 +16,13 @@ use format_spec::index::PLAIN_ALIGN;
 use rustix::io::Errno;
 
 use crate::{
-    disk::{DiskFile, is_lost},
-    frame_store::{FrameStore, Writing},
-    page_map::PageMap,
-    presence::{PresenceBits, pages_of},
+    disk::{
+        DiskFile,
+        frame_store::{FrameStore, Writing},
+        is_lost,
+        page_map::PageMap,
+        presence::{PresenceBits, pages_of},
+    },
     sync::{atomic::Ordering, lock},
 };
 

@@ -2,13 +2,15 @@
 //!
 //! The disk may have changed it meanwhile, however that process ended. So every page of it is compared once: before the
 //! first read of it is answered, before the kernel gets the file, or by the scrub, whichever comes first
-//! ([`crate::health`]).
+//! ([`crate::disk::health`]).
 
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt, sync::Arc};
 
 use crate::{
-    bitmap::Bitmap,
-    presence::{Counts, PresenceBits},
+    disk::{
+        bitmap::Bitmap,
+        presence::{Counts, PresenceBits},
+    },
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},

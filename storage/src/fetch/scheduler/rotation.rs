@@ -6,7 +6,7 @@ use super::{
     machine::{Class, Effect, Machine, Outcome, Running, Waiter},
     turns::{Candidate, Slots},
 };
-use crate::source::SourceError;
+use crate::fetch::source::SourceError;
 
 impl<W: Waiter> Machine<W> {
     /// Gives slots of requests whose turn is over to sources that have none.

@@ -6,7 +6,7 @@
 //! when all content of the frame is there, however it came: frames end in the middle of pages, and such a page is there
 //! when all frames are that have bytes in it.
 //!
-//! Both are kept in the file `presence`, with the checksums of pages ([`crate::health`]), bound to the layer's index by
+//! Both are kept in the file `presence`, with the checksums of pages ([`crate::disk::health`]), bound to the layer's index by
 //! its digest and closed by a CRC-32. Whatever does not fit is treated as "nothing there": the price is bytes fetched
 //! again, never a wrong byte.
 
@@ -14,7 +14,7 @@ use std::{ops::Range, sync::Arc};
 
 use format_spec::{Digest, index::PLAIN_ALIGN};
 
-use crate::{
+use crate::disk::{
     bitmap::{self, Bitmap},
     mapping::LayerIndex,
     page_map::PageMap,

@@ -7,7 +7,10 @@ use super::{
     options::Priority,
     turns::Slots,
 };
-use crate::{error::ReadError, places::PlaceRef, source::SourceError};
+use crate::{
+    error::ReadError,
+    fetch::{places::PlaceRef, source::SourceError},
+};
 
 /// A request below this rate loses its slot when somebody else waits for one, shares the place with it, or there is
 /// another place: less than a modem, and no layer of a usable size comes at it within a reader's patience.

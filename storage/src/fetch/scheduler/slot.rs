@@ -6,7 +6,7 @@ use super::{
     Scheduler,
     machine::{Grant, Outcome},
 };
-use crate::{incoming::Incoming, link::Link, places::Place, source::SourceError};
+use crate::fetch::{incoming::Incoming, link::Link, places::Place, source::SourceError};
 
 /// A slot for a request that its holder makes at a place. It is given back when this is dropped.
 #[derive(Debug)]

@@ -23,7 +23,10 @@ use super::{
     standing::Standings,
     turns::{Candidate, Taken, choose},
 };
-use crate::{error::ReadError, link::Link, places::PlaceRef, source::SourceError};
+use crate::{
+    error::ReadError,
+    fetch::{link::Link, places::PlaceRef, source::SourceError},
+};
 
 /// Longest range of one request, unless a single frame is longer; in compressed bytes. Long enough that the
 /// round trip does not show, short enough that several requests share a link fairly.

@@ -18,9 +18,11 @@ use super::{
 };
 use crate::{
     error::ReadError,
-    link::Link,
-    places::PlaceRef,
-    source::{SourceError, SourceErrorKind},
+    fetch::{
+        link::Link,
+        places::PlaceRef,
+        source::{SourceError, SourceErrorKind},
+    },
 };
 
 const FRAME_LEN: u64 = 1 << 20;

@@ -15,9 +15,11 @@ use std::{
 use format_spec::{Digest, dedup::DedupPiece, index::FRAME_PLAIN_LEN_MAX};
 
 use crate::{
-    directory::CopySource,
-    frame_store::{Epoch, FrameStore},
-    mapping::LayerIndex,
+    disk::{
+        directory::CopySource,
+        frame_store::{Epoch, FrameStore},
+        mapping::LayerIndex,
+    },
     ranges::without,
     sync::atomic::{AtomicU8, Ordering},
 };

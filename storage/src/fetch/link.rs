@@ -7,7 +7,7 @@ use std::sync::{
 
 use tokio::sync::Notify;
 
-use crate::source::SourceError;
+use crate::fetch::source::SourceError;
 
 /// Shared by a request, which counts what it receives, and the scheduler, which may end it.
 #[derive(Debug, Default)]

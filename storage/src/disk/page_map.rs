@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use crate::{mapping::LayerIndex, presence::pages_of};
+use crate::disk::{mapping::LayerIndex, presence::pages_of};
 
 /// The pages with content and their numbers.
 #[derive(Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::options::RequestOptions;
-use crate::{
+use crate::fetch::{
     places::PlaceRef,
     source::{SourceError, SourceErrorKind},
 };

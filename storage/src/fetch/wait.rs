@@ -6,8 +6,8 @@ use bytes::Bytes;
 use format_spec::Digest;
 
 use crate::{
+    disk::frame_store::UnkeptFrames,
     error::ReadError,
-    frame_store::UnkeptFrames,
     sync::{
         Mutex,
         atomic::{AtomicUsize, Ordering},

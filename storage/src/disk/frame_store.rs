@@ -19,20 +19,22 @@ use format_spec::{Digest, index::PLAIN_ALIGN};
 use tokio::sync::Notify;
 
 use crate::{
-    directory::{CopySource, LayerDirectory},
-    disk::DiskFile,
-    health::PageChecksum,
-    mapping::LayerIndex,
-    page_map::PageMap,
-    presence::{Counts, Presence, PresenceBits, frame_runs, needed_frames},
-    proof::Proof,
+    disk::{
+        DiskFile,
+        directory::{CopySource, LayerDirectory},
+        health::PageChecksum,
+        mapping::LayerIndex,
+        page_map::PageMap,
+        presence::{Counts, Presence, PresenceBits, frame_runs, needed_frames},
+        proof::Proof,
+        unchecked::Unchecked,
+        unkept::Unkept,
+    },
     sync::{
         Condvar, Mutex, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
         lock,
     },
-    unchecked::Unchecked,
-    unkept::Unkept,
 };
 
 /// Longest run of files assembled for one write, in bytes. Memory for a longer one would go back to the system each time.

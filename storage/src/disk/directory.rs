@@ -3,10 +3,10 @@
 //! - `layer.json`: what names the layer and where it comes from.
 //! - `index`: the index in open form.
 //! - `data`: a sparse file that is the layer's plain address space.
-//! - `presence`: what `data` holds ([`crate::presence`]).
-//! - `gaps`: the bytes of the tar stream that are no file content, until they were compared ([`crate::gaps`]).
-//! - `verdict`: whether the layer is what its tar stream says ([`crate::proof`]).
-//! - `dedup`: digests of what `data` holds or will, for other layers that have the same ([`crate::dedup`]).
+//! - `presence`: what `data` holds ([`crate::disk::presence`]).
+//! - `gaps`: the bytes of the tar stream that are no file content, until they were compared ([`crate::disk::gaps`]).
+//! - `verdict`: whether the layer is what its tar stream says ([`crate::disk::proof`]).
+//! - `dedup`: digests of what `data` holds or will, for other layers that have the same ([`crate::warm::dedup`]).
 //!
 //! All but `data` and `gaps` are replaced by rename, so a crash leaves the old or the new one. The directory is
 //! made after the index was verified: whoever names a blob wrongly leaves nothing behind.
@@ -33,15 +33,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    bitmap::Bitmap,
-    disk::{Disk, DiskFile, is_lost},
-    mapping::{FileChecksum, LayerIndex, Map},
-    page_map::PageMap,
-    places::PlaceRecord,
-    presence::{Counts, PresenceBits, pages_of},
+    disk::{
+        Disk, DiskFile,
+        bitmap::Bitmap,
+        is_lost,
+        mapping::{FileChecksum, LayerIndex, Map},
+        page_map::PageMap,
+        presence::{Counts, PresenceBits, pages_of},
+        unpack::NewIndex,
+        verdict::VerdictRecord,
+    },
+    fetch::places::PlaceRecord,
     sync::{Mutex, lock},
-    unpack::NewIndex,
-    verdict::VerdictRecord,
 };
 
 /// Extension of files that are not whole yet.

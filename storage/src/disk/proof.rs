@@ -17,15 +17,17 @@ use tar_index::{
 };
 
 use crate::{
-    directory::LayerDirectory,
-    frame_store::FrameStore,
-    gaps::{Gaps, gap_ranges},
-    mapping::LayerIndex,
+    disk::{
+        directory::LayerDirectory,
+        frame_store::FrameStore,
+        gaps::{Gaps, gap_ranges},
+        mapping::LayerIndex,
+        verdict::{Verdict, VerdictRecord},
+    },
     sync::{
         RwLock,
         atomic::{AtomicBool, Ordering},
     },
-    verdict::{Verdict, VerdictRecord},
 };
 
 /// Longest reason that is kept, in characters: names of a stranger stand in it.

@@ -22,8 +22,8 @@ use format_spec::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::{
-    disk::Disk,
+use crate::disk::{
+    Disk,
     mapping::{LayerIndex, Map},
 };
 

@@ -10,20 +10,21 @@ use format_spec::{Digest, footer::SKIPPABLE_HEADER_LEN, index::PLAIN_ALIGN};
 use tokio::sync::mpsc;
 
 use crate::{
-    decode::{DecodeError, Workspaces},
-    frame_store::FrameStore,
-    incoming::Incoming,
+    disk::{frame_store::FrameStore, mapping::LayerIndex},
+    fetch::{
+        decode::{DecodeError, Workspaces},
+        incoming::Incoming,
+        scheduler::{Scheduler, Slot, StreamKind, WAIT_LEN_MAX},
+        source::SourceError,
+        wait::Wait,
+    },
     layer_core::LayerCore,
-    mapping::LayerIndex,
     ranges::without,
-    scheduler::{Scheduler, Slot, StreamKind, WAIT_LEN_MAX},
-    source::SourceError,
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering},
         lock,
     },
-    wait::Wait,
 };
 
 /// Frames that are not needed, in compressed bytes, are received rather than left out of a request when they are no

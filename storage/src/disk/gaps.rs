@@ -26,9 +26,7 @@ use format_spec::{
 };
 
 use crate::{
-    directory::LayerDirectory,
-    disk::{DiskFile, is_lost},
-    mapping::LayerIndex,
+    disk::{DiskFile, directory::LayerDirectory, is_lost, mapping::LayerIndex},
     sync::{Mutex, lock},
 };
 

@@ -5,7 +5,7 @@ use std::{fmt, ops::Range, sync::Arc};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 
-use crate::{
+use crate::fetch::{
     link::Link,
     source::{ByteStream, Source, SourceError, WideStream},
 };

@@ -18,12 +18,14 @@ use tokio::{
 };
 
 use crate::{
-    decode::{SharedWorkspaces, Workspaces},
     error::ReadError,
+    fetch::{
+        decode::{SharedWorkspaces, Workspaces},
+        places::{Place, Places},
+        wait::Wait,
+    },
     layer_core::LayerCore,
-    places::{Place, Places},
     sync::{Mutex, lock},
-    wait::Wait,
 };
 
 mod health;

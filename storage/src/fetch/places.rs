@@ -13,7 +13,7 @@ use format_spec::LazyLayer;
 use serde_json::Value;
 
 use crate::{
-    source::Source,
+    fetch::source::Source,
     sync::{Mutex, lock},
 };
 

@@ -9,14 +9,16 @@ use bytes::Bytes;
 use format_spec::Frame;
 
 use crate::{
-    decode::{DecodeError, Workspaces},
     error::ReadError,
-    incoming::Incoming,
+    fetch::{
+        decode::{DecodeError, Workspaces},
+        incoming::Incoming,
+        link::Link,
+        places::Place,
+        scheduler::{Fetch, InFlight, Outcome, Priority, Scheduler},
+        source::SourceError,
+    },
     layer_core::LayerCore,
-    link::Link,
-    places::Place,
-    scheduler::{Fetch, InFlight, Outcome, Priority, Scheduler},
-    source::SourceError,
 };
 
 /// Frames on their way. Dropped before it has ended, they fail.
