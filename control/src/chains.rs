@@ -5,9 +5,6 @@ use std::{fmt, io, path::Path};
 use format_spec::{Digest, LayerId};
 use serde::{Deserialize, Serialize};
 
-/// The file, below the root: a list of [`ChainStatus`], sorted by chain.
-pub const CHAINS_FILE: &str = "chains.json";
-
 /// The truth about a lazy layer under its chain ID, as far as it is known.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(tag = "truth", rename_all = "snake_case")]

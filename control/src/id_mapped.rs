@@ -10,8 +10,7 @@ use std::{fs, io, path::Path};
 
 use rustix::{io::Errno, mount::UnmountFlags};
 
-/// The directory below the root.
-pub const DIRECTORY: &str = "id-mapped";
+use crate::root::ID_MAPPED;
 
 /// Detaches what is mounted on the directories in `directory`, and removes them and it; who uses a mount keeps it.
 /// Nothing happens where there is no such directory.
@@ -38,7 +37,7 @@ pub fn remove_mounts(directory: &Path) -> io::Result<()> {
 ///
 /// As [`remove_mounts`].
 pub fn remove_all(root: &Path) -> io::Result<()> {
-    let entries = match fs::read_dir(root.join(DIRECTORY)) {
+    let entries = match fs::read_dir(root.join(ID_MAPPED)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,
     };
@@ -76,7 +75,7 @@ mod tests {
     #[test]
     fn mounts_go_and_what_they_show_stays() {
         let root = tempfile::tempdir().unwrap();
-        let (shown, snapshot) = (root.path().join("layer"), root.path().join(DIRECTORY).join("7"));
+        let (shown, snapshot) = (root.path().join("layer"), root.path().join(ID_MAPPED).join("7"));
         fs::create_dir(&shown).unwrap();
         fs::write(shown.join("file"), "x").unwrap();
         for name in ["layers", "tree"] {
@@ -87,7 +86,7 @@ mod tests {
         }
         remove_all(root.path()).unwrap();
         remove_all(root.path()).unwrap();
-        assert_eq!(fs::read_dir(root.path().join(DIRECTORY)).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(root.path().join(ID_MAPPED)).unwrap().count(), 0);
         assert_eq!(fs::read_to_string(shown.join("file")).unwrap(), "x");
         remove_mounts(&snapshot).unwrap();
     }
@@ -95,7 +94,7 @@ mod tests {
     #[test]
     fn nothing_but_mount_points_is_removed() {
         let root = tempfile::tempdir().unwrap();
-        let file = root.path().join(DIRECTORY).join("7/layers/file");
+        let file = root.path().join(ID_MAPPED).join("7/layers/file");
         fs::create_dir_all(file.parent().unwrap()).unwrap();
         fs::write(&file, "x").unwrap();
         assert_eq!(remove_all(root.path()).unwrap_err().kind(), io::ErrorKind::DirectoryNotEmpty);

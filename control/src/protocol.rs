@@ -208,10 +208,6 @@ pub enum ErrorKind {
     DiskFull,
 }
 
-/// The file below the root in which the snapshotter says which images are not lazy although they could be: a list of
-/// [`NotLazy`], oldest first.
-pub const NOT_LAZY_FILE: &str = "not-lazy.json";
-
 /// A converted image that is pulled completely all the same.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NotLazy {

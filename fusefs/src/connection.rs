@@ -18,7 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use control::descriptor;
+use control::{descriptor, root::SESSION_START};
 use fuser::{Config, Filesystem, SessionACL};
 use rustix::{
     mount::{MountFlags, UnmountFlags},
@@ -30,8 +30,6 @@ use crate::error::Error;
 
 /// Name of the file system in the mount table.
 pub(crate) const NAME: &str = "lazuli";
-/// File below the root with the kernel's first message.
-const INIT_FILE: &str = "fused.init";
 /// Longest message that is read: what the kernel asks for at least (`FUSE_MIN_READ_BUFFER`, include/uapi/linux/fuse.h).
 const MESSAGE_LEN_MAX: usize = 8192;
 /// `FUSE_NOTIFY_RESEND`, as a message of 16 bytes: its length, the code, no request that it answers.
@@ -163,7 +161,7 @@ impl InitMessage {
     }
 
     fn load(root: &Path) -> Option<Self> {
-        let path = root.join(INIT_FILE);
+        let path = root.join(SESSION_START);
         match fs::read(&path) {
             Ok(bytes) => Self::new(&bytes),
             Err(error) => {
@@ -178,10 +176,10 @@ impl InitMessage {
         let save = || -> io::Result<()> {
             let file = tempfile::NamedTempFile::new_in(root)?;
             fs::write(file.path(), &self.0)?;
-            file.persist(root.join(INIT_FILE))?;
+            file.persist(root.join(SESSION_START))?;
             Ok(())
         };
-        save().map_err(Error::disk(root.join(INIT_FILE)))
+        save().map_err(Error::disk(root.join(SESSION_START)))
     }
 
     /// Whether this kernel sends again what was not answered.

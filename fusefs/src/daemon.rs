@@ -23,7 +23,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use control::Mode;
+use control::{
+    Mode,
+    root::{FUSED_LOCK, SESSION},
+};
 use rustix::fs::FlockOperation;
 use storage::{CacheOptions, create_private_directory};
 use tokio::{runtime::Handle, sync::mpsc};
@@ -38,8 +41,9 @@ use crate::{
     mounts::Mounts,
     namespace::Namespace,
     server::{ControlServer, HeldDevice},
-    service::{Service, Stores, blocking},
+    service::{Service, Stores},
     session::{Session, SessionOptions},
+    sync::blocking,
     users::mounts_in_use,
 };
 
@@ -126,7 +130,7 @@ impl Daemon {
             create_private_directory(&root).map_err(Error::disk(&root))?;
             let root = root.canonicalize().map_err(Error::disk(&root))?;
             let patience = if take_over.is_some() { PREDECESSOR_PATIENCE } else { CLOSING_PATIENCE };
-            let mount_point = root.join("mnt");
+            let mount_point = root.join(SESSION);
             if take_over.is_none() && has_session(&mount_point)? {
                 thread::sleep(HEIR_PATIENCE);
             }
@@ -257,7 +261,7 @@ fn retry<T>(
 }
 
 fn lock(root: &Path) -> Result<File, Error> {
-    let path = root.join("fused.lock");
+    let path = root.join(FUSED_LOCK);
     let file = File::options().create(true).append(true).open(&path).map_err(Error::disk(&path))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),

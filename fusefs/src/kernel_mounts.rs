@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use control::{TreeId, id_mapped::detach_all};
+use control::{TreeId, id_mapped::detach_all, root::KERNEL_MOUNTS};
 use format_spec::LayerId;
 use serde::{Deserialize, Serialize};
 use storage::{Layer, create_private_directory};
@@ -157,7 +157,7 @@ impl KernelMounts {
     ///
     /// When the session or the directory cannot be used.
     pub(crate) fn open(root: &Path, session: &Path, read_ahead_kib: u32) -> io::Result<Self> {
-        let directory = root.join("erofs");
+        let directory = root.join(KERNEL_MOUNTS);
         // What is mounted there may have programs that run as root for whoever reaches them.
         create_private_directory(&directory)?;
         let device = fs::metadata(session)?.dev();

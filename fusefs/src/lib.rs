@@ -28,6 +28,7 @@ mod server;
 mod service;
 mod session;
 mod store;
+mod sync;
 mod tree;
 mod trees;
 mod users;

@@ -17,6 +17,7 @@ use clap::Parser;
 use control::{
     DedupScope, Mode, RemoteLayer, descriptor,
     log::{self, Log, LogTarget},
+    root::SOCKET,
 };
 use fusefs::{
     Daemon, DaemonOptions, Ended, Error, SessionOptions, daemon::Health, description::domain_of, factory::on_runtime,
@@ -65,9 +66,9 @@ struct Arguments {
     /// Directory for cache, trees and mount point.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/lazuli")]
     root: PathBuf,
-    /// Path of the control socket.
-    #[arg(long, value_name = "SOCKET", default_value = "/run/lazuli/fused.sock")]
-    address: PathBuf,
+    /// Path of the control socket; `fused.sock` in the root, where all others look for it, unless said.
+    #[arg(long, value_name = "SOCKET")]
+    address: Option<PathBuf>,
     /// Speak plain HTTP to every registry, not only on loopback.
     #[arg(long)]
     plain_http: bool,
@@ -130,8 +131,8 @@ fn main() -> ExitCode {
         }
     };
     let options = DaemonOptions {
+        address: arguments.address.unwrap_or_else(|| arguments.root.join(SOCKET)),
         root: arguments.root,
-        address: arguments.address,
         session: SessionOptions { read_ahead_kib: arguments.read_ahead },
         take_over,
         mode: arguments.mode,

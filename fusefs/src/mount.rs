@@ -24,8 +24,9 @@ use crate::{
     factory::SourceFactory,
     kernel_mounts::Devices,
     namespace::{LAYERS, Namespace},
-    service::{Service, Stores, blocking},
+    service::{Service, Stores},
     session::{Session, SessionOptions},
+    sync::blocking,
     tree::Tree,
 };
 

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use control::{Mode, ModeStatus, RemoteLayer, TreeId, TreeMode, TreeStatus, id_mapped};
+use control::{Mode, ModeStatus, RemoteLayer, TreeId, TreeMode, TreeStatus, id_mapped, root::ID_MAPPED};
 use tokio::{sync::Mutex, time::timeout};
 use tracing::warn;
 
@@ -211,7 +211,7 @@ impl Mounts {
             let path = path.to_owned();
             |error| Error::Unmount { path, error }
         };
-        let removed = id_mapped::remove_all(root).map_err(failed(&root.join(id_mapped::DIRECTORY)));
+        let removed = id_mapped::remove_all(root).map_err(failed(&root.join(ID_MAPPED)));
         removed.and(kernel.unmount_all().map_err(failed(kernel.directory())))
     }
 }

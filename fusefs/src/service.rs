@@ -6,11 +6,15 @@
 use std::{
     collections::{HashMap, HashSet},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    sync::{Arc, Mutex, mpsc},
     time::Duration,
 };
 
-use control::{LayerStatus, RemoteLayer, TreeId, tree_id};
+use control::{
+    LayerStatus, RemoteLayer, TreeId,
+    root::{CACHE, TREES},
+    tree_id,
+};
 use format_spec::{Digest, LayerId, index::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use futures_util::StreamExt;
@@ -30,6 +34,7 @@ use crate::{
     reading::reading,
     session,
     store::{StoredTree, TreeStore},
+    sync::lock,
     tree::Tree,
     trees::{Attempt, Change, Trees, Wanted},
 };
@@ -81,8 +86,8 @@ impl Stores {
         let disk = cache.disk.clone();
         Ok(Self {
             sources,
-            cache: Cache::open(&root.join("cache"), runtime, cache)?,
-            trees: TreeStore::open(root.join("trees"), disk)?,
+            cache: Cache::open(&root.join(CACHE), runtime, cache)?,
+            trees: TreeStore::open(root.join(TREES), disk)?,
             pools: Pools::new().map_err(Error::disk(root))?,
         })
     }
@@ -485,11 +490,6 @@ fn places(sources: &Arc<dyn SourceFactory>) -> Sources {
     })
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What these protect is changed by single inserts and removes: a panic elsewhere leaves it whole.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A layer that was refused is in no new mount.
 pub(crate) fn check_not_refused(layers: &[Layer], remote: &[RemoteLayer]) -> Result<(), Error> {
     for (layer, remote) in layers.iter().zip(remote) {
@@ -514,11 +514,6 @@ fn layer_status(known: &KnownLayer, open: Option<&Layer>, disk_bytes: u64) -> La
         healed_pages: progress.healed_pages,
         reading: open.map(reading).unwrap_or_default(),
     }
-}
-
-/// Runs `work` where it may block.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
 }
 
 /// A verdict as clients hear it.

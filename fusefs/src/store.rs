@@ -18,7 +18,7 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::Mutex,
 };
 
 use ::tree::erofs;
@@ -31,7 +31,7 @@ use storage::disk::{
 };
 use tracing::warn;
 
-use crate::{error::Error, number::Slot, tree};
+use crate::{error::Error, number::Slot, sync::lock, tree};
 
 const RECORD_SUFFIX: &str = ".json";
 const IMAGE_SUFFIX: &str = ".erofs";
@@ -337,11 +337,6 @@ impl TreeStore {
     fn image_checksum_path(&self, id: TreeId) -> PathBuf {
         self.directory.join(id.hex() + IMAGE_CHECKSUM_SUFFIX)
     }
-}
-
-/// A panic elsewhere leaves what these protect whole, as it is changed in one step.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Appends to a file.

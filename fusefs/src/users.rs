@@ -10,14 +10,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use control::{TreeId, id_mapped};
+use control::{TreeId, root::ID_MAPPED};
 
 /// Mount points of overlayfs mounts, in whatever mount namespace, that have one of `trees` or an id-mapped mount below
 /// `root` as a layer; blocks. Mounts that cannot be looked at are passed over.
 pub(crate) fn mounts_in_use(root: &Path, trees: &[TreeId]) -> Vec<PathBuf> {
     let trees: HashSet<String> = trees.iter().map(TreeId::hex).collect();
     // Options may be relative to a directory that is not known, as containerd has them when they are long.
-    let id_mapped = format!("{}/", id_mapped::DIRECTORY);
+    let id_mapped = format!("{ID_MAPPED}/");
     let is_ours = |layer: &str| {
         layer.split('/').any(|part| trees.contains(part))
             || layer.starts_with(&id_mapped)

@@ -8,10 +8,10 @@ use std::{
 };
 
 use control::{
-    LAYER_CACHES, LayerStatus, ModeStatus, NOT_LAZY_FILE, NotLazy, Reading, Request, Response, SOCKET, TreeMode,
-    TreeStatus, Verdict,
-    chains::{CHAINS_FILE, ChainStatus},
+    LayerStatus, ModeStatus, NotLazy, Reading, Request, Response, TreeMode, TreeStatus, Verdict,
+    chains::ChainStatus,
     exchange, request_line,
+    root::{CHAINS, LAYER_CACHES, NOT_LAZY, SNAPSHOTS, SOCKET},
 };
 use format_spec::{Digest, LayerId};
 use serde::Serialize;
@@ -129,8 +129,8 @@ pub(crate) async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> 
     let answer = tokio::time::timeout(ANSWER_WITHIN, ask(&path)).await.map_err(timeout)?;
     let refuse = |problem| StatusError::Answer { path: path.clone(), problem };
     // Both are for people: one that cannot be read says nothing.
-    let chains = ChainStatus::read(&root.join(CHAINS_FILE)).unwrap_or_default();
-    let not_lazy = NotLazy::read(&root.join(NOT_LAZY_FILE)).unwrap_or_default();
+    let chains = ChainStatus::read(&root.join(CHAINS)).unwrap_or_default();
+    let not_lazy = NotLazy::read(&root.join(NOT_LAZY)).unwrap_or_default();
     let answer = match answer {
         Ok(answer) => answer,
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
@@ -153,7 +153,7 @@ pub(crate) async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> 
 /// Whether this is the root directory of a node, and none of its layers wants `lazuli-fused` to run.
 fn is_without_layers(root: &Path) -> bool {
     let layers = std::fs::read_dir(root.join(LAYER_CACHES)).map(|mut entries| entries.next().is_some());
-    root.join("snapshots").exists() && !layers.unwrap_or(false)
+    root.join(SNAPSHOTS).exists() && !layers.unwrap_or(false)
 }
 
 async fn ask(path: &Path) -> io::Result<Vec<u8>> {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use control::chains::{CHAINS_FILE, ChainStatus};
+use control::{chains::ChainStatus, root::CHAINS};
 use tracing::warn;
 
 use crate::{
@@ -37,7 +37,7 @@ struct Wait {
 impl Chains {
     /// Those of a root directory.
     pub(crate) fn new(root: &Path) -> Self {
-        Self { path: root.join(CHAINS_FILE), written: Mutex::default(), waited_for: Mutex::default() }
+        Self { path: root.join(CHAINS), written: Mutex::default(), waited_for: Mutex::default() }
     }
 
     /// Somebody waits for the verification of a chain, at this time in seconds since 1970.

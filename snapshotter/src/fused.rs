@@ -22,7 +22,7 @@ use std::{
 };
 
 use control::{
-    ErrorKind, LayerStatus, RemoteLayer, Request, Response, SOCKET, TreeId, Verdict, descriptor, exchange, request_line,
+    ErrorKind, LayerStatus, RemoteLayer, Request, Response, TreeId, Verdict, descriptor, exchange, request_line, root,
 };
 use format_spec::LayerId;
 use tokio::{
@@ -123,7 +123,7 @@ type Result<T> = std::result::Result<T, FusedError>;
 impl Fused {
     /// A client for the daemon of `root`, to be started from `program` if need be.
     pub fn new(root: &Path, program: FusedProgram) -> Self {
-        let address = root.join(SOCKET);
+        let address = root.join(root::SOCKET);
         Self { root: root.to_owned(), address, program, last_failure: Mutex::default(), session: StdMutex::default() }
     }
 
@@ -350,7 +350,7 @@ impl Fused {
     }
 
     fn log(&self) -> PathBuf {
-        self.root.join("fused.log")
+        self.root.join(root::FUSED_LOG)
     }
 
     async fn await_service(&self) -> Result<UnixStream> {

@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use control::root::{SNAPSHOTS, SNAPSHOTTER_LOCK};
 use rustix::fs::FlockOperation;
 
 /// `f_type` of overlayfs (Linux include/uapi/linux/magic.h).
@@ -50,12 +51,12 @@ impl Root {
             return Err(RootError::Path(path.to_owned()));
         }
         let failed = |error: io::Error| RootError::Io(path.to_owned(), error);
-        make_private(path).and_then(|()| make_private(&path.join("snapshots"))).map_err(failed)?;
+        make_private(path).and_then(|()| make_private(&path.join(SNAPSHOTS))).map_err(failed)?;
         let file_system = rustix::fs::statfs(path).map_err(|error| failed(error.into()))?;
         if u32::try_from(file_system.f_type) == Ok(OVERLAYFS_MAGIC) {
             return Err(RootError::Overlay(path.to_owned()));
         }
-        let lock = path.join("lock");
+        let lock = path.join(SNAPSHOTTER_LOCK);
         let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(lock).map_err(failed)?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),

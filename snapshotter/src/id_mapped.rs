@@ -19,7 +19,10 @@ use std::{
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
 };
 
-use control::id_mapped::{DIRECTORY, detach_all, remove_mounts};
+use control::{
+    id_mapped::{detach_all, remove_mounts},
+    root::ID_MAPPED,
+};
 use rustix::{
     fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags, statx},
     io::Errno,
@@ -109,7 +112,7 @@ type Result<T> = std::result::Result<T, IdMappedError>;
 impl IdMappedMounts {
     /// Those under a root; touches nothing.
     pub fn new(root: &Path) -> Self {
-        Self { directory: root.join(DIRECTORY), changing: Mutex::default(), changed: Condvar::new() }
+        Self { directory: root.join(ID_MAPPED), changing: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Where a part of a snapshot is shown.

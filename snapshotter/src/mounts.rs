@@ -11,7 +11,10 @@ use std::{
 };
 
 use containerd_client::types::Mount;
-use control::{LAYER_CACHES, RemoteLayer};
+use control::{
+    RemoteLayer,
+    root::{LAYER_CACHES, SNAPSHOTS},
+};
 use format_spec::LayerId;
 
 use crate::metadata::{Kind, Snapshot, SnapshotId};
@@ -29,7 +32,7 @@ pub struct Directories {
 impl Directories {
     /// The directories under a root.
     pub fn new(root: &Path) -> Self {
-        Self { snapshots: root.join("snapshots"), caches: root.join(LAYER_CACHES) }
+        Self { snapshots: root.join(SNAPSHOTS), caches: root.join(LAYER_CACHES) }
     }
 
     /// The same directories, shown in another place.

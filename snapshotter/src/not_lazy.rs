@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use control::{NOT_LAZY_FILE, NotLazy};
+use control::{NotLazy, root::NOT_LAZY};
 use serde::Serialize;
 use tracing::warn;
 
@@ -26,7 +26,7 @@ pub(crate) struct NotLazyImages {
 impl NotLazyImages {
     /// That of a root directory.
     pub(crate) fn new(root: &Path) -> Self {
-        Self { path: root.join(NOT_LAZY_FILE), images: Mutex::default() }
+        Self { path: root.join(NOT_LAZY), images: Mutex::default() }
     }
 
     /// Says why an image is not lazy. Blocks.
@@ -83,7 +83,7 @@ mod tests {
     fn an_image_is_named_once_and_until_it_is_lazy() {
         let root = tempfile::tempdir().unwrap();
         let read = || -> Vec<(String, String)> {
-            let images = NotLazy::read(&root.path().join(NOT_LAZY_FILE)).unwrap();
+            let images = NotLazy::read(&root.path().join(NOT_LAZY)).unwrap();
             images.into_iter().map(|known| (known.image, known.reason)).collect()
         };
         let images = NotLazyImages::new(root.path());

@@ -20,7 +20,7 @@ use std::{
 };
 
 use containerd_client::types::Mount;
-use control::{RemoteLayer, repository_of};
+use control::{RemoteLayer, repository_of, root::DATABASE};
 use tokio::{sync::Notify, time::timeout};
 use tracing::{debug, error, info, warn};
 
@@ -179,7 +179,7 @@ impl Snapshotter {
         let root = Root::open(root)?;
         let fused = Arc::new(Fused::new(root.path(), fused));
         let inner = Inner {
-            metadata: Metadata::open(&root.path().join("snapshotter.redb"))?,
+            metadata: Metadata::open(&root.path().join(DATABASE))?,
             directories: Directories::new(root.path()),
             id_mapped: IdMappedMounts::new(root.path()),
             overlay_options: host::overlay_options(),

@@ -417,7 +417,7 @@ async fn an_image_that_cannot_be_read_is_pulled_completely_and_says_why() {
     assert_eq!(daemon.prepare_with("extract above", "one", above).await.unwrap().r#type, "overlay");
     let asked = fused.take_asked();
     assert!(!asked.iter().any(|asked| matches!(asked, Request::ProbeLayer { .. } | Request::AnnounceLayer { .. })));
-    let noted = control::NotLazy::read(&daemon.root().join(control::NOT_LAZY_FILE)).unwrap();
+    let noted = control::NotLazy::read(&daemon.root().join(control::root::NOT_LAZY)).unwrap();
     let noted: Vec<_> = noted.into_iter().map(|noted| (noted.image, noted.reason)).collect();
     assert_eq!(noted, [("refused/image".to_owned(), "no permission: answered 401".to_owned())]);
 }
@@ -430,7 +430,7 @@ async fn an_image_whose_base_is_here_as_an_ordinary_one_says_so() {
     daemon.commit("extract base", "base").await.unwrap();
     let above = labels_of("above", "above", "host/image:lazy");
     assert_eq!(daemon.prepare_with("extract above", "base", above).await.unwrap().r#type, "overlay");
-    let noted = control::NotLazy::read(&daemon.root().join(control::NOT_LAZY_FILE)).unwrap();
+    let noted = control::NotLazy::read(&daemon.root().join(control::root::NOT_LAZY)).unwrap();
     assert_eq!(noted.len(), 1);
     assert_eq!(noted[0].image, "host/image:lazy");
     assert!(noted[0].reason.contains("base is here as an ordinary image"), "{noted:?}");

@@ -272,6 +272,30 @@ fn every_file_that_the_documents_name_exists() {
     assert!(files > 60, "{files}");
 }
 
+/// The names below the root stand in `control/src/root.rs` alone, and each is explained to operators.
+#[test]
+fn the_root_directory_has_one_owner() {
+    let code = fs::read_to_string(root().join("control/src/root.rs")).expect("readable");
+    let names: Vec<_> = code.lines().filter(|line| line.starts_with("pub const")).map(literal).collect();
+    assert!(names.len() > 10, "{names:?}");
+    let operation = fs::read_to_string(root().join("docs/OPERATION.md")).expect("readable");
+    for name in names {
+        let top = name.split('/').next().expect("a name");
+        assert!(operation.contains(&format!("`{top}`")) || operation.contains(&format!("`{top}/`")), "{name}");
+        for path in ["control", "fusefs", "lazuli", "snapshotter"].map(|name| root().join(name).join("src")) {
+            for source in sources(&path).iter().filter(|path| !path.ends_with("control/src/root.rs")) {
+                let text = fs::read_to_string(source).expect("readable");
+                assert!(!text.contains(&format!(".join(\"{name}\")")), "{}: {name}", source.display());
+            }
+        }
+    }
+}
+
+/// The text between the quotes of a line.
+fn literal(line: &str) -> &str {
+    line.split('"').nth(1).expect("a literal")
+}
+
 /// Words that other projects have for ours, or that we had ourselves: what has two names is taken for two things. The
 /// table of `docs/ARCHITECTURE.md` has those of others, so that a stranger finds ours.
 const TWINS: [(&str, &[&str]); 9] = [

@@ -1,6 +1,9 @@
 //! Whom the daemon believes: signatures, images that race, restarts in between, and what it says of chains.
 
-use control::chains::{CHAINS_FILE, ChainStatus, Truth};
+use control::{
+    chains::{ChainStatus, Truth},
+    root::CHAINS,
+};
 use format_spec::{LayerSignatures, PublicKey, SigningKey, signature::SIGNATURE};
 
 use super::*;
@@ -36,7 +39,7 @@ fn known_key() -> String {
 }
 
 fn chains_of(daemon: &Daemon) -> Vec<ChainStatus> {
-    ChainStatus::read(&daemon.root().join(CHAINS_FILE)).unwrap()
+    ChainStatus::read(&daemon.root().join(CHAINS)).unwrap()
 }
 
 async fn wait_for_chains(daemon: &Daemon, is_there: impl Fn(&[ChainStatus]) -> bool) -> Vec<ChainStatus> {
