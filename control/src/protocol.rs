@@ -309,6 +309,24 @@ pub struct Reading {
     pub frames_under_way: u64,
     /// Those of them that a reader is blocked for.
     pub frames_awaited: u64,
-    /// Files with content in awaited frames, a few of them; what is no UTF-8 is replaced.
+    /// The files of `reads`: clients that are older than those read this.
     pub files: Vec<String>,
+    /// Reads that wait, longest first, a few of them: one for each file.
+    #[serde(default)]
+    pub reads: Vec<WaitingRead>,
+    /// The last failure to bring something of the layer, as long as nothing has come since: one line.
+    #[serde(default)]
+    pub failure: Option<String>,
+    /// Whether nobody is asked at this moment: every place that has the layer has failed a moment ago.
+    #[serde(default)]
+    pub is_paused: bool,
+}
+
+/// A read that waits for content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingRead {
+    /// The file in its layer; bytes that are no UTF-8 are replaced.
+    pub path: String,
+    /// Since when, in milliseconds before the answer.
+    pub waiting_ms: u64,
 }

@@ -1,51 +1,58 @@
-//! What of a layer is being fetched now, in the words of who looks at it: which files do readers wait for?
+//! What of a layer is being fetched now, in the words of who looks at it: which files do readers wait for,
+//! since when and why?
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Instant};
 
-use control::Reading;
+use control::{Reading, WaitingRead};
 use format_spec::Index;
 use storage::Layer;
 
-/// Awaited frames that are looked at: bounds the work for a reader of everything.
-const FRAMES_MAX: usize = 64;
+/// Reads that are looked at: bounds the work for a container of many threads.
+const READS_MAX: usize = 64;
 /// Files that are named.
 const FILES_MAX: usize = 8;
 /// Longest path that is named, in directories.
 const DEPTH_MAX: usize = 256;
 
-/// Looks at one layer.
-pub(crate) fn reading(layer: &Layer) -> Reading {
+/// Looks at one layer at the time `now`.
+pub(crate) fn reading(layer: &Layer, now: Instant) -> Reading {
     let activity = layer.activity();
-    let frames = activity.frames_awaited.iter().take(FRAMES_MAX);
-    // The first file of a frame: the others lie in it because they are small.
-    let offsets = frames.filter_map(|frame| layer.frame_runs(*frame).next()).map(|run| run.start);
-    let files = files_at(layer.index(), offsets);
+    let reads = waiting_reads(layer.index(), &activity.reads, now);
     Reading {
         frames_wanted: activity.frames_wanted,
         frames_under_way: activity.frames_under_way,
         frames_awaited: activity.frames_awaited.len() as u64,
-        files: files.into_iter().filter_map(|file| path_of(layer.index(), file)).collect(),
+        files: reads.iter().map(|read| read.path.clone()).collect(),
+        reads,
+        failure: activity.failure,
+        is_paused: activity.is_paused,
     }
 }
 
-/// The inodes whose content lies at these offsets of the plain address space, a few of them.
-fn files_at<B: AsRef<[u8]>>(index: &Index<B>, offsets: impl Iterator<Item = u64>) -> BTreeSet<u32> {
-    let inodes = index.inodes();
-    let owner = |offset: u64| {
-        // Inodes stand in the order of their content; those without any carry the offset of the one before.
-        let after = inodes.partition_point(|inode| inode.plain_offset.get() <= offset);
-        let candidates = inodes.get(..after)?.iter().enumerate().rev();
-        let mut owners = candidates.filter(|(_, inode)| inode.is_regular() && inode.plain_range().contains(&offset));
-        owners.next().and_then(|(number, _)| u32::try_from(number).ok())
-    };
-    let mut found = BTreeSet::new();
-    for number in offsets.filter_map(owner) {
-        found.insert(number);
-        if found.len() == FILES_MAX {
+/// The first read of each file, longest first, a few of them; `reads` are in that order.
+fn waiting_reads<B: AsRef<[u8]>>(index: &Index<B>, reads: &[storage::WaitingRead], now: Instant) -> Vec<WaitingRead> {
+    let mut files = BTreeSet::new();
+    let mut told = Vec::new();
+    for read in reads.iter().take(READS_MAX) {
+        let Some(file) = file_at(index, read.offset).filter(|file| files.insert(*file)) else { continue };
+        let waiting = now.saturating_duration_since(read.since);
+        let waiting_ms = u64::try_from(waiting.as_millis()).unwrap_or(u64::MAX);
+        told.extend(path_of(index, file).map(|path| WaitingRead { path, waiting_ms }));
+        if files.len() == FILES_MAX {
             break;
         }
     }
-    found
+    told
+}
+
+/// The inode whose content lies at an offset of the plain address space.
+fn file_at<B: AsRef<[u8]>>(index: &Index<B>, offset: u64) -> Option<u32> {
+    let inodes = index.inodes();
+    // Inodes stand in the order of their content; those without any carry the offset of the one before.
+    let after = inodes.partition_point(|inode| inode.plain_offset.get() <= offset);
+    let candidates = inodes.get(..after)?.iter().enumerate().rev();
+    let mut owners = candidates.filter(|(_, inode)| inode.is_regular() && inode.plain_range().contains(&offset));
+    owners.next().and_then(|(number, _)| u32::try_from(number).ok())
 }
 
 /// The path of an inode, by its parents; `None` in an index that was never checked.
@@ -68,6 +75,8 @@ fn path_of<B: AsRef<[u8]>>(index: &Index<B>, mut number: u32) -> Option<String> 
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use format_spec::{IndexBuilder, builder::implicit_directory};
 
     use super::*;
@@ -95,13 +104,20 @@ mod tests {
     #[test]
     fn an_offset_leads_to_the_path_of_its_file() {
         let index = index();
-        let paths = |offsets: &[u64]| -> Vec<_> {
-            let files = files_at(&index, offsets.iter().copied());
-            files.into_iter().map(|file| path_of(&index, file).unwrap()).collect()
-        };
-        assert_eq!(paths(&[0]), ["/a"]);
-        assert_eq!(paths(&[4096]), ["/sub/b"]);
-        assert_eq!(paths(&[4100, 4095, 100]), ["/a", "/sub/b"]);
-        assert_eq!(paths(&[4106, 1 << 40]), [""; 0]);
+        let path = |offset| file_at(&index, offset).and_then(|file| path_of(&index, file));
+        assert_eq!(path(0).as_deref(), Some("/a"));
+        assert_eq!(path(4095).as_deref(), Some("/a"));
+        assert_eq!(path(4096).as_deref(), Some("/sub/b"));
+        assert_eq!([4106, 1 << 40].map(path), [None, None]);
+    }
+
+    #[test]
+    fn a_file_is_named_once_with_the_age_of_its_oldest_read() {
+        let start = Instant::now();
+        let read = |seconds, offset| storage::WaitingRead { since: start + Duration::from_secs(seconds), offset };
+        let reads = [read(1, 4100), read(2, 0), read(3, 4096), read(9, 100)];
+        let told = waiting_reads(&index(), &reads, start + Duration::from_secs(5));
+        let told: Vec<_> = told.iter().map(|read| (read.path.as_str(), read.waiting_ms)).collect();
+        assert_eq!(told, [("/sub/b", 4000), ("/a", 3000)]);
     }
 }

@@ -7,7 +7,7 @@ use std::{
     collections::{HashMap, HashSet},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, mpsc},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use control::{
@@ -512,7 +512,7 @@ fn layer_status(known: &KnownLayer, open: Option<&Layer>, disk_bytes: u64) -> La
         verdict: open.and_then(Layer::verdict).map(told),
         disk_bytes,
         healed_pages: progress.healed_pages,
-        reading: open.map(reading).unwrap_or_default(),
+        reading: open.map(|layer| reading(layer, Instant::now())).unwrap_or_default(),
     }
 }
 

@@ -8,7 +8,10 @@ use std::{ops::Range, sync::Arc, time::Instant};
 use crate::{
     disk::{frame_store::UnkeptFrames, presence::frame_runs},
     error::ReadError,
-    fetch::{scheduler::Priority, wait::Wait},
+    fetch::{
+        scheduler::Priority,
+        wait::{Wait, WaitingRead},
+    },
     layer::LayerInner,
     warm::{Warm, dedup::CopyPlan, hot_pack::HotStream},
 };
@@ -33,16 +36,16 @@ impl LayerInner {
     /// Brings what is missing of a plain range; `done` hears when it has come or one part failed.
     pub(crate) fn bring(self: &Arc<Self>, plain: Range<u64>, priority: Priority, done: Arrived) {
         // A reader waits so long for everything together, whatever it turns out to be.
-        let patience = self.scheduler.patience().filter(|_| priority == Priority::Read);
-        let deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
-        self.bring_in_rounds(plain, priority, deadline, UnkeptFrames::new(), NEAR_ROUNDS_MAX, done);
+        let read = WaitingRead { since: Instant::now(), offset: plain.start };
+        let read = (priority == Priority::Read).then_some(read);
+        self.bring_in_rounds(plain, priority, read, UnkeptFrames::new(), NEAR_ROUNDS_MAX, done);
     }
 
     fn bring_in_rounds(
         self: &Arc<Self>,
         plain: Range<u64>,
         priority: Priority,
-        deadline: Option<Instant>,
+        read: Option<WaitingRead>,
         mut unkept: UnkeptFrames,
         near_rounds_left: u32,
         done: Arrived,
@@ -58,18 +61,20 @@ impl LayerInner {
         };
         let inner = self.clone();
         let is_last_round = near.is_nothing();
-        let wait = Wait::new(self.core.blob(), move |arrived| match arrived {
+        let wait = Wait::new(self.core.blob(), read, move |arrived| match arrived {
             Err(error) => done(Err(error)),
             Ok(more) => {
                 unkept.extend(more);
                 if is_last_round {
                     return done(Ok(unkept));
                 }
-                inner.bring_in_rounds(plain, priority, deadline, unkept, near_rounds_left - 1, done);
+                inner.bring_in_rounds(plain, priority, read, unkept, near_rounds_left - 1, done);
             }
         });
         near.join(self, &wait);
         if !(is_last_round && frames.is_empty()) {
+            let patience = self.scheduler.patience();
+            let deadline = read.zip(patience).and_then(|(read, patience)| read.since.checked_add(patience));
             deadline.inspect(|deadline| self.scheduler.wait_until(*deadline, self.core.number, &wait));
         }
         self.scheduler.want(&self.core, frames, priority, Some(&wait));

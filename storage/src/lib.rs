@@ -72,5 +72,6 @@ pub use fetch::scheduler::{Activity, Priority, RequestLimits, RequestOptions};
 pub use fetch::source::{
     ByteStream, FetchFuture, FetchWideFuture, Source, SourceError, SourceErrorKind, Sources, WideStream,
 };
+pub use fetch::wait::WaitingRead;
 pub use layer::Layer;
 pub use layer_core::Progress;

@@ -358,7 +358,7 @@ struct Answers(Mutex<Vec<Option<UnkeptFrames>>>);
 
 fn wait_into(answers: &Arc<Answers>) -> Arc<Wait> {
     let answers = answers.clone();
-    Wait::new(MODEL.lazy.blob, move |arrived| lock(&answers.0).push(arrived.ok()))
+    Wait::new(MODEL.lazy.blob, None, move |arrived| lock(&answers.0).push(arrived.ok()))
 }
 
 #[test]

@@ -22,7 +22,7 @@ use crate::{
     fetch::{
         decode::{SharedWorkspaces, Workspaces},
         places::{Place, Places},
-        wait::Wait,
+        wait::{Wait, WaitingRead},
     },
     layer_core::LayerCore,
     sync::{Mutex, lock},
@@ -104,6 +104,10 @@ impl Waiter for Arc<Wait> {
 
     fn is_over(&self) -> bool {
         Wait::is_over(self)
+    }
+
+    fn read(&self) -> Option<WaitingRead> {
+        Wait::read(self)
     }
 }
 
@@ -230,7 +234,7 @@ impl Scheduler {
 
     /// What is wanted of a layer at this moment.
     pub(crate) fn activity(&self, layer: u64) -> Activity {
-        lock(&self.state).machine.activity(layer)
+        lock(&self.state).machine.activity(layer, Instant::now())
     }
 
     /// Whether nothing more urgent than the rest is under way, or was later than `since`.

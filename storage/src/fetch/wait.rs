@@ -1,6 +1,6 @@
 //! One reader's wait for several things to arrive.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use format_spec::Digest;
@@ -17,9 +17,19 @@ use crate::{
 
 type Done = Box<dyn FnOnce(Result<UnkeptFrames, ReadError>) + Send>;
 
+/// A read that waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WaitingRead {
+    /// When the reader asked.
+    pub since: Instant,
+    /// Where it begins in the plain address space.
+    pub offset: u64,
+}
+
 /// Calls back once: when all that was added has arrived, when something has failed, or when it is dropped before.
 pub(crate) struct Wait {
     blob: Digest,
+    read: Option<WaitingRead>,
     remaining: AtomicUsize,
     unkept: Mutex<UnkeptFrames>,
     done: Mutex<Option<Done>>,
@@ -28,10 +38,19 @@ pub(crate) struct Wait {
 impl Wait {
     /// A wait for nothing yet; it ends with the [`Self::end_of_parts`] that its maker owes it at the earliest.
     ///
-    /// `done` gets the frames that the disk did not take.
-    pub(crate) fn new(blob: Digest, done: impl FnOnce(Result<UnkeptFrames, ReadError>) + Send + 'static) -> Arc<Self> {
-        let done: Done = Box::new(done);
-        Arc::new(Self { blob, remaining: AtomicUsize::new(1), unkept: Mutex::default(), done: Mutex::new(Some(done)) })
+    /// `read` is the reader whose wait it is, if it is one; `done` gets the frames that the disk did not take.
+    pub(crate) fn new(
+        blob: Digest,
+        read: Option<WaitingRead>,
+        done: impl FnOnce(Result<UnkeptFrames, ReadError>) + Send + 'static,
+    ) -> Arc<Self> {
+        let (remaining, done) = (AtomicUsize::new(1), Mutex::new(Some(Box::new(done) as Done)));
+        Arc::new(Self { blob, read, remaining, unkept: Mutex::default(), done })
+    }
+
+    /// The reader whose wait it is; `None` where nobody is blocked.
+    pub(crate) fn read(&self) -> Option<WaitingRead> {
+        self.read
     }
 
     /// Waits for one thing more: a frame, or what may make frames needless.

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     error::ReadError,
-    fetch::{link::Link, places::PlaceRef, source::SourceError},
+    fetch::{link::Link, places::PlaceRef, source::SourceError, wait::WaitingRead},
 };
 
 /// Longest range of one request, unless a single frame is longer; in compressed bytes. Long enough that the
@@ -44,6 +44,8 @@ pub(crate) trait Waiter: Clone {
     fn is_same(&self, other: &Self) -> bool;
     /// Whether it waits no longer.
     fn is_over(&self) -> bool;
+    /// The reader that it is; `None` for whoever brings something without being blocked.
+    fn read(&self) -> Option<WaitingRead>;
 }
 
 /// The purpose of requests. Each class has slots of its own, so a blocked read never waits for a prefetch to end.
@@ -123,7 +125,7 @@ pub(crate) enum Outcome {
     Lost,
 }
 
-/// The fetching of a layer at one moment, frame by frame; not what its hot pack brings.
+/// The fetching of a layer at one moment, frame by frame; not what its hot pack brings, but for the reads.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Activity {
     /// Frames that somebody wants: a reader, read-ahead, or the fetching of the rest.
@@ -132,6 +134,12 @@ pub struct Activity {
     pub frames_under_way: u64,
     /// The numbers of those that a reader is blocked for, ascending.
     pub frames_awaited: Vec<u32>,
+    /// The reads that wait, longest first, for whatever brings their bytes.
+    pub reads: Vec<WaitingRead>,
+    /// The last failure of the layer, as long as nothing has come since.
+    pub failure: Option<String>,
+    /// Whether nobody who has the layer may be asked at this moment: each has failed a moment ago.
+    pub is_paused: bool,
 }
 
 /// Number of a layer and number of a frame.
@@ -602,16 +610,27 @@ impl<W: Waiter> Machine<W> {
     }
 
     /// The demand for a layer at this moment.
-    pub(crate) fn activity(&self, layer: u64) -> Activity {
+    pub(crate) fn activity(&self, layer: u64, now: Instant) -> Activity {
         let mut activity = Activity::default();
+        if let Some(state) = self.layers.get(&layer) {
+            activity.failure = state.last_failure.as_ref().map(|(_, error)| error.message.clone());
+            activity.is_paused = !state.places.is_empty() && !state.has_open_place(now);
+        }
+        let of_layer = self.readers.iter().filter(|(_, of, _)| *of == layer);
+        let mut waits: Vec<&W> = of_layer.map(|(_, _, wait)| wait).collect();
         for ((_, frame), pending) in self.pending.iter().filter(|((number, _), _)| *number == layer) {
             activity.frames_wanted += 1;
             activity.frames_under_way += u64::from(pending.state != FrameState::Queued);
             // Whoever fetches the rest waits too, and for him nobody is blocked.
             if pending.priority == Priority::Read && pending.is_awaited() {
                 activity.frames_awaited.push(*frame);
+                waits.extend(&pending.waits);
             }
         }
+        activity.reads = waits.into_iter().filter(|wait| !wait.is_over()).filter_map(Waiter::read).collect();
+        // One read may wait for several frames.
+        activity.reads.sort_unstable();
+        activity.reads.dedup();
         activity.frames_awaited.sort_unstable();
         activity
     }

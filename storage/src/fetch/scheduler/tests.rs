@@ -22,6 +22,7 @@ use crate::{
         link::Link,
         places::PlaceRef,
         source::{SourceError, SourceErrorKind},
+        wait::WaitingRead,
     },
 };
 
@@ -38,6 +39,7 @@ struct WaitState {
     parts_left: usize,
     error: Option<ReadError>,
     deadline: Option<Instant>,
+    read: Option<WaitingRead>,
 }
 
 impl Waiter for TestWait {
@@ -48,6 +50,10 @@ impl Waiter for TestWait {
     fn is_over(&self) -> bool {
         let state = self.0.borrow();
         state.parts_left == 0 || state.error.is_some()
+    }
+
+    fn read(&self) -> Option<WaitingRead> {
+        self.0.borrow().read
     }
 }
 
@@ -119,6 +125,8 @@ impl World {
         let deadline = self.machine.patience.filter(|_| priority == Priority::Read).map(|patience| self.now + patience);
         // As a wait that its maker has not completed yet.
         wait.0.borrow_mut().parts_left = 1;
+        let read = WaitingRead { since: self.now, offset: u64::from(frames.start) * FRAME_LEN };
+        wait.0.borrow_mut().read = (priority == Priority::Read).then_some(read);
         if let Some(deadline) = deadline {
             wait.0.borrow_mut().deadline = Some(deadline);
             self.machine.wait_until(deadline, layer, wait.clone());
@@ -488,7 +496,8 @@ fn a_read_that_was_answered_left_frames_that_nobody_gave_up() {
     let several = world.want(0, 1..5, Priority::Read);
     assert!(several.0.borrow().error.is_some());
     assert!(world.machine.pending.is_empty() && world.live.is_empty(), "{:?}", world.machine.pending);
-    assert_eq!(world.machine.activity(0), super::machine::Activity::default());
+    let activity = world.machine.activity(0, world.now);
+    assert_eq!((activity.frames_wanted, activity.reads), (0, Vec::new()));
     let asked = world.asked.len();
     world.pass(PATIENCE * 2);
     assert_eq!(world.asked.len(), asked);
@@ -503,7 +512,7 @@ fn a_read_that_was_answered_left_frames_that_nobody_gave_up() {
     world.machine.fail(request, layer, frame, corrupt(frame), world.now);
     world.drain();
     assert!(several.0.borrow().error.is_some() && !other.is_over());
-    assert_eq!(world.machine.activity(0).frames_awaited, [2]);
+    assert_eq!(world.machine.activity(0, world.now).frames_awaited, [2]);
     world.end(request, Outcome::Done);
     assert_eq!(world.asked.last(), Some(&(0, 0, 2..3)));
 }
@@ -513,10 +522,32 @@ fn a_read_that_was_answered_left_frames_that_nobody_gave_up() {
 fn what_is_fetched_in_the_background_is_no_reader_waiting() {
     let mut world = World::with_layers(&["source"]);
     let _rest = world.want(0, 0..2, Priority::Background);
-    let activity = world.machine.activity(0);
+    let activity = world.machine.activity(0, world.now);
     assert_eq!((activity.frames_wanted, activity.frames_awaited), (2, vec![]));
     let _read = world.want(0, 1..2, Priority::Read);
-    assert_eq!(world.machine.activity(0).frames_awaited, [1]);
+    assert_eq!(world.machine.activity(0, world.now).frames_awaited, [1]);
+}
+
+/// Somebody who looks at a container that hangs is told since when each read waits, and for whom.
+#[test]
+fn a_read_that_waits_has_an_age_and_a_reason() {
+    let mut world = World::with_layers(&["source"]);
+    let since = world.now;
+    let first = world.want(0, 0..2, Priority::Read);
+    world.pass(TICK * 20);
+    let _rest = world.want(0, 1..3, Priority::Background);
+    let second = world.want(0, 1..2, Priority::Read);
+    let activity = world.machine.activity(0, world.now);
+    let reads = [(since, 0), (since + TICK * 20, FRAME_LEN)].map(|(since, offset)| WaitingRead { since, offset });
+    assert_eq!((activity.reads, activity.failure, activity.is_paused), (reads.to_vec(), None, false));
+    world.fail(world.last_of(0), SourceError::refused("registry.example answered 403"));
+    let activity = world.machine.activity(0, world.now);
+    assert_eq!((activity.failure.as_deref(), activity.is_paused), (Some("registry.example answered 403"), true));
+    assert_eq!(activity.reads.len(), 2);
+    for wait in [first, second] {
+        wait.0.borrow_mut().error = Some(corrupt(0));
+    }
+    assert_eq!(world.machine.activity(0, world.now).reads, []);
 }
 
 /// A reader may be answered in another way: its file is removed, or the process that asked has gone.
@@ -527,7 +558,7 @@ fn who_waits_no_longer_is_nobody_to_wait_for() {
     assert!(!world.machine.is_quiet_since(world.now));
     wait.0.borrow_mut().error = Some(corrupt(0));
     assert!(world.machine.is_quiet_since(world.now));
-    assert!(world.machine.activity(0).frames_awaited.is_empty());
+    assert!(world.machine.activity(0, world.now).frames_awaited.is_empty());
     world.fail(world.last_of(0), SourceError::passing("reset"));
     world.pass(PATIENCE);
     assert_eq!((world.asked.len(), world.machine.pending.len()), (1, 0));
