@@ -45,7 +45,7 @@ pub(crate) async fn run(arguments: CheckArguments) -> Result<ExitCode, String> {
     let CheckArguments { image, against, key, platform, registries, allow_unchecked, json } = arguments;
     let keys = key.iter().map(|path| read_public_keys(path)).collect::<Result<Vec<_>, _>>();
     let keys = keys.map_err(|error| error.to_string())?.concat();
-    let client = registries.into_client();
+    let client = registries.into_client()?;
     let named = image.to_string();
     let spool = std::env::temp_dir();
     let report = async {

@@ -97,7 +97,7 @@ pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Ou
         registries,
         json,
     } = arguments;
-    let client = registries.into_client();
+    let client = registries.into_client()?;
     let jobs = jobs.or_else(|| std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
     let hot_pack = match (profile, no_hot_pack) {
         (Some(path), _) => read_profile(&path)?,

@@ -31,7 +31,7 @@ pub(crate) struct InspectArguments {
 /// Looks at the image and prints what it consists of.
 pub(crate) async fn run(arguments: InspectArguments) -> Result<(), String> {
     let InspectArguments { image, hot, platform, registries, json } = arguments;
-    let client = registries.into_client();
+    let client = registries.into_client()?;
     let named = image.to_string();
     let facts = async {
         let source = ImageSource::open(image, &client, &std::env::temp_dir()).await?;

@@ -38,7 +38,7 @@ pub(crate) struct MountArguments {
 /// Mounts, says so, and waits until it is interrupted or the image is unmounted.
 pub(crate) async fn run(arguments: MountArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
     let MountArguments { image, mount_point, cache, mode, platform, registries } = arguments;
-    let client = registries.into_client();
+    let client = registries.into_client()?;
     let cache_root = cache.or_else(|| user_directories::cache("lazuli")).unwrap_or_else(|| "/var/cache/lazuli".into());
     let named = image.to_string();
     let mounting = async {

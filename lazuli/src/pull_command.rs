@@ -42,7 +42,7 @@ pub(crate) struct PullArguments {
 /// Pulls, and prints the name and digest of the image.
 pub(crate) async fn run(arguments: PullArguments, interrupted: impl Future<Output = ()>) -> Result<(), String> {
     let PullArguments { reference, address, namespace, snapshotter, wait, registries } = arguments;
-    let client = registries.into_client();
+    let client = registries.into_client()?;
     let options = PullOptions { reference, address, namespace, snapshotter, wait: Duration::from_secs(wait.into()) };
     let observer: Arc<dyn PullObserver> =
         if std::io::stderr().is_terminal() { Arc::new(Bars::default()) } else { Arc::new(Lines::default()) };

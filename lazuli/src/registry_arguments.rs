@@ -21,15 +21,23 @@ pub(crate) struct RegistryArguments {
 
 impl RegistryArguments {
     /// A client that does as the flags and the environment say.
-    pub(crate) fn into_client(self) -> Client {
+    ///
+    /// # Errors
+    ///
+    /// When the directory of a flag is none: it would be as if there were no mirrors and certificates. One of the
+    /// environment may be missing, as on a machine that has none.
+    pub(crate) fn into_client(self) -> Result<Client, String> {
         let Self { plain_http, upload_host, hosts_dir } = self;
         let plain_http = match plain_http.is_empty() {
             true => PlainHttp::Never,
             false => PlainHttp::Hosts(plain_http.into_iter().collect()),
         };
+        if let Some(directory) = hosts_dir.as_ref().filter(|path| !path.is_dir()) {
+            return Err(format!("--hosts-dir {}: there is no such directory", directory.display()));
+        }
         let upload_hosts = upload_host.into_iter().collect();
         let options = ClientOptions::from_environment();
         let hosts_dir = hosts_dir.or(options.hosts_dir);
-        Client::new(ClientOptions { plain_http, upload_hosts, hosts_dir, ..options })
+        Ok(Client::new(ClientOptions { plain_http, upload_hosts, hosts_dir, ..options }))
     }
 }

@@ -426,3 +426,18 @@ fn a_config_in_its_descriptor_needs_no_blob() {
     let error = which(&scene, &[]);
     assert!(error.contains("No such file"), "{error}");
 }
+
+/// A directory that is misspelt would be as if there were no mirrors and certificates, and the failure another one.
+#[test]
+fn a_hosts_dir_that_is_none_is_refused() {
+    let scene = Scene::new();
+    fs::write(scene.path("file"), "").unwrap();
+    let image = "127.0.0.1:1/image:tag";
+    for arguments in [&["inspect", image][..], &["check", image], &["convert", image, "oci:dst"], &["pull", image]] {
+        for directory in ["nosuch", "file"] {
+            let output = scene.lazuli(&[arguments, &["--hosts-dir", directory]].concat());
+            let expected = format!("lazuli: --hosts-dir {directory}: there is no such directory\n");
+            assert_eq!(String::from_utf8_lossy(&output.stderr), expected, "{arguments:?}");
+        }
+    }
+}
