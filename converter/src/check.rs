@@ -124,16 +124,16 @@ impl Done {
         let mut report = CheckReport {
             digest,
             is_sound: false,
-            is_complete: true,
+            is_fully_checked: true,
             images,
             artifacts,
             findings: findings.list,
-            further_findings: findings.further,
+            further_finding_count: findings.further,
         };
         let layers = report.images.iter().flat_map(|image| &image.layers);
-        report.is_complete = layers.map(|layer| &layer.not_checked).all(Vec::is_empty)
+        report.is_fully_checked = layers.map(|layer| &layer.not_checked).all(Vec::is_empty)
             && report.artifacts.iter().all(|artifact| artifact.not_checked.is_empty());
-        report.is_sound = report.is_complete && report.finding_count() == 0;
+        report.is_sound = report.is_fully_checked && report.finding_count() == 0;
         report
     }
 }
@@ -174,7 +174,7 @@ impl Check<'_> {
             platform: image.platform.to_string(),
             layers,
             findings: findings.list,
-            further_findings: findings.further,
+            further_finding_count: findings.further,
         });
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! What an image consists of, seen cheaply: of a lazy layer only its index and dedup section are read.
 //!
-//! Bytes are counted where they are stored: content without holes, each hard link once.
+//! `docs/JSON.md` explains the names of the fields. Bytes are counted where they are stored: content without holes, each hard link once.
 
 mod hot_pack;
 mod overlap;
@@ -48,7 +48,7 @@ pub struct ImageFacts {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Total {
     /// Number of lazy layers.
-    pub lazy_layers: usize,
+    pub lazy_layer_count: usize,
     /// Length of all blobs.
     pub compressed_len: u64,
     /// Length of the lazy blobs.
@@ -107,28 +107,27 @@ pub struct LazyFacts {
     /// Content of regular files, in bytes.
     pub content_len: u64,
     /// Number of inodes: files, directories, links, devices.
-    pub files: u64,
-    /// Its frames.
-    pub frames: FrameFacts,
-    /// Its index.
-    pub index: IndexFacts,
-    /// Its hot pack, if it has one.
+    pub inode_count: u64,
+    /// Number of frames.
+    pub frame_count: u64,
+    /// Compressed lengths of frames, in bytes.
+    pub frame_compressed_len: Spread,
+    /// Plain lengths of frames, in bytes.
+    pub frame_plain_len: Spread,
+    /// Compressed length of the index, in bytes.
+    pub index_len: u64,
+    /// Length of the index as a node keeps it, in bytes.
+    pub index_plain_len: u64,
+    /// Length of the hot pack in the blob, in bytes; 0 without one.
+    pub hot_pack_len: u64,
+    /// Content of the hot pack, if there is one.
     pub hot_pack: Option<HotPackFacts>,
-    /// Its dedup section, if it has one.
+    /// Length of the dedup section in the blob, in bytes; 0 without one.
+    pub dedup_len: u64,
+    /// Figures of the dedup section, if there is one.
     pub dedup: Option<DedupFacts>,
     /// Content that later lazy layers hide.
     pub hidden: HiddenFacts,
-}
-
-/// Lengths of frames, in bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct FrameFacts {
-    /// Number of frames.
-    pub count: u64,
-    /// Compressed lengths.
-    pub compressed_len: Spread,
-    /// Plain lengths.
-    pub plain_len: Spread,
 }
 
 /// How numbers spread; all 0 when there are none.
@@ -142,26 +141,13 @@ pub struct Spread {
     pub max: u64,
 }
 
-/// Lengths of an index, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct IndexFacts {
-    /// As it is fetched.
-    pub compressed_len: u64,
-    /// As it is kept.
-    pub plain_len: u64,
-    /// Compressed bytes for each inode.
-    pub bytes_per_file: f64,
-}
-
-/// A dedup section, in bytes.
+/// Figures of a dedup section, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct DedupFacts {
-    /// Its compressed length.
-    pub compressed_len: u64,
     /// Number of pieces whose digests it holds.
-    pub pieces: u64,
+    pub piece_count: u64,
     /// Length of those pieces.
-    pub plain_len: u64,
+    pub held_len: u64,
     /// Length of the pieces that this layer has more than once, each counted but for its first time.
     pub duplicate_len: u64,
     /// Length of the pieces that a lower layer has.
@@ -172,9 +158,9 @@ pub struct DedupFacts {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct HiddenFacts {
     /// Number of regular files.
-    pub files: u64,
+    pub file_count: u64,
     /// Their content, in bytes.
-    pub content_len: u64,
+    pub hidden_len: u64,
 }
 
 /// An image cannot be looked at.
@@ -277,24 +263,21 @@ fn signed_by(descriptor: &Descriptor) -> Vec<String> {
 /// What one index says by itself.
 fn lazy_facts(open: &OpenLayer, descriptor: &Descriptor, with_hot_files: bool) -> LazyFacts {
     let OpenLayer { lazy, index, .. } = open;
-    let (files, plain_len) = (index.inodes().len() as u64, index.tar_len());
+    let plain_len = index.tar_len();
     let frames = index.frames();
     LazyFacts {
         plain_len,
         ratio: descriptor.size as f64 / plain_len.max(1) as f64,
         content_len: index.extents().iter().map(|extent| extent.len.get()).fold(0, u64::saturating_add),
-        files,
-        frames: FrameFacts {
-            count: frames.len() as u64,
-            compressed_len: spread(frames.iter().map(|frame| frame.compressed_len.get().into())),
-            plain_len: spread(frames.iter().map(|frame| frame.plain_len.get().into())),
-        },
-        index: IndexFacts {
-            compressed_len: lazy.index.compressed_len,
-            plain_len: lazy.index.plain_len,
-            bytes_per_file: lazy.index.compressed_len as f64 / files.max(1) as f64,
-        },
+        inode_count: index.inodes().len() as u64,
+        frame_count: frames.len() as u64,
+        frame_compressed_len: spread(frames.iter().map(|frame| frame.compressed_len.get().into())),
+        frame_plain_len: spread(frames.iter().map(|frame| frame.plain_len.get().into())),
+        index_len: lazy.index.compressed_len,
+        index_plain_len: lazy.index.plain_len,
+        hot_pack_len: index.hot_len(),
         hot_pack: hot_pack::facts(index, with_hot_files),
+        dedup_len: index.dedup().map_or(0, |section| section.compressed_len.get()),
         dedup: None,
         hidden: HiddenFacts::default(),
     }
@@ -314,12 +297,12 @@ fn total(layers: &[LayerFacts]) -> Total {
     for layer in layers {
         add(&mut total.compressed_len, layer.compressed_len);
         let Some(lazy) = &layer.lazy else { continue };
-        total.lazy_layers += 1;
+        total.lazy_layer_count += 1;
         add(&mut total.lazy_compressed_len, layer.compressed_len);
         add(&mut total.lazy_plain_len, lazy.plain_len);
-        add(&mut total.index_len, lazy.index.compressed_len);
-        add(&mut total.hot_pack_len, lazy.hot_pack.as_ref().map_or(0, |hot_pack| hot_pack.compressed_len));
-        add(&mut total.hidden_len, lazy.hidden.content_len);
+        add(&mut total.index_len, lazy.index_len);
+        add(&mut total.hot_pack_len, lazy.hot_pack_len);
+        add(&mut total.hidden_len, lazy.hidden.hidden_len);
         let dedup = lazy.dedup.unwrap_or_default();
         add(&mut total.duplicate_len, dedup.duplicate_len);
         add(&mut total.duplicate_of_lower_len, dedup.duplicate_of_lower_len);

@@ -74,11 +74,12 @@ pub(crate) async fn run(arguments: CheckArguments) -> Result<ExitCode, String> {
     }
     match report.finding_count() {
         0 => {
-            let verdict = if report.is_complete { "is sound" } else { "has nothing wrong in what was checked of it" };
+            let verdict =
+                if report.is_fully_checked { "is sound" } else { "has nothing wrong in what was checked of it" };
             if !json {
                 println!("{named} {} {verdict}", describe(&report));
             }
-            let is_enough = report.is_complete || allow_unchecked;
+            let is_enough = report.is_fully_checked || allow_unchecked;
             Ok(if is_enough { ExitCode::SUCCESS } else { ExitCode::from(INCOMPLETE) })
         }
         1 => Err(format!("{named}: 1 finding")),
@@ -98,13 +99,13 @@ fn print_findings(report: &CheckReport) {
     for image in &report.images {
         let is_only = report.digest == image.digest || report.images.len() == 1;
         let place = if is_only { String::new() } else { format!("image {}: ", image.platform) };
-        print(&place, &image.findings, image.further_findings, &[]);
+        print(&place, &image.findings, image.further_finding_count, &[]);
     }
     for artifact in &report.artifacts {
         let place = format!("artifact {}: ", artifact.digest);
-        print(&place, &artifact.findings, artifact.further_findings, &artifact.not_checked);
+        print(&place, &artifact.findings, artifact.further_finding_count, &artifact.not_checked);
     }
-    print("", &report.findings, report.further_findings, &[]);
+    print("", &report.findings, report.further_finding_count, &[]);
 }
 
 /// The image that was checked, or how many the index lists.
@@ -124,11 +125,14 @@ fn describe(report: &CheckReport) -> String {
 fn print_layer(layer: &LayerCheck) {
     let LayerCheck { digest, counts, .. } = layer;
     let kind = if layer.is_lazy { "lazy" } else { "ordinary" };
-    let mut words = vec![format!("{kind}, {}", HumanBytes(layer.blob_len))];
-    words.extend(layer.tar_len.map(|len| format!("{} of tar", HumanBytes(len))));
+    let mut words = vec![format!("{kind}, {}", HumanBytes(layer.compressed_len))];
+    words.extend(layer.plain_len.map(|len| format!("{} of tar", HumanBytes(len))));
     if layer.is_lazy {
-        words.push(format!("{} frames, {} files", counts.frames, counts.files));
-        words.push(format!("{} hot pieces, {} dedup pieces", counts.hot_pieces, counts.dedup_pieces));
+        words.push(format!("{} frames, {} files", counts.checked_frame_count, counts.checked_inode_count));
+        words.push(format!(
+            "{} hot pieces, {} dedup pieces",
+            counts.checked_hot_piece_count, counts.checked_dedup_piece_count
+        ));
     }
     let verdict = match layer.finding_count() {
         0 if layer.not_checked.is_empty() => "sound".to_owned(),
@@ -143,8 +147,8 @@ fn print_layer(layer: &LayerCheck) {
     for finding in &layer.findings {
         println!("layer {digest}: {finding}");
     }
-    if layer.further_findings > 0 {
-        println!("layer {digest}: {} findings more of the same kinds", layer.further_findings);
+    if layer.further_finding_count > 0 {
+        println!("layer {digest}: {} findings more of the same kinds", layer.further_finding_count);
     }
     for what in &layer.not_checked {
         println!("layer {digest}: not checked: {what}");

@@ -186,9 +186,9 @@ fn print(report: &Report, json: bool) {
         eprintln!(
             "{} layers, {} to {}, {} uploaded, {:.1} s, {:.0} MB/s of plain bytes",
             report.images.iter().map(|image| image.layers.len()).sum::<usize>(),
-            HumanBytes(report.source_len),
-            HumanBytes(report.target_len),
-            HumanBytes(report.uploaded_len),
+            HumanBytes(report.source_compressed_len),
+            HumanBytes(report.compressed_len),
+            HumanBytes(report.uploaded_bytes),
             report.seconds,
             report.plain_len as f64 / 1e6 / report.seconds.max(0.001)
         );

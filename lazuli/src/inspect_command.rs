@@ -53,13 +53,13 @@ fn describe(named: &str, facts: &ImageFacts) -> String {
     let mut text =
         format!("{named} {}\nmanifest {}\nconfig   {}\n\n", facts.platform, facts.digest, facts.config_digest);
     text += &layer_table(facts);
-    if facts.total.lazy_layers > 0 {
+    if facts.total.lazy_layer_count > 0 {
         text += &frame_table(&facts.layers);
         text += &summary(facts);
     }
     for (number, layer) in numbered(&facts.layers) {
         let hot_pack = layer.lazy.as_ref().and_then(|lazy| lazy.hot_pack.as_ref());
-        let list = hot_pack.map(|hot_pack| hot_pack.list.as_slice()).unwrap_or_default();
+        let list = hot_pack.map(|hot_pack| hot_pack.pieces.as_slice()).unwrap_or_default();
         if !list.is_empty() {
             text += &format!("\nhot pack of layer {number}\n{}", hot_table(list));
         }
@@ -89,12 +89,12 @@ fn layer_table(facts: &ImageFacts) -> String {
                 row.extend([
                     bytes(lazy.plain_len),
                     format!("{:.3}", lazy.ratio),
-                    HumanCount(lazy.files).to_string(),
-                    bytes(lazy.index.compressed_len),
-                    lazy.hot_pack.as_ref().map_or("-".to_owned(), |hot_pack| bytes(hot_pack.compressed_len)),
+                    HumanCount(lazy.inode_count).to_string(),
+                    bytes(lazy.index_len),
+                    if lazy.hot_pack_len == 0 { "-".to_owned() } else { bytes(lazy.hot_pack_len) },
                     dedup(|dedup| dedup.duplicate_len),
                     dedup(|dedup| dedup.duplicate_of_lower_len),
-                    bytes(lazy.hidden.content_len),
+                    bytes(lazy.hidden.hidden_len),
                 ]);
             }
         }
@@ -123,9 +123,9 @@ fn frame_table(layers: &[LayerFacts]) -> String {
             .to_vec(),
     ];
     for (number, layer) in numbered(layers) {
-        let Some(frames) = layer.lazy.as_ref().map(|lazy| &lazy.frames) else { continue };
-        let mut row = vec![number.to_string(), HumanCount(frames.count).to_string()];
-        for Spread { min, median, max } in [frames.plain_len, frames.compressed_len] {
+        let Some(lazy) = &layer.lazy else { continue };
+        let mut row = vec![number.to_string(), HumanCount(lazy.frame_count).to_string()];
+        for Spread { min, median, max } in [lazy.frame_plain_len, lazy.frame_compressed_len] {
             row.push(String::new());
             row.extend([min, median, max].map(bytes));
         }
@@ -137,9 +137,9 @@ fn frame_table(layers: &[LayerFacts]) -> String {
 fn summary(facts: &ImageFacts) -> String {
     let total = &facts.total;
     let count = facts.layers.len();
-    let files: u64 = facts.layers.iter().filter_map(|layer| layer.lazy.as_ref()).map(|lazy| lazy.files).sum();
+    let files: u64 = facts.layers.iter().filter_map(|layer| layer.lazy.as_ref()).map(|lazy| lazy.inode_count).sum();
     let mut lines = vec![
-        format!("layers    {count}, lazy {}", total.lazy_layers),
+        format!("layers    {count}, lazy {}", total.lazy_layer_count),
         format!(
             "size      {} compressed; lazy layers {} for {} plain, {:.3}",
             bytes(total.compressed_len),
@@ -157,11 +157,11 @@ fn summary(facts: &ImageFacts) -> String {
     let mut reasons: std::collections::BTreeMap<&str, (u64, u64)> = Default::default();
     let (mut plain_len, mut file_count) = (0, 0);
     for hot_pack in hot_packs {
-        plain_len += hot_pack.plain_len;
-        file_count += hot_pack.files;
+        plain_len += hot_pack.held_len;
+        file_count += hot_pack.file_count;
         for reason in &hot_pack.reasons {
-            let sum = reasons.entry(reason.reason).or_default();
-            *sum = (sum.0 + reason.files, sum.1 + reason.plain_len);
+            let sum = reasons.entry(reason.hot_reason).or_default();
+            *sum = (sum.0 + reason.file_count, sum.1 + reason.held_len);
         }
     }
     if total.hot_pack_len == 0 {
@@ -175,7 +175,7 @@ fn summary(facts: &ImageFacts) -> String {
     }
     let (twice, below) = (bytes(total.duplicate_len), bytes(total.duplicate_of_lower_len));
     lines.push(format!("twice     {twice} within a layer; below: {below} that a lower layer has"));
-    let among = if total.lazy_layers < count { " (ordinary layers not looked at)" } else { "" };
+    let among = if total.lazy_layer_count < count { " (ordinary layers not looked at)" } else { "" };
     lines.push(format!("hidden    {} that later layers replace or delete{among}", bytes(total.hidden_len)));
     for (number, layer) in numbered(&facts.layers).filter(|(_, layer)| layer.lazy.is_some()) {
         let keys = layer.signed_by.join(", ");
@@ -188,8 +188,14 @@ fn summary(facts: &ImageFacts) -> String {
 fn hot_table(list: &[HotEntry]) -> String {
     let mut rows = vec![["", "path", "reason", "from", "bytes"].map(str::to_owned).to_vec()];
     for (number, entry) in (1..).zip(list) {
-        let HotEntry { path, offset, len, reason } = entry;
-        rows.push(vec![number.to_string(), path.clone(), (*reason).to_owned(), offset.to_string(), len.to_string()]);
+        let HotEntry { path, offset, len, hot_reason } = entry;
+        rows.push(vec![
+            number.to_string(),
+            path.clone(),
+            (*hot_reason).to_owned(),
+            offset.to_string(),
+            len.to_string(),
+        ]);
     }
     table(&rows, &[1, 2])
 }

@@ -30,15 +30,15 @@ fn describe(report: &LayerReport) -> String {
     let what = match &report.content {
         Some(content) => format!(
             "{} files, {} frames, {} to {}",
-            content.files,
-            content.frames,
-            HumanBytes(report.source_len),
-            HumanBytes(report.target_len)
+            content.inode_count,
+            content.frame_count,
+            HumanBytes(report.source_compressed_len),
+            HumanBytes(report.compressed_len)
         ),
-        None if report.cached => format!("{} converted before", HumanBytes(report.source_len)),
-        None => format!("{} carried over", HumanBytes(report.source_len)),
+        None if report.is_cached => format!("{} converted before", HumanBytes(report.source_compressed_len)),
+        None => format!("{} carried over", HumanBytes(report.source_compressed_len)),
     };
-    let sent = if report.uploaded { "" } else { ", already there" };
+    let sent = if report.is_uploaded { "" } else { ", already there" };
     format!("{what}{sent}, {:.1} s", report.seconds)
 }
 

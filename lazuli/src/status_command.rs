@@ -7,13 +7,9 @@ use std::{
 };
 
 use clap::Args;
-use control::{
-    Reading, Verdict,
-    chains::{ChainStatus, Truth},
-};
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 
-use crate::status::{ImageLayer, ImageStatus, NodeStatus, node_status};
+use crate::status::{Chain, Fetching, ImageLayer, ImageStatus, NodeStatus, REFUSED, Read, Sums, VERIFIED, node_status};
 
 /// What `lazuli status` is told.
 #[derive(Debug, Args)]
@@ -51,9 +47,9 @@ pub(crate) async fn run(arguments: StatusArguments) -> Result<(), String> {
 
 /// `now` is the time since 1970.
 fn describe(status: &NodeStatus, with_layers: bool, now: Duration) -> String {
-    let mut text = match &status.mode {
-        Some(mode) => format!("mode {}: {}\n", mode.in_use, mode.reason),
-        None => "no lazily pulled images: lazuli-fused is started with the first one\n".to_owned(),
+    let mut text = match (status.mode, &status.mode_reason) {
+        (Some(mode), Some(reason)) => format!("mode {mode}: {reason}\n"),
+        _ => "no lazily pulled images: lazuli-fused is started with the first one\n".to_owned(),
     };
     for image in &status.images {
         text += &format!("\n{}\n", image.image);
@@ -72,46 +68,62 @@ fn describe(status: &NodeStatus, with_layers: bool, now: Duration) -> String {
             text += &format!("\n{image}\n{lines}");
         }
     }
-    for known in &status.not_lazy {
-        text += &format!("\n{}\n  not lazy, it was pulled completely: {}\n", known.image, known.reason);
+    for known in status.not_lazy.iter().filter(|known| is_elsewhere(&known.image.as_str())) {
+        text += &format!("\n{}\n  not lazy: it was pulled completely: {}\n", known.image, known.reason);
+    }
+    if status.images.len() > 1 {
+        text += &format!("\ntotal, each layer once\n  {}\n", sizes(&status.total));
     }
     text
 }
 
 fn lines_of(image: &ImageStatus) -> String {
+    let truth = if image.is_verified { "verified" } else { "not verified" };
+    let lazy = if image.is_lazy { "lazy" } else { "not lazy" };
     let mounted = image.mode.map_or("not mounted".to_owned(), |mode| format!("mounted by {mode}"));
-    let mut text = format!(
-        "  {mounted}, {} layers, {}, {} on disk of {} compressed\n",
-        HumanCount(image.layers.len() as u64),
-        arrived(image.is_complete, image.frames_present, image.frames_total),
-        HumanBytes(image.disk_bytes),
-        HumanBytes(image.compressed_bytes),
-    );
-    let Reading { frames_wanted, frames_under_way, frames_awaited, files } = &image.reading;
-    if *frames_awaited > 0 {
-        text += &format!("  readers wait for {} frames\n", HumanCount(*frames_awaited));
+    let mut text = format!("  {lazy}, {}, {truth}, {mounted}\n", arrived(image.is_complete, &image.sums));
+    text += &image.reason.iter().map(|reason| format!("  {}{reason}\n", refusal_mark(image))).collect::<String>();
+    text += &format!("  {}\n", sizes(&image.sums));
+    let Fetching { wanted_frame_count, coming_frame_count, awaited_frame_count, reads } = &image.fetching;
+    if *awaited_frame_count > 0 {
+        text += &format!("  readers wait for {}\n", counted(*awaited_frame_count, "frame"));
     }
-    let in_background = frames_wanted.saturating_sub(*frames_awaited);
+    for Read { path, waiting_ms, reason } in reads {
+        text += &format!("  waited for: {path} for {} s: {reason}\n", waiting_ms / 1000);
+    }
+    let in_background = wanted_frame_count.saturating_sub(*awaited_frame_count);
     if in_background > 0 {
+        let under_way = counted(*coming_frame_count, "frame");
         text += &format!(
-            "  fetching {} frames in the background; {} frames under way in all\n",
-            HumanCount(in_background),
-            HumanCount(*frames_under_way),
+            "  fetching {} in the background; {under_way} under way in all\n",
+            counted(in_background, "frame")
         );
     }
-    let verdicts = || image.layers.iter().map(|layer| &layer.verdict);
-    for reason in verdicts().flatten().filter_map(Verdict::refusal) {
-        text += &format!("  REFUSED, nothing of it is shown: {reason}\n");
-    }
-    let healed: u64 = image.layers.iter().map(|layer| layer.healed_pages).sum();
+    let healed: u64 = image.layers.iter().map(|layer| layer.healed_page_count).sum();
     if healed > 0 {
-        text += &format!("  {} pages of 4 KiB were damaged on disk and are fetched again\n", HumanCount(healed));
+        text += &format!("  {} of 4 KiB, damaged on disk, fetched again\n", counted(healed, "page"));
     }
-    let unverified = verdicts().filter(|verdict| verdict.is_none()).count();
-    if unverified > 0 {
-        text += &format!("  {} layers believed, not verified yet\n", HumanCount(unverified as u64));
-    }
-    text + &files.iter().map(|file| format!("  waited for: {file}\n")).collect::<String>()
+    text
+}
+
+/// Makes a refusal stand out.
+fn refusal_mark(image: &ImageStatus) -> &'static str {
+    if image.layers.iter().any(|layer| layer.truth == REFUSED) { "REFUSED, " } else { "" }
+}
+
+/// Figures that can be added up: of an image, or of all.
+fn sizes(sums: &Sums) -> String {
+    format!(
+        "{}, {} compressed, {} fetched, {} on disk",
+        counted(sums.layer_count, "layer"),
+        HumanBytes(sums.compressed_len),
+        HumanBytes(sums.fetched_bytes),
+        HumanBytes(sums.disk_bytes),
+    )
+}
+
+fn counted(count: u64, thing: &str) -> String {
+    format!("{} {thing}{}", HumanCount(count), if count == 1 { "" } else { "s" })
 }
 
 /// The lines about the chains of an image; all of them, or those with which something is.
@@ -120,45 +132,48 @@ fn chain_lines(status: &NodeStatus, image: &str, all: bool, now: Duration) -> St
     of_image.filter_map(|chain| chain_line(chain, all, now)).collect()
 }
 
-fn chain_line(chain: &ChainStatus, all: bool, now: Duration) -> Option<String> {
+fn chain_line(chain: &Chain, all: bool, now: Duration) -> Option<String> {
     let ago = |since: i64| {
         let since = Duration::from_secs(u64::try_from(since).unwrap_or_default());
         HumanDuration(now.saturating_sub(since))
     };
-    let is_remarkable = all || chain.waited_for_since.is_some() || matches!(chain.truth, Truth::Refused { .. });
+    let is_remarkable = all || chain.waited_for_since.is_some() || chain.truth == REFUSED;
     if !is_remarkable {
         return None;
     }
-    let name = chain.chain.get(..19).unwrap_or(&chain.chain);
+    let name = chain.chain_id.get(..19).unwrap_or(&chain.chain_id);
     let since = ago(chain.since);
-    let truth = match &chain.truth {
-        Truth::Believed => format!("believed for {since}"),
-        Truth::Verified => format!("verified {since} ago"),
-        Truth::Refused { reason } => {
+    let truth = match (chain.truth, &chain.reason) {
+        (REFUSED, reason) => {
+            let reason = reason.as_deref().unwrap_or_default();
             format!("REFUSED {since} ago, nothing is started on it: {reason}; remove the image")
         }
+        (VERIFIED, _) => format!("verified {since} ago"),
+        _ => format!("believed for {since}"),
     };
     let waits = chain.waited_for_since.map(|since| format!(", its verification is waited for since {}", ago(since)));
     let signed: String = chain.signed_by.iter().map(|key| format!(", signed by key {key}")).collect();
     Some(format!("  chain {name}: {truth}{}{signed}\n", waits.unwrap_or_default()))
 }
 
-fn arrived(is_complete: bool, frames_present: u64, frames_total: u64) -> String {
-    match is_complete {
-        true => "complete".to_owned(),
-        false => format!("{} of {} frames", HumanCount(frames_present), HumanCount(frames_total)),
-    }
+fn arrived(is_complete: bool, sums: &Sums) -> String {
+    let (present, needed) = (HumanCount(sums.present_frame_count), HumanCount(sums.needed_frame_count));
+    if is_complete { "complete".to_owned() } else { format!("{present} of {needed} frames") }
 }
 
 fn layer_line(layer: &ImageLayer) -> String {
+    let truth = match (&layer.tar_digest, &layer.reason) {
+        (Some(tar), _) => format!("verified as {tar}"),
+        (None, Some(reason)) => format!("refused: {reason}"),
+        (None, None) => layer.truth.to_owned(),
+    };
     format!(
-        "  layer {}: {}{}, {}, {} on disk of {} compressed, {} fetched\n",
-        &layer.blob.hex()[..12],
-        arrived(layer.is_complete, layer.frames_present, layer.frames_total),
+        "  layer {}: {}{}, {truth}, {} compressed, {} fetched, {} on disk\n",
+        &layer.digest.hex()[..12],
+        arrived(layer.is_complete, &layer.sums),
         if layer.is_direct { ", read by the kernel alone" } else { "" },
-        layer.verdict.as_ref().map_or("believed".to_owned(), ToString::to_string),
-        HumanBytes(layer.disk_bytes),
-        HumanBytes(layer.compressed_bytes),
-        HumanBytes(layer.fetched_bytes),
+        HumanBytes(layer.sums.compressed_len),
+        HumanBytes(layer.sums.fetched_bytes),
+        HumanBytes(layer.sums.disk_bytes),
     )
 }

@@ -43,9 +43,9 @@ impl Check<'_> {
         self.done.artifacts.push(ArtifactCheck {
             digest: ours.digest,
             kind: artifact_kind(ours).unwrap_or_default(),
-            blobs: blob_count,
+            blob_count,
             findings: findings.list,
-            further_findings: findings.further,
+            further_finding_count: findings.further,
             not_checked: findings.not_checked,
         });
     }

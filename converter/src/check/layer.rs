@@ -57,14 +57,14 @@ pub(crate) async fn check_layer(
         digest: descriptor.digest,
         diff_id,
         media_type: descriptor.media_type.clone(),
-        blob_len: descriptor.size,
+        compressed_len: descriptor.size,
         is_lazy,
         signatures,
         tar_digest: passed.tar.map(|(digest, _)| digest),
-        tar_len: passed.tar.map(|(_, len)| len),
+        plain_len: passed.tar.map(|(_, len)| len),
         counts: passed.counts,
         findings: findings.list,
-        further_findings: findings.further,
+        further_finding_count: findings.further,
         not_checked: findings.not_checked,
     })
 }

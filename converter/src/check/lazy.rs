@@ -100,7 +100,7 @@ fn pass<P: Iterator<Item = Result<Bytes, String>>>(
         let walked = read_tree(&mut stream, FrameStream::skip);
         stream.finish()?;
         let FrameStream { blob: mut cursor, read_len, tar_digest, space, broken, .. } = stream;
-        counts.frames = index.frames().len() as u64;
+        counts.checked_frame_count = index.frames().len() as u64;
         let digests = if let Some(number) = broken {
             let what = "diff ID, files, hot pack and dedup section against the tar stream";
             findings.skip(format!("{what}, since frame {number} is damaged"));
@@ -131,7 +131,8 @@ fn compare_tree(
     let index = &*layer.index;
     match walked.and_then(|tree| TarSide::new(tree, tar_len, index.frames())) {
         Ok(side) => {
-            counts.files = compare(index, &side, &mut |path, problem| findings.add(Part::File, path, problem));
+            counts.checked_inode_count =
+                compare(index, &side, &mut |path, problem| findings.add(Part::File, path, problem));
         }
         Err(error) => findings.add(Part::Tar, "tar stream", error),
     }
@@ -149,7 +150,7 @@ fn compare_pieces(layer: &OpenLayer, digests: &[Digest], counts: &mut Counts, fi
             );
         }
     }
-    counts.dedup_pieces = digests.len() as u64;
+    counts.checked_dedup_piece_count = digests.len() as u64;
 }
 
 /// Bytes of the plain address space in the words of files.
@@ -243,7 +244,7 @@ fn check_hot_pack<R: io::BufRead>(
             }
         }
     }
-    counts.hot_pieces = pieces.compared;
+    counts.checked_hot_piece_count = pieces.compared;
     if !is_readable {
         findings.skip("hot pieces behind a damaged hot frame");
     }

@@ -1,4 +1,4 @@
-//! What a check has found, for people and programs.
+//! What a check has found, for people and programs. `docs/JSON.md` explains the names of the fields.
 
 use std::fmt;
 
@@ -70,7 +70,7 @@ pub struct LayerCheck {
     /// Media type.
     pub media_type: String,
     /// Length of the blob by the manifest, in bytes.
-    pub blob_len: u64,
+    pub compressed_len: u64,
     /// Whether it is lazy, by its annotations or its footer.
     pub is_lazy: bool,
     /// Its signatures.
@@ -78,14 +78,14 @@ pub struct LayerCheck {
     /// Digest of the tar stream as it was read; `None` where it could not be read to its end.
     pub tar_digest: Option<Digest>,
     /// Length of the tar stream as it was read.
-    pub tar_len: Option<u64>,
+    pub plain_len: Option<u64>,
     /// What of a lazy layer was compared.
     #[serde(flatten)]
     pub counts: Counts,
     /// What is wrong.
     pub findings: Vec<Finding>,
     /// How many findings there are beyond those listed.
-    pub further_findings: u64,
+    pub further_finding_count: u64,
     /// What could not be checked, with the reason.
     pub not_checked: Vec<String>,
 }
@@ -94,13 +94,13 @@ pub struct LayerCheck {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Frames whose digests were compared.
-    pub frames: u64,
+    pub checked_frame_count: u64,
     /// Inodes that were compared with the tar stream.
-    pub files: u64,
+    pub checked_inode_count: u64,
     /// Pieces of the hot pack that were compared with the tar stream.
-    pub hot_pieces: u64,
+    pub checked_hot_piece_count: u64,
     /// Digests of the dedup section that were compared with the tar stream.
-    pub dedup_pieces: u64,
+    pub checked_dedup_piece_count: u64,
 }
 
 /// The result for an image.
@@ -117,7 +117,7 @@ pub struct ImageCheck {
     /// What is wrong beside the layers, and in what it differs from the original.
     pub findings: Vec<Finding>,
     /// How many such findings there are beyond those listed.
-    pub further_findings: u64,
+    pub further_finding_count: u64,
 }
 
 /// The result for what an index lists and is no image.
@@ -128,11 +128,11 @@ pub struct ArtifactCheck {
     /// The kind that it says it is of.
     pub kind: String,
     /// How many blobs were read.
-    pub blobs: u64,
+    pub blob_count: u64,
     /// Its faults, and its differences from the original.
     pub findings: Vec<Finding>,
     /// How many findings there are beyond those listed.
-    pub further_findings: u64,
+    pub further_finding_count: u64,
     /// The parts that could not be checked, with the reasons.
     pub not_checked: Vec<String>,
 }
@@ -145,7 +145,7 @@ pub struct CheckReport {
     /// Whether nothing was found and everything was looked at.
     pub is_sound: bool,
     /// Whether everything was looked at.
-    pub is_complete: bool,
+    pub is_fully_checked: bool,
     /// The images, in their order, each once.
     pub images: Vec<ImageCheck>,
     /// The other entries of the index, each once.
@@ -153,15 +153,15 @@ pub struct CheckReport {
     /// The faults of the index.
     pub findings: Vec<Finding>,
     /// How many such findings there are beyond those listed.
-    pub further_findings: u64,
+    pub further_finding_count: u64,
 }
 
 impl CheckReport {
     /// Number of findings.
     pub fn finding_count(&self) -> u64 {
         let of_images: u64 = self.images.iter().map(ImageCheck::finding_count).sum();
-        let of_artifacts = self.artifacts.iter().map(|one| one.findings.len() as u64 + one.further_findings);
-        of_images + of_artifacts.sum::<u64>() + self.findings.len() as u64 + self.further_findings
+        let of_artifacts = self.artifacts.iter().map(|one| one.findings.len() as u64 + one.further_finding_count);
+        of_images + of_artifacts.sum::<u64>() + self.findings.len() as u64 + self.further_finding_count
     }
 }
 
@@ -169,14 +169,14 @@ impl ImageCheck {
     /// Number of findings, those of its layers included.
     pub fn finding_count(&self) -> u64 {
         let of_layers: u64 = self.layers.iter().map(LayerCheck::finding_count).sum();
-        of_layers + self.findings.len() as u64 + self.further_findings
+        of_layers + self.findings.len() as u64 + self.further_finding_count
     }
 }
 
 impl LayerCheck {
     /// Number of findings, those not listed included.
     pub fn finding_count(&self) -> u64 {
-        self.findings.len() as u64 + self.further_findings
+        self.findings.len() as u64 + self.further_finding_count
     }
 }
 

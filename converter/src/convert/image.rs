@@ -137,7 +137,7 @@ impl Conversion<'_> {
         let mut has_new_blobs = false;
         for layer in &mut image.manifest.layers {
             let (finished, report) = &done[&layer.digest];
-            has_new_blobs |= report.target_digest != layer.digest;
+            has_new_blobs |= report.digest != layer.digest;
             reports.push(report.clone());
             *layer = finished.descriptor(layer, report.diff_id, self.sign);
         }
@@ -303,14 +303,14 @@ impl Conversion<'_> {
         let target = finished.descriptor(&descriptor, diff_id, self.sign);
         let report = LayerReport {
             source_digest,
-            source_len,
-            target_digest: target.digest,
-            target_len: target.size,
+            source_compressed_len: source_len,
+            digest: target.digest,
+            compressed_len: target.size,
             diff_id,
-            converted: content.is_some(),
-            cached,
+            is_converted: content.is_some(),
+            is_cached: cached,
             content,
-            uploaded,
+            is_uploaded: uploaded,
             seconds: started.elapsed().as_secs_f64(),
         };
         self.observer.layer_done(number, &report);
@@ -429,10 +429,10 @@ fn content_of(facts: &LayerFacts, converted: &ConvertedLayer) -> LayerContent {
     LayerContent {
         plain_len: facts.tar_len,
         content_len: facts.content_len,
-        frames: facts.frame_count,
-        files: facts.inode_count,
+        frame_count: facts.frame_count,
+        inode_count: facts.inode_count,
         index_len: converted.layer.index.compressed_len,
-        hot_len: converted.layer.hot_len,
+        hot_pack_len: converted.layer.hot_len,
         dedup_len: converted.dedup_len,
     }
 }

@@ -72,7 +72,7 @@ impl Conversion<'_> {
             } else {
                 let copied_len = copy_blobs(self.source, self.destination, &stored).await?;
                 let kind = artifact_kind(&stored).unwrap_or_default();
-                made.artifacts.push(ArtifactReport { digest, copied_len, kind });
+                made.artifacts.push(ArtifactReport { digest, copied_bytes: copied_len, kind });
                 NewManifest::same(&stored)
             };
             made.descriptors.insert(digest, new.descriptor());

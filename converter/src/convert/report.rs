@@ -1,4 +1,4 @@
-//! What a conversion has done, for people and programs.
+//! What a conversion has done, for people and programs. `docs/JSON.md` explains the names of the fields.
 
 use format_spec::Digest;
 use serde::Serialize;
@@ -19,13 +19,13 @@ pub struct Report {
     /// What came along because it refers to the original.
     pub referrers: Vec<ReferrerReport>,
     /// Compressed length of the original layers, in bytes.
-    pub source_len: u64,
+    pub source_compressed_len: u64,
     /// Compressed length of the layers now, in bytes.
-    pub target_len: u64,
+    pub compressed_len: u64,
     /// Length of the tar streams of the layers that were converted, in bytes.
     pub plain_len: u64,
     /// Bytes of layers that went to the destination.
-    pub uploaded_len: u64,
+    pub uploaded_bytes: u64,
     /// Ids of the keys that signed every lazy layer.
     pub signed_by: Vec<String>,
     /// How long it took.
@@ -53,7 +53,7 @@ pub struct ArtifactReport {
     /// Digest of the manifest, the same before and after.
     pub digest: Digest,
     /// Bytes of its blobs that had to be moved.
-    pub copied_len: u64,
+    pub copied_bytes: u64,
     /// Its kind, by its own words: the artifact type, or that of the config; empty where it says neither.
     pub kind: String,
 }
@@ -77,22 +77,22 @@ pub struct LayerReport {
     /// Digest of the original blob.
     pub source_digest: Digest,
     /// Length of the original blob, in bytes.
-    pub source_len: u64,
+    pub source_compressed_len: u64,
     /// Digest of the blob now.
-    pub target_digest: Digest,
+    pub digest: Digest,
     /// Length of the blob now, in bytes.
-    pub target_len: u64,
+    pub compressed_len: u64,
     /// Digest of the tar stream, the same before and after.
     pub diff_id: Digest,
     /// Whether it was converted; lazy layers and what is no layer are carried over as they are.
-    pub converted: bool,
+    pub is_converted: bool,
     /// Whether it was converted earlier and found in the cache.
-    pub cached: bool,
+    pub is_cached: bool,
     /// What conversion found in it; `None` where it was not converted.
     #[serde(flatten)]
     pub content: Option<LayerContent>,
     /// Whether it was sent to the destination; otherwise that had it already.
-    pub uploaded: bool,
+    pub is_uploaded: bool,
     /// How long it took, upload included.
     pub seconds: f64,
 }
@@ -105,13 +105,13 @@ pub struct LayerContent {
     /// Length of all regular files, in bytes.
     pub content_len: u64,
     /// Number of frames.
-    pub frames: u64,
+    pub frame_count: u64,
     /// Number of inodes: files, directories, links, devices.
-    pub files: u64,
+    pub inode_count: u64,
     /// Compressed length of the index, in bytes.
     pub index_len: u64,
     /// Length of the hot pack in the blob, in bytes; 0 without one.
-    pub hot_len: u64,
+    pub hot_pack_len: u64,
     /// Length of the dedup section in the blob, in bytes; 0 without one.
     pub dedup_len: u64,
 }

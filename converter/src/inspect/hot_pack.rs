@@ -9,30 +9,28 @@ use tar_index::paths::Paths;
 /// A hot pack.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HotPackFacts {
-    /// Its length in the blob, in bytes.
-    pub compressed_len: u64,
     /// Length of what it holds, in bytes.
-    pub plain_len: u64,
+    pub held_len: u64,
     /// Number of files that it holds something of.
-    pub files: u64,
+    pub file_count: u64,
     /// Number of pieces.
-    pub pieces: u64,
+    pub piece_count: u64,
     /// The same by reason, most bytes first.
     pub reasons: Vec<ReasonFacts>,
     /// Everything in it, in the order of first access; empty unless asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub list: Vec<HotEntry>,
+    pub pieces: Vec<HotEntry>,
 }
 
 /// What is in a hot pack for one reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ReasonFacts {
     /// The reason.
-    pub reason: &'static str,
+    pub hot_reason: &'static str,
     /// Number of files.
-    pub files: u64,
+    pub file_count: u64,
     /// Length of what is held of them, in bytes.
-    pub plain_len: u64,
+    pub held_len: u64,
 }
 
 /// A piece of a hot pack.
@@ -45,7 +43,7 @@ pub struct HotEntry {
     /// Its length, in bytes.
     pub len: u64,
     /// Why it is there.
-    pub reason: &'static str,
+    pub hot_reason: &'static str,
 }
 
 /// A reason in one word.
@@ -71,7 +69,7 @@ pub(crate) fn facts<B: AsRef<[u8]>>(index: &Index<B>, with_list: bool) -> Option
     let file = |piece: &HotPiece| paths.file_at(piece.plain_offset.get()).unwrap_or_default();
     let entry = |piece: &HotPiece| {
         let (inode, offset) = file(piece);
-        HotEntry { path: paths.path(inode), offset, len: piece.len.get().into(), reason: word(piece.reason.get()) }
+        HotEntry { path: paths.path(inode), offset, len: piece.len.get().into(), hot_reason: word(piece.reason.get()) }
     };
     let files_of = |pieces: &mut dyn Iterator<Item = &HotPiece>| {
         pieces.map(|piece| file(piece).0).collect::<BTreeSet<_>>().len() as u64
@@ -81,17 +79,16 @@ pub(crate) fn facts<B: AsRef<[u8]>>(index: &Index<B>, with_list: bool) -> Option
         .into_iter()
         .map(|reason| {
             let own = || pieces.iter().filter(|piece| word(piece.reason.get()) == reason);
-            ReasonFacts { reason, files: files_of(&mut own()), plain_len: len_of(own()) }
+            ReasonFacts { hot_reason: reason, file_count: files_of(&mut own()), held_len: len_of(own()) }
         })
         .collect();
-    reasons.sort_by_key(|reason| std::cmp::Reverse(reason.plain_len));
+    reasons.sort_by_key(|reason| std::cmp::Reverse(reason.held_len));
     Some(HotPackFacts {
-        compressed_len: index.hot_len(),
-        plain_len: len_of(pieces.iter()),
-        files: files_of(&mut pieces.iter()),
-        pieces: pieces.len() as u64,
+        held_len: len_of(pieces.iter()),
+        file_count: files_of(&mut pieces.iter()),
+        piece_count: pieces.len() as u64,
         reasons,
-        list: if with_list { pieces.iter().map(entry).collect() } else { Vec::new() },
+        pieces: if with_list { pieces.iter().map(entry).collect() } else { Vec::new() },
     })
 }
 

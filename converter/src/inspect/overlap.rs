@@ -16,8 +16,8 @@ pub(super) fn duplicates(layers: &[&OpenLayer]) -> Vec<Option<DedupFacts>> {
         let mut facts = DedupFacts::default();
         for piece in &layer.pieces {
             let (digest, len) = (piece.digest(), piece.len.get());
-            facts.pieces += 1;
-            facts.plain_len += len;
+            facts.piece_count += 1;
+            facts.held_len += len;
             // Counted once, whichever way it is there already.
             if !own.insert(digest) {
                 facts.duplicate_len += len;
@@ -26,9 +26,7 @@ pub(super) fn duplicates(layers: &[&OpenLayer]) -> Vec<Option<DedupFacts>> {
             }
         }
         lower.extend(own);
-        found.push(
-            layer.index.dedup().map(|section| DedupFacts { compressed_len: section.compressed_len.get(), ..facts }),
-        );
+        found.push(layer.index.dedup().map(|_| facts));
     }
     found
 }
@@ -45,15 +43,15 @@ pub(super) fn hidden(layers: &[&OpenLayer]) -> Result<Vec<HiddenFacts>, MergeErr
     for layer in layers {
         let files = layer.index.inodes().iter().filter(|inode| inode.is_regular());
         hidden.push(files.fold(HiddenFacts::default(), |sum, file| HiddenFacts {
-            files: sum.files + 1,
-            content_len: sum.content_len + stored_len(&layer.index, file),
+            file_count: sum.file_count + 1,
+            hidden_len: sum.hidden_len + stored_len(&layer.index, file),
         }));
     }
     for file in tree.inodes().iter().filter(|inode| inode.is_regular()) {
         let number = file.layer.get() as usize;
         let (Some(facts), Some(layer)) = (hidden.get_mut(number), layers.get(number)) else { continue };
-        facts.files = facts.files.saturating_sub(1);
-        facts.content_len = facts.content_len.saturating_sub(stored_len(&layer.index, file));
+        facts.file_count = facts.file_count.saturating_sub(1);
+        facts.hidden_len = facts.hidden_len.saturating_sub(stored_len(&layer.index, file));
     }
     Ok(hidden)
 }

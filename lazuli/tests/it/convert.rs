@@ -57,8 +57,8 @@ fn what_is_there_is_not_written_again() {
     let second = scene.convert(&[]);
     assert_eq!(first["digest"], second["digest"]);
     assert_eq!(
-        (first["uploaded_len"].clone(), second["uploaded_len"].clone()),
-        (first["target_len"].clone(), json!(0))
+        (first["uploaded_bytes"].clone(), second["uploaded_bytes"].clone()),
+        (first["compressed_len"].clone(), json!(0))
     );
     let index: ImageIndex = serde_json::from_slice(&fs::read(scene.path("dst/index.json")).unwrap()).unwrap();
     assert_eq!(index.manifests.len(), 1);
@@ -72,7 +72,7 @@ fn a_lazy_image_is_carried_over() {
     let second: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(first["digest"], second["digest"]);
     assert_eq!(
-        (&second["images"][0]["layers"][0]["converted"], &second["images"][0]["layers"][0]["uploaded"]),
+        (&second["images"][0]["layers"][0]["is_converted"], &second["images"][0]["layers"][0]["is_uploaded"]),
         (&json!(false), &json!(true))
     );
     assert_eq!(list(&scene.path("third/blobs/sha256")), list(&scene.path("dst/blobs/sha256")));
@@ -98,7 +98,7 @@ fn a_lazy_image_that_lost_its_annotations_gets_them_back() {
     fs::remove_dir_all(scene.path("dst")).unwrap();
     let report = scene.convert(&[]);
     assert!(
-        report["images"][0]["layers"].as_array().unwrap().iter().all(|layer| layer["converted"] == false),
+        report["images"][0]["layers"].as_array().unwrap().iter().all(|layer| layer["is_converted"] == false),
         "{report}"
     );
     let labels = |image: &ImageManifest| image.layers.iter().map(labels_of).collect::<Vec<_>>();
@@ -245,7 +245,7 @@ fn what_is_no_image_is_copied_as_it_is() {
     let image = scene.put(registry::media_type::OCI_MANIFEST, &serde_json::to_vec(&manifest).unwrap());
     scene.put_index(vec![image.clone()]);
     let report = scene.convert(&[]);
-    assert_eq!(report["artifacts"], json!([{"digest": image.digest, "copied_len": 8, "kind": config.media_type}]));
+    assert_eq!(report["artifacts"], json!([{"digest": image.digest, "copied_bytes": 8, "kind": config.media_type}]));
     assert_eq!((&report["digest"], &report["images"]), (&json!(image.digest), &json!([])));
     for digest in [image.digest, config.digest, manifest.layers[0].digest] {
         assert_eq!(fs::read(scene.blob("dst", &digest)).unwrap(), fs::read(scene.blob("src", &digest)).unwrap());

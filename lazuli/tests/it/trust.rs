@@ -67,7 +67,7 @@ fn an_image_that_lies_about_its_origin_harms_nobody() {
         assert_eq!(content(&scene, "dst", &image.layers[0]), base, "{destination}");
         assert_eq!(image.layers[0].digest, honest.layers[0].digest);
         // The second one comes from the directory, into which nothing came but what was made here.
-        assert_eq!(done["cached"], destination == "oci:dst:other");
+        assert_eq!(done["is_cached"], destination == "oci:dst:other");
     }
 }
 
@@ -76,9 +76,9 @@ fn what_a_destination_says_is_used_once_it_was_compared() {
     let scene = Scene::new();
     put(&scene, &tar(&[("a", 1000)]));
     let (first, done) = convert(&scene, "oci:dst:v1", &[]);
-    assert_eq!(done["cached"], false);
+    assert_eq!(done["is_cached"], false);
     let (second, done) = convert(&scene, "oci:dst:v1", &[]);
-    assert_eq!((second, done["cached"].clone()), (first, json!(true)));
+    assert_eq!((second, done["is_cached"].clone()), (first, json!(true)));
 }
 
 /// A layout may hold zeros by a blob's name after a power cut; its length alone says nothing.
@@ -283,7 +283,7 @@ fn an_index_of_which_images_are_missing_gives_the_layers_of_those_that_are_there
     fs::remove_file(scene.blob("dst", &first)).unwrap();
     let arguments = ["--cache-from", "oci:dst:v1", "--platform", "linux/arm64"];
     let (_, done) = convert(&scene, "oci:dst:v2", &arguments);
-    assert_eq!(done["cached"], true);
+    assert_eq!(done["is_cached"], true);
 }
 
 /// An image could clear the findings off the screen and print the verdict itself.

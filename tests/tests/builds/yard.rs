@@ -158,7 +158,7 @@ impl Yard<'_> {
         };
         record.count(what);
         let layers = report["images"][0]["layers"].as_array().into_iter().flatten();
-        for _ in layers.filter(|layer| layer["cached"] == true) {
+        for _ in layers.filter(|layer| layer["is_cached"] == true) {
             record.count("layers from a cache");
         }
         if let (Place::Repository(repository), Some(original)) = (place, &source.pushed) {

@@ -127,7 +127,10 @@ fn converted_image_is_sound_and_that_of_the_original() -> Result<()> {
     assert_eq!((&report["is_sound"], &report["findings"]), (&json!(true), &json!([])));
     for layer in report["images"][0]["layers"].as_array().expect("layers") {
         assert_eq!((&layer["is_lazy"], &layer["tar_digest"]), (&json!(true), &layer["diff_id"]));
-        assert!(layer["files"].as_u64() > Some(3) && layer["frames"].as_u64() > Some(0), "{layer}");
+        assert!(
+            layer["checked_inode_count"].as_u64() > Some(3) && layer["checked_frame_count"].as_u64() > Some(0),
+            "{layer}"
+        );
         assert_eq!(layer["not_checked"], json!([]));
     }
     assert!(lazuli_ok(["check", &lazy])?.ends_with(" is sound\n"));
@@ -142,8 +145,8 @@ fn hot_pack_and_dedup_section_are_compared_with_the_tar_stream() -> Result<()> {
     let given = Given::new("check-hot")?;
     let report = report(&given.layout, &["--against", &given.original])?;
     assert_eq!(report["is_sound"], json!(true), "{report:#}");
-    assert_eq!(report["images"][0]["layers"][0]["hot_pieces"], json!(2));
-    assert_eq!(report["images"][0]["layers"][0]["dedup_pieces"], json!(given.blob.dedup.len()));
+    assert_eq!(report["images"][0]["layers"][0]["checked_hot_piece_count"], json!(2));
+    assert_eq!(report["images"][0]["layers"][0]["checked_dedup_piece_count"], json!(given.blob.dedup.len()));
     assert!(given.blob.dedup.len() > 3);
     Ok(())
 }

@@ -22,6 +22,8 @@ use lazuli_tests::{
 };
 use serde_json::{Value, json};
 
+use crate::json::check_schema;
+
 /// The user that nobody is.
 const NOBODY: u32 = 65534;
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
@@ -242,6 +244,7 @@ fn all_platforms_of_an_index_are_converted_and_the_rest_is_kept() -> Result<()> 
     let before = registry.served()?.len();
     let lazy = registry.reference("lazy:v1");
     let report = lazuli_ok(["convert", "--all-platforms", "--json", &original, &lazy])?;
+    check_schema("convert", &report)?;
     let report: Value = serde_json::from_str(&report).map_err(std::io::Error::from).context("parsing the report")?;
     assert_eq!((list(&report["images"]).len(), list(&report["artifacts"]).len()), (2, 3));
     // What is at the destination already is read again to see what a start of the second image reads.
@@ -427,7 +430,7 @@ fn referrers_come_along_and_what_is_unsigned_refers_to_the_new_image_too() -> Re
     ])?;
 
     let first = registry.reference("signed:lazy");
-    lazuli_ok(["convert", "--referrers", &layout.reference(), &first])?;
+    check_schema("convert", &lazuli_ok(["convert", "--json", "--referrers", &layout.reference(), &first])?)?;
     // The registry knows no subjects, so there are lists under tags.
     let new = registry.digest("signed:lazy")?;
     let referrers =

@@ -11,6 +11,7 @@ mod hot_pack;
 mod inode_numbers;
 mod inspect;
 mod model;
+mod json;
 mod modes;
 mod mount;
 mod node_bad_input;

@@ -17,7 +17,10 @@ use serde_json::Value;
 fn image_status(node: &Node, image: &str) -> Result<Value> {
     let printed = status(node, &["--json"])?.stdout;
     let status: Value = serde_json::from_str(&printed).unwrap_or_default();
-    assert!(status["mode"]["reason"].is_string(), "{printed}");
+    assert!(status["mode_reason"].is_string(), "{printed}");
+    check_schema("status", &printed)?;
+use crate::json::check_schema;
+
     let found = status["images"].as_array().into_iter().flatten().find(|found| found["image"] == image);
     Ok(found.cloned().unwrap_or_default())
 }
@@ -77,7 +80,7 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
     assert_eq!(run("first", "sha256sum /large/0")?.code, Some(0));
     let mounted = image_status(&node, &lazy)?;
     assert!(mounted["mode"].is_string(), "{mounted}");
-    assert!(mounted["frames_present"].as_u64() < mounted["frames_total"].as_u64(), "{mounted}");
+    assert!(mounted["present_frame_count"].as_u64() < mounted["needed_frame_count"].as_u64(), "{mounted}");
     assert!(mounted["disk_bytes"].as_u64() > Some(2 << 20), "{mounted}");
 
     registry.pause();
@@ -85,13 +88,14 @@ fn status_tells_what_has_arrived_and_what_readers_wait_for() -> Result<()> {
         let reader = scope.spawn(|| run("blocked", "sha256sum /large/5"));
         let waiting = wait_for("no read was shown to wait", || {
             let found = image_status(&node, &lazy)?;
-            Ok((found["reading"]["frames_awaited"].as_u64() > Some(0)).then_some(found))
+            Ok((found["awaited_frame_count"].as_u64() > Some(0)).then_some(found))
         });
         let shown = status(&node, &[&lazy]);
         registry.resume();
-        assert_eq!(waiting?["reading"]["files"][0], "/large/5");
+        let waiting = waiting?;
+        assert_eq!(waiting["reads"][0]["path"], "/large/5");
         let shown = shown?.stdout;
-        assert!(shown.contains("waited for: /large/5") && shown.contains("readers wait for"), "{shown}");
+        assert!(shown.contains("waited for: /large/5 for ") && shown.contains("readers wait for"), "{shown}");
         assert_eq!(shown.lines().filter(|line| line.starts_with("  layer ")).count(), 3, "{shown}");
         assert_eq!(reader.join().expect("the thread does not panic")?.code, Some(0));
         Ok(())
