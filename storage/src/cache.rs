@@ -343,7 +343,8 @@ impl Cache {
         is_forgotten
     }
 
-    /// All layers that the directory holds, sorted by digest; damaged ones are left out.
+    /// All layers that the directory holds, sorted by digest; damaged ones are left out, and those that are just being
+    /// opened for the first time or removed.
     ///
     /// # Errors
     ///
@@ -355,10 +356,13 @@ impl Cache {
         for entry in fs::read_dir(&path).map_err(disk_error)? {
             let directory = LayerDirectory::new(entry.map_err(disk_error)?.path(), self.inner.disk.clone());
             let name = directory.path().file_name().unwrap_or_default().to_owned();
+            // Before the record is read: it is there when the layer is open.
+            let is_in_change = self.inner.is_in_change(&directory);
             match directory.read_record() {
                 Ok(Some(LayerRecord { layer, description, .. })) if *name == *layer.id().hex() => {
                     known.push(KnownLayer { layer, description });
                 }
+                Ok(_) if is_in_change || !directory.path().exists() => {}
                 Ok(_) => tracing::warn!(path = %directory.path().display(), "not a layer, or a damaged one"),
                 Err(error) => tracing::warn!(path = %directory.path().display(), %error, "layer cannot be read"),
             }
@@ -444,6 +448,13 @@ impl Cache {
 impl CacheInner {
     fn directory(&self, id: LayerId) -> LayerDirectory {
         LayerDirectory::new(self.root.join("layers").join(id.hex()), self.disk.clone())
+    }
+
+    /// Whether the directory of a layer may have no record because the layer is on its way in, or out.
+    fn is_in_change(&self, directory: &LayerDirectory) -> bool {
+        let is_of = |id: &LayerId| directory.path().file_name().is_some_and(|name| *name == *id.hex());
+        let layers = lock(&self.layers);
+        layers.iter().any(|(id, entry)| is_of(id) && !matches!(entry, Entry::Open(_)))
     }
 
     fn graveyard(&self) -> PathBuf {

@@ -1,12 +1,74 @@
 //! Layers of a cache: opened, known, replaced, removed.
 
-use std::{os::unix::fs::PermissionsExt, sync::Arc};
+use std::{
+    os::unix::fs::PermissionsExt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use format_spec::{Digest, LazyLayer};
 use serde_json::json;
 use storage::{KnownLayer, Priority, ReadError};
 
-use crate::support::{Fixture, MemorySource, TestLayer, check_read, one_request_a_class, open_cache};
+use crate::{
+    support::{Fixture, MemorySource, TestLayer, check_read, one_request_a_class, open_cache},
+    watched::{Kind, WatchedDisk},
+};
+
+/// Counts the warnings of a thread.
+#[derive(Debug, Clone, Default)]
+struct Warnings(Arc<AtomicUsize>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// `lazuli status` beside a pull: the layer has a directory, and its record a moment later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_is_being_opened_is_no_damaged_one() {
+    let test = TestLayer::of_frames(1, 1000);
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Arc::new(WatchedDisk::default());
+    let cache = storage::Cache::open(directory.path(), tokio::runtime::Handle::current(), disk.options()).unwrap();
+    disk.hold(Kind::Write, "layer.json");
+    let opening = {
+        let (cache, source, layer) = (cache.clone(), MemorySource::new(&test), test.lazy);
+        tokio::spawn(async move { cache.layer(&layer, source, json!(null)).await.map(drop) })
+    };
+    let watched = disk.clone();
+    tokio::task::spawn_blocking(move || watched.wait_until_held()).await.unwrap();
+    let at = directory.path().join("layers").join(test.lazy.id().hex());
+    assert!(at.exists());
+    let warnings = Warnings::default();
+    let known = || tracing::subscriber::with_default(warnings.clone(), || cache.known_layers().unwrap().len());
+    assert_eq!((known(), warnings.0.load(Ordering::Relaxed)), (0, 0));
+    disk.release();
+    opening.await.unwrap().unwrap();
+    assert_eq!((known(), warnings.0.load(Ordering::Relaxed)), (1, 0));
+    // A directory that nobody is changing and that has no record is worth a look.
+    std::fs::create_dir(at.with_file_name("0".repeat(64))).unwrap();
+    assert_eq!((known(), warnings.0.load(Ordering::Relaxed)), (1, 1));
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_at_once_share_one_request_for_the_index() {
