@@ -377,6 +377,10 @@ impl Service {
             self.notify_change(Node::Trees, id, move || _ = sender.send(()));
             _ = told.recv_timeout(TELLING_TIME);
         }
+        if let Some(tree) = removed {
+            let image = tree.layers.last().map(image_of).unwrap_or_default();
+            info!(image, tree = %id, "tree unmounted");
+        }
         Ok(())
     }
 
@@ -401,8 +405,13 @@ impl Service {
         let removing = tokio::spawn(async move {
             service.0.namespace.remove_layer(id);
             service.tell(Node::Layers, id).await;
+            let known = service.0.cache.open_layers().into_iter().find(|layer| layer.lazy_layer().id() == id);
+            let disk_bytes = service.layer_usage(id).await.unwrap_or_default();
             let removed = service.0.cache.remove(id).await;
             drop(removal);
+            if let (Some(layer), Ok(())) = (known, &removed) {
+                info!(image = image_of(&layer), blob = %layer.lazy_layer().blob, disk_bytes, "layer removed");
+            }
             removed
         });
         Ok(removing.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?)
@@ -488,6 +497,11 @@ fn places(sources: &Arc<dyn SourceFactory>) -> Sources {
         let image = description.get(IMAGE)?.as_str()?.to_owned();
         sources.source(&RemoteLayer { layer: *layer, image }).ok()
     })
+}
+
+/// The image that a layer was last pulled for.
+fn image_of(layer: &Layer) -> String {
+    layer.description().get(IMAGE).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
 /// A layer that was refused is in no new mount.

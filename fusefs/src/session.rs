@@ -26,6 +26,8 @@ use crate::{
     error::Error,
     fs::LazuliFs,
     namespace::Namespace,
+    sync::blocking,
+    users::mounts_over,
 };
 
 /// Session threads: more than the cores only help while cache files are read from a slow disk.
@@ -204,7 +206,7 @@ impl Session {
                 match timeout(END_PATIENCE, self.wait()).await {
                     Ok(ended) => ended,
                     Err(_) => {
-                        warn!(mount_point = %self.mount_point.display(), "still in use below other mounts");
+                        self.tell_users().await;
                         Ok(())
                     }
                 }
@@ -214,6 +216,25 @@ impl Session {
                 rustix::mount::unmount(&self.mount_point, UnmountFlags::DETACH).map_err(|error| failed(error.into()))
             }
             Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+impl Session {
+    /// Says why an unmounted session does not end: containers lose it with this process, a copy of the mount in another
+    /// namespace is nobody's loss.
+    async fn tell_users(&self) {
+        let mount_point = self.mount_point.clone();
+        let users = blocking(move || mounts_over(&mount_point)).await;
+        match users.first() {
+            Some(first) => {
+                let (mount_point, first) = (self.mount_point.display(), first.display());
+                warn!(%mount_point, mounts = users.len(), %first, "still in use below other mounts");
+            }
+            None => info!(
+                mount_point = %self.mount_point.display(),
+                "another mount namespace has a copy of the mount: the session ends with this process"
+            ),
         }
     }
 }

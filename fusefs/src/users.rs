@@ -30,6 +30,22 @@ pub(crate) fn mounts_in_use(root: &Path, trees: &[TreeId]) -> Vec<PathBuf> {
     found.into_iter().collect()
 }
 
+/// Mount points of overlayfs mounts, in whatever mount namespace, that have something below `directory` as a layer;
+/// blocks.
+pub(crate) fn mounts_over(directory: &Path) -> Vec<PathBuf> {
+    // Relative ones begin with its name at the earliest, and stand for another directory at the worst.
+    let name = directory.file_name().unwrap_or_default();
+    let is_ours = |layer: &str| {
+        let layer = Path::new(layer);
+        layer.starts_with(directory) || (layer.is_relative() && layer.iter().any(|part| part == name))
+    };
+    let mut found = BTreeSet::new();
+    for table in mount_tables() {
+        found.extend(table.lines().filter_map(|line| overlay(line, is_ours)));
+    }
+    found.into_iter().collect()
+}
+
 /// The mount tables of all mount namespaces that some process is in.
 fn mount_tables() -> Vec<String> {
     let mut seen: HashSet<OsString> = HashSet::new();

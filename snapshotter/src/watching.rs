@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use crate::{fused::End, metadata::Kind, snapshotter::Snapshotter};
 
@@ -53,7 +53,8 @@ impl Snapshotter {
                     // Not waited for: the daemon may end meanwhile.
                     let recovering = tokio::spawn(self.clone().recover());
                     match watch.ended(self.inner.limits.hang).await {
-                        End::Ended => warn!("lazuli-fused has ended, it is started again"),
+                        // Whoever started it says how it ended, and may have wanted it.
+                        End::Ended => info!("lazuli-fused has ended, it is started again"),
                         End::Hangs(within) => {
                             error!(?within, "lazuli-fused does not answer, it is ended and started again");
                             watch.kill();

@@ -125,3 +125,24 @@ fn a_log_file_has_the_last_words_and_is_bounded() {
     assert!(log.lines().last().unwrap().contains("unmounted"), "{log}");
     assert!(log.len() < 4 << 20, "{} bytes", log.len());
 }
+
+/// As where something of the machine was started in a mount namespace of its own meanwhile: nobody reads there, and the
+/// end of the program is no reason to look.
+#[test]
+fn a_copy_of_the_mount_in_another_namespace_is_no_warning_at_the_end() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("fused.log");
+    let program = Program::start(root.path(), File::create(&path).unwrap(), &[]);
+    let mut command = Command::new("unshare");
+    let other = Program(command.args(["--mount", "--propagation", "private", "sleep", "60"]).spawn().unwrap());
+    let namespace = |id: &str| fs::read_link(format!("/proc/{id}/ns/mnt")).unwrap();
+    let give_up_at = Instant::now() + SOON;
+    while namespace(&other.0.id().to_string()) == namespace("self") {
+        assert!(Instant::now() < give_up_at, "it stays in this namespace");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(program.end());
+    let log = fs::read_to_string(&path).unwrap();
+    assert!(log.contains("another mount namespace has a copy of the mount"), "{log}");
+    assert!(!log.contains(" WARN ") && !log.contains(" ERROR "), "{log}");
+}

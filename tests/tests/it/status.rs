@@ -1,6 +1,11 @@
 //! `lazuli status` on a real node: what is there, how it is mounted, and what readers wait for.
 
-use std::{process::Stdio, thread, time::Duration};
+use std::{
+    process::Stdio,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use lazuli_tests::{
     Finished, Node, Result, Scratch,
@@ -13,14 +18,14 @@ use lazuli_tests::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use crate::json::check_schema;
+
 /// What `lazuli status --json` says of an image; null before it is there.
 fn image_status(node: &Node, image: &str) -> Result<Value> {
     let printed = status(node, &["--json"])?.stdout;
     let status: Value = serde_json::from_str(&printed).unwrap_or_default();
     assert!(status["mode_reason"].is_string(), "{printed}");
     check_schema("status", &printed)?;
-use crate::json::check_schema;
-
     let found = status["images"].as_array().into_iter().flatten().find(|found| found["image"] == image);
     Ok(found.cloned().unwrap_or_default())
 }
@@ -136,6 +141,59 @@ fn a_node_without_lazy_images_is_healthy_and_a_directory_that_is_no_node_is_not(
         let told = status(&node, words)?;
         assert!(told.code == Some(0) && told.stdout.contains("pulled completely: answered 401"), "{told:?}");
     }
+    Ok(())
+}
+
+/// Told to end, as by an upgrade; whether it is to end for good is the business of others.
+fn end_fused(node: &Node) -> Result<()> {
+    let ended = node.snapshotter.fused_id().expect("it serves the image");
+    let id = i32::try_from(ended).ok().and_then(Pid::from_raw).expect("a process ID");
+    kill_process(id, Signal::TERM).map_err(std::io::Error::from).context("telling lazuli-fused to end")?;
+    wait_for("lazuli-fused did not end", || Ok((node.snapshotter.fused_id() != Some(ended)).then_some(())))
+}
+
+/// Whoever wakes for warnings sleeps through pulls, upgrades, removals and a shutdown, while somebody looks at status.
+#[test]
+fn a_healthy_life_leaves_no_warning_in_the_logs() -> Result<()> {
+    let scratch = Scratch::new("healthy")?;
+    let registry = publish_sample(&scratch)?;
+    let mut node = Node::start_with(&["--background-rate", "1000"], &scratch)?;
+    let lazy = registry.reference("sample:lazy");
+    let is_pulled = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let looking = scope.spawn(|| {
+            while !is_pulled.load(Ordering::Relaxed) {
+                status(&node, &["--json"])?;
+            }
+            Ok(())
+        });
+        let pulled = node.lazuli_pull(&lazy);
+        let first = run(&node, &lazy, "healthy-first", "true");
+        is_pulled.store(true, Ordering::Relaxed);
+        assert_eq!((pulled?.code, first?.code), (Some(0), Some(0)));
+        looking.join().expect("the thread does not panic")
+    })?;
+    wait_for("the image is not verified", || Ok((image_status(&node, &lazy)?["is_verified"] == true).then_some(())))?;
+    end_fused(&node)?;
+    assert_eq!(run(&node, &lazy, "healthy-second", READ_ALL)?.code, Some(0));
+    let removed = finish(&mut node.containerd.ctr(["images", "rm", "--sync", &lazy]))?;
+    assert_eq!(removed.code, Some(0), "{}", removed.stderr);
+    wait_for("the cache was not emptied", || Ok((node.snapshotter.cached_layers()? == 0).then_some(())))?;
+    let fused_log = || std::fs::read_to_string(node.snapshotter.root().join("fused.log")).unwrap_or_default();
+    let log = wait_for("the last removal was not told", || {
+        let log = fused_log();
+        Ok((log.matches("layer removed").count() == 3).then_some(log))
+    })?;
+    assert_eq!(log.matches("tree unmounted").count(), 1, "{log}");
+
+    assert_eq!(node.lazuli_pull(&lazy)?.code, Some(0));
+    assert_eq!(run(&node, &lazy, "healthy-third", "true")?.code, Some(0));
+    node.snapshotter.stop();
+    end_fused(&node)?;
+    let root = node.snapshotter.root();
+    let logs = std::fs::read_to_string(root.join("fused.log")).at("reading", root)? + &node.snapshotter.log();
+    let loud: Vec<_> = logs.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect();
+    assert_eq!(loud, [""; 0]);
     Ok(())
 }
 
