@@ -20,7 +20,7 @@ fn says(hook: &mut dyn FnMut(Stage<'_>)) -> (Vec<String>, bool) {
         image.layers.iter().map(|layer| &layer.findings).chain([&image.findings]).collect::<Vec<_>>()
     });
     let lists = lists.chain(report.artifacts.iter().map(|artifact| &artifact.findings)).chain([&report.findings]);
-    (lists.flatten().map(ToString::to_string).collect(), report.is_complete)
+    (lists.flatten().map(ToString::to_string).collect(), report.is_fully_checked)
 }
 
 fn check_found(words: &str, mut hook: impl FnMut(Stage<'_>)) {
