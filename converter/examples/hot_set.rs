@@ -17,7 +17,7 @@ use converter::hot_set::{FileContent, StartConfig, derive};
 use format_spec::{
     Digest, Index, IndexBuilder, Inode,
     builder::blank_inode,
-    index::{PLAIN_ALIGN, mode},
+    records::{PLAIN_ALIGN, mode},
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;

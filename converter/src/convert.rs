@@ -4,7 +4,6 @@
 //! its tar stream is what the config says. `index.rs` walks indexes, `image.rs` converts an image.
 
 pub mod cache;
-mod cache_directory;
 mod image;
 mod index;
 mod referrers;
@@ -12,7 +11,7 @@ pub mod report;
 
 use std::{num::NonZeroUsize, sync::Arc, time::Instant};
 
-use format_spec::{Digest, FormatError, SigningKey, annotation::FORMAT_VERSION};
+use format_spec::{Digest, FormatError, SigningKey, records::FORMAT_VERSION};
 use tar_index::TREE_GENERATION;
 
 use crate::{

@@ -30,7 +30,7 @@ mod tests;
 
 use std::{collections::HashMap, io, iter, ops::Range};
 
-use format_spec::{Index, Inode, index::PLAIN_ALIGN};
+use format_spec::{Index, Inode, records::PLAIN_ALIGN};
 
 pub use self::{
     config::{ConfigError, StartConfig},
@@ -69,7 +69,7 @@ pub struct HotRange {
     pub inode: u32,
     /// Bytes of the file: starts at a multiple of 4096, ends at one or with the file.
     pub range: Range<u64>,
-    /// Why: a value of [`format_spec::index::hot_reason`].
+    /// Why: a value of [`format_spec::records::hot_reason`].
     pub reason: u32,
 }
 

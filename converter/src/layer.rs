@@ -37,7 +37,7 @@ use format_spec::{
     builder::BuildError,
     dedup,
     footer::{EMPTY_FRAME, Footer, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
-    index::DedupLocation,
+    records::DedupLocation,
 };
 
 use tar_index::{

@@ -7,7 +7,12 @@ use std::{collections::BTreeMap, ops::Range};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{digest::Digest, footer::SKIPPABLE_HEADER_LEN};
+use crate::{
+    digest::Digest,
+    footer::SKIPPABLE_HEADER_LEN,
+    limits::INDEX_LEN_MAX,
+    records::{FORMAT_VERSION, IndexLocation},
+};
 
 /// Format version, decimal. Present on every lazy layer, and what marks one.
 pub const VERSION: &str = "containerd.io/snapshot/lazuli/version";
@@ -38,33 +43,8 @@ pub const SOURCE_OPTIONS: &str = "io.lazuli.source.options";
 pub const ALL: [&str; 8] =
     [VERSION, BLOB_DIGEST, BLOB_LEN, INDEX_OFFSET, INDEX_COMPRESSED_LEN, INDEX_PLAIN_LEN, INDEX_DIGEST, HOT_LEN];
 
-/// The format version that this crate reads and writes.
-pub const FORMAT_VERSION: u32 = 1;
-/// Longest index, compressed or plain, that a reader accepts (SPEC.md 9): bounds what a node allocates.
-pub const INDEX_LEN_MAX: u64 = 1 << 30;
-
 /// What names a layer on a node ([`LazyLayer::id`]).
 pub type LayerId = Digest;
-
-/// Where the index of a layer blob lies and what it must hash to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct IndexLocation {
-    /// Offset of the compressed index in the blob, in bytes.
-    pub offset: u64,
-    /// Length of the compressed index, in bytes.
-    pub compressed_len: u64,
-    /// Length of the decompressed index, in bytes.
-    pub plain_len: u64,
-    /// SHA-256 of the compressed index.
-    pub digest: Digest,
-}
-
-impl IndexLocation {
-    /// The bytes of the blob that hold the compressed index.
-    pub fn range(&self) -> Range<u64> {
-        self.offset..self.offset.saturating_add(self.compressed_len)
-    }
-}
 
 /// A layer that can be mounted lazily: all a node must be told about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

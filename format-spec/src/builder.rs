@@ -9,11 +9,12 @@ use std::collections::HashMap;
 use zerocopy::{IntoBytes, little_endian::U32};
 
 use crate::{
-    annotation::IndexLocation,
     digest::Digest,
-    index::{
-        DedupLocation, Dirent, Extent, Frame, HotFrame, HotPiece, Index, Inode, NO_XATTRS, WHITEOUT, Xattr, XattrSet,
-        check_name, mode, section,
+    index::Index,
+    index::check_name,
+    records::{
+        DedupLocation, Dirent, Extent, Frame, HotFrame, HotPiece, IndexLocation, Inode, NO_XATTRS, WHITEOUT, Xattr,
+        XattrSet, mode, section,
     },
     table::{self, FormatError, NewSection},
 };
@@ -337,5 +338,5 @@ pub fn blank_inode(mode: u32) -> Inode {
 
 /// A directory that the tar stream does not name: `root:root`, 0755, time 0, flag IMPLICIT.
 pub fn implicit_directory() -> Inode {
-    Inode { flags: crate::index::flag::IMPLICIT.into(), ..blank_inode(mode::DIRECTORY | 0o755) }
+    Inode { flags: crate::records::flag::IMPLICIT.into(), ..blank_inode(mode::DIRECTORY | 0o755) }
 }

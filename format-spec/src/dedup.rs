@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned, little_e
 use crate::{
     builder::CompressedIndex,
     digest::Digest,
-    index::DedupLocation,
+    records::DedupLocation,
     table::{self, FormatError, NewSection, Unread},
 };
 

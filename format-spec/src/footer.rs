@@ -6,8 +6,9 @@ use zerocopy::{
 };
 
 use crate::{
-    annotation::{FORMAT_VERSION, INDEX_LEN_MAX, IndexLocation},
     digest::Digest,
+    limits::INDEX_LEN_MAX,
+    records::{FORMAT_VERSION, IndexLocation},
     table::{FormatError, before_checksum},
 };
 

@@ -16,7 +16,7 @@ use zerocopy::{
     little_endian::{U32, U64},
 };
 
-use crate::{annotation::INDEX_LEN_MAX, digest::Digest};
+use crate::{digest::Digest, limits::INDEX_LEN_MAX};
 
 /// First eight bytes of an index.
 pub const MAGIC: [u8; 8] = *b"LAZULIDX";

@@ -18,7 +18,7 @@ use std::{
 use format_spec::{
     Digest, Index, IndexBuilder, Inode,
     builder::blank_inode,
-    index::mode::{DIRECTORY, REGULAR},
+    records::mode::{DIRECTORY, REGULAR},
 };
 use rustix::{
     fs::{CWD, Mode, OFlags, fstat, open, openat, statfs},

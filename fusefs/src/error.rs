@@ -7,7 +7,7 @@ use format_spec::{Digest, FormatError, LayerId};
 use storage::{CacheError, ReadError, SourceError, SourceErrorKind};
 use tree::{erofs::WriteError, merge::MergeError};
 
-use crate::{erofs_mount::MountError, trees::WAITING_MAX};
+use crate::erofs_mount::MountError;
 
 /// A tree cannot be made, kept or mounted. One line each, for the user.
 #[derive(Debug, thiserror::Error)]
@@ -137,8 +137,8 @@ pub enum Error {
         tree: TreeId,
     },
     /// Too many wait for a tree already.
-    #[error("tree {0}: {WAITING_MAX} requests wait for it already: ask again")]
-    Crowded(TreeId),
+    #[error("tree {0}: {1} requests wait for it already: ask again")]
+    Crowded(TreeId, usize),
     /// Too much is under way.
     #[error("too many requests are under way: ask again")]
     Busy,

@@ -17,7 +17,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use format_spec::index::mode;
+use format_spec::records::mode;
 use fuser::{
     Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
     LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,

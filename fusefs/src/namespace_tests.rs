@@ -4,7 +4,7 @@ use control::RemoteLayer;
 use format_spec::{
     IndexBuilder, IndexLocation, Inode, LazyLayer,
     builder::{blank_inode, implicit_directory},
-    index::mode,
+    records::mode,
 };
 
 use super::*;

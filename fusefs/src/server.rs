@@ -33,7 +33,7 @@ use tracing::{debug, warn};
 
 use crate::{error::Error, mounts::Mounts};
 
-/// Longest request: the layers of a tree, [`format_spec::index::LAYER_COUNT_MAX`] of them with long image names.
+/// Longest request: the layers of a tree, [`format_spec::limits::LAYER_COUNT_MAX`] of them with long image names.
 const REQUEST_LEN_MAX: u64 = 4 << 20;
 /// Connections at a time; more of them are closed at once. A snapshotter opens one for each call under way. Trees that
 /// cannot be had take [`crate::trees::WAITING_MAX`] each, so that a dozen of them leave room for those that can.

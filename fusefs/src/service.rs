@@ -15,7 +15,7 @@ use control::{
     root::{CACHE, TREES},
     tree_id,
 };
-use format_spec::{Digest, LayerId, index::LAYER_COUNT_MAX};
+use format_spec::{Digest, LayerId, limits::LAYER_COUNT_MAX};
 use fuser::Notifier;
 use futures_util::StreamExt;
 use serde_json::{Value, json};

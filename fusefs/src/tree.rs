@@ -5,7 +5,7 @@ use std::ops::Range;
 use control::TreeId;
 use format_spec::{
     Extent, Index, Inode,
-    index::{WHITEOUT, mode},
+    records::{WHITEOUT, mode},
 };
 use rustix::io::Errno;
 use storage::{Layer, disk::mapping::Map};

@@ -123,7 +123,7 @@ impl Trees {
         let waiting = |attempt, outcome| Waiting { trees: self.clone(), id, attempt, outcome };
         match &mut entry.state {
             State::Made(tree) => Ok(Wanted::Made(tree.clone())),
-            State::Making(making) if making.waiting_count >= WAITING_MAX => Err(Error::Crowded(id)),
+            State::Making(making) if making.waiting_count >= WAITING_MAX => Err(Error::Crowded(id, WAITING_MAX)),
             State::Making(making) => {
                 making.waiting_count += 1;
                 Ok(Wanted::Coming(waiting(making.attempt, making.outcome.clone())))
@@ -452,15 +452,15 @@ mod tests {
             let Ok(Wanted::Coming(more)) = trees.want(id, &layers) else { panic!("somebody makes it") };
             waiting.push(more);
         }
-        assert!(matches!(trees.want(id, &layers), Err(Error::Crowded(_))));
+        assert!(matches!(trees.want(id, &layers), Err(Error::Crowded(..))));
         assert!(
             matches!(trees.want(Digest::of(b"other"), &[]), Ok(Wanted::Absent(..))),
             "for another one there is room"
         );
-        go_on.send(Error::Crowded(id)).unwrap();
+        go_on.send(Error::Crowded(id, WAITING_MAX)).unwrap();
         for waiting in waiting {
             let error = waiting.outcome().await.unwrap_err();
-            assert!(matches!(error, Error::Shared(error) if matches!(*error, Error::Crowded(_))));
+            assert!(matches!(error, Error::Shared(error) if matches!(*error, Error::Crowded(..))));
         }
         assert!(matches!(trees.want(id, &layers), Ok(Wanted::Absent(..))), "it can be tried again");
     }

@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 
 use format_spec::{
     Index, Inode,
-    index::{NAME_LEN_MAX, WHITEOUT, mode},
+    limits::NAME_LEN_MAX,
+    records::{WHITEOUT, mode},
 };
 
 /// Looks at everything that an index says, whatever its bytes are: nothing may panic.

@@ -25,7 +25,8 @@ use format_spec::{
     Digest, Footer, FormatError, Index, IndexBuilder, IndexLocation, LayerData,
     builder::blank_inode,
     footer::FOOTER_FRAME_LEN,
-    index::{Frame, TARGET_LEN_MAX, TEXTS_LEN_MAX, mode},
+    limits::{TARGET_LEN_MAX, TEXTS_LEN_MAX},
+    records::{Frame, mode},
 };
 use tree::merge::merge;
 

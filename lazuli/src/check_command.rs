@@ -10,7 +10,7 @@ use converter::{
 };
 use indicatif::HumanBytes;
 
-use crate::{fail_with, registry_arguments::RegistryArguments};
+use crate::{output::fail_with, registry_arguments::RegistryArguments};
 
 /// What `lazuli check` is told.
 #[derive(Debug, Args)]

@@ -23,7 +23,7 @@ use format_spec::Digest;
 use indicatif::HumanBytes;
 use registry::Client;
 
-use crate::{fail_with, progress, registry_arguments::RegistryArguments, user_directories};
+use crate::{output::fail_with, progress, registry_arguments::RegistryArguments, user_directories};
 
 /// What `lazuli convert` is told.
 #[derive(Debug, Args)]

@@ -7,7 +7,7 @@ use converter::{
 };
 use indicatif::{HumanBytes, HumanCount};
 
-use crate::{fail_with, registry_arguments::RegistryArguments};
+use crate::{output::fail_with, registry_arguments::RegistryArguments};
 
 /// What `lazuli inspect` is told.
 #[derive(Debug, Args)]

@@ -126,9 +126,3 @@ fn interruption() -> std::io::Result<impl Future<Output = ()>> {
         }
     })
 }
-
-/// The line for an error: what it happened to in front, unless the error names it.
-fn fail_with(named: &str, error: &dyn std::error::Error) -> String {
-    let message = error.to_string();
-    if message.contains(named) { message } else { format!("{named}: {message}") }
-}

@@ -7,8 +7,8 @@ use control::Mode;
 use converter::image::{ImageSource, location::Location, platform::Platform, resolve::ResolveError};
 
 use crate::{
-    fail_with,
     mount::{MountError, mount},
+    output::fail_with,
     registry_arguments::RegistryArguments,
     user_directories,
 };

@@ -29,6 +29,12 @@ pub(crate) fn has_failed() -> bool {
     HAS_FAILED.load(Ordering::Relaxed)
 }
 
+/// The line for an error: what it happened to in front, unless the error names it.
+pub(crate) fn fail_with(named: &str, error: &dyn std::error::Error) -> String {
+    let message = error.to_string();
+    if message.contains(named) { message } else { format!("{named}: {message}") }
+}
+
 macro_rules! print {
     ($($text:tt)*) => { $crate::output::result(format_args!($($text)*)) };
 }

@@ -10,11 +10,7 @@ use std::{
 use control::{chains::ChainStatus, root::CHAINS};
 use tracing::warn;
 
-use crate::{
-    metadata::{Snapshot, SnapshotKey},
-    not_lazy::replace,
-    trust::Truth,
-};
+use crate::{names::SnapshotKey, not_lazy::replace, records::Snapshot, trust::Truth};
 
 /// A client that has not asked for so long waits no longer: a kubelet asks every five minutes at the least.
 const WAITS_FOR: Duration = Duration::from_secs(600);

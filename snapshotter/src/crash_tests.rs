@@ -10,6 +10,7 @@ use std::{
 use redb::StorageBackend;
 
 use super::*;
+use crate::remote::TARGET;
 
 const NOW: Time = Time { seconds: 1, nanos: 0 };
 

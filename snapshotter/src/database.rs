@@ -27,7 +27,7 @@ use tracing::{info, warn};
 
 use crate::{
     held::{HeldBackend, HeldDisk},
-    metadata::MetadataError,
+    records::MetadataError,
 };
 
 type Result<T, E = MetadataError> = std::result::Result<T, E>;

@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 
-use crate::metadata::Labels;
+use crate::names::Labels;
 
 /// Which users of the container are which of the host: `CONTAINER:HOST:COUNT`, several with commas between.
 pub const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";

@@ -33,7 +33,7 @@ use tracing::debug;
 use crate::{
     host::make_private,
     id_map::IdMap,
-    metadata::SnapshotId,
+    names::SnapshotId,
     system_calls,
     user_namespace::{NamespaceError, user_namespace},
 };

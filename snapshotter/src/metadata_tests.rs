@@ -1,5 +1,7 @@
 //! What the store allows, refuses and remembers.
 
+use std::collections::BTreeSet;
+
 use format_spec::{Digest, IndexLocation, LazyLayer};
 
 use super::*;

@@ -17,7 +17,10 @@ use control::{
 };
 use format_spec::LayerId;
 
-use crate::metadata::{Kind, Snapshot, SnapshotId};
+use crate::{
+    names::SnapshotId,
+    records::{Kind, Snapshot},
+};
 
 /// Further images that a container's layers are looked for at.
 const IMAGES_MAX: usize = 16;
@@ -151,7 +154,10 @@ mod tests {
     use format_spec::{Digest, IndexLocation, LazyLayer};
 
     use super::*;
-    use crate::metadata::{Labels, LazySnapshot, SnapshotKey, Time, Usage};
+    use crate::{
+        names::{Labels, SnapshotKey, Time},
+        records::{LazySnapshot, Usage},
+    };
 
     fn id(number: u64) -> SnapshotId {
         serde_json::from_value(number.into()).unwrap()

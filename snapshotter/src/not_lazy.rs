@@ -10,7 +10,7 @@ use control::{NotLazy, root::NOT_LAZY};
 use serde::Serialize;
 use tracing::warn;
 
-use crate::metadata::Time;
+use crate::names::Time;
 
 /// Images that are remembered; older ones are forgotten.
 const IMAGES_MAX: usize = 100;

@@ -12,7 +12,7 @@ use control::RemoteLayer;
 use format_spec::{Digest, LazyLayer, annotation::AnnotationError};
 use tracing::warn;
 
-use crate::metadata::{Labels, SnapshotKey};
+use crate::names::{Labels, SnapshotKey};
 
 /// The name under which containerd would commit the layer it prepares for: its chain ID.
 pub const TARGET: &str = "containerd.io/snapshot.ref";

@@ -13,7 +13,7 @@ use format_spec::{
 };
 
 use crate::{
-    metadata::{Labels, SnapshotKey},
+    names::{Labels, SnapshotKey},
     remote::RemoteRequest,
     trust::{Truth, truth_under},
 };

@@ -10,6 +10,8 @@
 //! read off the records, never counted. Removals, labels and extractions are durable a moment after they are answered:
 //! a crash that undoes one leaves a snapshot that containerd collects, or a pull that begins anew.
 
+mod freeing;
+
 use std::{
     collections::HashSet,
     fs, io,
@@ -24,20 +26,19 @@ use control::{RemoteLayer, repository_of, root::DATABASE};
 use tokio::{sync::Notify, time::timeout};
 use tracing::{debug, error, info, warn};
 
+use self::freeing::Work;
 use crate::{
     chains::Chains,
-    freeing::Work,
     fused::{Fused, FusedError, FusedProgram},
     host::{self, Root, RootError},
     id_map::{IdMap, IdMapError},
     id_mapped::{IdMappedError, IdMappedMounts, Part},
-    metadata::{
-        Kind, LabelChange, Labels, LazyInsert, Listed, Metadata, MetadataError, NewCommit, NewSnapshot, Snapshot,
-        SnapshotId, SnapshotKey, Time, Unused, Usage,
-    },
+    metadata::Metadata,
     mounts::{Directories, Lower, mounts},
+    names::{Labels, SnapshotId, SnapshotKey, Time},
     not_lazy::NotLazyImages,
     probes::Probes,
+    records::{Kind, LabelChange, LazyInsert, Listed, MetadataError, NewCommit, NewSnapshot, Snapshot, Unused, Usage},
     remote::{LabelError, REMOTE_MARK, RemoteRequest, remote_request},
     signers::{Signers, signers},
     trees::{Tree, TreeError, Trees},

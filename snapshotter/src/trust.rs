@@ -13,7 +13,8 @@ use format_spec::{Digest, PublicKey};
 use serde::Deserialize;
 
 use crate::{
-    metadata::{Labels, LazySnapshot, NewSnapshot, Snapshot, SnapshotKey},
+    names::{Labels, SnapshotKey},
+    records::{LazySnapshot, NewSnapshot, Snapshot},
     remote::{CRI_IMAGE, is_extraction},
 };
 

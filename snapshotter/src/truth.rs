@@ -6,7 +6,8 @@ use control::{RemoteLayer, Verdict};
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    metadata::{LazySnapshot, Snapshot, SnapshotKey},
+    names::SnapshotKey,
+    records::{LazySnapshot, Snapshot},
     service::now,
     snapshotter::{Error, Result, Snapshotter},
     trust::{Asker, Truth, Unverified, objections, truth_under},

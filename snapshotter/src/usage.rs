@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::metadata::Usage;
+use crate::records::Usage;
 
 /// Unit of `st_blocks` (POSIX leaves it open, Linux fixes it).
 const BLOCK_BYTES: u64 = 512;

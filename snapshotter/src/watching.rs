@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use crate::{fused::End, metadata::Kind, snapshotter::Snapshotter};
+use crate::{fused::End, records::Kind, snapshotter::Snapshotter};
 
 /// After a failed attempt to bring `lazuli-fused` back; each further pause is twice as long,
 const RECOVERY_PAUSE: Duration = Duration::from_millis(10);

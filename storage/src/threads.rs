@@ -24,7 +24,7 @@ use bytes::Bytes;
 use format_spec::{
     Digest, Extent, Frame, HotFrame, HotPiece, IndexBuilder, LayerData, LazyLayer,
     builder::{BlobTail, blank_inode, implicit_directory},
-    index::{PLAIN_ALIGN, hot_reason, mode},
+    records::{PLAIN_ALIGN, hot_reason, mode},
 };
 use serde_json::Value;
 use shuttle::thread;

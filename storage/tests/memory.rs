@@ -19,7 +19,8 @@ use bytes::Bytes;
 use format_spec::{
     Digest, FormatError, IndexBuilder, IndexLocation, Inode, LayerData, LazyLayer,
     builder::blank_inode,
-    index::{SPACE_LEN_FREE, mode, section},
+    limits::SPACE_LEN_FREE,
+    records::{mode, section},
     table,
 };
 use futures_util::{FutureExt, StreamExt, stream};

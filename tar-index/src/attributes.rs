@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use format_spec::{Inode, index::mode};
+use format_spec::{Inode, records::mode};
 
 use crate::{
     acl::{self, Acl, AclError},

@@ -8,12 +8,12 @@ use std::{fmt, io};
 
 use format_spec::{
     Extent, Frame, Index, Inode, LayerData,
-    index::{NO_XATTRS, WHITEOUT, flag, mode},
+    paths::{Paths, shown},
+    records::{NO_XATTRS, WHITEOUT, flag, mode},
 };
 
 use crate::{
     layer_index::build_index,
-    paths::{Paths, shown},
     tree::LayerTree,
     walker::{TarError, TarInput, next_entry},
 };

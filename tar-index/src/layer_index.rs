@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use format_spec::{
     Extent, IndexBuilder,
     builder::BuildError,
-    index::{PLAIN_ALIGN, WHITEOUT},
+    records::{PLAIN_ALIGN, WHITEOUT},
 };
 
 use crate::tree::{Content, LayerTree, ROOT};

@@ -14,7 +14,6 @@ pub mod compare;
 mod header;
 #[allow(clippy::indexing_slicing, reason = "numbers of nodes are of its own tree")]
 pub mod layer_index;
-pub mod paths;
 mod pax;
 #[allow(clippy::indexing_slicing, reason = "numbers of nodes are of its own tree")]
 pub mod tree;

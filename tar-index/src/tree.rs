@@ -13,7 +13,8 @@ use std::collections::{BTreeMap, VecDeque};
 use format_spec::{
     Inode,
     builder::{blank_inode, implicit_directory},
-    index::{WHITEOUT, check_name, flag, mode},
+    index::check_name,
+    records::{WHITEOUT, flag, mode},
 };
 
 use crate::{

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use format_spec::{Index, IndexLocation, Inode, LayerData, index::WHITEOUT};
+use format_spec::{Index, IndexLocation, Inode, LayerData, records::WHITEOUT};
 
 use super::*;
 use crate::{layer_index::build_index, walker::Segment};

@@ -6,7 +6,7 @@ use format_spec::{
     BlobTail, Digest, Footer, HotFrame, HotPiece, Index, IndexBuilder, Inode, LayerData, LazyLayer,
     dedup::{self, DedupPiece},
     footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
-    index::{DedupLocation, WHITEOUT},
+    records::{DedupLocation, WHITEOUT},
 };
 
 use crate::error::{Context as _, HarnessError, Result};

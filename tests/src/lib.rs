@@ -14,6 +14,7 @@ pub mod cri;
 pub mod disks;
 pub mod error;
 pub mod faulty_registry;
+pub mod house;
 pub mod image;
 pub mod lazy_blob;
 pub mod node;

@@ -22,7 +22,9 @@ use std::io;
 
 use format_spec::{
     Digest, Extent, Index, Inode,
-    index::{LAYER_COUNT_MAX, WHITEOUT, check_name, mode},
+    index::check_name,
+    limits::LAYER_COUNT_MAX,
+    records::{WHITEOUT, mode},
 };
 use zerocopy::IntoBytes;
 

@@ -23,7 +23,8 @@ use std::collections::{HashMap, VecDeque};
 use format_spec::{
     Digest, FormatError, Index, IndexBuilder, Inode,
     builder::BuildError,
-    index::{LAYER_COUNT_MAX, NO_XATTRS, WHITEOUT, flag, mode},
+    limits::LAYER_COUNT_MAX,
+    records::{NO_XATTRS, WHITEOUT, flag, mode},
 };
 
 /// Attributes under this prefix are overlayfs's own (Linux fs/overlayfs/overlayfs.h).

@@ -9,7 +9,7 @@ use format_spec::Digest;
 
 use super::{
     Check, CheckError, check_embedded, check_len,
-    notes::{compare_fields, compare_notes},
+    notes::{compare_fields, compare_notes, compare_type},
     original::Original,
     report::{Findings, Part},
 };
@@ -224,19 +224,5 @@ fn compare_entries(
     if !is_new && ours.media_type != theirs.media_type {
         let problem = format!("it is {:?}, in the original {:?}", ours.media_type, theirs.media_type);
         findings.add(Part::List, format!("{place}, mediaType"), problem);
-    }
-}
-
-/// A document has the type that it had, or that which conversion gives it.
-pub(super) fn compare_type(
-    place: &str,
-    ours: &Option<String>,
-    theirs: &Option<String>,
-    converted: &str,
-    findings: &mut Findings,
-) {
-    if ours != theirs && ours.as_deref() != Some(converted) {
-        let problem = format!("it is {ours:?}, in the original {theirs:?}");
-        findings.add(Part::Manifest, format!("{place}, mediaType"), problem);
     }
 }

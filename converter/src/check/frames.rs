@@ -9,7 +9,6 @@ use std::{
 use bytes::{Buf as _, Bytes};
 use format_spec::{Digest, DigestHasher, Frame};
 use tar_index::walker::TarInput;
-use zstd::zstd_safe;
 
 use super::{
     opening::{Opened, Openers, SpaceThread},
@@ -57,33 +56,6 @@ impl<R: BufRead> BlobCursor<R> {
         }
         Ok(hasher.finish())
     }
-}
-
-/// Compares a compressed frame with its record, and decompresses it.
-///
-/// # Errors
-///
-/// What is wrong with it.
-pub(crate) fn open_frame(compressed: &[u8], digest: Digest, plain_len: u32) -> Result<Vec<u8>, String> {
-    let found = Digest::of(compressed);
-    if found != digest {
-        return Err(format!("its digest is {found}, the index says {digest}"));
-    }
-    if zstd_safe::find_frame_compressed_size(compressed) != Ok(compressed.len()) {
-        return Err("it is not one complete zstd frame".to_owned());
-    }
-    if zstd_safe::get_dict_id_from_frame(compressed).is_some() {
-        return Err("it needs a dictionary".to_owned());
-    }
-    match zstd_safe::get_frame_content_size(compressed) {
-        Ok(Some(len)) if len == u64::from(plain_len) => {}
-        Ok(Some(len)) => return Err(format!("its header says {len} plain bytes, the index says {plain_len}")),
-        Ok(None) | Err(_) => return Err("its header does not say how long its content is".to_owned()),
-    }
-    // A frame of no bytes would be one of unknown length to zstd's bulk interface; records forbid it.
-    let plain = zstd::bulk::decompress(compressed, plain_len as usize).map_err(|error| format!("zstd: {error}"))?;
-    let is_complete = plain.len() == plain_len as usize;
-    if is_complete { Ok(plain) } else { Err(format!("it has {} plain bytes, the index says {plain_len}", plain.len())) }
 }
 
 /// The tar stream in the frames of a blob. Ends early, and says so, at the first frame that is wrong.

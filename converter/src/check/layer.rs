@@ -4,7 +4,7 @@ use std::{io::Read, sync::Arc, thread};
 
 use bytes::Bytes;
 use format_spec::{
-    Digest, DigestHasher, Footer, FormatError, Index, LazyLayer, PublicKey, Unread,
+    Digest, DigestHasher, Footer, Index, LazyLayer, PublicKey,
     annotation::{self, AnnotationError},
     footer::FOOTER_FRAME_LEN,
     signature::SIGNATURE,
@@ -13,6 +13,7 @@ use format_spec::{
 use super::{
     CheckError,
     lazy::{OpenLayer, Passed, check_blob, open_pieces},
+    notes::note_unread,
     report::{Findings, LayerCheck, Part},
 };
 use crate::{
@@ -279,24 +280,6 @@ async fn read_footer(source: &ImageSource, descriptor: &Descriptor) -> Result<Op
     let found = Footer::from_frame(&frame, descriptor.size).ok().flatten();
     let (blob, blob_len) = (descriptor.digest, descriptor.size);
     Ok(found.map(|(index, hot_len)| LazyLayer { blob, blob_len, index, hot_len }))
-}
-
-/// Bytes that no reader looks at: those that must be 0 are, and what a later version may say cannot be checked.
-pub(super) fn note_unread(place: &str, part: Part, unread: Result<Unread, FormatError>, findings: &mut Findings) {
-    match unread {
-        Err(error) => findings.add(part, place, error),
-        Ok(Unread { features, kinds, has_stray_bytes }) => {
-            if has_stray_bytes {
-                findings.add(part, place, "bytes that must be 0 are not");
-            }
-            if features != 0 {
-                findings.skip(format!("what the unknown features {features:#x} of the {place} mean"));
-            }
-            if !kinds.is_empty() {
-                findings.skip(format!("sections of unknown kinds in the {place}: {kinds:?}"));
-            }
-        }
-    }
 }
 
 async fn open_index(source: &ImageSource, descriptor: &Descriptor, lazy: &LazyLayer) -> Result<Index<Vec<u8>>, String> {

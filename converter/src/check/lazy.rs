@@ -7,18 +7,18 @@ use format_spec::{
     Digest, Footer, Index, LazyLayer, Unread,
     dedup::{self, DedupPiece},
     footer::{EMPTY_FRAME, FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
-    index::FRAME_PLAIN_LEN_MAX,
+    limits::FRAME_PLAIN_LEN_MAX,
+    paths::Paths,
 };
 use tar_index::{
     compare::{TarSide, UnfitStream, compare, read_tree},
-    paths::Paths,
     tree::LayerTree,
 };
 
 use super::{
-    frames::{BlobCursor, FrameStream, open_frame},
-    layer::note_unread,
-    opening::{Openers, SpaceThread},
+    frames::{BlobCursor, FrameStream},
+    notes::note_unread,
+    opening::{Openers, SpaceThread, open_frame},
     report::{Counts, Findings, Part},
     space::SpaceHasher,
 };

@@ -1,7 +1,9 @@
-//! Annotations and other fields of two documents: the same on both sides, but for what a conversion adds and removes.
+//! What two documents have in common, and what of a part nobody reads: annotations and other fields are the same on both
+//! sides, but for those that a conversion adds and removes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use format_spec::{FormatError, Unread};
 use serde_json::Value;
 
 use super::report::{Findings, Part};
@@ -49,5 +51,37 @@ pub(super) fn compare_fields(
             let problem = format!("it is {found}, in the original {expected}");
             findings.add(Part::Manifest, format!("{place}, {key}"), problem);
         }
+    }
+}
+
+/// Bytes that no reader looks at: those that must be 0 are, and what a later version may say cannot be checked.
+pub(super) fn note_unread(place: &str, part: Part, unread: Result<Unread, FormatError>, findings: &mut Findings) {
+    match unread {
+        Err(error) => findings.add(part, place, error),
+        Ok(Unread { features, kinds, has_stray_bytes }) => {
+            if has_stray_bytes {
+                findings.add(part, place, "bytes that must be 0 are not");
+            }
+            if features != 0 {
+                findings.skip(format!("what the unknown features {features:#x} of the {place} mean"));
+            }
+            if !kinds.is_empty() {
+                findings.skip(format!("sections of unknown kinds in the {place}: {kinds:?}"));
+            }
+        }
+    }
+}
+
+/// A document has the type that it had, or that which conversion gives it.
+pub(super) fn compare_type(
+    place: &str,
+    ours: &Option<String>,
+    theirs: &Option<String>,
+    converted: &str,
+    findings: &mut Findings,
+) {
+    if ours != theirs && ours.as_deref() != Some(converted) {
+        let problem = format!("it is {ours:?}, in the original {theirs:?}");
+        findings.add(Part::Manifest, format!("{place}, mediaType"), problem);
     }
 }

@@ -6,9 +6,8 @@ use format_spec::{Digest, annotation, signature::SIGNATURE};
 
 use super::{
     CheckError,
-    entries::compare_type,
     layer::check_ordinary,
-    notes::{compare_fields, compare_notes},
+    notes::{compare_fields, compare_notes, compare_type},
     report::{Findings, LayerCheck, Part},
 };
 use crate::{

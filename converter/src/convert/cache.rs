@@ -11,6 +11,8 @@
 //! A layer that is found keeps the hot pack of the image that it was first converted for: that is what lets images
 //! share their base layers. Without a cache the result depends on input and options alone.
 
+mod directory;
+
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
@@ -25,9 +27,9 @@ use format_spec::{
 use registry::Reference;
 use serde::{Deserialize, Serialize};
 
+use self::directory::CacheDirectory;
 use crate::{
     check::check_layer,
-    convert::cache_directory::CacheDirectory,
     image::{
         ImageDestination, ImageError, ImageSource, StoredManifest,
         manifest::{Descriptor, ImageIndex, ImageManifest, media_type},

@@ -5,7 +5,7 @@
 
 use std::{cell::Cell, collections::VecDeque};
 
-use format_spec::{Index, Inode, index::WHITEOUT};
+use format_spec::{Index, Inode, records::WHITEOUT};
 
 use super::FileContent;
 

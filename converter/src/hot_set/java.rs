@@ -5,7 +5,7 @@
 
 use std::iter;
 
-use format_spec::index::hot_reason;
+use format_spec::records::hot_reason;
 
 use super::{
     Search,

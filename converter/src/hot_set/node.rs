@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use format_spec::index::hot_reason;
+use format_spec::records::hot_reason;
 use serde_json::Value;
 
 use super::{

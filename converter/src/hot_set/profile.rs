@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use format_spec::{Index, Inode, index::hot_reason};
+use format_spec::{Index, Inode, records::hot_reason};
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Deserializer, de::Error};
 

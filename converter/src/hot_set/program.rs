@@ -3,7 +3,7 @@
 //! A word of a command that names an executable file is taken for a program with the words behind it as
 //! arguments. So `tini -- gosu app python3 main.py` needs no knowledge of tini and gosu.
 
-use format_spec::index::hot_reason;
+use format_spec::records::hot_reason;
 
 use super::{
     Search,

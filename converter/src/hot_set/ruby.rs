@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use format_spec::index::hot_reason;
+use format_spec::records::hot_reason;
 
 use super::{
     Search,

@@ -3,7 +3,7 @@
 //! No shell is run. Conditions and loops are taken as if every command in them ran once; words that only
 //! a shell could know are left alone. What does not name a file of the image means nothing.
 
-use format_spec::index::hot_reason;
+use format_spec::records::hot_reason;
 
 use super::{
     Search,

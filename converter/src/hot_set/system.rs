@@ -2,7 +2,7 @@
 
 use std::iter;
 
-use format_spec::index::hot_reason;
+use format_spec::records::hot_reason;
 
 use super::{Search, elf::ElfFile, files::join, libraries::Loader};
 

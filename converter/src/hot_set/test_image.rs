@@ -8,7 +8,7 @@ use std::{
 use format_spec::{
     Digest, Index, IndexBuilder, Inode,
     builder::blank_inode,
-    index::{PLAIN_ALIGN, mode},
+    records::{PLAIN_ALIGN, mode},
 };
 
 use super::{FileContent, HotRange, StartConfig, derive};

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use format_spec::index::hot_reason;
+use format_spec::records::hot_reason;
 
 use super::test_image::{TestImage, elf_program};
 

@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, io, ops::Range, sync::Arc};
 
-use format_spec::{Digest, DigestHasher, index::LAYER_COUNT_MAX};
+use format_spec::{Digest, DigestHasher, limits::LAYER_COUNT_MAX};
 use registry::MANIFEST_LEN_MAX;
 use serde::Deserialize;
 

@@ -6,7 +6,7 @@
 use std::pin::Pin;
 
 use bytes::Bytes;
-use format_spec::{Digest, index::LAYER_COUNT_MAX};
+use format_spec::{Digest, limits::LAYER_COUNT_MAX};
 
 use crate::image::{
     ImageError, ImageSource, StoredManifest, document,

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use format_spec::{HotPiece, Index, index::hot_reason};
+use format_spec::{HotPiece, Index, paths::Paths, records::hot_reason};
 use serde::Serialize;
-use tar_index::paths::Paths;
 
 /// A hot pack.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -197,6 +197,6 @@ mod tests {
 
     #[test]
     fn frames_of_the_default_are_within_the_limit_of_the_format() {
-        assert!(FrameSizes::default().frame_max() <= format_spec::index::FRAME_PLAIN_LEN_MAX as usize);
+        assert!(FrameSizes::default().frame_max() <= format_spec::limits::FRAME_PLAIN_LEN_MAX as usize);
     }
 }

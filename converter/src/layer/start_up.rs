@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use format_spec::{Digest, HotPiece, Index, Inode, index::PLAIN_ALIGN};
+use format_spec::{Digest, HotPiece, Index, Inode, records::PLAIN_ALIGN};
 use tree::merge::{MergeError, merge};
 
 use crate::{

@@ -152,7 +152,7 @@ fn the_hot_pack_holds_copies_in_its_order() {
     let piece = |range: Range<u64>| HotPiece {
         plain_offset: range.start.into(),
         len: u32::try_from(range.end - range.start).unwrap().into(),
-        reason: format_spec::index::hot_reason::COMMAND.into(),
+        reason: format_spec::records::hot_reason::COMMAND.into(),
     };
     let pieces = [
         piece(extents[2].clone()),

@@ -2,9 +2,9 @@
 
 use format_spec::{
     BlobTail, CompressedIndex, Extent, FormatError, Frame, Index, IndexBuilder, Inode,
-    annotation::INDEX_LEN_MAX,
     builder::{LayerData, blank_inode},
-    index::{DedupLocation, SPACE_LEN_FREE, SPACE_LEN_MAX, SPACE_PER_FRAME_BYTE, WHITEOUT, mode},
+    limits::{INDEX_LEN_MAX, SPACE_LEN_FREE, SPACE_LEN_MAX, SPACE_PER_FRAME_BYTE},
+    records::{DedupLocation, WHITEOUT, mode},
     table::{Header, SectionEntry},
 };
 use proptest::prelude::*;

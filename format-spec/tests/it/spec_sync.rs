@@ -5,10 +5,10 @@ use std::mem::offset_of;
 
 use format_spec::{
     Dirent, Extent, Footer, Frame, HotFrame, HotPiece, Inode, annotation, dedup, dedup::DedupPiece, footer,
-    footer::SkippableKind, index, signature, table,
+    footer::SkippableKind, limits, records, signature, table,
 };
 use format_spec::{
-    index::{DedupLocation, Xattr, XattrSet, section},
+    records::{DedupLocation, Xattr, XattrSet, section},
     table::{Header, SectionEntry},
 };
 
@@ -125,12 +125,12 @@ fn sections_are_those_of_the_specification() {
 fn words_of_the_text_are_those_of_the_code() {
     assert!(SPEC.contains(&format!("one section of kind {} that holds `DedupPiece`", dedup::PIECES)));
     let reasons = [
-        (index::hot_reason::PROFILE, "profile"),
-        (index::hot_reason::COMMAND, "command"),
-        (index::hot_reason::INTERPRETER, "interpreter"),
-        (index::hot_reason::LIBRARY, "library"),
-        (index::hot_reason::SYSTEM, "system"),
-        (index::hot_reason::RUNTIME, "runtime"),
+        (records::hot_reason::PROFILE, "profile"),
+        (records::hot_reason::COMMAND, "command"),
+        (records::hot_reason::INTERPRETER, "interpreter"),
+        (records::hot_reason::LIBRARY, "library"),
+        (records::hot_reason::SYSTEM, "system"),
+        (records::hot_reason::RUNTIME, "runtime"),
     ];
     let text = reasons.map(|(number, name)| format!("{number} {name}")).join(", ");
     assert!(SPEC.contains(&text), "{text}");
@@ -166,22 +166,22 @@ fn signatures_are_those_of_the_specification() {
 fn limits_are_those_of_the_specification() {
     let spec: Vec<_> = rows("## 9. Limits").iter().map(|cells| cells[1].to_owned()).collect();
     let code = [
-        format!("{} GiB", annotation::INDEX_LEN_MAX >> 30),
+        format!("{} GiB", limits::INDEX_LEN_MAX >> 30),
         (1 << table::WINDOW_LOG_MAX).to_string(),
-        index::FRAME_PLAIN_LEN_MAX.to_string(),
-        index::FRAME_COMPRESSED_LEN_MAX.to_string(),
+        limits::FRAME_PLAIN_LEN_MAX.to_string(),
+        limits::FRAME_COMPRESSED_LEN_MAX.to_string(),
         format!(
             "{} GiB and {} bytes for each compressed byte of the frames, together at most {} GiB",
-            index::SPACE_LEN_FREE >> 30,
-            index::SPACE_PER_FRAME_BYTE,
-            index::SPACE_LEN_MAX >> 30
+            limits::SPACE_LEN_FREE >> 30,
+            limits::SPACE_PER_FRAME_BYTE,
+            limits::SPACE_LEN_MAX >> 30
         ),
         table::SECTION_COUNT_MAX.to_string(),
-        index::NAME_LEN_MAX.to_string(),
-        index::TARGET_LEN_MAX.to_string(),
-        format!("{}, {}", index::NAME_LEN_MAX, index::XATTR_VALUE_LEN_MAX),
-        index::TEXTS_LEN_MAX.to_string(),
-        index::LAYER_COUNT_MAX.to_string(),
+        limits::NAME_LEN_MAX.to_string(),
+        limits::TARGET_LEN_MAX.to_string(),
+        format!("{}, {}", limits::NAME_LEN_MAX, limits::XATTR_VALUE_LEN_MAX),
+        limits::TEXTS_LEN_MAX.to_string(),
+        limits::LAYER_COUNT_MAX.to_string(),
     ];
     assert_eq!(spec, code);
 }

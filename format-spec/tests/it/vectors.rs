@@ -9,7 +9,7 @@ use std::{
 use format_spec::{
     Digest, Footer, Frame, Index, IndexLocation, dedup,
     footer::{EMPTY_FRAME, FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
-    index::{WHITEOUT, flag, mode},
+    records::{WHITEOUT, flag, mode},
 };
 use serde_json::{Value, json};
 

@@ -21,7 +21,7 @@ use std::{
 use ::tree::erofs::{WriteError, write_image};
 use format_spec::{
     Index, Inode,
-    index::mode::{BLOCK, CHARACTER, FIFO, SOCKET, SYMLINK},
+    records::mode::{BLOCK, CHARACTER, FIFO, SOCKET, SYMLINK},
 };
 use fusefs::erofs_mount::{DetachedMount, DeviceAccess, MountError, mount_erofs, probe};
 use proptest::prelude::*;
@@ -454,7 +454,7 @@ fn refuses_the_index_of_a_layer() {
 
     let mut builder = format_spec::IndexBuilder::default();
     builder.add_inode(directory()).unwrap();
-    builder.add_directory(0, [("gone", format_spec::index::WHITEOUT)]).unwrap();
+    builder.add_directory(0, [("gone", format_spec::records::WHITEOUT)]).unwrap();
     let index = Index::open(builder.finish_tree(&[format_spec::Digest::of(b"")]).unwrap()).unwrap();
     let error = write_image(&index, Vec::new()).unwrap_err();
     assert_eq!(error.to_string(), "erofs image: inode 0: it has a whiteout: this is no merged tree");

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use format_spec::{
-    Digest, Footer, LazyLayer, dedup, footer::FOOTER_FRAME_LEN, index::DedupLocation, table::FormatError,
+    Digest, Footer, LazyLayer, dedup, footer::FOOTER_FRAME_LEN, records::DedupLocation, table::FormatError,
 };
 
 use super::{choose, one_line, text};

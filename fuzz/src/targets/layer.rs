@@ -22,7 +22,7 @@ use converter::{
 use format_spec::{
     Digest, Footer, HotPiece, Index, Inode, LazyLayer, dedup,
     footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
-    index::hot_reason,
+    records::hot_reason,
 };
 
 use super::one_line;

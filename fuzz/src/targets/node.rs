@@ -4,7 +4,7 @@ use control::{Request, Response};
 use snapshotter::{
     config::Settings,
     filter::{Fields, Filters},
-    metadata::{Labels, SnapshotKey},
+    names::{Labels, SnapshotKey},
     remote::{CRI_IMAGE, TARGET, remote_request},
 };
 

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use arbitrary::{Arbitrary, Unstructured};
-use format_spec::{Digest, Frame, Index, LayerData, index::FRAME_PLAIN_LEN_MAX};
+use format_spec::{Digest, Frame, Index, LayerData, limits::FRAME_PLAIN_LEN_MAX};
 use tar_index::{
     Time,
     layer_index::build_index,

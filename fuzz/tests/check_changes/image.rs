@@ -22,7 +22,7 @@ use converter::{
 use format_spec::{
     CompressedIndex, Digest, Footer, Frame, HotFrame, HotPiece, Index, LazyLayer, annotation, dedup,
     footer::{EMPTY_FRAME, FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
-    index::{DedupLocation, hot_reason, section},
+    records::{DedupLocation, hot_reason, section},
 };
 use lazuli_fuzz::seal;
 use lazuli_tests::{

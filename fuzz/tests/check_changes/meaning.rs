@@ -13,7 +13,7 @@
 
 use std::ops::Range;
 
-use format_spec::{Digest, Index, LazyLayer, annotation, dedup, footer::SKIPPABLE_HEADER_LEN, index::WHITEOUT};
+use format_spec::{Digest, Index, LazyLayer, annotation, dedup, footer::SKIPPABLE_HEADER_LEN, records::WHITEOUT};
 use serde_json::{Value, json};
 
 use crate::image::Built;

@@ -1,6 +1,6 @@
 //! Changes that a check once let pass, by name.
 
-use format_spec::index::{mode, section};
+use format_spec::records::{mode, section};
 use serde_json::{Value, json};
 
 use crate::{

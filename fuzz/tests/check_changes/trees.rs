@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use format_spec::{
     Index, IndexBuilder, Inode, LayerData,
     builder::{Xattrs, blank_inode},
-    index::{WHITEOUT, mode},
+    records::{WHITEOUT, mode},
 };
 
 use crate::{container::Container, numbers::Numbers};

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use format_spec::{Digest, FormatError, IndexLocation, LazyLayer, annotation::INDEX_LEN_MAX};
+use format_spec::{Digest, FormatError, IndexLocation, LazyLayer, limits::INDEX_LEN_MAX};
 use tokio::time::Instant;
 
 use super::{CacheInner, OpeningPlace, disk_error};

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use format_spec::index::FRAME_PLAIN_LEN_MAX;
+use format_spec::limits::FRAME_PLAIN_LEN_MAX;
 use tokio::{runtime::Handle, task::JoinSet};
 
 use super::{

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use format_spec::{
     FormatError, HotPiece, LayerId,
     dedup::{self as section, DedupPiece},
-    index::DedupLocation,
+    records::DedupLocation,
 };
 use serde_json::Value;
 

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use format_spec::{Digest, index::PLAIN_ALIGN};
+use format_spec::{Digest, records::PLAIN_ALIGN};
 use tokio::sync::Notify;
 
 use crate::{

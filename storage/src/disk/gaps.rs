@@ -22,7 +22,7 @@ use std::{
 
 use format_spec::{
     Digest,
-    index::{FRAME_COMPRESSED_LEN_MAX, FRAME_PLAIN_LEN_MAX},
+    limits::{FRAME_COMPRESSED_LEN_MAX, FRAME_PLAIN_LEN_MAX},
 };
 
 use crate::{

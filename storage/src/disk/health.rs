@@ -12,7 +12,7 @@
 
 use std::{io, ops::Range};
 
-use format_spec::index::PLAIN_ALIGN;
+use format_spec::records::PLAIN_ALIGN;
 use rustix::io::Errno;
 
 use crate::{
@@ -20,8 +20,8 @@ use crate::{
         DiskFile,
         frame_store::{FrameStore, Writing},
         is_lost,
-        page_map::PageMap,
-        presence::{PresenceBits, pages_of},
+        page_map::{PageMap, pages_of},
+        presence::PresenceBits,
     },
     sync::{atomic::Ordering, lock},
 };

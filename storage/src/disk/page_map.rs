@@ -9,7 +9,9 @@
 
 use std::ops::Range;
 
-use crate::disk::{mapping::LayerIndex, presence::pages_of};
+use format_spec::records::PLAIN_ALIGN;
+
+use crate::disk::mapping::LayerIndex;
 
 /// The pages with content and their numbers.
 #[derive(Debug, PartialEq, Eq)]
@@ -93,6 +95,11 @@ impl PageMap {
         let end = self.runs.get(after).map_or(self.count, |run| run.number.into());
         (after.checked_sub(1).and_then(|number| self.runs.get(number)), end)
     }
+}
+
+/// The pages that a plain range touches.
+pub(crate) fn pages_of(plain: &Range<u64>) -> Range<u64> {
+    if plain.is_empty() { 0..0 } else { plain.start / PLAIN_ALIGN..plain.end.div_ceil(PLAIN_ALIGN) }
 }
 
 #[cfg(test)]

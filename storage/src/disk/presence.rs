@@ -12,12 +12,12 @@
 
 use std::{ops::Range, sync::Arc};
 
-use format_spec::{Digest, index::PLAIN_ALIGN};
+use format_spec::{Digest, records::PLAIN_ALIGN};
 
 use crate::disk::{
     bitmap::{self, Bitmap},
     mapping::LayerIndex,
-    page_map::PageMap,
+    page_map::{PageMap, pages_of},
 };
 
 /// First eight bytes of the file `presence`.
@@ -327,11 +327,6 @@ impl PresenceBits {
 
 fn header(counts: Counts, index: &Digest) -> Vec<u8> {
     [&MAGIC[..], index.as_bytes(), &counts.frames.to_le_bytes(), &counts.pages.to_le_bytes()].concat()
-}
-
-/// The pages that a plain range touches.
-pub(crate) fn pages_of(plain: &Range<u64>) -> Range<u64> {
-    if plain.is_empty() { 0..0 } else { plain.start / PLAIN_ALIGN..plain.end.div_ceil(PLAIN_ALIGN) }
 }
 
 /// The pages that lie in a plain range.

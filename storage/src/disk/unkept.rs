@@ -60,7 +60,7 @@ impl Unkept {
 
 #[cfg(test)]
 mod tests {
-    use format_spec::{Digest, index::FRAME_PLAIN_LEN_MAX};
+    use format_spec::{Digest, limits::FRAME_PLAIN_LEN_MAX};
 
     use super::*;
 

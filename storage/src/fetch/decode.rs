@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use format_spec::{Digest, index::FRAME_PLAIN_LEN_MAX};
+use format_spec::{Digest, limits::FRAME_PLAIN_LEN_MAX};
 use zstd::bulk::Decompressor;
 
 use crate::sync::{Mutex, lock};

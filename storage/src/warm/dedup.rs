@@ -12,7 +12,7 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use format_spec::{Digest, dedup::DedupPiece, index::FRAME_PLAIN_LEN_MAX};
+use format_spec::{Digest, dedup::DedupPiece, limits::FRAME_PLAIN_LEN_MAX};
 
 use crate::{
     disk::{

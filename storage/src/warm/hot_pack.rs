@@ -6,7 +6,7 @@
 
 use std::{fmt, io, ops::Range, sync::Arc};
 
-use format_spec::{Digest, footer::SKIPPABLE_HEADER_LEN, index::PLAIN_ALIGN};
+use format_spec::{Digest, footer::SKIPPABLE_HEADER_LEN, records::PLAIN_ALIGN};
 use tokio::sync::mpsc;
 
 use crate::{

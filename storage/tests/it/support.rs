@@ -17,7 +17,7 @@ use format_spec::{
     builder::{BlobTail, blank_inode, implicit_directory},
     dedup::DedupPiece,
     footer::{Footer, SkippableKind, skippable_header},
-    index::{DedupLocation, PLAIN_ALIGN, hot_reason, mode},
+    records::{DedupLocation, PLAIN_ALIGN, hot_reason, mode},
 };
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;

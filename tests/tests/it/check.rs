@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, io::Read as _, path::Path};
 
-use format_spec::{Digest, Index, Inode, LazyLayer, index::hot_reason};
+use format_spec::{Digest, Index, Inode, LazyLayer, records::hot_reason};
 use lazuli_tests::{
     Compression, Finished, ImageBuilder, LazyBlob, Result, Scratch, TarLayer, TestRegistry,
     error::Context as _,

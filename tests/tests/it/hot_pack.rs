@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use format_spec::{Digest, Index, LazyLayer, index::hot_reason};
+use format_spec::{Digest, Index, LazyLayer, records::hot_reason};
 use lazuli_tests::{
     Compression, ImageBuilder, Result, Scratch, TarLayer,
     error::Context as _,

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use format_spec::index::hot_reason;
+use format_spec::records::hot_reason;
 use lazuli_tests::{
     Compression, ImageBuilder, LazyBlob, Result, Scratch, TarLayer, TestRegistry,
     error::Context as _,

@@ -8,6 +8,7 @@ mod convert;
 mod formats;
 mod harness;
 mod hot_pack;
+mod house;
 mod inode_numbers;
 mod inspect;
 mod json;

@@ -27,7 +27,7 @@ use converter::{
     },
 };
 use entries::{Entry, layers, to_tar};
-use format_spec::{Digest, Index, Inode, index::mode};
+use format_spec::{Digest, Index, Inode, records::mode};
 use lazuli_tests::{
     Compression, Containerd, ContainerdOptions, ImageBuilder, LazyMount, RawTar, Result, Scratch, compare_trees,
     containerd::OVERLAYFS,

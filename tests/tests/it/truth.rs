@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use format_spec::{LazyLayer, index::hot_reason, signature::SIGNATURE};
+use format_spec::{LazyLayer, records::hot_reason, signature::SIGNATURE};
 use lazuli_tests::{
     Compression, HarnessError, ImageBuilder, Node, Result, Scratch, TarLayer, TestRegistry,
     containerd::LAZULI,

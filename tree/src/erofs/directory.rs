@@ -5,7 +5,7 @@
 
 use std::iter::Peekable;
 
-use format_spec::{Index, Inode, index::mode};
+use format_spec::{Index, Inode, records::mode};
 use zerocopy::IntoBytes;
 
 use super::layout::{BLOCK, Dirent};

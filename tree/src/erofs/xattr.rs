@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use format_spec::{
     Index, Inode,
-    index::{NO_XATTRS, mode},
+    records::{NO_XATTRS, mode},
 };
 use zerocopy::{IntoBytes, little_endian::U32};
 

@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use format_spec::{Index, Inode, index::mode};
+use format_spec::{Index, Inode, records::mode};
 
 use super::tree::{content, content_parts};
 

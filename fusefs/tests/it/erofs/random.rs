@@ -2,7 +2,7 @@
 
 use format_spec::{
     Inode,
-    index::mode::{BLOCK, CHARACTER, FIFO, SOCKET},
+    records::mode::{BLOCK, CHARACTER, FIFO, SOCKET},
 };
 use proptest::{collection::vec, prelude::*, sample::Index as Pick};
 

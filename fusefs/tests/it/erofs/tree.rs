@@ -12,7 +12,7 @@ use ::tree::erofs::{ImageSummary, write_image};
 use format_spec::{
     Digest, Index, IndexBuilder, Inode,
     builder::blank_inode,
-    index::{
+    records::{
         PLAIN_ALIGN,
         mode::{DIRECTORY, REGULAR, SYMLINK},
     },

@@ -22,7 +22,7 @@ use format_spec::{
     Digest, Extent, Frame, IndexBuilder, Inode, LayerData, LazyLayer,
     builder::{blank_inode, implicit_directory},
     footer::{SkippableKind, skippable_header},
-    index::{PLAIN_ALIGN, WHITEOUT, flag, mode},
+    records::{PLAIN_ALIGN, WHITEOUT, flag, mode},
 };
 use fusefs::SourceFactory;
 use storage::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream};

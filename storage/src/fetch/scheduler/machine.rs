@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use format_spec::{Digest, index::FRAME_COMPRESSED_LEN_MAX};
+use format_spec::{Digest, limits::FRAME_COMPRESSED_LEN_MAX};
 
 use super::{
     health::PlaceState,

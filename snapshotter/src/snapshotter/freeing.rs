@@ -17,7 +17,7 @@ use tokio::{sync::Notify, time::timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    metadata::{Listed, Unused},
+    records::{Listed, Unused},
     snapshotter::{Inner, Result, Snapshotter, remove_all},
 };
 

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use format_spec::{Index, index::WHITEOUT};
+use crate::{index::Index, records::WHITEOUT};
 
 /// The first name of every inode of an index.
 #[derive(Debug)]
@@ -38,6 +38,11 @@ impl<'a, B: AsRef<[u8]>> Paths<'a, B> {
 
     /// The path of an inode, `/` for the root, as it can be shown.
     pub fn path(&self, inode: u32) -> String {
+        shown(&self.path_bytes(inode))
+    }
+
+    /// The path of an inode, `/` for the root.
+    pub fn path_bytes(&self, inode: u32) -> Vec<u8> {
         let mut parts = Vec::new();
         let mut at = inode;
         while let Some((dirent, directory)) = self.names.get(at as usize).copied().flatten() {
@@ -45,7 +50,7 @@ impl<'a, B: AsRef<[u8]>> Paths<'a, B> {
             at = directory;
         }
         parts.reverse();
-        shown(&[b"/".as_slice(), &parts.join(&b'/')].concat())
+        [b"/".as_slice(), &parts.join(&b'/')].concat()
     }
 
     /// The file that has its content at `plain_offset` of the plain address space, and the offset in it.
