@@ -153,6 +153,7 @@ impl Daemon {
             service.release_memory_now_and_then();
             let read_ahead_kib = session_options.read_ahead_kib;
             let mounts = Mounts::open(service, &root, &mount_point, read_ahead_kib, asked, mode)?;
+            mounts.keep_read_ahead();
             info!(mount_point = %mount_point.display(), taken_over = !connection.is_new(), "serving");
             Ok(Self { server, session, device: Arc::new(HeldDevice::new(device)), mounts, root, _lock: lock })
         };

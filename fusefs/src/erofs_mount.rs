@@ -31,12 +31,12 @@ use rustix::{
 use tracing::debug;
 use tree::erofs::{layout::BLOCK, write_image};
 
+use crate::read_ahead::{BDI_DIRECTORY, set_of};
+
 /// Longest value that `fsconfig` takes (Linux fs/fsopen.c: 256 with the closing zero).
 const OPTION_LEN_MAX: usize = 255;
 /// Most messages of the kernel that are reported; its own queue has 8 (Linux fs/fs_context.c).
 const MESSAGES_MAX: usize = 8;
-/// Where the kernel lists what reads ahead.
-const BDI_DIRECTORY: &str = "/sys/class/bdi";
 /// Names that [`BDI_DIRECTORY`] has for EROFS start so (Linux `super_setup_bdi`).
 const BDI_PREFIX: &str = "erofs-";
 
@@ -225,10 +225,15 @@ impl DetachedMount {
             return Err(MountError::File { path: directory.to_owned(), error });
         }
         for name in &self.bdi_names {
-            let path = directory.join(name).join("read_ahead_kb");
-            fs::write(&path, kb.to_string()).map_err(|error| MountError::File { path, error })?;
+            let name = name.to_string_lossy();
+            set_of(&name, kb).map_err(|error| MountError::File { path: directory.join(&*name), error })?;
         }
         Ok(())
+    }
+
+    /// The names in `/sys/class/bdi` of the devices that read ahead for it.
+    pub(crate) fn read_ahead_devices(&self) -> Vec<String> {
+        self.bdi_names.iter().map(|name| name.to_string_lossy().into_owned()).collect()
     }
 
     /// What `stat` shows as the device of all its files; no other mount that still exists has the same.

@@ -26,6 +26,7 @@ use tracing::{debug, info, warn};
 use crate::{
     erofs_mount::{DetachedMount, DeviceAccess, MountError},
     namespace::LAYERS,
+    read_ahead::{self, window},
     tree::Tree,
 };
 
@@ -59,6 +60,9 @@ struct Record {
     files: Vec<u64>,
     /// Whether these are all.
     is_direct: bool,
+    /// Devices that read ahead for it.
+    #[serde(default)]
+    read_ahead_devices: Vec<String>,
 }
 
 /// What to do about a tree that is asked for.
@@ -133,7 +137,7 @@ impl Devices {
         let access = if self.are_direct() { DeviceAccess::Cached } else { DeviceAccess::Direct };
         let mount = DetachedMount::open(image, &self.paths, access)?;
         // Only makes reading faster.
-        if let Err(error) = mount.set_read_ahead(read_ahead_kib) {
+        if let Err(error) = mount.set_read_ahead(window(read_ahead_kib, self.are_direct())) {
             debug!(%error, "read-ahead stays as it is");
         }
         Ok(mount)
@@ -169,6 +173,11 @@ impl KernelMounts {
             }
         }
         Ok(mounts)
+    }
+
+    /// What `stat` shows as the device of the session.
+    pub(crate) fn session_device(&self) -> u64 {
+        self.session
     }
 
     /// Where the mounts are.
@@ -224,7 +233,8 @@ impl KernelMounts {
         let record = || -> io::Result<()> {
             let (device, is_direct) = (mount.device()?, devices.are_direct());
             let Devices { direct_layers, files, .. } = devices;
-            let record = Record { device, session: self.session, direct_layers, files, is_direct };
+            let read_ahead_devices = mount.read_ahead_devices();
+            let record = Record { device, session: self.session, direct_layers, files, is_direct, read_ahead_devices };
             // Durable it need not be: without the kernel that wrote it there is no mount.
             let temporary = path.with_extension("new");
             fs::write(&temporary, serde_json::to_vec(&record)?)?;
@@ -232,6 +242,16 @@ impl KernelMounts {
         };
         record().map_err(|error| MountError::File { path: path.clone(), error })?;
         Ok(mount)
+    }
+
+    /// Has the kernel read ahead as far as it helps: everything of the tree is there now.
+    pub(crate) fn raise_read_ahead(&self, id: TreeId) {
+        let devices = self.alive(id).map(|record| record.read_ahead_devices).unwrap_or_default();
+        for device in devices {
+            if let Err(error) = read_ahead::set_of(&device, window(self.read_ahead_kib, true)) {
+                debug!(tree = %id, %error, "read-ahead stays as it is");
+            }
+        }
     }
 
     /// The layers that a tree's mount reads from their cache files, `None` if it has no mount that is alive.
@@ -289,8 +309,14 @@ mod tests {
 
     #[test]
     fn a_mount_is_replaced_once_when_nothing_needs_the_session_any_longer() {
-        let record =
-            |is_direct| Record { device: 1, session: 2, direct_layers: Vec::new(), files: Vec::new(), is_direct };
+        let record = |is_direct| Record {
+            device: 1,
+            session: 2,
+            direct_layers: Vec::new(),
+            files: Vec::new(),
+            is_direct,
+            read_ahead_devices: Vec::new(),
+        };
         assert_eq!(plan(None, false, false), Plan::Mount);
         assert_eq!(plan(None, true, false), Plan::Mount);
         assert_eq!(plan(Some(&record(false)), false, false), Plan::Keep);

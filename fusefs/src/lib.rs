@@ -23,6 +23,7 @@ mod mounts;
 mod namespace;
 mod number;
 mod pool;
+mod read_ahead;
 mod reading;
 mod server;
 mod service;

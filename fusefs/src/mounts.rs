@@ -3,20 +3,26 @@
 //! The requests of the control socket. Changes of one tree wait for each other (`trees.rs`), those of two trees do not.
 
 use std::{
+    collections::HashSet,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use control::{Mode, ModeStatus, RemoteLayer, TreeId, TreeMode, TreeStatus, id_mapped, root::ID_MAPPED};
-use tokio::{sync::Mutex, time::timeout};
-use tracing::warn;
+use storage::Layer;
+use tokio::{
+    sync::Mutex,
+    time::{sleep, timeout},
+};
+use tracing::{debug, warn};
 
 use crate::{
     error::Error,
     kernel_mounts::KernelMounts,
     namespace::TREES,
     pool::Pool,
+    read_ahead::{self, window},
     service::{Service, check_not_refused},
     tree::Tree,
     trees::{Change, Released},
@@ -24,6 +30,8 @@ use crate::{
 
 /// Times that a tree is made again because somebody released it before it was mounted.
 const MOUNT_ATTEMPTS_MAX: u32 = 3;
+/// How often is looked whether trees have become complete.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// How long the session may take for a request that needs nothing but its threads.
 const SESSION_ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
@@ -39,6 +47,8 @@ struct Inner {
     mode: ModeStatus,
     /// Portable mode is no way out.
     is_kernel_required: bool,
+    /// KiB that the kernel reads ahead of what is there.
+    read_ahead_kib: u32,
     /// A thread of its own for asking the session: it may never come back.
     asking: Pool,
     is_asking: Arc<Mutex<()>>,
@@ -63,8 +73,27 @@ impl Mounts {
         let asking = Pool::new("lazuli-asking", 1).map_err(Error::disk(root))?;
         let (root, session, is_kernel_required) = (root.to_owned(), session.to_owned(), asked == Mode::Erofs);
         let is_asking = Arc::default();
-        let inner = Inner { service, root, session, kernel, mode, is_kernel_required, asking, is_asking };
+        let inner =
+            Inner { service, root, session, kernel, mode, is_kernel_required, read_ahead_kib, asking, is_asking };
         Ok(Self(Arc::new(inner)))
+    }
+
+    /// Has the kernel read ahead far in trees that are complete, as long as this is there.
+    pub(crate) fn keep_read_ahead(&self) {
+        let mounts = Arc::downgrade(&self.0);
+        tokio::spawn(async move {
+            let mut raised = HashSet::new();
+            loop {
+                sleep(LOOK_INTERVAL).await;
+                let Some(inner) = mounts.upgrade() else { return };
+                let service = inner.service.clone();
+                let look = move || {
+                    inner.adjust_read_ahead(&mut raised);
+                    raised
+                };
+                raised = service.pools().looking.run(look).await;
+            }
+        });
     }
 
     /// The layers and trees.
@@ -90,6 +119,7 @@ impl Mounts {
             check_not_refused(&tree.layers, layers)?;
             let in_session = self.0.session.join(TREES).join(tree.id.hex());
             if self.0.mode.in_use == TreeMode::Fuse {
+                self.0.read_ahead_in_session(is_complete(&tree));
                 return Ok(in_session);
             }
             let change = service.trees().change(tree.id).await;
@@ -103,6 +133,7 @@ impl Mounts {
             }
             return match self.mount_in_kernel(tree, change).await {
                 Err(error) if !self.0.is_kernel_required => {
+                    self.0.read_ahead_in_session(false);
                     warn!(tree = %id, %error, "tree is mounted in portable mode");
                     Ok(in_session)
                 }
@@ -214,6 +245,29 @@ impl Mounts {
         let removed = id_mapped::remove_all(root).map_err(failed(&root.join(ID_MAPPED)));
         removed.and(kernel.unmount_all().map_err(failed(kernel.directory())))
     }
+}
+
+impl Inner {
+    /// Trees that have become complete are read ahead in; `raised` are those that are.
+    fn adjust_read_ahead(&self, raised: &mut HashSet<TreeId>) {
+        let trees = self.service.trees().made();
+        let complete: HashSet<_> = trees.iter().filter(|tree| is_complete(tree)).map(|tree| tree.id).collect();
+        complete.difference(raised).for_each(|id| self.kernel.raise_read_ahead(*id));
+        self.read_ahead_in_session(complete.len() == trees.len());
+        *raised = complete;
+    }
+
+    /// All trees of portable mode share the session, so one that is incomplete decides for all.
+    fn read_ahead_in_session(&self, are_all_complete: bool) {
+        let device = read_ahead::name_of(self.kernel.session_device());
+        if let Err(error) = read_ahead::set_of(&device, window(self.read_ahead_kib, are_all_complete)) {
+            debug!(%error, "read-ahead stays as it is");
+        }
+    }
+}
+
+fn is_complete(tree: &Tree) -> bool {
+    tree.layers.iter().all(Layer::is_complete)
 }
 
 impl std::fmt::Debug for Mounts {

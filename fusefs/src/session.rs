@@ -13,11 +13,7 @@ use std::{
 };
 
 use fuser::{Config, INodeNo, MountOption, Notifier, SessionACL, SessionUnmounter};
-use rustix::{
-    fs::{major, minor},
-    io::Errno,
-    mount::UnmountFlags,
-};
+use rustix::{io::Errno, mount::UnmountFlags};
 use tokio::{runtime::Handle, sync::watch, time::timeout};
 use tracing::{debug, info, warn};
 
@@ -26,6 +22,7 @@ use crate::{
     error::Error,
     fs::LazuliFs,
     namespace::Namespace,
+    read_ahead::{set_window, window},
     sync::blocking,
     users::mounts_over,
 };
@@ -38,11 +35,8 @@ const END_PATIENCE: Duration = Duration::from_secs(1);
 /// How a session behaves.
 #[derive(Debug, Clone)]
 pub struct SessionOptions {
-    /// What the kernel reads ahead of a sequential reader, and around a page fault.
-    ///
-    /// The default is a frame's worth; the kernel's own is 128. Importing numpy and pandas from a cold image of
-    /// 160 MB fetched 30.0 MB with 128, 31.3 with 512, 32.2 with 1024; reading everything from the local cache
-    /// took the same time with each (2 cores, under load).
+    /// KiB that the kernel reads ahead of a sequential reader, and around a page fault, where everything is there; less
+    /// where it is not. The kernel's own is 128.
     pub read_ahead_kib: u32,
 }
 
@@ -93,7 +87,7 @@ impl Session {
         let mut session = fuser::Session::new(filesystem, &mount_point, &config()).map_err(failed)?;
         let unmounter = Unmounter::Fuser(session.unmount_callable());
         let session = Self::run(session, unmounter, &mount_point)?;
-        raise_read_ahead(&session.mount_point, options.read_ahead_kib);
+        set_window(&session.mount_point, window(options.read_ahead_kib, false));
         info!(mount_point = %session.mount_point.display(), "mounted");
         Ok(session)
     }
@@ -116,7 +110,7 @@ impl Session {
         let session = connection.begin(filesystem, &config()).map_err(failed)?;
         let session = Self::run(session, Unmounter::Own, mount_point)?;
         if connection.is_new() {
-            raise_read_ahead(mount_point, options.read_ahead_kib);
+            set_window(mount_point, window(options.read_ahead_kib, false));
         }
         Ok(session)
     }
@@ -267,17 +261,6 @@ fn config() -> Config {
     config.n_threads = Some(thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX));
     config.clone_fd = true;
     config
-}
-
-/// Only makes reading faster, so a machine that does not let us is no error.
-fn raise_read_ahead(mount_point: &Path, read_ahead_kib: u32) {
-    let raised = rustix::fs::stat(mount_point).map_err(io::Error::from).and_then(|stat| {
-        let device = format!("{}:{}", major(stat.st_dev), minor(stat.st_dev));
-        fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), read_ahead_kib.to_string())
-    });
-    if let Err(error) = raised {
-        debug!(mount_point = %mount_point.display(), %error, "read-ahead stays as it is");
-    }
 }
 
 /// Has the kernel look again at a directory of which it keeps the listing, and at one name in it.

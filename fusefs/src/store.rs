@@ -406,7 +406,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
         for expected in 1..4 {
-            let store = TreeStore::open(directory.path().join("trees"), Disk::default()).unwrap();
+            let store = TreeStore::open(directory.path().join(control::root::TREES), Disk::default()).unwrap();
             assert!(store.load(id, &layers).unwrap().is_none());
             assert_eq!(store.create(id, &layers, &tree(&layers)).unwrap().slot.number(), expected);
             assert_eq!(store.load(id, &layers).unwrap().unwrap().slot.number(), expected);
@@ -417,7 +417,7 @@ mod tests {
     #[test]
     fn a_tree_of_other_layers_is_not_loaded() {
         let directory = tempfile::tempdir().unwrap();
-        let store = TreeStore::open(directory.path().join("trees"), Disk::default()).unwrap();
+        let store = TreeStore::open(directory.path().join(control::root::TREES), Disk::default()).unwrap();
         let (id, layers) = (Digest::of(b"tree"), layers(b"blob"));
         store.create(id, &layers, &tree(&layers)).unwrap();
         let mut other = layers.clone();
