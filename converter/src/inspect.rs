@@ -4,6 +4,7 @@
 
 mod hot_pack;
 mod overlap;
+mod recorded;
 
 use format_spec::{
     Digest, FormatError, Index, LazyLayer,
@@ -12,7 +13,10 @@ use format_spec::{
 use futures_util::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
-pub use self::hot_pack::{HotEntry, HotPackFacts, ReasonFacts};
+pub use self::{
+    hot_pack::{HotEntry, HotPackFacts, ReasonFacts},
+    recorded::recorded_profile,
+};
 use crate::{
     image::{
         ImageError, ImageSource,
@@ -237,8 +241,11 @@ pub async fn inspect_image(
     Ok(ImageFacts { digest, config_digest, platform: image.platform.to_string(), total: total(&layers), layers })
 }
 
-/// Reads index and dedup section of a layer; `None` if it is ordinary.
-async fn open_layer(source: &ImageSource, descriptor: &Descriptor) -> Result<Option<OpenLayer>, InspectError> {
+/// Reads the index of a layer; `None` if it is ordinary.
+async fn open_index(
+    source: &ImageSource,
+    descriptor: &Descriptor,
+) -> Result<Option<(LazyLayer, LazyBy, Index<Vec<u8>>)>, InspectError> {
     let (lazy, lazy_by) = match layer_kind(source, descriptor).await? {
         LayerKind::Ordinary => return Ok(None),
         LayerKind::Annotated(lazy) => (lazy, LazyBy::Annotations),
@@ -247,6 +254,13 @@ async fn open_layer(source: &ImageSource, descriptor: &Descriptor) -> Result<Opt
     let failed = |error| InspectError::Format { digest: descriptor.digest, error };
     let compressed = source.blob_range(descriptor, lazy.index.range()).await?;
     let index = Index::from_compressed(&compressed, &lazy.index).map_err(failed)?;
+    Ok(Some((lazy, lazy_by, index)))
+}
+
+/// Reads index and dedup section of a layer; `None` if it is ordinary.
+async fn open_layer(source: &ImageSource, descriptor: &Descriptor) -> Result<Option<OpenLayer>, InspectError> {
+    let Some((lazy, lazy_by, index)) = open_index(source, descriptor).await? else { return Ok(None) };
+    let failed = |error| InspectError::Format { digest: descriptor.digest, error };
     let mut pieces = Vec::new();
     if let (Some(section), Some(range)) = (index.dedup(), dedup_range(&lazy, &index)) {
         let compressed = source.blob_range(descriptor, range).await?;

@@ -24,6 +24,7 @@ use crate::{
     factory::SourceFactory,
     kernel_mounts::Devices,
     namespace::{LAYERS, Namespace},
+    recording::{TouchedFile, touched_files},
     service::{Service, Stores},
     session::{Session, SessionOptions},
     sync::blocking,
@@ -38,6 +39,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 pub struct Mount {
     session: Session,
     service: Service,
+    tree: Arc<Tree>,
     /// In kernel mode the mount itself.
     kernel: Option<KernelMount>,
 }
@@ -58,6 +60,12 @@ impl Mount {
     /// How the kernel reads it.
     pub fn mode(&self) -> TreeMode {
         if self.kernel.is_some() { TreeMode::Erofs } else { TreeMode::Fuse }
+    }
+
+    /// The files of which something was read so far, in the order of first touch, as far as this process saw it: what the
+    /// kernel kept in memory or reads from complete cache files by itself is not among them.
+    pub fn touched_files(&self) -> Vec<TouchedFile> {
+        touched_files(&self.tree)
     }
 
     /// Waits until somebody unmounts it. May be dropped and called again; call [`Self::unmount`] after it.
@@ -126,14 +134,14 @@ pub async fn mount_image(
             mounted => return mounted,
         }
     }
-    let namespace = Arc::new(Namespace::of_tree(tree));
+    let namespace = Arc::new(Namespace::of_tree(tree.clone()));
     let mount = move || Session::mount(namespace, &mount_point, &SessionOptions::default());
     let session = blocking(mount).await?;
     // Only now: what keeps both modes from working is told once.
     if let Some(error) = refusal {
         warn!(%error, "image is mounted in portable mode");
     }
-    Ok(Mount { session, service, kernel: None })
+    Ok(Mount { session, service, tree, kernel: None })
 }
 
 async fn mount_in_kernel(
@@ -152,14 +160,17 @@ async fn mount_in_kernel(
     let mut session = blocking(move || Session::mount(namespace, &session_point, &options)).await?;
     let layers = session.mount_point().join(LAYERS);
     let (id, mount_point) = (tree.id, mount_point.to_owned());
-    let open = move || Devices::of(&tree.layers, &layers).mount(&image, read_ahead_kib);
+    let open = {
+        let tree = tree.clone();
+        move || Devices::of(&tree.layers, &layers).mount(&image, read_ahead_kib)
+    };
     let opened = blocking(open).await;
     // Before the mount is there: it may stand on a directory above this one.
     session.detach()?;
     drop(hidden);
     let attach = move || opened.and_then(|mount| KernelMount::attach(mount, mount_point));
     match blocking(attach).await {
-        Ok(kernel) => Ok(Mount { session, service: service.clone(), kernel: Some(kernel) }),
+        Ok(kernel) => Ok(Mount { session, service: service.clone(), tree, kernel: Some(kernel) }),
         Err(error) => {
             session.unmount().await?;
             Err(Error::KernelMount(id, error))

@@ -1,18 +1,13 @@
 //! `lazuli convert`: flags in, progress and report out.
 
-use std::{
-    io::Read,
-    num::NonZeroUsize,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
 
 use clap::Args;
 use converter::{
     convert::{ConvertError, ConvertOptions, Platforms, cache::CacheOptions, convert, report::Report},
     hot_set::Profile,
     image::{ImageDestination, ImageError, ImageSource, location::Location, platform::Platform},
+    inspect::recorded_profile,
     layer::{
         compress::FrameOptions,
         sign::{KeyFileError, read_signing_key},
@@ -23,7 +18,14 @@ use format_spec::Digest;
 use indicatif::HumanBytes;
 use registry::Client;
 
-use crate::{output::fail_with, progress, registry_arguments::RegistryArguments, user_directories};
+use crate::{
+    output::fail_with,
+    profile,
+    profile_command::{self, ReadyArguments, read_profile},
+    progress,
+    registry_arguments::RegistryArguments,
+    user_directories,
+};
 
 /// What `lazuli convert` is told.
 #[derive(Debug, Args)]
@@ -63,6 +65,11 @@ pub(crate) struct ConvertArguments {
     /// Profile of a recorded start: what it names goes into the hot packs [default: derived from the image]
     #[arg(long, value_name = "FILE", conflicts_with = "no_hot_pack")]
     profile: Option<PathBuf>,
+    /// Run the image first, and record what it reads until it is ready: that goes into the hot packs. Needs root and runc
+    #[arg(long, conflicts_with_all = ["profile", "no_hot_pack", "all_platforms"])]
+    record: bool,
+    #[command(flatten, next_help_heading = "With --record")]
+    ready: ReadyArguments,
     /// Leave hot packs out: the result is smaller, its first start slower
     #[arg(long)]
     no_hot_pack: bool,
@@ -92,6 +99,8 @@ pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Ou
         level,
         jobs,
         profile,
+        record,
+        ready,
         no_hot_pack,
         sign,
         registries,
@@ -99,22 +108,23 @@ pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Ou
     } = arguments;
     let client = registries.into_client()?;
     let jobs = jobs.or_else(|| std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
-    let hot_pack = match (profile, no_hot_pack) {
-        (Some(path), _) => read_profile(&path)?,
-        (None, true) => HotPackChoice::None,
-        (None, false) => HotPackChoice::Derived,
-    };
+    let profile = profile.map(|path| read_profile(&path)).transpose()?;
     let sign = sign.iter().map(|path| read_signing_key(path)).collect::<Result<_, _>>();
     let sign = sign.map_err(|error: KeyFileError| error.to_string())?;
     let named = source.to_string();
     if let Some(directory) = &cache {
         std::fs::create_dir_all(directory).map_err(|error| format!("{}: {error}", directory.display()))?;
     }
+    tokio::pin!(interrupted);
+    let recorded = match record {
+        true => Some(record_start(&source, &client, platform.as_ref(), ready, jobs, &mut interrupted).await?),
+        false => None,
+    };
     let report = async {
         let spool_directory = std::env::temp_dir();
         let source = ImageSource::open(source, &client, &spool_directory).await?;
         let destination = ImageDestination::open(&destination, &client, &spool_directory)?;
-        let platforms = if all_platforms { Platforms::All } else { Platforms::One(platform) };
+        let platforms = if all_platforms { Platforms::All } else { Platforms::One(platform.clone()) };
         let cache = match no_cache {
             true => None,
             false => Some(CacheOptions {
@@ -122,12 +132,20 @@ pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Ou
                 images: open_all(cache_from, &client).await?,
             }),
         };
+        let hot_pack = match profile.or(recorded) {
+            Some(profile) => profile_choice(profile),
+            None if no_hot_pack => HotPackChoice::None,
+            None => {
+                let images = cache.as_ref().map(|cache| cache.images.as_slice()).unwrap_or_default();
+                carried_profile(images, platform.as_ref()).await.map_or(HotPackChoice::Derived, profile_choice)
+            }
+        };
         let options = ConvertOptions { platforms, referrers, cache, level, jobs, hot_pack, sign };
         convert(&source, &destination, &options, progress::observer(json)).await
     };
     let report = tokio::select! {
         report = report => Some(report),
-        () = interrupted => None,
+        () = &mut interrupted => None,
     };
     let Some(report) = report else {
         client.uploads_have_ended(UPLOADS_END_PATIENCE).await;
@@ -141,21 +159,68 @@ pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Ou
     Ok(())
 }
 
+/// zstd level of a conversion that is made to be run once.
+const RECORD_LEVEL: i32 = 1;
 /// How long a conversion that gives up waits for registries to be told of it.
 const UPLOADS_END_PATIENCE: Duration = Duration::from_secs(3);
-/// Longest profile read, in bytes: a line a file makes some megabytes at most.
-const PROFILE_LEN_MAX: u64 = 256 << 20;
+fn profile_choice(profile: Profile) -> HotPackChoice {
+    let digest = Digest::of(profile.to_json().as_bytes());
+    HotPackChoice::Profile { profile: Arc::new(profile), digest }
+}
 
-fn read_profile(path: &Path) -> Result<HotPackChoice, String> {
-    let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-    let file = std::fs::File::open(path).map_err(|error| failed(&error))?;
-    let mut bytes = Vec::new();
-    file.take(PROFILE_LEN_MAX + 1).read_to_end(&mut bytes).map_err(|error| failed(&error))?;
-    if bytes.len() as u64 > PROFILE_LEN_MAX {
-        return Err(failed(&format!("a profile has at most {PROFILE_LEN_MAX} bytes")));
+/// The profile that the last version was converted with: what it read is what the next one reads, mostly. Images that
+/// are not there, or have none, do not help.
+async fn carried_profile(images: &[ImageSource], platform: Option<&Platform>) -> Option<Profile> {
+    for image in images {
+        if let Ok(Some(profile)) = recorded_profile(image, platform).await {
+            eprintln!("profile of {}: {}", image.name(), profile_command::summary(&profile));
+            return Some(profile);
+        }
     }
-    let profile = Profile::parse(&bytes).map_err(|error| failed(&error))?;
-    Ok(HotPackChoice::Profile { profile: Arc::new(profile), digest: Digest::of(&bytes) })
+    None
+}
+
+/// Converts an image for its recording alone, runs it, and returns what it read.
+async fn record_start(
+    source: &Location,
+    client: &Client,
+    platform: Option<&Platform>,
+    ready: ReadyArguments,
+    jobs: NonZeroUsize,
+    interrupted: impl Future<Output = ()>,
+) -> Result<Profile, String> {
+    tokio::pin!(interrupted);
+    let named = source.to_string();
+    let options = ready.options(platform.cloned(), Vec::new());
+    let directory = tempfile::Builder::new().prefix("lazuli-record-").tempdir_in(&options.work);
+    let directory = directory.map_err(|error| format!("{}: {error}", options.work.display()))?;
+    let place: Location = format!("oci:{}", directory.path().join("image").display())
+        .parse()
+        .map_err(|error| format!("{}: {error}", directory.path().display()))?;
+    let making = async {
+        let source = ImageSource::open(source.clone(), client, directory.path()).await?;
+        let destination = ImageDestination::open(&place, client, directory.path())?;
+        let quick = ConvertOptions {
+            platforms: Platforms::One(platform.cloned()),
+            referrers: false,
+            cache: None,
+            level: RECORD_LEVEL,
+            jobs,
+            hot_pack: HotPackChoice::None,
+            sign: Vec::new().into(),
+        };
+        convert(&source, &destination, &quick, progress::observer(true)).await?;
+        Ok(ImageSource::open(place.clone(), client, directory.path()).await?)
+    };
+    let image = tokio::select! {
+        made = making => made.map_err(|error: ConvertError| fail_with(&named, &error))?,
+        () = &mut interrupted => return Err("interrupted".to_owned()),
+    };
+    eprintln!("{named}: running it");
+    let recorded = profile::record::record(&image, &options, |line| eprintln!("{line}"), interrupted).await;
+    let recorded = recorded.map_err(|error| fail_with(&named, &error))?;
+    eprintln!("recorded: {}", profile_command::summary(&recorded));
+    Ok(recorded)
 }
 
 async fn open_all(locations: Vec<Location>, client: &Client) -> Result<Vec<ImageSource>, ImageError> {

@@ -11,6 +11,8 @@ mod convert_command;
 mod inspect_command;
 mod mount;
 mod mount_command;
+mod profile;
+mod profile_command;
 mod progress;
 mod pull;
 mod pull_command;
@@ -52,6 +54,10 @@ enum Action {
     ///
     /// Stays in the foreground until it is interrupted or the directory is unmounted.
     Mount(mount_command::MountArguments),
+    /// Record what a start of an image reads, and look at such profiles.
+    ///
+    /// With a profile `lazuli convert` puts exactly that into the hot packs, in place of what it would guess.
+    Profile(profile_command::ProfileArguments),
     /// Pull an image into containerd, lazily where it is converted.
     ///
     /// Afterwards `ctr run --snapshotter lazuli REF NAME` starts it.
@@ -85,6 +91,7 @@ fn main() -> ExitCode {
                 () = interrupted => Err("interrupted".to_owned()),
             },
             Action::Mount(arguments) => mount_command::run(arguments, interrupted).await,
+            Action::Profile(arguments) => profile_command::run(arguments, interrupted).await,
             Action::Pull(arguments) => pull_command::run(arguments, interrupted).await,
             Action::Status(arguments) => tokio::select! {
                 result = status_command::run(arguments) => result,

@@ -28,6 +28,7 @@ use crate::{
     },
     layer_core::{LayerCore, Progress},
     sync::{Mutex, MutexGuard, lock},
+    touched::{Touch, Touched},
     verify::verify_in_haste,
     warm::{Event, Warm, dedup::CopyPlan, hot_pack::HotStream},
 };
@@ -52,6 +53,7 @@ pub(crate) struct LayerInner {
     pub(crate) core: Arc<LayerCore>,
     pub(crate) scheduler: Arc<Scheduler>,
     read_ahead: Mutex<ReadAhead>,
+    touched: Mutex<Touched>,
     warm: Mutex<LayerWarm>,
 }
 
@@ -59,7 +61,8 @@ impl Layer {
     /// A layer that is open: from now on `scheduler` makes requests for it.
     pub(crate) fn new(core: Arc<LayerCore>, scheduler: Arc<Scheduler>) -> Self {
         scheduler.set_layer(&core);
-        Self { inner: Arc::new(LayerInner { core, scheduler, read_ahead: Mutex::default(), warm: Mutex::default() }) }
+        let (read_ahead, touched, warm) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { inner: Arc::new(LayerInner { core, scheduler, read_ahead, touched, warm }) }
     }
 
     pub(crate) fn inner(&self) -> &Arc<LayerInner> {
@@ -107,7 +110,7 @@ impl Layer {
             read => read?,
         };
         if let Some(len) = read {
-            self.read_ahead(offset..offset.saturating_add(len as u64));
+            self.note_read(offset..offset.saturating_add(len as u64));
         }
         Ok(read)
     }
@@ -150,7 +153,7 @@ impl Layer {
             Err(error) => return done(Err(disk_error(error))),
             Ok(Some(_)) => {
                 if attempts_left == READ_ATTEMPTS_MAX {
-                    self.read_ahead(plain);
+                    self.note_read(plain);
                 }
                 return done(Ok(bytes));
             }
@@ -167,7 +170,7 @@ impl Layer {
         };
         self.inner.bring(plain.clone(), Priority::Read, Box::new(arrived));
         if attempts_left == READ_ATTEMPTS_MAX {
-            self.read_ahead(plain);
+            self.note_read(plain);
         }
     }
 
@@ -299,6 +302,16 @@ impl Layer {
     /// The layer's directory.
     pub(crate) fn directory(&self) -> &LayerDirectory {
         self.core().store.directory()
+    }
+
+    /// What was read of it, in the order of first touch.
+    pub fn touches(&self) -> Vec<Touch> {
+        lock(&self.inner.touched).touches().to_vec()
+    }
+
+    fn note_read(&self, plain: Range<u64>) {
+        lock(&self.inner.touched).note(plain.clone(), Instant::now());
+        self.read_ahead(plain);
     }
 
     /// Notes a read and fetches what its file's reader wants next.

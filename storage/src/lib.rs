@@ -60,6 +60,7 @@ mod ranges;
 mod sync;
 #[cfg(all(test, feature = "shuttle"))]
 mod threads;
+mod touched;
 mod verify;
 mod warm;
 
@@ -75,3 +76,4 @@ pub use fetch::source::{
 pub use fetch::wait::WaitingRead;
 pub use layer::Layer;
 pub use layer_core::Progress;
+pub use touched::Touch;

@@ -16,6 +16,8 @@ pub struct StartConfig {
     pub env: BTreeMap<Vec<u8>, Vec<u8>>,
     /// Working directory, absolute.
     pub working_directory: Vec<u8>,
+    /// User and group as `user` or `user:group`, names or numbers; empty for root.
+    pub user: String,
 }
 
 /// The config is no JSON object of the right types.
@@ -36,6 +38,7 @@ struct Section {
     cmd: Option<Vec<String>>,
     env: Option<Vec<String>>,
     working_dir: Option<String>,
+    user: Option<String>,
 }
 
 impl StartConfig {
@@ -54,6 +57,7 @@ impl StartConfig {
             argv: argv.map(String::into_bytes).collect(),
             env: env.map(|(name, value)| (name.into(), value.into())).collect(),
             working_directory: working_directory.unwrap_or_else(|| "/".to_owned()).into_bytes(),
+            user: section.user.unwrap_or_default(),
         })
     }
 

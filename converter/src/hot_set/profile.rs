@@ -1,10 +1,11 @@
 //! A recorded profile: what starts of an image were seen to read (`docs/PROFILE.md`).
 
-use std::ops::Range;
+use std::{collections::HashMap, fmt::Write as _, ops::Range};
 
 use format_spec::{Index, Inode, records::hot_reason};
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Deserializer, de::Error};
+use serde_json::json;
 
 use super::{HotRange, HotSet, files};
 
@@ -36,6 +37,54 @@ struct ProfileFile {
 pub struct ProfileError(#[from] serde_json::Error);
 
 impl Profile {
+    /// A profile of files in the order of their first access, with the bytes that were read of each.
+    pub fn of_files(files: impl IntoIterator<Item = (Vec<u8>, Vec<Range<u64>>)>) -> Self {
+        let files = files.into_iter().map(|(path, ranges)| ProfileFile { path, ranges: Some(joined(ranges)) });
+        Self { _version: VERSION, files: files.collect() }
+    }
+
+    /// The files in order, each with the bytes that were read of it; without them, all of it was.
+    pub fn files(&self) -> impl Iterator<Item = (&[u8], Option<&[Range<u64>]>)> {
+        self.files.iter().map(|file| (file.path.as_slice(), file.ranges.as_deref()))
+    }
+
+    /// What any of `profiles` has. A file stands where the profile that has it first of all has it, by the share of its
+    /// files before it.
+    pub fn merge(profiles: &[Self]) -> Self {
+        let mut places: HashMap<&[u8], (f64, ProfileFile)> = HashMap::new();
+        for profile in profiles {
+            let count = profile.files.len().max(1) as f64;
+            for (number, file) in profile.files.iter().enumerate() {
+                let place = number as f64 / count;
+                let (first, known) = places.entry(&file.path).or_insert_with(|| (place, file.clone()));
+                *first = first.min(place);
+                known.ranges = match (known.ranges.take(), &file.ranges) {
+                    (Some(known), Some(more)) => Some(joined(known.into_iter().chain(more.iter().cloned()).collect())),
+                    _ => None,
+                };
+            }
+        }
+        let mut files: Vec<_> = places.into_values().collect();
+        files.sort_by(|(place, file), (other, that)| place.total_cmp(other).then_with(|| file.path.cmp(&that.path)));
+        Self { _version: VERSION, files: files.into_iter().map(|(_, file)| file).collect() }
+    }
+
+    /// The document, as [`Self::parse`] reads it: a line a file.
+    pub fn to_json(&self) -> String {
+        let line = |file: &ProfileFile| {
+            let path = encoded(&file.path);
+            match &file.ranges {
+                Some(ranges) => {
+                    let pairs: Vec<_> = ranges.iter().map(|range| [range.start, range.end]).collect();
+                    json!({ "path": path, "ranges": pairs }).to_string()
+                }
+                None => json!({ "path": path }).to_string(),
+            }
+        };
+        let lines: Vec<_> = self.files.iter().map(|file| format!("    {}", line(file))).collect();
+        format!("{{\n  \"version\": {VERSION},\n  \"files\": [\n{}\n  ]\n}}", lines.join(",\n"))
+    }
+
     /// Reads a profile.
     ///
     /// # Errors
@@ -68,6 +117,32 @@ impl ProfileFile {
         let number = files::find(tree, &self.path)?.inode;
         tree.inode(number).filter(|inode| inode.is_regular()).map(|inode| (number, inode))
     }
+}
+
+/// Ranges that ascend and do not touch each other.
+fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// A path as text: what is no UTF-8 as `%` and two hex digits, and so is `%` itself.
+fn encoded(path: &[u8]) -> String {
+    let mut text = String::with_capacity(path.len());
+    for chunk in path.utf8_chunks() {
+        text.push_str(&chunk.valid().replace('%', "%25"));
+        for byte in chunk.invalid() {
+            // Writing to a string does not fail.
+            _ = write!(text, "%{byte:02X}");
+        }
+    }
+    text
 }
 
 fn known_version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
@@ -143,6 +218,29 @@ mod tests {
         let ranges = format!(r#"[[4999, {}], [8192, 9000]]"#, u64::MAX);
         let profile = format!(r#"{{"version": 1, "files": [{{"path": "/a", "ranges": {ranges}}}]}}"#);
         assert_eq!(hot(&image, &profile), [("/a".to_owned(), 4096..5000)]);
+    }
+
+    #[test]
+    fn a_profile_that_was_written_reads_the_same() {
+        let files = [(b"/a %\xff/\"x".to_vec(), vec![8192..9000, 0..4096, 4096..5000]), (b"/b".to_vec(), vec![1..2])];
+        let profile = Profile::of_files(files);
+        assert_eq!(Profile::parse(profile.to_json().as_bytes()).unwrap(), profile);
+        let read: Vec<_> = profile.files().map(|(path, ranges)| (path.to_vec(), ranges.unwrap().to_vec())).collect();
+        assert_eq!(read, [(b"/a %\xff/\"x".to_vec(), vec![0..5000, 8192..9000]), (b"/b".to_vec(), vec![1..2])]);
+    }
+
+    #[test]
+    fn a_merged_profile_has_what_any_has_first_what_is_first() {
+        let profile =
+            |text: &str| Profile::parse(format!("{{\"version\": 1, \"files\": [{text}]}}").as_bytes()).unwrap();
+        let one =
+            profile(r#"{"path": "/a", "ranges": [[0, 10]]}, {"path": "/b", "ranges": [[0, 10]]}, {"path": "/c"}"#);
+        let other = profile(r#"{"path": "/c", "ranges": [[5, 6]]}, {"path": "/b", "ranges": [[10, 20], [30, 40]]}"#);
+        let merged = Profile::merge(&[one, other]);
+        let expected = profile(
+            r#"{"path": "/a", "ranges": [[0, 10]]}, {"path": "/c"}, {"path": "/b", "ranges": [[0, 20], [30, 40]]}"#,
+        );
+        assert_eq!(merged, expected);
     }
 
     #[test]

@@ -43,6 +43,8 @@ in_both_modes! {
     extended_attributes_are_those_of_the_layer,
     an_acl_counts_when_permissions_are_checked,
     content_reads_whole_in_pieces_and_through_a_map,
+    what_is_not_there_is_hardly_read_ahead,
+    reads_are_recorded_by_file_in_the_order_of_first_touch,
     a_program_runs_and_honours_set_user_id,
     layers_merge_as_overlayfs_shows_them,
     names_may_hold_any_byte,
@@ -247,6 +249,44 @@ fn content_reads_whole_in_pieces_and_through_a_map(mode: Mode) {
     let map = unsafe { memmap2::Mmap::map(&file).unwrap() };
     assert!(map[..] == large[..]);
     assert_eq!(fs::read(image.path("large")).unwrap(), large);
+}
+
+/// A window of the usual length brought thirty times as much as a reader of single pages wanted.
+fn what_is_not_there_is_hardly_read_ahead(mode: Mode) {
+    let image = Mounted::new(mode, &[layer([("large", file(noise(9, 4 << 20)))])]);
+    let file = File::open(image.path("large")).unwrap();
+    #[allow(unsafe_code)]
+    // SAFETY: the file system is read-only.
+    let map = unsafe { memmap2::Mmap::map(&file).unwrap() };
+    let mut sum = 0_u64;
+    for at in [1 << 20, 3 << 20] {
+        sum += u64::from(map[at]);
+    }
+    assert!(sum > 0);
+    let mut page = [0; 4096];
+    file.read_exact_at(&mut page, 2 << 20).unwrap();
+    let touched = image.mount.as_ref().unwrap().touched_files();
+    let len: u64 = touched.iter().flat_map(|file| &file.ranges).map(|range| range.end - range.start).sum();
+    assert!((3 * 4096..=3 * (32 << 10)).contains(&len), "{len}: {touched:?}");
+}
+
+fn reads_are_recorded_by_file_in_the_order_of_first_touch(mode: Mode) {
+    let below = layer([("a", file(noise(1, 100_000))), ("hidden", file("below"))]);
+    let above = layer([("b", file(noise(2, 10))), ("hidden", file("above")), ("unread", file("x"))]);
+    let image = Mounted::new(mode, &[below, above]);
+    for name in ["b", "a", "hidden", "b"] {
+        fs::read(image.path(name)).unwrap();
+    }
+    let touched = image.mount.as_ref().unwrap().touched_files();
+    let read: Vec<_> = touched
+        .iter()
+        .map(|file| {
+            let len: u64 = file.ranges.iter().map(|range| range.end - range.start).sum();
+            (String::from_utf8_lossy(&file.path).into_owned(), len)
+        })
+        .collect();
+    let expected = [("/b", 10), ("/a", 100_000), ("/hidden", 5)].map(|(path, len)| (path.to_owned(), len));
+    assert_eq!(read, expected);
 }
 
 fn a_program_runs_and_honours_set_user_id(mode: Mode) {

@@ -17,6 +17,7 @@ mod modes;
 mod mount;
 mod node_bad_input;
 mod private_images;
+mod profile;
 mod status;
 mod tar_features;
 mod tidy;
