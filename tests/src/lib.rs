@@ -25,6 +25,7 @@ pub mod real_images;
 pub mod registry_server;
 pub mod samples;
 pub mod scratch;
+pub mod start;
 pub mod tar_layer;
 
 pub use compare::{Difference, compare_trees, diff_trees};

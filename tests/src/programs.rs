@@ -39,11 +39,13 @@ pub fn target_directory() -> Result<PathBuf> {
     parent.ok_or_else(|| HarnessError::Missing(format!("{} is not in cargo's target directory", profile.display())))
 }
 
-/// `target/release`: where this program or, for a test, the directory `deps` with it lies.
+/// `target/release`, whatever the profile of this program or test: programs are tested as people run them.
 fn profile_directory() -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
-    let directory = own.ancestors().skip(1).find(|ancestor| !ancestor.ends_with("deps"));
-    directory.map(Path::to_owned).ok_or_else(|| HarnessError::Missing(format!("{} has no directory", own.display())))
+    let profile = own.ancestors().skip(1).find(|ancestor| !ancestor.ends_with("deps"));
+    let target = profile.and_then(Path::parent);
+    let target = target.ok_or_else(|| HarnessError::Missing(format!("{} has no directory", own.display())))?;
+    Ok(target.join("release"))
 }
 
 /// Runs `lazuli` to its end.

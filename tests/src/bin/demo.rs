@@ -5,25 +5,21 @@
 //! *Ready* is the first line that the container prints, or its end if it prints none.
 
 use std::{
-    fs,
-    io::{BufRead as _, BufReader},
-    path::{Path, PathBuf},
-    process::{Child, ExitCode, Stdio},
+    path::PathBuf,
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
 use lazuli_tests::{
-    Containerd, ContainerdOptions, HarnessError, Node, Result, Scratch, TestRegistry,
+    Containerd, ContainerdOptions, Node, Result, Scratch, TestRegistry,
     containerd::{LAZULI, OVERLAYFS},
-    error::Context as _,
     process::{command, run},
     programs::{lazuli_ok, target_directory},
     real_images::real_image,
     scratch::clear,
+    start::{Measured, Start},
 };
 
-/// How long a container may go on after it was ready: one that is a server is ended then.
-const END_PATIENCE: Duration = Duration::from_secs(3);
 /// Longest path below which unix sockets still fit.
 const PATH_LEN_MAX: usize = 60;
 
@@ -80,102 +76,6 @@ fn demonstrate() -> Result<()> {
     Ok(())
 }
 
-/// What one cold start took.
-struct Measured {
-    pull: Duration,
-    start: Duration,
-    /// Bytes of blobs that the registry sent until the container was ready.
-    moved: u64,
-    /// Bytes of the image's files that a cold start brings into the page cache.
-    read: u64,
-}
-
-/// One way to start the image.
-struct Start<'a> {
-    registry: &'a TestRegistry,
-    containerd: &'a Containerd,
-    reference: &'a str,
-    snapshotter: &'static str,
-}
-
-impl Start<'_> {
-    /// Pulls and runs with nothing in any cache, then runs once more to see what a start reads.
-    ///
-    /// The second run is a cold one too: after a full pull the page cache holds what was unpacked, read
-    /// or not, so that the first cannot tell.
-    fn measure(&self, scratch: &Scratch, pull: impl FnOnce() -> Result<()>) -> Result<Measured> {
-        let before = self.registry.blob_bytes()?;
-        drop_page_cache()?;
-        let clock = Instant::now();
-        pull()?;
-        let pulled = clock.elapsed();
-        let container = self.run_until_ready("first")?;
-        let ready = clock.elapsed();
-        container.end()?;
-        let moved = self.registry.blob_bytes()? - before;
-
-        drop_page_cache()?;
-        self.run_until_ready("second")?.end()?;
-        let read = self.cached_bytes(&scratch.directory("view")?, "second")?;
-        Ok(Measured { pull: pulled, start: ready - pulled, moved, read })
-    }
-
-    fn run_until_ready(&self, id: &'static str) -> Result<Container<'_>> {
-        let arguments = ["run", "--snapshotter", self.snapshotter, self.reference, id];
-        let ctr = self.containerd.ctr(arguments);
-        // One stream for both outputs: the first line of either is the sign of life.
-        let mut joined = command("sh", ["-c", "exec \"$@\" 2>&1", "sh"]);
-        joined.arg(ctr.get_program()).args(ctr.get_args()).stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = joined.spawn().context("running ctr")?;
-        let mut line = String::new();
-        if let Some(output) = child.stdout.take() {
-            let mut output = BufReader::new(output);
-            output.read_line(&mut line).context("reading what the container prints")?;
-            // Somebody must read the rest, or the container waits for it.
-            std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
-        }
-        match line.strip_prefix("ctr: ") {
-            Some(failure) => Err(HarnessError::Unexpected(format!("ctr run {}: {}", self.reference, failure.trim()))),
-            None => Ok(Container { containerd: self.containerd, id, child }),
-        }
-    }
-
-    /// How much of the container's root file system is in the page cache.
-    fn cached_bytes(&self, view: &Path, id: &str) -> Result<u64> {
-        let snapshots = ["snapshots", "--snapshotter", self.snapshotter, "mounts"];
-        let mount = run(self.containerd.ctr(snapshots).arg(view).arg(id))?;
-        run(&mut command("sh", ["-ec", &mount]))?;
-        let list =
-            "find \"$1\" -xdev -type f -size +0 -print0 | xargs -0 -r fincore --bytes --noheadings --raw --output RES";
-        let sizes = run(command("sh", ["-ec", list, "sh"]).arg(view))?;
-        run(&mut command("umount", [view]))?;
-        Ok(sizes.lines().filter_map(|line| line.trim().parse::<u64>().ok()).sum())
-    }
-}
-
-/// A container that has become ready.
-struct Container<'a> {
-    containerd: &'a Containerd,
-    id: &'static str,
-    child: Child,
-}
-
-impl Container<'_> {
-    /// Waits for its end, or ends it when it goes on.
-    fn end(mut self) -> Result<()> {
-        let deadline = Instant::now() + END_PATIENCE;
-        while self.child.try_wait().context("waiting for ctr")?.is_none() {
-            if Instant::now() > deadline {
-                run(&mut self.containerd.ctr(["tasks", "kill", "--signal", "SIGKILL", self.id]))?;
-                self.child.wait().context("waiting for ctr")?;
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-}
-
 /// Brings the image into the registry; returns what to call it.
 fn provide_image(registry: &TestRegistry, reference: &str) -> Result<String> {
     let wanted = std::env::var("IMAGE").unwrap_or_default();
@@ -217,11 +117,6 @@ fn megabytes(bytes: u64) -> String {
 
 fn say(what: &str) {
     println!("* {what}");
-}
-
-fn drop_page_cache() -> Result<()> {
-    rustix::fs::sync();
-    fs::write("/proc/sys/vm/drop_caches", "3").context("dropping the page cache")
 }
 
 /// `target/demo`, or a shorter path where that is too long for the sockets below.

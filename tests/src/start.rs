@@ -1,0 +1,130 @@
+//! A cold start of an image: pulled and run with nothing in any cache, until it is ready.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Child, Stdio},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    Containerd, HarnessError, Result, Scratch, TestRegistry,
+    error::Context as _,
+    process::{command, run},
+};
+
+/// How long a container may go on after it was ready: one that is a server is ended then.
+const END_PATIENCE: Duration = Duration::from_secs(3);
+/// What one cold start took.
+#[derive(Debug, Clone, Copy)]
+pub struct Measured {
+    /// The pull.
+    pub pull: Duration,
+    /// From the pull to ready.
+    pub start: Duration,
+    /// Bytes of blobs that the registry sent until the container was ready.
+    pub moved: u64,
+    /// Bytes of the image's files that a cold start brings into the page cache.
+    pub read: u64,
+}
+
+/// One way to start the image.
+#[derive(Debug)]
+pub struct Start<'a> {
+    /// Where the image is.
+    pub registry: &'a TestRegistry,
+    /// The node's.
+    pub containerd: &'a Containerd,
+    /// The image.
+    pub reference: &'a str,
+    /// Who mounts it.
+    pub snapshotter: &'static str,
+}
+
+impl Start<'_> {
+    /// Pulls and runs with nothing in any cache, then runs once more to see what a start reads.
+    ///
+    /// The second run is a cold one too: after a full pull the page cache holds what was unpacked, read
+    /// or not, so that the first cannot tell.
+    ///
+    /// # Errors
+    ///
+    /// When the pull or a run fails.
+    pub fn measure(&self, scratch: &Scratch, pull: impl FnOnce() -> Result<()>) -> Result<Measured> {
+        let before = self.registry.blob_bytes()?;
+        drop_page_cache()?;
+        let clock = Instant::now();
+        pull()?;
+        let pulled = clock.elapsed();
+        let container = self.run_until_ready("first")?;
+        let ready = clock.elapsed();
+        container.end()?;
+        let moved = self.registry.blob_bytes()? - before;
+
+        drop_page_cache()?;
+        self.run_until_ready("second")?.end()?;
+        let read = self.cached_bytes(&scratch.directory("view")?, "second")?;
+        Ok(Measured { pull: pulled, start: ready - pulled, moved, read })
+    }
+
+    fn run_until_ready(&self, id: &'static str) -> Result<Container<'_>> {
+        let arguments = ["run", "--snapshotter", self.snapshotter, self.reference, id];
+        let ctr = self.containerd.ctr(arguments);
+        // One stream for both outputs: the first line of either is the sign of life.
+        let mut joined = command("sh", ["-c", "exec \"$@\" 2>&1", "sh"]);
+        joined.arg(ctr.get_program()).args(ctr.get_args()).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = joined.spawn().context("running ctr")?;
+        let mut line = String::new();
+        if let Some(output) = child.stdout.take() {
+            let mut output = BufReader::new(output);
+            output.read_line(&mut line).context("reading what the container prints")?;
+            // Somebody must read the rest, or the container waits for it.
+            std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
+        }
+        match line.strip_prefix("ctr: ") {
+            Some(failure) => Err(HarnessError::Unexpected(format!("ctr run {}: {}", self.reference, failure.trim()))),
+            None => Ok(Container { containerd: self.containerd, id, child }),
+        }
+    }
+
+    /// How much of the container's root file system is in the page cache.
+    fn cached_bytes(&self, view: &Path, id: &str) -> Result<u64> {
+        let snapshots = ["snapshots", "--snapshotter", self.snapshotter, "mounts"];
+        let mount = run(self.containerd.ctr(snapshots).arg(view).arg(id))?;
+        run(&mut command("sh", ["-ec", &mount]))?;
+        let list =
+            "find \"$1\" -xdev -type f -size +0 -print0 | xargs -0 -r fincore --bytes --noheadings --raw --output RES";
+        let sizes = run(command("sh", ["-ec", list, "sh"]).arg(view))?;
+        run(&mut command("umount", [view]))?;
+        Ok(sizes.lines().filter_map(|line| line.trim().parse::<u64>().ok()).sum())
+    }
+}
+
+/// A container that has become ready.
+struct Container<'a> {
+    containerd: &'a Containerd,
+    id: &'static str,
+    child: Child,
+}
+
+impl Container<'_> {
+    /// Waits for its end, or ends it when it goes on.
+    fn end(mut self) -> Result<()> {
+        let deadline = Instant::now() + END_PATIENCE;
+        while self.child.try_wait().context("waiting for ctr")?.is_none() {
+            if Instant::now() > deadline {
+                run(&mut self.containerd.ctr(["tasks", "kill", "--signal", "SIGKILL", self.id]))?;
+                self.child.wait().context("waiting for ctr")?;
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+}
+
+fn drop_page_cache() -> Result<()> {
+    rustix::fs::sync();
+    fs::write("/proc/sys/vm/drop_caches", "3").context("dropping the page cache")
+}
