@@ -132,13 +132,11 @@ pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Ou
                 images: open_all(cache_from, &client).await?,
             }),
         };
+        let last_versions = cache.as_ref().filter(|_| !all_platforms).map(|cache| cache.images.as_slice());
         let hot_pack = match profile.or(recorded) {
             Some(profile) => profile_choice(profile),
             None if no_hot_pack => HotPackChoice::None,
-            None => {
-                let images = cache.as_ref().map(|cache| cache.images.as_slice()).unwrap_or_default();
-                carried_profile(images, platform.as_ref()).await.map_or(HotPackChoice::Derived, profile_choice)
-            }
+            None => carried_or_derived(last_versions.unwrap_or_default(), platform.as_ref()).await,
         };
         let options = ConvertOptions { platforms, referrers, cache, level, jobs, hot_pack, sign };
         convert(&source, &destination, &options, progress::observer(json)).await
@@ -169,15 +167,16 @@ fn profile_choice(profile: Profile) -> HotPackChoice {
 }
 
 /// The profile that the last version was converted with: what it read is what the next one reads, mostly. Images that
-/// are not there, or have none, do not help.
-async fn carried_profile(images: &[ImageSource], platform: Option<&Platform>) -> Option<Profile> {
-    for image in images {
+/// are not there, or have none, do not help. For several platforms nothing is carried: the files of one say little of
+/// another's.
+async fn carried_or_derived(last_versions: &[ImageSource], platform: Option<&Platform>) -> HotPackChoice {
+    for image in last_versions {
         if let Ok(Some(profile)) = recorded_profile(image, platform).await {
             eprintln!("profile of {}: {}", image.name(), profile_command::summary(&profile));
-            return Some(profile);
+            return profile_choice(profile);
         }
     }
-    None
+    HotPackChoice::Derived
 }
 
 /// Converts an image for its recording alone, runs it, and returns what it read.
