@@ -116,7 +116,7 @@ fn an_image_whose_first_index_is_unusable_is_pulled_completely_and_says_why() ->
         let finished = node.lazuli_pull(image)?;
         assert_eq!(finished.code, Some(0), "{}", finished.stderr);
         let status = lazuli_ok(["status", "--root", &root, image])?;
-        assert!(status.contains("not lazy, it was pulled completely") && status.contains(words), "{status}");
+        assert!(status.contains("not lazy: it was pulled completely") && status.contains(words), "{status}");
         let container = format!("complete-{number}");
         let read = ["run", "--rm", "--snapshotter", LAZULI, image, &container, "/bin/cat", "/etc/name"];
         assert!(run(&mut node.containerd.ctr(read))?.starts_with("first-"));

@@ -45,7 +45,7 @@ fn start_private_pod(name: &str, with_credentials: bool) -> Result<(bool, String
 fn a_pod_with_a_secret_that_the_node_does_not_have_runs_from_a_complete_pull() -> Result<()> {
     let (is_lazy, status) = start_private_pod("private-without", false)?;
     assert!(!is_lazy);
-    assert!(status.contains("not lazy, it was pulled completely") && status.contains("401"), "{status}");
+    assert!(status.contains("not lazy: it was pulled completely") && status.contains("401"), "{status}");
     Ok(())
 }
 
