@@ -1,4 +1,4 @@
-# What a person calls. Everything is built in release, the one profile of tests and programs.
+# What a person calls. Programs are built in release; tests, which run those programs, as fast as they can be built.
 #
 #   make build         the programs
 #   make test          everything that every change must pass
@@ -14,55 +14,59 @@
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
 #   make fuzz-check    one change of a converted image after the other, each of which a check must find; CHANGES=n, 100000 unless said
 #   make bench         conversion beside what others take; snapshots and memory; the hot set beside real starts (minutes)
+#   make bench-starts  cold starts of real images: full pull, derived and recorded hot packs; IMAGES="...", SAMPLES=n (minutes)
 #   make bench-mounts  both modes of a mount beside ext4 and overlayfs; mounting 100,000 files (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
 #   make lint          formatting and clippy
+#   make audit         licences, known faults and doubles of all crates (builds cargo-deny: 5 minutes the first time)
+#   make house         lengths of functions and files, and modules in circles
 #   make deps          the Debian packages that all this needs
 #   make images        the images of the tests and the demo, without a hub
 
 CARGO ?= cargo
+CARGO_DENY ?= 0.19.8
 SHELL := /bin/bash
 
-.PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed torture-builds soak fuzz fuzz-check bench bench-mounts bench-frames demo lint deps images clean
+.PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed torture-builds soak fuzz fuzz-check bench bench-starts bench-mounts bench-frames demo lint audit house deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
 
 test: build
 	tests/images/build busybox debian python
-	$(CARGO) test --release --workspace
-	$(CARGO) test --release -p storage --features shuttle --lib threads
-	$(CARGO) test --release --workspace --test real_images -- --nocapture python
+	$(CARGO) test --workspace
+	$(CARGO) test -p storage --features shuttle --lib threads
+	$(CARGO) test --workspace --test real_images -- --nocapture python
 
 test-images: build images
-	$(CARGO) test --release --workspace --test real_images -- --nocapture --test-threads 1
-	$(CARGO) test --release --workspace --test versions -- --nocapture
+	$(CARGO) test --workspace --test real_images -- --nocapture --test-threads 1
+	$(CARGO) test --workspace --test versions -- --nocapture
 
 test-matrix: build
 	tests/containerd-versions target/containerd
-	$(CARGO) test --release --workspace --test matrix -- --nocapture --test-threads 2
+	$(CARGO) test --workspace --test matrix -- --nocapture --test-threads 2
 
 test-large: build
 	$(CARGO) test --release --workspace --test large -- --nocapture --test-threads 1
 
 test-kills: build
-	LAZULI_KILLS=$(or $(LAZULI_KILLS),20) $(CARGO) test --release --workspace --test kills -- --nocapture --test-threads 1
+	LAZULI_KILLS=$(or $(LAZULI_KILLS),20) $(CARGO) test --workspace --test kills -- --nocapture --test-threads 1
 
 torture: build
-	$(CARGO) test --release --workspace --test torture -- table $(ROWS)
+	$(CARGO) test --workspace --test torture -- table $(ROWS)
 
 torture-kills: build
-	$(CARGO) test --release --workspace --test torture -- kills $(or $(KILLS),100)
+	$(CARGO) test --workspace --test torture -- kills $(or $(KILLS),100)
 
 torture-mixed: build
-	$(CARGO) test --release --workspace --test torture -- mixed $(or $(MINUTES),30)
+	$(CARGO) test --workspace --test torture -- mixed $(or $(MINUTES),30)
 
 torture-builds: build
-	LAZULI_BUILD_MINUTES=$(or $(MINUTES),10) $(CARGO) test --release --workspace --test builds -- --nocapture
+	LAZULI_BUILD_MINUTES=$(or $(MINUTES),10) $(CARGO) test --workspace --test builds -- --nocapture
 
 soak: build
-	$(CARGO) test --release --workspace --test torture -- soak $(or $(MINUTES),60)
+	$(CARGO) test --workspace --test torture -- soak $(or $(MINUTES),60)
 
 fuzz: deps
 	fuzz/run $(or $(SECONDS),60) $(TARGET)
@@ -82,6 +86,9 @@ bench: build images
 bench-mounts: build images
 	benches/mounts
 
+bench-starts: build images
+	target/release/starts $(or $(SAMPLES),5) $(or $(IMAGES),python node jre)
+
 bench-frames: images
 	mkdir -p target/start-reads
 	for image in python node jre; do benches/start-reads $$image >target/start-reads/$$image || exit; done
@@ -92,7 +99,14 @@ demo: build
 
 lint:
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+audit:
+	[ -x target/tools/bin/cargo-deny ] || $(CARGO) install --locked --root target/tools --version $(CARGO_DENY) cargo-deny
+	PATH=$(CURDIR)/target/tools/bin:$$PATH $(CARGO) deny --all-features check $(if $(OFFLINE),licenses bans sources,)
+
+house:
+	@$(CARGO) run -q --workspace --bin house
 
 deps:
 	@tests/deps

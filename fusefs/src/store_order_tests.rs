@@ -61,7 +61,7 @@ fn id_of(blob: &[u8]) -> Digest {
 /// Trees are made and removed, one after the other; one gets an image.
 fn record(root: &Path) -> (Vec<Change>, Vec<Promise>) {
     let recorder = Arc::new(Recorder::default());
-    let store = TreeStore::open(root.join("trees"), Disk::observed(recorder.clone())).unwrap();
+    let store = TreeStore::open(root.join(control::root::TREES), Disk::observed(recorder.clone())).unwrap();
     // Somebody has made it long ago.
     recorder.0.lock().unwrap().push(Change::SyncDirectory(root.to_owned()));
     let now = || recorder.0.lock().unwrap().len();
@@ -86,7 +86,7 @@ fn record(root: &Path) -> (Vec<Change>, Vec<Promise>) {
 fn find_wrong(state: &State, promises: &[&Promised]) -> Vec<String> {
     let root = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
     state.restore(root.path());
-    let store = TreeStore::open(root.path().join("trees"), Disk::default()).unwrap();
+    let store = TreeStore::open(root.path().join(control::root::TREES), Disk::default()).unwrap();
     let mut wrong = Vec::new();
     for blob in BLOBS {
         let layers = layers(blob);
