@@ -102,9 +102,9 @@ mod tests {
 
     #[test]
     fn touched_ranges_become_files_in_the_order_of_first_touch() {
-        let touches = [(1, 0..4096), (0, 8192..16_384), (0, 0..8192), (1, 4096..8192), (7, 0..10)];
+        let touches = [(1, 0..4), (1, 4..4096), (0, 8192..16_384), (0, 0..8192), (1, 4096..8192), (7, 0..10)];
         let file = |path: &str, ranges: &[Range<u64>]| TouchedFile { path: path.into(), ranges: ranges.to_vec() };
-        assert_eq!(files_of(&tree(), touches), [file("/d/b", &[0..10]), file("/a", &[4096..5000, 0..4096])]);
+        assert_eq!(files_of(&tree(), touches), [file("/d/b", &[0..4, 4..10]), file("/a", &[4096..5000, 0..4096])]);
         assert_eq!(files_of(&tree(), []), []);
     }
 }

@@ -69,7 +69,7 @@ pub(crate) enum RecordError {
     Resolve(#[from] ResolveError),
     /// Mounting it.
     #[error(transparent)]
-    Mount(#[from] MountError),
+    Mount(Box<MountError>),
     /// Its config.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -118,7 +118,8 @@ pub(crate) async fn record(
     let mounting = async {
         let config = image_config(source, options.platform.as_ref()).await?;
         // An empty cache: what is there already is not asked for.
-        let mounted = mount(source, options.platform.as_ref(), &places.image, &places.cache, options.mode).await?;
+        let mounted = mount(source, options.platform.as_ref(), &places.image, &places.cache, options.mode).await;
+        let mounted = mounted.map_err(|error| RecordError::Mount(Box::new(error)))?;
         Ok::<_, RecordError>((config, mounted))
     };
     let (config, mounted) = tokio::select! {
