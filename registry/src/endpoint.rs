@@ -192,9 +192,14 @@ impl Endpoint {
         self.connections.identity()
     }
 
-    /// Goes on to the client certificate after `refused`; false when there is none.
-    pub(crate) fn next_identity(&self, refused: usize) -> bool {
-        self.connections.next_identity(refused, self.settings.identities.len())
+    /// How many client certificates there are.
+    pub(crate) fn identity_count(&self) -> usize {
+        self.settings.identities.len()
+    }
+
+    /// Goes on to the client certificate after `refused`, behind the last one to the first.
+    pub(crate) fn next_identity(&self, refused: usize) {
+        self.connections.next_identity(refused, self.identity_count());
     }
 
     /// Notes that it could not be spoken to.

@@ -12,6 +12,10 @@ use storage::SourceError;
 /// Longest text of a registry's own that an error carries, in characters.
 const DETAIL_CHARS_MAX: usize = 200;
 
+/// Said of a connection that ended between its handshake and the first request.
+const CLOSED_AT_ONCE: &str = "it ended right after the TLS handshake, as where a client certificate is refused: if the \
+    registry wants one, name it in hosts.toml";
+
 /// An operation on a registry failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -348,7 +352,21 @@ impl Error {
         } else if error.is_connect() {
             Self::Connect { what, host, reason }
         } else {
+            // hyper's words for a new connection that ended before the request was sent.
+            let is_closed_at_once =
+                reason == "connection closed" && error.url().is_some_and(|url| url.scheme() == "https");
+            let reason = if is_closed_at_once { CLOSED_AT_ONCE.to_owned() } else { reason };
             Self::Broken { what, host, reason }
+        }
+    }
+
+    /// Whether another client certificate may help. In TLS 1.3 a server refuses ours after the handshake (RFC 8446 4.4.2.4,
+    /// 6.2); whether its alert or the end of the connection is seen first is a matter of luck.
+    pub(crate) fn may_want_certificate(&self) -> bool {
+        match self {
+            Self::ClientCertificate { .. } => true,
+            Self::Broken { reason, .. } => reason == CLOSED_AT_ONCE,
+            _ => false,
         }
     }
 

@@ -73,11 +73,11 @@ impl Connections {
         self.identity.load(Ordering::Relaxed)
     }
 
-    /// Goes on to the client certificate after `refused`, of `count`; false when there is none.
-    pub(crate) fn next_identity(&self, refused: usize, count: usize) -> bool {
+    /// Goes on to the client certificate after `refused`, of `count`, behind the last one to the first.
+    pub(crate) fn next_identity(&self, refused: usize, count: usize) {
         // Many requests may be refused at once: the first of them goes on for all.
-        self.identity.fetch_max((refused + 1).min(count.saturating_sub(1)), Ordering::Relaxed);
-        self.identity() > refused
+        let next = (refused + 1) % count.max(1);
+        _ = self.identity.compare_exchange(refused, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 }
 

@@ -72,10 +72,14 @@ impl<'a> Request<'a> {
 impl Client {
     /// Sends `request`; where there are several client certificates, until one is accepted. Any status is an answer.
     pub(crate) async fn send(&self, request: &Request<'_>) -> Result<Response, Error> {
+        let mut others = request.endpoint.identity_count().saturating_sub(1);
         loop {
             let identity = request.endpoint.identity();
             match self.send_authorized(request).await {
-                Err(Error::ClientCertificate { .. }) if request.endpoint.next_identity(identity) => {}
+                Err(error) if others > 0 && error.may_want_certificate() => {
+                    others -= 1;
+                    request.endpoint.next_identity(identity);
+                }
                 Err(error @ Error::Tls { .. }) => {
                     request.endpoint.forget_certificates();
                     return Err(error);

@@ -72,11 +72,12 @@ async fn a_missing_client_certificate_is_named() {
     for client in ["", &stranger] {
         let error = exchange(&registry, &certificates, &format!("ca = \"CERTS/ca.pem\"\n{client}")).await.unwrap_err();
         let text = error.to_string();
-        assert!(matches!(error, Error::ClientCertificate { .. }), "{text}");
-        assert!(
-            text.contains("refuses us without a client certificate that it knows: received fatal alert: "),
-            "{text}"
-        );
+        // In TLS 1.3 the alert comes after the handshake, and may be overtaken by the end of the connection.
+        let is_told = text.contains("refuses us without a client certificate that it knows: received fatal alert: ");
+        let is_closed =
+            text.contains("as where a client certificate is refused: if the registry wants one, name it in hosts");
+        assert!(is_told || is_closed, "{text}");
+        assert!(is_closed || matches!(error, Error::ClientCertificate { .. }), "{text}");
     }
 }
 
