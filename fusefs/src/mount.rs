@@ -121,7 +121,7 @@ pub async fn mount_image(
     let root = cache_root.to_owned();
     let runtime = Handle::current();
     // A person waits for the command: the client's patience is enough.
-    let cache = CacheOptions { patience: None, ..CacheOptions::default() };
+    let cache = CacheOptions { patience: None, records_reads: true, ..CacheOptions::default() };
     let stores = blocking(move || Stores::open(&root, runtime, sources, cache)).await?;
     let service = Service::new(stores, Arc::new(Namespace::of_node()), None);
     let root = cache_root.to_owned();

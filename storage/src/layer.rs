@@ -53,15 +53,17 @@ pub(crate) struct LayerInner {
     pub(crate) core: Arc<LayerCore>,
     pub(crate) scheduler: Arc<Scheduler>,
     read_ahead: Mutex<ReadAhead>,
-    touched: Mutex<Touched>,
+    /// `None` where it is not recorded.
+    touched: Option<Mutex<Touched>>,
     warm: Mutex<LayerWarm>,
 }
 
 impl Layer {
-    /// A layer that is open: from now on `scheduler` makes requests for it.
-    pub(crate) fn new(core: Arc<LayerCore>, scheduler: Arc<Scheduler>) -> Self {
+    /// A layer that is open: from now on `scheduler` makes requests for it. What is read of it is noted if it
+    /// `records_reads`.
+    pub(crate) fn new(core: Arc<LayerCore>, scheduler: Arc<Scheduler>, records_reads: bool) -> Self {
         scheduler.set_layer(&core);
-        let (read_ahead, touched, warm) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let (read_ahead, touched, warm) = (Mutex::default(), records_reads.then(Mutex::default), Mutex::default());
         Self { inner: Arc::new(LayerInner { core, scheduler, read_ahead, touched, warm }) }
     }
 
@@ -304,13 +306,15 @@ impl Layer {
         self.core().store.directory()
     }
 
-    /// What was read of it, in the order of first touch.
+    /// What was read of it, in the order of first touch; nothing where that is not recorded.
     pub fn touches(&self) -> Vec<Touch> {
-        lock(&self.inner.touched).touches().to_vec()
+        self.inner.touched.as_ref().map(|touched| lock(touched).touches().to_vec()).unwrap_or_default()
     }
 
     fn note_read(&self, plain: Range<u64>) {
-        lock(&self.inner.touched).note(plain.clone(), Instant::now());
+        if let Some(touched) = &self.inner.touched {
+            lock(touched).note(plain.clone(), Instant::now());
+        }
         self.read_ahead(plain);
     }
 
