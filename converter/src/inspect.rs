@@ -15,7 +15,7 @@ use serde::Serialize;
 
 pub use self::{
     hot_pack::{HotEntry, HotPackFacts, ReasonFacts},
-    recorded::recorded_profile,
+    recorded::{RecordedProfile, recorded_profile},
 };
 use crate::{
     image::{

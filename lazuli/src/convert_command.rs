@@ -7,7 +7,7 @@ use converter::{
     convert::{ConvertError, ConvertOptions, Platforms, cache::CacheOptions, convert, report::Report},
     hot_set::Profile,
     image::{ImageDestination, ImageError, ImageSource, location::Location, platform::Platform},
-    inspect::recorded_profile,
+    inspect::{RecordedProfile, recorded_profile},
     layer::{
         compress::FrameOptions,
         sign::{KeyFileError, read_signing_key},
@@ -123,6 +123,8 @@ pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Ou
     let report = async {
         let spool_directory = std::env::temp_dir();
         let source = ImageSource::open(source, &client, &spool_directory).await?;
+        // What its tag points to now; the place may be new.
+        let at_destination = ImageSource::open(destination.clone(), &client, &spool_directory).await.ok();
         let destination = ImageDestination::open(&destination, &client, &spool_directory)?;
         let platforms = if all_platforms { Platforms::All } else { Platforms::One(platform.clone()) };
         let cache = match no_cache {
@@ -132,11 +134,14 @@ pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Ou
                 images: open_all(cache_from, &client).await?,
             }),
         };
-        let last_versions = cache.as_ref().filter(|_| !all_platforms).map(|cache| cache.images.as_slice());
+        let last_versions = match (&cache, all_platforms) {
+            (Some(cache), false) => at_destination.into_iter().chain(cache.images.iter().cloned()).collect(),
+            _ => Vec::new(),
+        };
         let hot_pack = match profile.or(recorded) {
             Some(profile) => profile_choice(profile),
             None if no_hot_pack => HotPackChoice::None,
-            None => carried_or_derived(last_versions.unwrap_or_default(), platform.as_ref()).await,
+            None => carried_or_derived(&last_versions, platform.as_ref()).await,
         };
         let options = ConvertOptions { platforms, referrers, cache, level, jobs, hot_pack, sign };
         convert(&source, &destination, &options, progress::observer(json)).await
@@ -171,9 +176,9 @@ fn profile_choice(profile: Profile) -> HotPackChoice {
 /// another's.
 async fn carried_or_derived(last_versions: &[ImageSource], platform: Option<&Platform>) -> HotPackChoice {
     for image in last_versions {
-        if let Ok(Some(profile)) = recorded_profile(image, platform).await {
+        if let Ok(Some(RecordedProfile { profile, digest })) = recorded_profile(image, platform).await {
             eprintln!("profile of {}: {}", image.name(), profile_command::summary(&profile));
-            return profile_choice(profile);
+            return HotPackChoice::Profile { profile: Arc::new(profile), digest };
         }
     }
     HotPackChoice::Derived

@@ -177,7 +177,7 @@ async fn run_export(command: ExportCommand) -> Result<(), String> {
     let source = source.map_err(|error| fail_with(&named, &error))?;
     let profile = recorded_profile(&source, platform.as_ref()).await.map_err(|error| fail_with(&named, &error))?;
     let none = || format!("{named}: no profile is in its hot packs; record one with lazuli profile record");
-    write(&profile.ok_or_else(none)?, output.as_deref())
+    write(&profile.ok_or_else(none)?.profile, output.as_deref())
 }
 
 /// Files and bytes of a profile.

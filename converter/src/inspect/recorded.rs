@@ -2,13 +2,23 @@
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 
-use format_spec::{Index, paths::Paths, records::hot_reason};
+use format_spec::{Digest, Index, annotation::SOURCE_OPTIONS, paths::Paths, records::hot_reason};
 
 use super::{InspectError, LAYERS_AT_ONCE, open_index};
 use crate::{
     hot_set::Profile,
-    image::{ImageSource, platform::Platform, resolve::resolve_image},
+    image::{ImageSource, manifest::Descriptor, platform::Platform, resolve::resolve_image},
 };
+
+/// A profile as an image has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordedProfile {
+    /// What it says.
+    pub profile: Profile,
+    /// The name under which the image was converted with it: layers of the next version that are the same are found by
+    /// that.
+    pub digest: Digest,
+}
 
 /// What recorded starts read of the image for `platform` at `source`; `None` where its hot packs are not recorded, or
 /// there are none.
@@ -19,8 +29,10 @@ use crate::{
 pub async fn recorded_profile(
     source: &ImageSource,
     platform: Option<&Platform>,
-) -> Result<Option<Profile>, InspectError> {
+) -> Result<Option<RecordedProfile>, InspectError> {
     let image = resolve_image(source, platform).await?;
+    // Most images say here that there is none, before an index is fetched.
+    let Some(digest) = image.manifest.layers.iter().rev().find_map(profile_digest) else { return Ok(None) };
     let indexes: Vec<_> = stream::iter(&image.manifest.layers)
         .map(|descriptor| open_index(source, descriptor))
         .buffered(LAYERS_AT_ONCE)
@@ -29,7 +41,13 @@ pub async fn recorded_profile(
     let layers: Vec<_> = indexes.iter().flatten().map(|(.., index)| profile_of(index)).collect();
     let profile = Profile::merge(&layers);
     let has_files = profile.files().next().is_some();
-    Ok(has_files.then_some(profile))
+    Ok(has_files.then_some(RecordedProfile { profile, digest }))
+}
+
+/// The profile that a layer says it was converted with.
+fn profile_digest(descriptor: &Descriptor) -> Option<Digest> {
+    let options = descriptor.annotation(SOURCE_OPTIONS)?;
+    options.split(' ').find_map(|option| option.strip_prefix("hot=")?.parse().ok())
 }
 
 /// What a layer's hot pack has because a recorded start read it.
