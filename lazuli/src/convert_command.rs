@@ -123,8 +123,7 @@ pub(crate) async fn run(arguments: ConvertArguments, interrupted: impl Future<Ou
     let report = async {
         let spool_directory = std::env::temp_dir();
         let source = ImageSource::open(source, &client, &spool_directory).await?;
-        // What its tag points to now; the place may be new.
-        let at_destination = ImageSource::open(destination.clone(), &client, &spool_directory).await.ok();
+        let at_destination = image_at(&destination, &client).await;
         let destination = ImageDestination::open(&destination, &client, &spool_directory)?;
         let platforms = if all_platforms { Platforms::All } else { Platforms::One(platform.clone()) };
         let cache = match no_cache {
@@ -169,6 +168,16 @@ const UPLOADS_END_PATIENCE: Duration = Duration::from_secs(3);
 fn profile_choice(profile: Profile) -> HotPackChoice {
     let digest = Digest::of(profile.to_json().as_bytes());
     HotPackChoice::Profile { profile: Arc::new(profile), digest }
+}
+
+/// What the destination's tag points to now. An archive is written anew, and whatever stands in its place is not opened.
+async fn image_at(destination: &Location, client: &Client) -> Option<ImageSource> {
+    match destination {
+        Location::Registry(_) | Location::OciDirectory(_) => {
+            ImageSource::open(destination.clone(), client, &std::env::temp_dir()).await.ok()
+        }
+        Location::OciArchive(_) | Location::DockerArchive { .. } => None,
+    }
 }
 
 /// The profile that the last version was converted with: what it read is what the next one reads, mostly. Images that
