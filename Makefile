@@ -19,13 +19,13 @@
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
 #   make lint          formatting and clippy
-#   make audit         licences, known faults and doubles of all crates (builds cargo-deny: 5 minutes the first time)
+#   make audit         licences, known faults and doubles of all crates (builds cargo-deny the first time: minutes; OFFLINE=1 without known faults)
 #   make house         lengths of functions and files, and modules in circles
 #   make deps          the Debian packages that all this needs
 #   make images        the images of the tests and the demo, without a hub
 
 CARGO ?= cargo
-CARGO_DENY ?= 0.19.8
+CARGO_DENY ?= 0.20.2
 SHELL := /bin/bash
 
 .PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed torture-builds soak fuzz fuzz-check bench bench-starts bench-mounts bench-frames demo lint audit house deps images clean
@@ -102,7 +102,7 @@ lint:
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 audit:
-	[ -x target/tools/bin/cargo-deny ] || $(CARGO) install --locked --root target/tools --version $(CARGO_DENY) cargo-deny
+	[ -x target/tools/bin/cargo-deny ] || $(CARGO) install --debug --locked --root target/tools --version $(CARGO_DENY) cargo-deny
 	PATH=$(CURDIR)/target/tools/bin:$$PATH $(CARGO) deny --all-features check $(if $(OFFLINE),licenses bans sources,)
 
 house:
