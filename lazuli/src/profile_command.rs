@@ -53,7 +53,7 @@ enum ProfileAction {
         profiles: Vec<PathBuf>,
     },
     /// Take the profile out of a converted image that was made with one.
-    Export(ExportCommand),
+    Export(ImageArguments),
     /// Put several profiles together: what any of them has, first what is read first.
     Merge {
         /// The profiles
@@ -67,26 +67,18 @@ enum ProfileAction {
 
 #[derive(Debug, Args)]
 struct RecordCommand {
-    /// The image: host/repository:tag, host/repository@sha256:..., oci:DIR[:tag] or oci-archive:FILE[:tag]
-    #[arg(value_name = "IMG")]
-    image: Location,
-    /// Where to write the profile [default: standard output]
-    #[arg(long, short, value_name = "FILE")]
-    output: Option<PathBuf>,
-    /// Platform to take from an image for several, for instance linux/arm64 [default: this host's]
-    #[arg(long)]
-    platform: Option<Platform>,
+    #[command(flatten)]
+    image: ImageArguments,
     #[command(flatten)]
     ready: ReadyArguments,
-    #[command(flatten)]
-    registries: RegistryArguments,
     /// Run this instead of the image's command
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
+/// The image of a profile, and where the profile goes.
 #[derive(Debug, Args)]
-struct ExportCommand {
+struct ImageArguments {
     /// The image: host/repository:tag, host/repository@sha256:..., oci:DIR[:tag] or oci-archive:FILE[:tag]
     #[arg(value_name = "IMG")]
     image: Location,
@@ -145,8 +137,8 @@ pub(crate) async fn run(arguments: ProfileArguments, interrupted: impl Future<Ou
             show(&read_profile(path)?);
             Ok(())
         }),
-        ProfileAction::Export(command) => tokio::select! {
-            exported = run_export(command) => exported,
+        ProfileAction::Export(arguments) => tokio::select! {
+            exported = run_export(arguments) => exported,
             () = interrupted => Err("interrupted".to_owned()),
         },
         ProfileAction::Merge { profiles, output } => {
@@ -157,7 +149,8 @@ pub(crate) async fn run(arguments: ProfileArguments, interrupted: impl Future<Ou
 }
 
 async fn run_record(command: RecordCommand, interrupted: impl Future<Output = ()>) -> Result<(), String> {
-    let RecordCommand { image, output, platform, ready, registries, command } = command;
+    let RecordCommand { image, ready, command } = command;
+    let ImageArguments { image, output, platform, registries } = image;
     let client = registries.into_client()?;
     let named = image.to_string();
     let options = ready.options(platform, command);
@@ -169,8 +162,8 @@ async fn run_record(command: RecordCommand, interrupted: impl Future<Output = ()
     write(&profile, output.as_deref())
 }
 
-async fn run_export(command: ExportCommand) -> Result<(), String> {
-    let ExportCommand { image, output, platform, registries } = command;
+async fn run_export(arguments: ImageArguments) -> Result<(), String> {
+    let ImageArguments { image, output, platform, registries } = arguments;
     let client = registries.into_client()?;
     let named = image.to_string();
     let source = ImageSource::open(image, &client, &std::env::temp_dir()).await;
