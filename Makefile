@@ -1,4 +1,4 @@
-# What a person calls. Programs are built in release; tests, which run those programs, as fast as they can be built.
+# The targets that a person calls. Programs are built in release; tests, which run those programs, as fast as they can be built.
 #
 #   make build         the programs
 #   make test          everything that every change must pass

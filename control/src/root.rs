@@ -29,7 +29,7 @@ pub const SNAPSHOTS: &str = "snapshots";
 pub const DATABASE: &str = "snapshotter.redb";
 /// Held by the `lazuli-snapshotter` of the root.
 pub const SNAPSHOTTER_LOCK: &str = "lock";
-/// What is known of the chains of lazy layers, for `lazuli status`: a list of [`crate::chains::ChainStatus`], sorted by
+/// The truth about the chains of lazy layers as far as it is known, for `lazuli status`: a list of [`crate::chains::ChainStatus`], sorted by
 /// chain.
 pub const CHAINS: &str = "chains.json";
 /// Images that are not lazy although they could be, for `lazuli status`: a list of [`crate::NotLazy`], oldest first.

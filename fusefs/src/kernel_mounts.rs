@@ -175,7 +175,7 @@ impl KernelMounts {
         Ok(mounts)
     }
 
-    /// What `stat` shows as the device of the session.
+    /// The device of the session, as `stat` shows it.
     pub(crate) fn session_device(&self) -> u64 {
         self.session
     }

@@ -170,7 +170,7 @@ fn profile_choice(profile: Profile) -> HotPackChoice {
     HotPackChoice::Profile { profile: Arc::new(profile), digest }
 }
 
-/// What the destination's tag points to now. An archive is written anew, and whatever stands in its place is not opened.
+/// The image that the destination's tag points to now. An archive is written anew, and whatever stands in its place is not opened.
 async fn image_at(destination: &Location, client: &Client) -> Option<ImageSource> {
     match destination {
         Location::Registry(_) | Location::OciDirectory(_) => {

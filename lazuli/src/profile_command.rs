@@ -32,7 +32,7 @@ const RUN_SECONDS: u32 = 30;
 /// Longest profile read, in bytes: a line a file makes some megabytes at most.
 const PROFILE_LEN_MAX: u64 = 256 << 20;
 
-/// What `lazuli profile` is told.
+/// The arguments of `lazuli profile`.
 #[derive(Debug, Args)]
 pub(crate) struct ProfileArguments {
     #[command(subcommand)]

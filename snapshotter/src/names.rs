@@ -1,4 +1,4 @@
-//! What snapshots are called, and what is attached to them.
+//! Names of snapshots, and what is attached to them.
 
 use std::{collections::BTreeMap, fmt};
 

@@ -59,7 +59,7 @@ pub(crate) struct LayerInner {
 }
 
 impl Layer {
-    /// A layer that is open: from now on `scheduler` makes requests for it. What is read of it is noted if it
+    /// A layer that is open: from now on `scheduler` makes requests for it. Reads of it are noted if it
     /// `records_reads`.
     pub(crate) fn new(core: Arc<LayerCore>, scheduler: Arc<Scheduler>, records_reads: bool) -> Self {
         scheduler.set_layer(&core);
@@ -306,7 +306,7 @@ impl Layer {
         self.core().store.directory()
     }
 
-    /// What was read of it, in the order of first touch; nothing where that is not recorded.
+    /// The ranges that were read of it, in the order of first touch; nothing where that is not recorded.
     pub fn touches(&self) -> Vec<Touch> {
         self.inner.touched.as_ref().map(|touched| lock(touched).touches().to_vec()).unwrap_or_default()
     }

@@ -17,7 +17,7 @@ pub struct Touch {
     pub plain: Range<u64>,
 }
 
-/// What was read of one layer.
+/// The ranges that were read of one layer.
 #[derive(Debug, Default)]
 pub(crate) struct Touched {
     /// In the order of time; their ranges do not overlap.
@@ -53,7 +53,7 @@ impl Touched {
         self.runs.insert(first.min(plain.start), next.max(plain.end));
     }
 
-    /// What was touched, in the order of time.
+    /// All touches, in the order of time.
     pub(crate) fn touches(&self) -> &[Touch] {
         &self.touches
     }

@@ -16,7 +16,7 @@ use crate::{
 
 /// How long a container may go on after it was ready: one that is a server is ended then.
 const END_PATIENCE: Duration = Duration::from_secs(3);
-/// What one cold start took.
+/// Times and bytes of one cold start.
 #[derive(Debug, Clone, Copy)]
 pub struct Measured {
     /// The pull.
@@ -38,7 +38,7 @@ pub struct Start<'a> {
     pub containerd: &'a Containerd,
     /// The image.
     pub reference: &'a str,
-    /// Who mounts it.
+    /// The snapshotter that mounts it.
     pub snapshotter: &'static str,
 }
 

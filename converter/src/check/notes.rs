@@ -1,5 +1,5 @@
-//! What two documents have in common, and what of a part nobody reads: annotations and other fields are the same on both
-//! sides, but for those that a conversion adds and removes.
+//! Two documents beside each other: annotations and other fields are the same on both sides, but for those that a
+//! conversion adds and removes. Beside that, bytes of a part that nobody reads.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -48,7 +48,7 @@ impl Profile {
         self.files.iter().map(|file| (file.path.as_slice(), file.ranges.as_deref()))
     }
 
-    /// What any of `profiles` has. A file stands where the profile that has it first of all has it, by the share of its
+    /// All that any of `profiles` has. A file stands where the profile that has it first of all has it, by the share of its
     /// files before it.
     pub fn merge(profiles: &[Self]) -> Self {
         let mut places: HashMap<&[u8], (f64, ProfileFile)> = HashMap::new();

@@ -13,14 +13,14 @@ use crate::{
 /// A profile as an image has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecordedProfile {
-    /// What it says.
+    /// Its files.
     pub profile: Profile,
     /// The name under which the image was converted with it: layers of the next version that are the same are found by
     /// that.
     pub digest: Digest,
 }
 
-/// What recorded starts read of the image for `platform` at `source`; `None` where its hot packs are not recorded, or
+/// The bytes that recorded starts read of the image for `platform` at `source`; `None` where its hot packs are not recorded, or
 /// there are none.
 ///
 /// # Errors
@@ -50,7 +50,7 @@ fn profile_digest(descriptor: &Descriptor) -> Option<Digest> {
     options.split(' ').find_map(|option| option.strip_prefix("hot=")?.parse().ok())
 }
 
-/// What a layer's hot pack has because a recorded start read it.
+/// The part of a layer's hot pack that is there because a recorded start read it.
 fn profile_of<B: AsRef<[u8]>>(index: &Index<B>) -> Profile {
     let paths = Paths::new(index);
     let mut files: Vec<(u32, Vec<std::ops::Range<u64>>)> = Vec::new();

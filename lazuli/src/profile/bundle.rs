@@ -1,4 +1,4 @@
-//! What runc is told of a container: the image's command in a root directory, as a node would run it.
+//! The document that tells runc of a container: the image's command in a root directory, as a node would run it.
 //!
 //! Source: OCI runtime specification 1.0, config.md and config-linux.md. The network is the host's.
 
@@ -7,7 +7,7 @@ use std::{borrow::Cow, collections::BTreeMap, fs, path::Path};
 use converter::hot_set::StartConfig;
 use serde_json::{Value, json};
 
-/// What docker and containerd leave a container.
+/// The capabilities that docker and containerd leave a container.
 const CAPABILITIES: [&str; 14] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -24,7 +24,7 @@ const CAPABILITIES: [&str; 14] = [
     "CAP_KILL",
     "CAP_AUDIT_WRITE",
 ];
-/// What runc and containerd set where the image does not.
+/// The path that runc and containerd set where the image does not.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Longest file of users or groups that is read.
 const USERS_LEN_MAX: usize = 1 << 20;

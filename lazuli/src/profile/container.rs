@@ -54,7 +54,7 @@ pub(crate) enum ContainerError {
     Late {
         /// So long was waited.
         within: Duration,
-        /// What it said.
+        /// Its output.
         last_lines: String,
     },
 }
@@ -74,7 +74,7 @@ impl Container {
     ///
     /// # Errors
     ///
-    /// When runc is not there. What it says of the container shows in [`Self::wait`].
+    /// When runc is not there. Its words about the container show in [`Self::wait`].
     pub(crate) fn start(directory: &Path, config: &Value) -> Result<Self, ContainerError> {
         let failed = |error| ContainerError::Bundle(directory.to_owned(), error);
         let (bundle, state) = (directory.join("bundle"), directory.join("runc"));

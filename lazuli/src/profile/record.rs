@@ -73,7 +73,7 @@ pub(crate) enum RecordError {
     /// Its config.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// What to run.
+    /// Finding what to run.
     #[error(transparent)]
     Bundle(#[from] BundleError),
     /// Running it.

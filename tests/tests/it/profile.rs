@@ -1,4 +1,4 @@
-//! What a start reads is recorded by running it, goes into the hot packs, and is found there by the next version.
+//! A start is recorded by running it, goes into the hot packs, and is found there by the next version.
 
 use std::{fs, path::Path, time::Duration};
 
