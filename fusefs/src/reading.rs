@@ -1,4 +1,4 @@
-//! What of a layer is being fetched now, in the words of who looks at it: which files do readers wait for,
+//! The reads of a layer that wait now, in the words of who looks at it: which files do readers wait for,
 //! since when and why?
 
 use std::{collections::BTreeSet, time::Instant};

@@ -14,7 +14,7 @@ use crate::{
 /// The version of the store.
 pub(crate) const STORE_VERSION: u64 = 1;
 
-/// What a snapshot can be used for.
+/// The use of a snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -37,7 +37,7 @@ impl Kind {
     }
 }
 
-/// What a snapshot takes on disk, without its parents.
+/// The room that a snapshot takes on disk, without its parents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Usage {
     /// Bytes.
@@ -146,11 +146,11 @@ pub struct NewCommit {
     pub parent: Option<SnapshotKey>,
     /// Labels of the committed snapshot; those of the active one are not inherited.
     pub labels: Labels,
-    /// What it takes on disk.
+    /// The room that it takes on disk.
     pub usage: Usage,
 }
 
-/// What a change to the labels is.
+/// A change to the labels.
 #[derive(Debug, Clone)]
 pub enum LabelChange {
     /// These and no others.

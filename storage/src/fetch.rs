@@ -1,4 +1,4 @@
-//! Who gets which bytes next: places, requests and their order, and those who wait.
+//! The decision which bytes come next: places, requests and their order, and those who wait.
 //!
 //! `scheduler/` decides, `transfer.rs` carries a request out, `incoming.rs` and `decode.rs` are its way from the
 //! [`source`] to plain bytes, `wait.rs` is the reader's end of it.

@@ -294,7 +294,7 @@ mod tests {
             ("use super::c::{self as other, d};", &["c/d.rs", "c.rs"]),
             ("use super::{c::d::*, Own};", &["c/d.rs", "lib.rs"]),
             ("fn f() { use crate::c::own; }", &["c.rs"]),
-            ("fn f() -> crate::c::d::F { todo!() }", &["c/d.rs"]),
+            ("fn f() -> crate::c::d::F { loop {} }", &["c/d.rs"]),
             ("fn f() { super::inline::f(); }", &["lib.rs"]),
             ("mod within { fn f() { super::super::c::own(); } }", &["c.rs"]),
             ("fn f() { assert!(g(1, crate::c::own())); }", &["c.rs"]),

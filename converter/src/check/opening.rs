@@ -26,7 +26,7 @@ pub(crate) type Opened = Result<Bytes, String>;
 ///
 /// # Errors
 ///
-/// What is wrong with it.
+/// Says how it differs from its record.
 pub(crate) fn open_frame(compressed: &[u8], digest: Digest, plain_len: u32) -> Result<Vec<u8>, String> {
     let found = Digest::of(compressed);
     if found != digest {

@@ -1,4 +1,4 @@
-//! What a check has found, for people and programs. `docs/JSON.md` explains the names of the fields.
+//! The findings of a check, for people and programs. `docs/JSON.md` explains the names of the fields.
 
 use std::fmt;
 

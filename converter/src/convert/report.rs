@@ -1,4 +1,4 @@
-//! What a conversion has done, for people and programs. `docs/JSON.md` explains the names of the fields.
+//! The result of a conversion, for people and programs. `docs/JSON.md` explains the names of the fields.
 
 use format_spec::Digest;
 use serde::Serialize;

@@ -1,4 +1,4 @@
-//! What must hold in an index beyond its form (SPEC.md 6): a reader that has checked it may follow every number.
+//! The rules that an index keeps beyond its form (SPEC.md 6): a reader that has checked it may follow every number.
 
 use std::collections::VecDeque;
 

@@ -48,6 +48,17 @@ impl Served {
     }
 }
 
+impl Drop for Served {
+    fn drop(&mut self) {
+        // A mount over these files that was closed just now may hold them for a moment longer: an ordinary unmount, which
+        // the session tries, would find them busy and leave the mount.
+        let detached = rustix::mount::unmount(&self.mount_point, rustix::mount::UnmountFlags::DETACH);
+        if !std::thread::panicking() {
+            detached.unwrap();
+        }
+    }
+}
+
 /// Node 1 is the root directory; node n is file n - 2.
 struct Files {
     files: Vec<File>,
