@@ -87,7 +87,7 @@ bench-mounts: build images
 	benches/mounts
 
 bench-starts: build images
-	target/release/starts $(or $(SAMPLES),5) $(or $(IMAGES),python node jre)
+	target/release/bench starts $(or $(SAMPLES),5) $(or $(IMAGES),python node jre)
 
 bench-frames: images
 	mkdir -p target/start-reads

@@ -1,9 +1,10 @@
 //! `make bench-starts`: cold starts of real images in several ways, in one run: a full pull, a hot pack that was derived,
 //! one that was recorded. Samples in turns that shift, so that a machine that warms up favours nobody; medians.
 //!
-//! `starts [SAMPLES] IMAGE...`, with images of `tests/images`. *Ready* is the first line that the container prints.
+//! `bench starts [SAMPLES] IMAGE...`, with images of `tests/images`. *Ready* is the first line that the container
+//! prints.
 
-use std::{collections::BTreeMap, fs, process::ExitCode, time::Duration};
+use std::{collections::BTreeMap, fs, time::Duration};
 
 use lazuli_tests::{
     Containerd, ContainerdOptions, HarnessError, Node, Result, Scratch, TestRegistry,
@@ -19,23 +20,14 @@ const SAMPLES: usize = 5;
 /// Full pull; converted with what is derived; converted with what was recorded.
 const WAYS: [&str; 3] = ["full", "derived", "recorded"];
 
-fn main() -> ExitCode {
-    match bench(std::env::args().skip(1).collect()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("starts: {error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn bench(mut arguments: Vec<String>) -> Result<()> {
+/// Prints a row for each image and way.
+pub(crate) fn bench(mut arguments: Vec<String>) -> Result<()> {
     let samples = arguments.first().and_then(|first| first.parse().ok());
     if samples.is_some() {
         arguments.remove(0);
     }
     if arguments.is_empty() {
-        return Err(HarnessError::Unexpected("usage: starts [SAMPLES] IMAGE...".to_owned()));
+        return Err(HarnessError::Unexpected("usage: bench starts [SAMPLES] IMAGE...".to_owned()));
     }
     let scratch = Scratch::at(&target_directory()?.join("starts"), "starts")?;
     let registry = TestRegistry::start(&scratch)?;
