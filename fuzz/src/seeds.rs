@@ -8,6 +8,7 @@ use std::io::Write;
 use flate2::{Compression, write::GzEncoder};
 use format_spec::{Digest, Footer, Index, IndexLocation, LazyLayer, dedup, dedup::DedupPiece};
 use tar::{Builder, EntryType, Header};
+use test_kit::noise;
 use tree::merge::merge;
 
 use crate::targets::{cache, layer::convert, start::SEPARATOR};
@@ -45,17 +46,6 @@ fn seed(name: &str, choice: u8, bytes: impl AsRef<[u8]>) -> (String, Vec<u8>) {
 fn with_choices(choices: &[u8], seeds: Seeds) -> Seeds {
     let each = |choice: u8| seeds.iter().map(move |(name, bytes)| seed(&format!("{name}-{choice}"), choice, bytes));
     choices.iter().flat_map(|choice| each(*choice)).collect()
-}
-
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let words = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.flatten().take(len).collect()
 }
 
 /// Path, type, target of a link, PAX records, content.

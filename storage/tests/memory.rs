@@ -6,12 +6,7 @@
 use std::{
     fs,
     io::{self, Read},
-    ops::Range,
     os::unix::fs::MetadataExt,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
     time::Duration,
 };
 
@@ -23,9 +18,9 @@ use format_spec::{
     records::{mode, section},
     table,
 };
-use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
-use storage::{ByteStream, Cache, CacheError, CacheOptions, FetchFuture, FetchWideFuture, Source, WideStream};
+use storage::{Cache, CacheError, CacheOptions};
+use test_kit::HonestSource;
 use tokio::sync::Mutex;
 use zerocopy::IntoBytes;
 
@@ -35,25 +30,6 @@ const SMALL_CHANGE: u64 = 16 << 20;
 
 /// Whose test the memory is.
 static ALONE: Mutex<()> = Mutex::const_new(());
-
-#[derive(Debug)]
-struct Blob(Bytes, AtomicUsize);
-
-impl Source for Blob {
-    fn origin(&self) -> Option<String> {
-        None
-    }
-
-    fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
-        self.1.fetch_add(1, Ordering::SeqCst);
-        let bytes = self.0.slice(range.start as usize..range.end as usize);
-        async { Ok(stream::iter([Ok(bytes)]).boxed() as ByteStream) }.boxed()
-    }
-
-    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
-        WideStream::exact(range.clone(), self.fetch(range))
-    }
-}
 
 /// A layer whose blob is an index that decompresses to `head` and zeros.
 fn claim(head: &[u8], plain_len: u64) -> (LazyLayer, Bytes) {
@@ -138,7 +114,7 @@ async fn indexes_that_claim_gigabytes_take_no_more_memory_than_their_budget() {
     assert!(claims.iter().all(|(layer, _)| layer.blob_len < 64 << 10));
     reset_peak();
     let before = peak();
-    let sources: Vec<_> = claims.iter().map(|(_, blob)| Arc::new(Blob(blob.clone(), AtomicUsize::new(0)))).collect();
+    let sources: Vec<_> = claims.iter().map(|(_, blob)| HonestSource::new(blob.clone())).collect();
     let openings = claims.iter().zip(&sources).map(|((layer, _), source)| {
         let (cache, layer, source) = (cache.clone(), *layer, source.clone());
         tokio::spawn(async move { cache.layer(&layer, source, json!(null)).await.map(drop) })
@@ -154,7 +130,7 @@ async fn indexes_that_claim_gigabytes_take_no_more_memory_than_their_budget() {
     for ((layer, _), source) in claims.iter().zip(&sources) {
         let error = cache.layer(layer, source.clone(), json!(null)).await.unwrap_err();
         assert!(matches!(error, CacheError::Index { .. }), "{error}");
-        assert_eq!(source.1.load(Ordering::SeqCst), 1);
+        assert_eq!(source.request_count(), 1);
     }
     for name in ["layers", "incoming"] {
         assert_eq!(fs::read_dir(directory.path().join(name)).unwrap().count(), 0, "{name}");
@@ -171,7 +147,7 @@ async fn layers_of_few_bytes_with_holes_of_terabytes_take_neither_memory_nor_dis
         assert!(layer.blob_len < 868);
         reset_peak();
         let before = peak();
-        let opened = cache.layer(&layer, Arc::new(Blob(blob, AtomicUsize::new(0))), json!(null)).await;
+        let opened = cache.layer(&layer, HonestSource::new(blob), json!(null)).await;
         match opened {
             Ok(layer) => assert!(is_allowed && layer.index().space_len() == space_len),
             Err(CacheError::Index { error: FormatError::Space { space_len: found, .. }, .. }) => {
@@ -197,7 +173,7 @@ async fn an_image_of_many_layers_with_holes_takes_neither_memory_nor_disk() {
     let before = peak();
     let mut layers = Vec::new();
     for (layer, blob) in claims {
-        layers.push(cache.layer(&layer, Arc::new(Blob(blob, AtomicUsize::new(0))), json!(null)).await.unwrap());
+        layers.push(cache.layer(&layer, HonestSource::new(blob), json!(null)).await.unwrap());
     }
     cache.flush().unwrap();
     let taken = peak().saturating_sub(before);

@@ -28,7 +28,7 @@ pub const FUNCTION_LINES_MAX: usize = 60;
 /// A file with more lines is long (CONVENTIONS.md, "Files").
 pub const FILE_LINES_MAX: usize = 500;
 /// The crates that are test code as a whole.
-pub const TEST_CRATES: [&str; 2] = ["tests", "fuzz"];
+pub const TEST_CRATES: [&str; 3] = ["test-kit", "tests", "fuzz"];
 
 /// The text of one crate.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,11 +3,12 @@
 use std::ops::Range;
 
 use format_spec::{
-    BlobTail, Digest, Footer, HotFrame, HotPiece, Index, IndexBuilder, Inode, LayerData, LazyLayer,
+    BlobTail, Footer, HotPiece, Index, IndexBuilder, Inode, LayerData, LazyLayer,
     dedup::{self, DedupPiece},
-    footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
-    records::{DedupLocation, WHITEOUT},
+    footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
+    records::WHITEOUT,
 };
+use test_kit::{BlobParts, dedup_location, hot_frame};
 
 use crate::error::{Context as _, HarnessError, Result};
 
@@ -115,11 +116,7 @@ impl LazyBlob {
         let mut hot_pack = Vec::new();
         for (_, content) in &self.hot {
             let compressed = zstd::bulk::compress(content, 3).context("compressing a hot frame")?;
-            hot_frames.push(HotFrame {
-                compressed_len: u32::try_from(compressed.len()).expect("tests use small files").into(),
-                plain_len: u32::try_from(content.len()).expect("tests use small files").into(),
-                digest: *Digest::of(&compressed).as_bytes(),
-            });
+            hot_frames.push(hot_frame(&compressed, content.len()));
             hot_pack.extend(compressed);
         }
         let hot_pieces: Vec<_> = self.hot.iter().map(|(piece, _)| *piece).collect();
@@ -127,12 +124,7 @@ impl LazyBlob {
             true => None,
             false => Some(dedup::compress(&self.dedup).map_err(|error| refused(&error))?),
         };
-        let location = section.iter().map(|section| DedupLocation {
-            compressed_len: (section.bytes.len() as u64).into(),
-            plain_len: section.plain_len.into(),
-            digest: *section.digest.as_bytes(),
-        });
-        let location: Vec<_> = location.collect();
+        let location: Vec<_> = section.iter().map(dedup_location).collect();
         let tail = BlobTail { hot_frames: &hot_frames, hot_pieces: &hot_pieces, dedup: &location };
         let data = LayerData {
             tar_len: index.tar_len(),
@@ -142,22 +134,9 @@ impl LazyBlob {
             tail,
         };
         let compressed = self.rebuild(change)?.finish_layer(&data).map_err(|error| refused(&error))?;
-        let location = compressed.location(self.frames.len() as u64 + SKIPPABLE_HEADER_LEN);
-        let mut blob = self.frames.clone();
-        let dedup_bytes = section.map(|section| section.bytes).unwrap_or_default();
-        let (hot_len, dedup_len) = (hot_pack.len() as u64, dedup_bytes.len() as u64);
-        let parts = [
-            (SkippableKind::Index, compressed.bytes),
-            (SkippableKind::HotPack, hot_pack),
-            (SkippableKind::Dedup, dedup_bytes),
-        ];
-        for (kind, bytes) in parts.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
-            blob.extend(skippable_header(kind, bytes.len() as u64).expect("tests make small blobs"));
-            blob.extend(bytes);
-        }
-        blob.extend(Footer::new(&location, hot_len, dedup_len).to_frame());
-        let layer = LazyLayer { blob: Digest::of(&blob), blob_len: blob.len() as u64, index: location, hot_len };
-        Ok((blob, layer))
+        let dedup = section.map(|section| section.bytes).unwrap_or_default();
+        let parts = BlobParts { frames: &self.frames, index: &compressed, hot_pack: &hot_pack, dedup: &dedup };
+        Ok(parts.assemble())
     }
 
     /// All inodes and directories once more.

@@ -1,6 +1,7 @@
 //! Layers that show a lot in a few bytes, used by several tests.
 
 use format_spec::Digest;
+pub use test_kit::noise;
 
 use crate::{
     error::Result,
@@ -18,18 +19,6 @@ pub const LARGE_FILE_LEN: usize = 2 << 20;
 pub const LARGE_FILE_COUNT: usize = 6;
 /// Bytes of the large files together, which do not compress.
 pub const LARGE_FILES_LEN: u64 = (LARGE_FILE_LEN * LARGE_FILE_COUNT) as u64;
-
-/// Bytes that do not compress, the same for the same seed.
-pub fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let words = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.flatten().take(len).collect()
-}
 
 /// The content of large file `index` of [`readable_layers`].
 pub fn large_file(index: usize) -> Vec<u8> {

@@ -262,8 +262,6 @@ impl TarInput for FileInput<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     /// An archive with a file, a long name, a symbolic and a hard link, and a link to nowhere.
@@ -297,10 +295,8 @@ mod tests {
         // As pzstd writes it: a skippable frame before each frame says how long that is.
         let length = u32::try_from(zstd.len()).unwrap().to_le_bytes();
         let pzstd = [&0x184D_2A50u32.to_le_bytes()[..], &4u32.to_le_bytes(), &length, &zstd].concat();
-        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        gzip.write_all(&sample()).unwrap();
         let directory = tempfile::tempdir().unwrap();
-        for bytes in [sample(), gzip.finish().unwrap(), zstd, pzstd] {
+        for bytes in [sample(), test_kit::gzip(&sample()), zstd, pzstd] {
             let path = directory.path().join("archive");
             std::fs::write(&path, bytes).unwrap();
             let archive = Archive::open(&path, directory.path()).unwrap();
@@ -338,11 +334,8 @@ mod tests {
         check(b"short", "FILE: no tar archive: the stream ends within a header");
         check(&sample()[..514], "FILE: truncated: it ends within a/layer.tar");
         check(&sample()[..1100], "FILE: ");
-        let mut builder = tar::Builder::new(Vec::new());
-        let mut header = tar::Header::new_gnu();
-        header.set_size(5);
-        builder.append_data(&mut header, "a\nb\u{1b}[1m", &b"hello"[..]).unwrap();
-        check(&builder.into_inner().unwrap()[..514], "FILE: truncated: it ends within a b [1m");
+        let odd = test_kit::tar([("a\nb\u{1b}[1m", 0o644, "hello")]);
+        check(&odd[..514], "FILE: truncated: it ends within a b [1m");
         check(b"\x1f\x8bnothing", "FILE: decompressing into ");
         check(b"\x28\xb5\x2f\xfdnothing", "FILE: decompressing into ");
         assert!(open(b"").unwrap().members.is_empty());

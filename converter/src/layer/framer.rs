@@ -95,6 +95,8 @@ impl EntryOutline<'_> {
 
 #[cfg(test)]
 mod tests {
+    use test_kit::noise;
+
     use super::*;
 
     const SIZES: FrameSizes = FrameSizes {
@@ -120,17 +122,6 @@ mod tests {
 
     fn entries(count: usize) -> Vec<(String, u64)> {
         (0..count).map(|number| (format!("usr/lib/{number}"), (number * 7919 % 64 * 512) as u64)).collect()
-    }
-
-    fn noise(len: usize) -> Vec<u8> {
-        let mut state = 0x9E37_79B9_7F4A_7C15u64;
-        let bytes = std::iter::repeat_with(|| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()
-        });
-        bytes.flatten().take(len).collect()
     }
 
     fn pieces(content: &[u8]) -> Vec<&[u8]> {
@@ -176,7 +167,7 @@ mod tests {
 
     #[test]
     fn pieces_have_the_wanted_lengths() {
-        for content in [noise(8 << 20), vec![0; 8 << 20], noise(SIZES.piece.min), noise(1)] {
+        for content in [noise(1, 8 << 20), vec![0; 8 << 20], noise(1, SIZES.piece.min), noise(1, 1)] {
             let pieces = pieces(&content);
             assert_eq!(pieces.concat(), content);
             let (last, others) = pieces.split_last().unwrap();
@@ -187,7 +178,7 @@ mod tests {
 
     #[test]
     fn bytes_inserted_into_a_large_file_change_the_pieces_around_them_only() {
-        let before = noise(16 << 20);
+        let before = noise(1, 16 << 20);
         let mut after = before.clone();
         after.splice(4_000_000..4_000_000, *b"inserted");
         let (before, after) = (pieces(&before), pieces(&after));

@@ -1,10 +1,10 @@
 //! Whole layers, converted in memory and read back by what a reader uses: zstd and the index.
 
-use std::io::{Read as _, Seek as _, Write as _};
+use std::io::{Read as _, Seek as _};
 
-use flate2::{Compression, write::GzEncoder};
 use format_spec::{Extent, Footer, Inode, footer::FOOTER_FRAME_LEN};
 use proptest::prelude::*;
+use test_kit::gzip;
 
 use super::*;
 use crate::layer::compress::FrameOptions;
@@ -40,36 +40,15 @@ fn blob_of(converted: ConvertedLayer) -> (LazyLayer, Vec<u8>) {
     (converted.layer, bytes)
 }
 
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut byte = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        // Half of it repeats, so that it compresses.
-        if state & 1 == 0 { b'a' } else { state.to_le_bytes()[3] }
-    };
-    (0..len).map(|_| byte()).collect()
+/// Half of it repeats, so that it compresses.
+fn content(seed: u64, len: usize) -> Vec<u8> {
+    test_kit::noise(seed, len).into_iter().map(|byte| if byte & 1 == 0 { b'a' } else { byte }).collect()
 }
 
 /// A tar stream with a file of each length, in one directory.
 fn archive(lens: &[usize]) -> Vec<u8> {
-    let mut builder = tar::Builder::new(Vec::new());
-    for (number, len) in lens.iter().enumerate() {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(*len as u64);
-        header.set_mode(0o644);
-        header.set_cksum();
-        let content = noise(number as u64, *len);
-        builder.append_data(&mut header, format!("directory/{number}"), content.as_slice()).unwrap();
-    }
-    builder.into_inner().unwrap()
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
+    let file = |(number, len): (usize, &usize)| (format!("directory/{number}"), 0o644, content(number as u64, *len));
+    test_kit::tar(lens.iter().enumerate().map(file))
 }
 
 fn open_index(layer: &LazyLayer, blob: &[u8]) -> Index<Vec<u8>> {
@@ -118,7 +97,7 @@ fn check(lens: &[usize]) {
     let directory = index.inode(index.lookup(&index.inodes()[0], b"directory").unwrap()).unwrap();
     for (number, len) in lens.iter().enumerate() {
         let inode = index.inode(index.lookup(directory, number.to_string().as_bytes()).unwrap()).unwrap();
-        assert!(read_file(&index, &blob, inode) == noise(number as u64, *len), "file {number}");
+        assert!(read_file(&index, &blob, inode) == content(number as u64, *len), "file {number}");
     }
 }
 
@@ -236,7 +215,7 @@ fn gzip_may_have_many_members() {
 
 #[test]
 fn what_follows_the_archive_is_kept() {
-    let tar = [archive(&[10]), vec![0; 5000], b"something".to_vec(), noise(1, 3_000_000)].concat();
+    let tar = [archive(&[10]), vec![0; 5000], b"something".to_vec(), content(1, 3_000_000)].concat();
     let (converted, blob) = convert(&gzip(&tar), 1 << 16, 2).unwrap();
     assert_eq!(zstd::decode_all(blob.as_slice()).unwrap(), tar);
     assert_eq!(converted.facts.inode_count, 3);

@@ -2,17 +2,16 @@
 
 use std::{
     fs,
-    ops::Range,
     path::{Path, PathBuf},
-    sync::{Arc, LazyLock},
+    sync::LazyLock,
     time::Duration,
 };
 
 use bytes::Bytes;
 use format_spec::{Index, LazyLayer};
-use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
-use storage::{Cache, CacheOptions, FetchFuture, FetchWideFuture, Layer, Source, WideStream};
+use storage::{Cache, CacheOptions, Layer};
+use test_kit::HonestSource;
 use tokio::runtime::Runtime;
 
 use super::{choose, layer::convert};
@@ -113,27 +112,8 @@ impl Pristine {
     }
 
     fn layer(&self, cache: &Cache) -> Layer {
-        let source = Arc::new(Memory(self.blob.clone()));
+        let source = HonestSource::new(self.blob.clone());
         self.runtime.block_on(cache.layer(&self.layer, source, json!("seed"))).expect("the source has everything")
-    }
-}
-
-/// The blob, from memory.
-struct Memory(Bytes);
-
-impl Source for Memory {
-    fn origin(&self) -> Option<String> {
-        None
-    }
-
-    fn fetch(&self, range: Range<u64>) -> FetchFuture<'_> {
-        let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
-        let piece = self.0.slice(at(range.start)..at(range.end));
-        async move { Ok(stream::iter([Ok(piece)]).boxed()) }.boxed()
-    }
-
-    fn fetch_wide(&self, range: Range<u64>) -> FetchWideFuture<'_> {
-        WideStream::exact(range.clone(), self.fetch(range))
     }
 }
 

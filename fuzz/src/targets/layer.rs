@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    io::{Read, Seek, Write},
+    io::{Read, Seek},
     ops::Range,
     sync::LazyLock,
 };
@@ -24,6 +24,7 @@ use format_spec::{
     footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
     records::hot_reason,
 };
+use test_kit::gzip;
 
 use super::one_line;
 use crate::{seal, tree_rules::assert_tree};
@@ -74,11 +75,6 @@ fn to_blob(how: u8, rest: &[u8]) -> Vec<u8> {
         2 => join(gzip),
         _ => join(|bytes| zstd::bulk::compress(bytes, 1).expect("in memory")),
     }
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    encoder.write_all(bytes).and_then(|()| encoder.finish()).expect("in memory")
 }
 
 fn reader(blob: &[u8], piece_len: usize) -> BlobReader<impl Iterator<Item = Result<Bytes, String>>> {

@@ -100,15 +100,8 @@ struct Image {
 
 impl Image {
     fn new(paths: &[&str], parts: &[&[u8]]) -> Self {
-        let mut builder = tar::Builder::new(Vec::new());
-        for (number, path) in paths.iter().enumerate() {
-            let part = parts.get(number).copied().unwrap_or(PROGRAM);
-            let mut header = tar::Header::new_gnu();
-            header.set_size(part.len() as u64);
-            header.set_mode(0o755);
-            builder.append_data(&mut header, path, part).expect("in memory");
-        }
-        let tar = builder.into_inner().expect("in memory");
+        let part = |number| parts.get(number).copied().unwrap_or(PROGRAM);
+        let tar = test_kit::tar(paths.iter().enumerate().map(|(number, path)| (path, 0o755, part(number))));
         let (_, layer, blob) = convert(&tar, 1 << 20).expect("a tar stream");
         let range = layer.index.range();
         let at = |offset: u64| usize::try_from(offset).expect("inside the blob");

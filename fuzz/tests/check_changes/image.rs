@@ -20,19 +20,19 @@ use converter::{
     },
 };
 use format_spec::{
-    CompressedIndex, Digest, Footer, Frame, HotFrame, HotPiece, Index, LazyLayer, annotation, dedup,
-    footer::{EMPTY_FRAME, FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN, SkippableKind, skippable_header},
-    records::{DedupLocation, hot_reason, section},
+    CompressedIndex, Digest, Footer, HotPiece, Index, LazyLayer, annotation, dedup,
+    footer::{FOOTER_FRAME_LEN, FOOTER_LEN, SKIPPABLE_HEADER_LEN},
+    records::{hot_reason, section},
 };
 use lazuli_fuzz::seal;
 use lazuli_tests::{
     image::{Compression, ImageBuilder, Layout},
     raw_tar::{RawHeader, RawTar},
-    samples::noise,
 };
 use registry::{Client, ClientOptions};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use test_kit::{BlobParts, Frames, dedup_location, hot_frame, noise};
 use zerocopy::IntoBytes;
 
 use crate::container::Container;
@@ -374,18 +374,16 @@ impl Layer {
         let mut index = self.index.clone();
         let mut frames = self.frames.clone();
         hook(Stage::Frames(number, &mut frames));
-        *index.section(section::FRAMES) = frame_records(&frames).as_bytes().to_vec();
+        let mut joined = Frames::default();
+        frames.iter().for_each(|frame| joined.push_compressed(frame, plain_len(frame)));
+        *index.section(section::FRAMES) = joined.records.as_bytes().to_vec();
 
         let mut hot = self.hot.clone();
         hook(Stage::HotPack(number, &mut hot));
         let compress = |(_, content): &(HotPiece, Vec<u8>)| zstd::bulk::compress(content, 3).unwrap();
         let mut hot_frames: Vec<Vec<u8>> = hot.iter().map(compress).collect();
         hook(Stage::HotFrames(number, &mut hot_frames));
-        let records = hot_frames.iter().map(|frame| HotFrame {
-            compressed_len: u32::try_from(frame.len()).unwrap().into(),
-            plain_len: plain_len(frame).into(),
-            digest: *Digest::of(frame).as_bytes(),
-        });
+        let records = hot_frames.iter().map(|frame| hot_frame(frame, plain_len(frame)));
         *index.section(section::HOT_FRAMES) = records.collect::<Vec<_>>().as_bytes().to_vec();
         *index.section(section::HOT_PIECES) = hot.iter().flat_map(|(piece, _)| piece.as_bytes().to_vec()).collect();
 
@@ -396,12 +394,7 @@ impl Layer {
             hook(Stage::DedupBytes(number, &mut open));
             seal::index(&mut open);
             let compressed = compressed(open);
-            let location = DedupLocation {
-                compressed_len: (compressed.bytes.len() as u64).into(),
-                plain_len: compressed.plain_len.into(),
-                digest: *compressed.digest.as_bytes(),
-            };
-            *index.section(section::DEDUP) = location.as_bytes().to_vec();
+            *index.section(section::DEDUP) = dedup_location(&compressed).as_bytes().to_vec();
             dedup_section = Some(compressed.bytes);
         }
         hook(Stage::Tree(number, &mut index));
@@ -409,40 +402,25 @@ impl Layer {
         let mut open = index.to_open();
         hook(Stage::IndexBytes(number, &mut open));
         seal::index(&mut open);
-        assemble(number, &frames, compressed(open), &hot_frames.concat(), dedup_section.unwrap_or_default(), hook)
+        assemble(number, &joined, compressed(open), &hot_frames.concat(), dedup_section.unwrap_or_default(), hook)
     }
 }
 
 fn assemble(
     number: usize,
-    frames: &[Vec<u8>],
+    frames: &Frames,
     index: CompressedIndex,
     hot_pack: &[u8],
     dedup: Vec<u8>,
     hook: Hook<'_>,
 ) -> (Vec<u8>, LazyLayer) {
-    let mut blob = frames.concat();
-    if frames.is_empty() {
-        blob.extend(EMPTY_FRAME);
-    }
-    let location = index.location(blob.len() as u64 + SKIPPABLE_HEADER_LEN);
-    let (hot_len, dedup_len) = (hot_pack.len() as u64, dedup.len() as u64);
-    let parts = [
-        (SkippableKind::Index, index.bytes.as_slice()),
-        (SkippableKind::HotPack, hot_pack),
-        (SkippableKind::Dedup, &dedup),
-    ];
-    for (kind, bytes) in parts.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
-        blob.extend(skippable_header(kind, bytes.len() as u64).unwrap());
-        blob.extend(bytes);
-    }
-    let mut footer = Footer::new(&location, hot_len, dedup_len).to_frame();
-    let content = &mut footer[usize::try_from(SKIPPABLE_HEADER_LEN).unwrap()..];
-    hook(Stage::Footer(number, content));
-    seal::crc_at_end(content);
-    blob.extend(footer);
+    let parts = BlobParts { frames: &frames.bytes, index: &index, hot_pack, dedup: &dedup };
+    let (mut blob, lazy) = parts.assemble();
+    let footer_start = blob.len() - usize::try_from(FOOTER_LEN).unwrap();
+    hook(Stage::Footer(number, &mut blob[footer_start..]));
+    seal::crc_at_end(&mut blob[footer_start..]);
     hook(Stage::Blob(number, &mut blob));
-    let lazy = LazyLayer { blob: Digest::of(&blob), blob_len: blob.len() as u64, index: location, hot_len };
+    let lazy = LazyLayer { blob: Digest::of(&blob), blob_len: blob.len() as u64, ..lazy };
     (blob, lazy)
 }
 
@@ -454,24 +432,7 @@ fn compressed(open: Vec<u8>) -> CompressedIndex {
     })
 }
 
-fn plain_len(frame: &[u8]) -> u32 {
+fn plain_len(frame: &[u8]) -> usize {
     let len = zstd::zstd_safe::get_frame_content_size(frame).ok().flatten();
-    len.and_then(|len| u32::try_from(len).ok()).unwrap_or(1)
-}
-
-fn frame_records(frames: &[Vec<u8>]) -> Vec<Frame> {
-    let (mut blob_offset, mut tar_offset) = (0u64, 0u64);
-    let record = |frame: &Vec<u8>| {
-        let (len, plain_len) = (frame.len() as u64, plain_len(frame));
-        let record = Frame {
-            blob_offset: blob_offset.into(),
-            tar_offset: tar_offset.into(),
-            compressed_len: u32::try_from(len).unwrap().into(),
-            plain_len: plain_len.into(),
-            digest: *Digest::of(frame).as_bytes(),
-        };
-        (blob_offset, tar_offset) = (blob_offset + len, tar_offset + u64::from(plain_len));
-        record
-    };
-    frames.iter().map(record).collect()
+    len.and_then(|len| u32::try_from(len).ok()).map_or(1, |len| len as usize)
 }

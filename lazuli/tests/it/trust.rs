@@ -328,12 +328,7 @@ fn a_start_that_takes_too_long_to_find_out_is_said() {
     program.resize(64, 0);
     program[20] = 1;
     program[52] = 64;
-    let mut header = tar::Header::new_gnu();
-    header.set_size(program.len() as u64);
-    header.set_mode(0o755);
-    let mut builder = tar::Builder::new(Vec::new());
-    builder.append_data(&mut header, "run", program.as_slice()).unwrap();
-    let tar = builder.into_inner().unwrap();
+    let tar = test_kit::tar([("run", 0o755, program)]);
     let layer = scene.put(&layer_type("+gzip"), &gzip(&tar));
     let directory = "/".to_owned() + &("d".repeat(250) + "/").repeat(15) + ":";
     let is_said = |word_count: usize, directory_count: usize| {

@@ -16,8 +16,8 @@ use format_spec::{
     Digest, Extent, Frame, HotFrame, HotPiece, IndexBuilder, LayerData, LazyLayer,
     builder::{BlobTail, blank_inode, implicit_directory},
     dedup::DedupPiece,
-    footer::{Footer, SkippableKind, skippable_header},
-    records::{DedupLocation, PLAIN_ALIGN, hot_reason, mode},
+    footer::FOOTER_FRAME_LEN,
+    records::{PLAIN_ALIGN, hot_reason, mode},
 };
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::json;
@@ -25,21 +25,8 @@ use storage::{
     ByteStream, Cache, CacheOptions, FetchFuture, FetchWideFuture, Layer, RequestLimits, RequestOptions, Source,
     SourceError, Verdict, WideStream,
 };
+use test_kit::{BlobParts, Frames, dedup_location, hot_frame, noise};
 use tokio::sync::watch;
-
-/// Bytes that hardly compress, different for every seed.
-pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    })
-    .flatten()
-    .take(len)
-    .collect()
-}
 
 /// A file as pieces of a hole and the bytes after it.
 #[derive(Debug, Clone)]
@@ -150,65 +137,36 @@ impl LayerMaker<'_> {
         children.sort();
         builder.add_directory(0, children).unwrap();
 
-        let (mut blob, mut frames, mut tar_offset) = (vec![], vec![], 0);
-        while tar_offset < tar.len() {
-            let len = self.frame_lens.get(frames.len()).or(self.frame_lens.last()).copied().unwrap();
-            let content = &tar[tar_offset..(tar_offset + len).min(tar.len())];
-            let compressed = zstd::bulk::compress(&(self.change)(frames.len(), content), 1).unwrap();
-            frames.push(Frame {
-                blob_offset: (blob.len() as u64).into(),
-                tar_offset: (tar_offset as u64).into(),
-                compressed_len: u32::try_from(compressed.len()).unwrap().into(),
-                plain_len: u32::try_from(content.len()).unwrap().into(),
-                digest: *Digest::of(&compressed).as_bytes(),
-            });
-            blob.extend(compressed);
-            tar_offset += content.len();
+        let (mut frames, mut rest) = (Frames::default(), tar.as_slice());
+        while !rest.is_empty() {
+            let number = frames.records.len();
+            let len = self.frame_lens.get(number).or(self.frame_lens.last()).copied().unwrap();
+            let (content, behind) = rest.split_at(len.min(rest.len()));
+            frames.push(&(self.change)(number, content), content.len());
+            rest = behind;
         }
         let (hot_frames, hot_pieces, hot_pack) = self.hot_pack(&space);
         let section = self.dedup.map(|change| {
-            let mut pieces = dedup_pieces(&ranges, &extents, &frames, &space);
+            let mut pieces = dedup_pieces(&ranges, &extents, &frames.records, &space);
             change(&mut pieces);
             format_spec::dedup::compress(&pieces).unwrap()
         });
-        let locations: Vec<_> = section
-            .iter()
-            .map(|section| DedupLocation {
-                compressed_len: (section.bytes.len() as u64).into(),
-                plain_len: section.plain_len.into(),
-                digest: *section.digest.as_bytes(),
-            })
-            .collect();
+        let locations: Vec<_> = section.iter().map(dedup_location).collect();
         let index = builder
             .finish_layer(&LayerData {
                 tar_len: tar.len() as u64,
                 space_len: space.len() as u64,
                 extents: &extents,
-                frames: &frames,
+                frames: &frames.records,
                 tail: BlobTail { hot_frames: &hot_frames, hot_pieces: &hot_pieces, dedup: &locations },
             })
             .unwrap();
-        blob.extend(skippable_header(SkippableKind::Index, index.bytes.len() as u64).unwrap());
-        let location = index.location(blob.len() as u64);
-        blob.extend(index.bytes);
-        if !hot_pack.is_empty() {
-            blob.extend(skippable_header(SkippableKind::HotPack, hot_pack.len() as u64).unwrap());
-            blob.extend(&hot_pack);
-        }
-        let mut section_range = 0..0;
-        if let Some(section) = section {
-            blob.extend(skippable_header(SkippableKind::Dedup, section.bytes.len() as u64).unwrap());
-            section_range = blob.len() as u64..(blob.len() + section.bytes.len()) as u64;
-            blob.extend(section.bytes);
-        }
-        blob.extend(Footer::new(&location, hot_pack.len() as u64, section_range.end - section_range.start).to_frame());
-        let lazy = LazyLayer {
-            blob: Digest::of(&blob),
-            blob_len: blob.len() as u64,
-            index: location,
-            hot_len: hot_pack.len() as u64,
-        };
-        TestLayer { lazy, blob, tar, space, files: ranges, frames, hot_frames, section: section_range }
+        let dedup = section.map_or(Vec::new(), |section| section.bytes);
+        let parts = BlobParts { frames: &frames.bytes, index: &index, hot_pack: &hot_pack, dedup: &dedup };
+        let (blob, lazy) = parts.assemble();
+        let section_end = lazy.blob_len - FOOTER_FRAME_LEN;
+        let section = section_end - dedup.len() as u64..section_end;
+        TestLayer { lazy, blob, tar, space, files: ranges, frames: frames.records, hot_frames, section }
     }
 
     fn hot_pack(&self, space: &[u8]) -> (Vec<HotFrame>, Vec<HotPiece>, Vec<u8>) {
@@ -222,11 +180,7 @@ impl LayerMaker<'_> {
         let (mut frames, mut pack) = (vec![], vec![]);
         for (number, content) in content.chunks(self.hot_frame_len).enumerate() {
             let compressed = zstd::bulk::compress(&(self.change_hot)(number, content), 1).unwrap();
-            frames.push(HotFrame {
-                compressed_len: (compressed.len() as u32).into(),
-                plain_len: (content.len() as u32).into(),
-                digest: *Digest::of(&compressed).as_bytes(),
-            });
+            frames.push(hot_frame(&compressed, content.len()));
             pack.extend(compressed);
         }
         (frames, self.hot.iter().map(piece).collect(), pack)

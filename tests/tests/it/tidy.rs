@@ -7,8 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Crate, and the crates of this project that it may use. `docs/ARCHITECTURE.md` draws the same.
-const ARROWS: [(&str, &[&str]); 12] = [
+/// Crate, and the crates of this project that it may use. `docs/ARCHITECTURE.md` draws the same. Whoever has no arrow to
+/// `test-kit` may use it in tests alone (`dev-dependencies`).
+const ARROWS: [(&str, &[&str]); 13] = [
     ("format-spec", &[]),
     ("control", &["format-spec"]),
     ("tar-index", &["format-spec"]),
@@ -19,10 +20,25 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("converter", &["format-spec", "tar-index", "tree", "storage", "registry"]),
     ("lazuli", &["format-spec", "control", "storage", "registry", "converter", "fusefs"]),
     ("snapshotter", &["format-spec", "control"]),
-    ("tests", &["format-spec", "control", "tree", "storage", "registry", "fusefs", "converter", "snapshotter"]),
+    ("test-kit", &["format-spec", "storage"]),
+    (
+        "tests",
+        &["format-spec", "control", "tree", "storage", "registry", "fusefs", "converter", "snapshotter", "test-kit"],
+    ),
     (
         "fuzz",
-        &["format-spec", "control", "tar-index", "tree", "storage", "registry", "fusefs", "converter", "snapshotter"],
+        &[
+            "format-spec",
+            "control",
+            "tar-index",
+            "tree",
+            "storage",
+            "registry",
+            "fusefs",
+            "converter",
+            "snapshotter",
+            "test-kit",
+        ],
     ),
 ];
 

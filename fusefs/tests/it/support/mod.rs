@@ -19,13 +19,14 @@ use std::{
 use bytes::Bytes;
 use control::{RemoteLayer, TreeId, tree_id};
 use format_spec::{
-    Digest, Extent, Frame, IndexBuilder, Inode, LayerData, LazyLayer,
+    Digest, Extent, IndexBuilder, Inode, LayerData, LazyLayer,
     builder::{blank_inode, implicit_directory},
-    footer::{SkippableKind, skippable_header},
     records::{PLAIN_ALIGN, WHITEOUT, flag, mode},
 };
 use fusefs::SourceFactory;
 use storage::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream};
+pub use test_kit::noise;
+use test_kit::{BlobParts, Frames};
 use tokio::sync::watch;
 
 /// Frames are this long, so that files have several.
@@ -99,18 +100,6 @@ pub type Layer = BTreeMap<String, Entry>;
 
 pub fn layer<const N: usize>(entries: [(&str, Entry); N]) -> Layer {
     entries.into_iter().map(|(path, entry)| (path.to_owned(), entry)).collect()
-}
-
-/// Bytes that are no other file's, and do not compress to nothing.
-pub fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[0]
-    };
-    std::iter::repeat_with(next).take(len).collect()
 }
 
 /// A layer blob.
@@ -269,32 +258,19 @@ impl Writer {
 
     fn finish(mut self) -> Blob {
         self.tar.resize(self.tar.len() + 2 * TAR_BLOCK_LEN, 0);
-        let (mut bytes, mut frames) = (Vec::new(), Vec::new());
-        for (number, plain) in self.tar.chunks(FRAME_LEN).enumerate() {
-            let compressed = zstd::bulk::compress(plain, 1).unwrap();
-            frames.push(Frame {
-                blob_offset: (bytes.len() as u64).into(),
-                tar_offset: ((number * FRAME_LEN) as u64).into(),
-                compressed_len: u32::try_from(compressed.len()).unwrap().into(),
-                plain_len: u32::try_from(plain.len()).unwrap().into(),
-                digest: *Digest::of(&compressed).as_bytes(),
-            });
-            bytes.extend_from_slice(&compressed);
-        }
+        let frames = Frames::of(&self.tar, FRAME_LEN);
         let index = self
             .builder
             .finish_layer(&LayerData {
                 tar_len: self.tar.len() as u64,
                 space_len: self.space_len,
                 extents: &self.extents,
-                frames: &frames,
+                frames: &frames.records,
                 ..LayerData::default()
             })
             .unwrap();
-        bytes.extend_from_slice(&skippable_header(SkippableKind::Index, index.bytes.len() as u64).unwrap());
-        let location = index.location(bytes.len() as u64);
-        bytes.extend_from_slice(&index.bytes);
-        let layer = LazyLayer { blob: Digest::of(&bytes), blob_len: bytes.len() as u64, index: location, hot_len: 0 };
+        let parts = BlobParts { frames: &frames.bytes, index: &index, hot_pack: &[], dedup: &[] };
+        let (bytes, layer) = parts.assemble();
         Blob { bytes, layer }
     }
 }

@@ -8,10 +8,10 @@ use std::{
 };
 
 use converter::image::manifest::{Descriptor, ImageIndex, ImageManifest, IndexEntry, media_type};
-use flate2::{Compression, write::GzEncoder};
 use format_spec::Digest;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+pub(crate) use test_kit::gzip;
 
 /// A temporary directory with an image `src` of three layers: gzip, bare and zstd.
 pub(crate) struct Scene {
@@ -19,21 +19,8 @@ pub(crate) struct Scene {
 }
 
 pub(crate) fn tar(files: &[(&str, usize)]) -> Vec<u8> {
-    let mut builder = tar::Builder::new(Vec::new());
-    for (path, len) in files {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(*len as u64);
-        header.set_mode(0o644);
-        let content = path.bytes().cycle().take(*len).collect::<Vec<_>>();
-        builder.append_data(&mut header, path, content.as_slice()).unwrap();
-    }
-    builder.into_inner().unwrap()
-}
-
-pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
-    std::io::Write::write_all(&mut encoder, bytes).unwrap();
-    encoder.finish().unwrap()
+    let content = |path: &str, len| path.bytes().cycle().take(len).collect::<Vec<_>>();
+    test_kit::tar(files.iter().map(|(path, len)| (path, 0o644, content(path, *len))))
 }
 
 pub(crate) fn layer_type(suffix: &str) -> String {
@@ -98,11 +85,7 @@ impl Scene {
 
     /// An image of one layer with the file `which`, whose content is `text`.
     pub(crate) fn put_marked(&self, config: Value, text: &str) -> Descriptor {
-        let mut builder = tar::Builder::new(Vec::new());
-        let mut header = tar::Header::new_gnu();
-        header.set_size(text.len() as u64);
-        builder.append_data(&mut header, "which", text.as_bytes()).unwrap();
-        let tar = builder.into_inner().unwrap();
+        let tar = test_kit::tar([("which", 0o644, text)]);
         let layer = self.put(&layer_type("+gzip"), &gzip(&tar));
         self.put_image_for(config, vec![layer], &[Digest::of(&tar)])
     }
