@@ -34,7 +34,7 @@ use format_spec::{Index, Inode, records::PLAIN_ALIGN};
 
 pub use self::{
     config::{ConfigError, StartConfig},
-    profile::{Profile, ProfileError},
+    profile::{hot_set_of, unknown_count},
 };
 use self::{
     files::{Files, Found},

@@ -17,6 +17,7 @@ pub mod footer;
 pub mod index;
 pub mod limits;
 pub mod paths;
+pub mod profile;
 pub mod records;
 pub mod signature;
 pub mod table;

@@ -5,7 +5,6 @@ use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
 use clap::Args;
 use converter::{
     convert::{ConvertError, ConvertOptions, Platforms, cache::CacheOptions, convert, report::Report},
-    hot_set::Profile,
     image::{ImageDestination, ImageError, ImageSource, location::Location, platform::Platform},
     inspect::{RecordedProfile, recorded_profile},
     layer::{
@@ -14,7 +13,7 @@ use converter::{
         start_up::HotPackChoice,
     },
 };
-use format_spec::Digest;
+use format_spec::{Digest, profile::Profile};
 use indicatif::HumanBytes;
 use registry::Client;
 

@@ -10,10 +10,10 @@ use std::{
 use clap::{Args, Subcommand};
 use control::Mode;
 use converter::{
-    hot_set::Profile,
     image::{ImageSource, location::Location, platform::Platform},
     inspect::recorded_profile,
 };
+use format_spec::profile::Profile;
 use indicatif::HumanBytes;
 
 use crate::{

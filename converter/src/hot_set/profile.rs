@@ -1,181 +1,31 @@
-//! A recorded profile: what starts of an image were seen to read (`docs/PROFILE.md`).
+//! The files that a profile names, in an image.
 
-use std::{collections::HashMap, fmt::Write as _, ops::Range};
+use std::ops::Range;
 
-use format_spec::{Index, Inode, records::hot_reason};
-use percent_encoding::percent_decode_str;
-use serde::{Deserialize, Deserializer, de::Error};
-use serde_json::json;
+use format_spec::{Index, Inode, profile::Profile, records::hot_reason};
 
 use super::{HotRange, HotSet, files};
 
-/// The version of the document that this reads.
-const VERSION: u32 = 1;
-
-/// Files in the order of first access, with what was read of them.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Profile {
-    #[serde(rename = "version", deserialize_with = "known_version")]
-    _version: u32,
-    files: Vec<ProfileFile>,
+/// The files that a profile names, as far as the image has them; ranges of one file follow each other.
+pub fn hot_set_of<B: AsRef<[u8]>>(profile: &Profile, tree: &Index<B>) -> Vec<HotRange> {
+    let mut hot = HotSet::default();
+    for (path, ranges) in profile.files() {
+        let Some((number, inode)) = find(tree, path) else { continue };
+        let size = inode.size.get();
+        let ranges = ranges.map_or_else(|| vec![Range { start: 0, end: size }], <[_]>::to_vec);
+        hot.add(number, size, ranges, hot_reason::PROFILE);
+    }
+    hot.finish()
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ProfileFile {
-    #[serde(deserialize_with = "absolute_path")]
-    path: Vec<u8>,
-    /// Bytes that were read; without them, all of the file.
-    #[serde(default, deserialize_with = "byte_ranges")]
-    ranges: Option<Vec<Range<u64>>>,
+/// How many files of a profile the image does not have: it may be one of another version.
+pub fn unknown_count<B: AsRef<[u8]>>(profile: &Profile, tree: &Index<B>) -> usize {
+    profile.files().filter(|(path, _)| find(tree, path).is_none()).count()
 }
 
-/// A profile is no document as `docs/PROFILE.md` describes it; the message ends with line and column.
-#[derive(Debug, thiserror::Error)]
-#[error("profile: {0}")]
-pub struct ProfileError(#[from] serde_json::Error);
-
-impl Profile {
-    /// A profile of files in the order of their first access, with the bytes that were read of each.
-    pub fn of_files(files: impl IntoIterator<Item = (Vec<u8>, Vec<Range<u64>>)>) -> Self {
-        let files = files.into_iter().map(|(path, ranges)| ProfileFile { path, ranges: Some(joined(ranges)) });
-        Self { _version: VERSION, files: files.collect() }
-    }
-
-    /// The files in order, each with the bytes that were read of it; without them, all of it was.
-    pub fn files(&self) -> impl Iterator<Item = (&[u8], Option<&[Range<u64>]>)> {
-        self.files.iter().map(|file| (file.path.as_slice(), file.ranges.as_deref()))
-    }
-
-    /// All that any of `profiles` has. A file stands where the profile that has it first of all has it, by the share of its
-    /// files before it.
-    pub fn merge(profiles: &[Self]) -> Self {
-        let mut places: HashMap<&[u8], (f64, ProfileFile)> = HashMap::new();
-        for profile in profiles {
-            let count = profile.files.len().max(1) as f64;
-            for (number, file) in profile.files.iter().enumerate() {
-                let place = number as f64 / count;
-                let (first, known) = places.entry(&file.path).or_insert_with(|| (place, file.clone()));
-                *first = first.min(place);
-                known.ranges = match (known.ranges.take(), &file.ranges) {
-                    (Some(known), Some(more)) => Some(joined(known.into_iter().chain(more.iter().cloned()).collect())),
-                    _ => None,
-                };
-            }
-        }
-        let mut files: Vec<_> = places.into_values().collect();
-        files.sort_by(|(place, file), (other, that)| place.total_cmp(other).then_with(|| file.path.cmp(&that.path)));
-        Self { _version: VERSION, files: files.into_iter().map(|(_, file)| file).collect() }
-    }
-
-    /// The document, as [`Self::parse`] reads it: a line a file.
-    pub fn to_json(&self) -> String {
-        let line = |file: &ProfileFile| {
-            let path = encoded(&file.path);
-            match &file.ranges {
-                Some(ranges) => {
-                    let pairs: Vec<_> = ranges.iter().map(|range| [range.start, range.end]).collect();
-                    json!({ "path": path, "ranges": pairs }).to_string()
-                }
-                None => json!({ "path": path }).to_string(),
-            }
-        };
-        let lines: Vec<_> = self.files.iter().map(|file| format!("    {}", line(file))).collect();
-        format!("{{\n  \"version\": {VERSION},\n  \"files\": [\n{}\n  ]\n}}", lines.join(",\n"))
-    }
-
-    /// Reads a profile.
-    ///
-    /// # Errors
-    ///
-    /// When it is no JSON, or not of the form that `docs/PROFILE.md` describes.
-    pub fn parse(bytes: &[u8]) -> Result<Self, ProfileError> {
-        Ok(serde_json::from_slice(bytes)?)
-    }
-
-    /// What the profile names, as far as the image has it; ranges of one file follow each other.
-    pub fn hot_set<B: AsRef<[u8]>>(&self, tree: &Index<B>) -> Vec<HotRange> {
-        let mut hot = HotSet::default();
-        for file in &self.files {
-            let Some((number, inode)) = file.find(tree) else { continue };
-            let size = inode.size.get();
-            let ranges = file.ranges.clone().unwrap_or_else(|| vec![Range { start: 0, end: size }]);
-            hot.add(number, size, ranges, hot_reason::PROFILE);
-        }
-        hot.finish()
-    }
-
-    /// How many of its files the image does not have: it may be a profile of another version.
-    pub fn unknown_count<B: AsRef<[u8]>>(&self, tree: &Index<B>) -> usize {
-        self.files.iter().filter(|file| file.find(tree).is_none()).count()
-    }
-}
-
-impl ProfileFile {
-    fn find<'t, B: AsRef<[u8]>>(&self, tree: &'t Index<B>) -> Option<(u32, &'t Inode)> {
-        let number = files::find(tree, &self.path)?.inode;
-        tree.inode(number).filter(|inode| inode.is_regular()).map(|inode| (number, inode))
-    }
-}
-
-/// Ranges that ascend and do not touch each other.
-fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    ranges.sort_by_key(|range| range.start);
-    let mut joined: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => joined.push(range),
-        }
-    }
-    joined
-}
-
-/// A path as text: what is no UTF-8 as `%` and two hex digits, and so is `%` itself.
-fn encoded(path: &[u8]) -> String {
-    let mut text = String::with_capacity(path.len());
-    for chunk in path.utf8_chunks() {
-        text.push_str(&chunk.valid().replace('%', "%25"));
-        for byte in chunk.invalid() {
-            // Writing to a string does not fail.
-            _ = write!(text, "%{byte:02X}");
-        }
-    }
-    text
-}
-
-fn known_version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
-    let version = u32::deserialize(deserializer)?;
-    if version != VERSION {
-        return Err(D::Error::custom(format!("version {version} is not known, expected {VERSION}: record it again")));
-    }
-    Ok(version)
-}
-
-fn absolute_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    if !text.starts_with('/') {
-        return Err(D::Error::custom(format!("path {text:?} is not absolute")));
-    }
-    let is_hex = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_hexdigit);
-    let mut parts = text.as_bytes().split(|byte| *byte == b'%').skip(1);
-    if !parts.all(|part| is_hex(part.first()) && is_hex(part.get(1))) {
-        return Err(D::Error::custom(format!("path {text:?} has a % without two hex digits: write %25 for %")));
-    }
-    Ok(percent_decode_str(&text).collect())
-}
-
-fn byte_ranges<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Range<u64>>>, D::Error> {
-    let pairs = Vec::<(u64, u64)>::deserialize(deserializer)?;
-    let mut ranges = Vec::with_capacity(pairs.len());
-    for (start, end) in pairs {
-        if start >= end {
-            return Err(D::Error::custom(format!("range [{start}, {end}] is empty")));
-        }
-        ranges.push(start..end);
-    }
-    Ok(Some(ranges))
+fn find<'t, B: AsRef<[u8]>>(tree: &'t Index<B>, path: &[u8]) -> Option<(u32, &'t Inode)> {
+    let number = files::find(tree, path)?.inode;
+    tree.inode(number).filter(|inode| inode.is_regular()).map(|inode| (number, inode))
 }
 
 #[cfg(test)]
@@ -184,7 +34,7 @@ mod tests {
 
     fn hot(image: &TestImage, profile: &str) -> Vec<(String, Range<u64>)> {
         let profile = Profile::parse(profile.as_bytes()).unwrap();
-        let ranges = profile.hot_set(&image.tree());
+        let ranges = hot_set_of(&profile, &image.tree());
         ranges.into_iter().map(|hot| (image.path(hot.inode), hot.range)).collect()
     }
 
@@ -209,7 +59,7 @@ mod tests {
         let image = TestImage::new().file("/d/a", b"x");
         let profile = r#"{"version": 1, "files": [{"path": "/b"}, {"path": "/d"}, {"path": "/d/a"}]}"#;
         assert_eq!(hot(&image, profile), [("/d/a".to_owned(), 0..1)]);
-        assert_eq!(Profile::parse(profile.as_bytes()).unwrap().unknown_count(&image.tree()), 2);
+        assert_eq!(unknown_count(&Profile::parse(profile.as_bytes()).unwrap(), &image.tree()), 2);
     }
 
     #[test]
@@ -218,50 +68,5 @@ mod tests {
         let ranges = format!(r#"[[4999, {}], [8192, 9000]]"#, u64::MAX);
         let profile = format!(r#"{{"version": 1, "files": [{{"path": "/a", "ranges": {ranges}}}]}}"#);
         assert_eq!(hot(&image, &profile), [("/a".to_owned(), 4096..5000)]);
-    }
-
-    #[test]
-    fn a_profile_that_was_written_reads_the_same() {
-        let files =
-            [(b"/a %\xff/\"x".to_vec(), vec![8192..9000, 0..4096, 4096..5000]), (b"/b".to_vec(), vec![1..2, 5..6])];
-        let profile = Profile::of_files(files);
-        assert_eq!(Profile::parse(profile.to_json().as_bytes()).unwrap(), profile);
-        let read: Vec<_> = profile.files().map(|(path, ranges)| (path.to_vec(), ranges.unwrap().to_vec())).collect();
-        assert_eq!(read, [(b"/a %\xff/\"x".to_vec(), vec![0..5000, 8192..9000]), (b"/b".to_vec(), vec![1..2, 5..6])]);
-    }
-
-    #[test]
-    fn a_merged_profile_has_what_any_has_first_what_is_first() {
-        let profile =
-            |text: &str| Profile::parse(format!("{{\"version\": 1, \"files\": [{text}]}}").as_bytes()).unwrap();
-        let one =
-            profile(r#"{"path": "/a", "ranges": [[0, 10]]}, {"path": "/b", "ranges": [[0, 10]]}, {"path": "/c"}"#);
-        let other = profile(r#"{"path": "/c", "ranges": [[5, 6]]}, {"path": "/b", "ranges": [[10, 20], [30, 40]]}"#);
-        let merged = Profile::merge(&[one, other]);
-        let expected = profile(
-            r#"{"path": "/a", "ranges": [[0, 10]]}, {"path": "/c"}, {"path": "/b", "ranges": [[0, 20], [30, 40]]}"#,
-        );
-        assert_eq!(merged, expected);
-    }
-
-    #[test]
-    fn errors_say_what_and_where() {
-        let error = |profile: &str| Profile::parse(profile.as_bytes()).unwrap_err().to_string();
-        let in_files = |file: &str| error(&format!("{{\"version\": 1,\n \"files\": [{file}]}}"));
-        assert_eq!(
-            error(r#"{"version": 2, "files": []}"#),
-            "profile: version 2 is not known, expected 1: record it again at line 1 column 13"
-        );
-        assert_eq!(in_files(r#"{"path": "a"}"#), "profile: path \"a\" is not absolute at line 2 column 24");
-        assert_eq!(
-            in_files(r#"{"path": "/%2"}"#),
-            "profile: path \"/%2\" has a % without two hex digits: write %25 for % at line 2 column 26"
-        );
-        assert_eq!(
-            in_files(r#"{"path": "/a", "ranges": [[2, 2]]}"#),
-            "profile: range [2, 2] is empty at line 2 column 45"
-        );
-        assert!(error(r#"{"version": 1, "files": [], "more": 1}"#).contains("unknown field `more`"));
-        assert!(error("{").contains("line 1 column 1"));
     }
 }

@@ -2,13 +2,10 @@
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 
-use format_spec::{Digest, Index, annotation::SOURCE_OPTIONS, paths::Paths, records::hot_reason};
+use format_spec::{Digest, Index, annotation::SOURCE_OPTIONS, paths::Paths, profile::Profile, records::hot_reason};
 
 use super::{InspectError, LAYERS_AT_ONCE, open_index};
-use crate::{
-    hot_set::Profile,
-    image::{ImageSource, manifest::Descriptor, platform::Platform, resolve::resolve_image},
-};
+use crate::image::{ImageSource, manifest::Descriptor, platform::Platform, resolve::resolve_image};
 
 /// A profile as an image has it.
 #[derive(Debug, Clone, PartialEq, Eq)]

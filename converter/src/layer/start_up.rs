@@ -7,11 +7,11 @@ use std::{
     sync::Arc,
 };
 
-use format_spec::{Digest, HotPiece, Index, Inode, records::PLAIN_ALIGN};
+use format_spec::{Digest, HotPiece, Index, Inode, profile::Profile, records::PLAIN_ALIGN};
 use tree::merge::{MergeError, merge};
 
 use crate::{
-    hot_set::{FileContent, HotRange, Profile, StartConfig, derive},
+    hot_set::{FileContent, HotRange, StartConfig, derive, hot_set_of, unknown_count},
     layer::frame_reader::FrameReader,
 };
 
@@ -71,11 +71,11 @@ pub fn choose_hot_pieces(
     let hot = match choice {
         HotPackChoice::None => Vec::new(),
         HotPackChoice::Profile { profile, .. } => {
-            let unknown_count = profile.unknown_count(&tree);
+            let unknown_count = unknown_count(profile, &tree);
             if unknown_count > 0 {
                 tracing::warn!("files of the profile that the image does not have: {unknown_count}; record it again");
             }
-            profile.hot_set(&tree)
+            hot_set_of(profile, &tree)
         }
         HotPackChoice::Derived => {
             // A hot pack is a hint: an image whose start cannot be told goes without.

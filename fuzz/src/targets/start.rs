@@ -2,8 +2,8 @@
 
 use std::{io, sync::LazyLock};
 
-use converter::hot_set::{FileContent, HotRange, Profile, StartConfig, derive};
-use format_spec::{Digest, Index, Inode};
+use converter::hot_set::{FileContent, HotRange, StartConfig, derive, hot_set_of};
+use format_spec::{Digest, Index, Inode, profile::Profile};
 use tree::merge::merge;
 
 use super::{
@@ -45,7 +45,11 @@ pub(crate) fn run(data: &[u8]) {
         Some((kind @ 0..6, rest)) => started(usize::from(kind), rest),
         Some((6, rest)) => match Profile::parse(rest) {
             Ok(profile) => {
-                let hot = profile.hot_set(&SMALL.tree());
+                let written = profile.to_json();
+                assert_eq!(Profile::parse(written.as_bytes()).ok().as_ref(), Some(&profile), "{written}");
+                let once = Profile::merge(std::slice::from_ref(&profile));
+                assert_eq!(Profile::merge(&[profile.clone(), profile.clone()]), once, "twice the same is the same");
+                let hot = hot_set_of(&profile, &SMALL.tree());
                 assert_hot(&SMALL.tree(), &hot);
             }
             Err(error) => one_line(&error),

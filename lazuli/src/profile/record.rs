@@ -10,9 +10,10 @@ use std::{
 
 use control::Mode;
 use converter::{
-    hot_set::{ConfigError, Profile, StartConfig},
+    hot_set::{ConfigError, StartConfig},
     image::{ImageSource, platform::Platform, resolve::ResolveError},
 };
+use format_spec::profile::Profile;
 use rustix::{
     io::Errno,
     mount::{MountFlags, UnmountFlags},
