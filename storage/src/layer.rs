@@ -321,6 +321,7 @@ impl Layer {
     /// Notes a read and fetches what its file's reader wants next.
     fn read_ahead(&self, plain: Range<u64>) {
         let index = self.index();
+        self.core().note_read_end(plain.end);
         if self.is_complete() || self.core().store.is_disk_refusing() || self.inner.warm().is_sought() {
             return;
         }
@@ -338,6 +339,9 @@ impl Layer {
         }
         let ahead = needed_frames(index, plain.end..file_end.max(plain.end)).skip_while(|frame| *frame <= last);
         let ahead: Vec<u32> = ahead.take(count as usize).filter(|frame| !self.inner.is_frame_coming(*frame)).collect();
+        let len_of =
+            |frame: &u32| index.frames().get(*frame as usize).map(|record| u64::from(record.compressed_len.get()));
+        self.core().count_demanded(ahead.iter().filter_map(len_of).sum());
         self.inner.scheduler.want(self.core(), ahead, Priority::HotPack, None);
     }
 }

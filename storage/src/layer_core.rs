@@ -30,6 +30,8 @@ pub struct Progress {
     pub fetched_bytes: u64,
     /// Those of them that were frames of the hot pack and are in the cache.
     pub hot_bytes: u64,
+    /// Those of them that readers waited for, or would have had they not been read ahead for them.
+    pub demanded_bytes: u64,
     /// Bytes of content that this process copied from other layers.
     pub copied_bytes: u64,
     /// Pages of 4 KiB that this process found damaged in the cache, and gave up to be fetched again.
@@ -49,6 +51,9 @@ pub(crate) struct LayerCore {
     runtime: Handle,
     fetched_bytes: AtomicU64,
     hot_bytes: AtomicU64,
+    demanded_bytes: AtomicU64,
+    /// The end of the last read in the plain address space.
+    read_end: AtomicU64,
     copied_bytes: AtomicU64,
     is_removed: AtomicBool,
 }
@@ -72,6 +77,8 @@ impl LayerCore {
             runtime,
             fetched_bytes: AtomicU64::new(fetched_bytes),
             hot_bytes: AtomicU64::new(0),
+            demanded_bytes: AtomicU64::new(0),
+            read_end: AtomicU64::new(0),
             copied_bytes: AtomicU64::new(0),
             is_removed: AtomicBool::new(false),
         })
@@ -159,6 +166,26 @@ impl LayerCore {
         self.hot_bytes.fetch_add(len as u64, Ordering::Relaxed);
     }
 
+    /// Bytes came that a reader waits for, or is going to want.
+    pub(crate) fn count_demanded(&self, len: u64) {
+        self.demanded_bytes.fetch_add(len, Ordering::Relaxed);
+    }
+
+    /// Compressed bytes that readers made this process fetch.
+    pub(crate) fn demanded_bytes(&self) -> u64 {
+        self.demanded_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Somebody has read up to here.
+    pub(crate) fn note_read_end(&self, end: u64) {
+        self.read_end.store(end, Ordering::Relaxed);
+    }
+
+    /// Where the last read of the plain address space ended.
+    pub(crate) fn read_end(&self) -> u64 {
+        self.read_end.load(Ordering::Relaxed)
+    }
+
     /// Bytes were copied from another layer.
     pub(crate) fn count_copied(&self, len: u64) {
         self.copied_bytes.fetch_add(len, Ordering::Relaxed);
@@ -176,6 +203,7 @@ impl LayerCore {
             frames_total: self.store.needed_frame_count(),
             fetched_bytes: self.fetched_bytes(),
             hot_bytes: self.hot_bytes.load(Ordering::Relaxed),
+            demanded_bytes: self.demanded_bytes(),
             copied_bytes: self.copied_bytes.load(Ordering::Relaxed),
             healed_pages: self.store.healed_pages.load(Ordering::Relaxed),
         }

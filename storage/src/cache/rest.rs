@@ -4,7 +4,11 @@
 //! least time, and there of the layer that was opened first among those that do not fail. A source that is slow, or
 //! does not answer, holds up its own layers only. It begins when start-ups
 //! are over: when no reader has waited for a while, and no hot pack is on its way. A reader who comes during a step has
-//! requests of its own, and shares the link with what is left of the steps.
+//! requests of its own, and a step waits while they are under way.
+//!
+//! A layer of which readers want much that nobody expected is *pressed*: a program that reads all of its image, an index
+//! or weights. Frames that come one by one, each after a round trip, would take longer than all of it in a row. So the
+//! rest of it comes at once, from where readers are, at any rate: between their requests the link is never idle.
 
 use std::{
     collections::HashMap,
@@ -28,6 +32,12 @@ use crate::{fetch::scheduler::Priority, layer::Layer};
 const STEP_LEN: u64 = 8 << 20;
 /// Steps at the same time: one of each source, so that some may hang.
 const STEPS_MAX: usize = 4;
+/// Those of a pressed layer: the link is busy while a step is decoded.
+const PRESSED_STEPS_MAX: usize = 2;
+/// A layer is pressed when readers have made more than this part of its blob come, within these bounds: less is what a
+/// start reads beside the hot pack.
+const PRESSED_PART: u64 = 16;
+const PRESSED_LEN: Range<u64> = 4 << 20..32 << 20;
 /// The pause after a failed step grows to this many times its first length.
 const FAILURE_PAUSE_FACTOR_MAX: u32 = 64;
 
@@ -74,12 +84,26 @@ struct Plan {
     options: RestOptions,
     /// By the number of the layer.
     incomplete: HashMap<u64, Incomplete>,
-    /// The sources of the steps that run, by the number of the layer.
-    busy: HashMap<u64, SourceName>,
+    /// The steps that run.
+    busy: Vec<Busy>,
     shares: Shares,
     /// No step begins before: the rate.
     not_before: Instant,
     quiet: Quiet,
+}
+
+/// A step that runs.
+struct Busy {
+    /// That of the layer.
+    number: u64,
+    source: SourceName,
+    missing: Range<u64>,
+}
+
+impl Busy {
+    fn end(&self) -> u64 {
+        self.missing.start.saturating_add(STEP_LEN)
+    }
 }
 
 /// A layer that has not arrived completely.
@@ -154,6 +178,12 @@ async fn take(Step { layer, missing }: Step, runtime: Handle, step_max: Duration
     ended.await.ok()
 }
 
+/// Whether readers want much of a layer that nobody expected.
+fn is_pressed(layer: &Layer) -> bool {
+    let len = layer.lazy_layer().index.offset / PRESSED_PART;
+    layer.core().demanded_bytes() > len.clamp(PRESSED_LEN.start, PRESSED_LEN.end)
+}
+
 /// How long fetching so many bytes takes at a rate.
 fn step_time(bytes: u64, bytes_per_second: NonZeroU64) -> Duration {
     Duration::from_millis(bytes.saturating_mul(1000) / bytes_per_second)
@@ -161,14 +191,14 @@ fn step_time(bytes: u64, bytes_per_second: NonZeroU64) -> Duration {
 
 impl Plan {
     fn new(options: RestOptions, now: Instant) -> Self {
-        let (incomplete, busy) = (HashMap::new(), HashMap::new());
+        let (incomplete, busy) = (HashMap::new(), Vec::new());
         let quiet = Quiet::new(options.start_up_max);
         Self { options, incomplete, busy, shares: Shares::default(), not_before: now, quiet }
     }
 
     /// What to fetch now, if now is the time.
     fn next_step(&mut self, cache: &Arc<CacheInner>, now: Instant) -> Option<Step> {
-        if self.busy.len() >= STEPS_MAX || now < self.not_before {
+        if self.busy.len() >= STEPS_MAX {
             return None;
         }
         let mut open = cache.open_layers();
@@ -179,6 +209,8 @@ impl Plan {
             self.incomplete.entry(layer.core().number).or_insert(new);
         }
         self.incomplete.retain(|number, _| open.iter().any(|layer| layer.core().number == *number));
+        let is_read_now =
+            now.checked_sub(self.options.quiet).is_some_and(|since| !cache.scheduler.is_quiet_since(since));
         let is_starting_up = open.iter().any(|layer| layer.inner().is_warming_up());
         let sources: HashMap<u64, SourceName> =
             self.incomplete.keys().map(|number| (*number, cache.scheduler.source_of(*number))).collect();
@@ -191,16 +223,26 @@ impl Plan {
             (self.shares.time_of(&source_of(layer)), failure_count, number)
         });
         open.into_iter().find_map(|layer| {
-            let known = self.incomplete.get_mut(&layer.core().number)?;
+            let number = layer.core().number;
+            let known = self.incomplete.get_mut(&number)?;
             let has_started = now.duration_since(known.since) >= self.options.start_up_max;
             let quiet = if has_started { Duration::ZERO } else { self.options.quiet };
+            let is_pressed = is_read_now && known.failure_count == 0 && is_pressed(&layer);
             let source = source_of(&layer);
-            if now < known.not_before || self.busy.values().any(|busy| *busy == source) {
+            let steps = self.busy.iter().filter(|busy| busy.source == source);
+            let steps_max = if is_pressed { PRESSED_STEPS_MAX } else { 1 };
+            if now < known.not_before || steps.count() >= steps_max {
                 return None;
             }
-            let is_quiet = !is_starting_up && cache.scheduler.is_quiet_since(now.checked_sub(quiet)?);
-            if !self.quiet.is_time(is_quiet, now) {
-                return None;
+            if is_pressed && !is_starting_up {
+                let ahead = self.busy.iter().filter(|busy| busy.number == number).map(|busy| busy.end()).max();
+                let from = ahead.unwrap_or(layer.core().read_end());
+                known.from = if layer.core().first_missing(from).is_some() { from } else { 0 };
+            } else {
+                let is_quiet = !is_starting_up && cache.scheduler.is_quiet_since(now.checked_sub(quiet)?);
+                if now < self.not_before || !self.quiet.is_time(is_quiet, now) {
+                    return None;
+                }
             }
             let missing = layer.core().first_missing(known.from);
             if missing.is_none() {
@@ -209,7 +251,7 @@ impl Plan {
             }
             let missing = missing?;
             self.shares.begin(&source);
-            self.busy.insert(layer.core().number, source);
+            self.busy.push(Busy { number, source, missing: missing.clone() });
             Some(Step { layer, missing })
         })
     }
@@ -224,8 +266,9 @@ impl Plan {
     }
 
     fn note_step(&mut self, step: EndedStep, now: Instant) {
-        if let Some(source) = self.busy.remove(&step.number) {
-            self.shares.end(&source, now.duration_since(step.started));
+        let is_it = |busy: &Busy| busy.number == step.number && busy.missing == step.missing;
+        if let Some(place) = self.busy.iter().position(is_it) {
+            self.shares.end(&self.busy.swap_remove(place).source, now.duration_since(step.started));
         }
         self.not_before = self.not_before.max(step.started) + step_time(step.fetched, self.options.bytes_per_second);
         let Some(known) = self.incomplete.get_mut(&step.number) else { return };

@@ -51,6 +51,11 @@ const TICK: Duration = Duration::from_millis(100);
 /// A layer's failing reads are told in the log once in this time.
 const LOG_PAUSE: Duration = Duration::from_secs(10);
 
+/// How often who is in no hurry looks whether readers still wait, and how long he lets them go first: they may wait for
+/// something that never comes.
+const GIVE_WAY_STEP: Duration = Duration::from_millis(3);
+const GIVE_WAY_MAX: Duration = Duration::from_millis(300);
+
 /// Begins a request for frames, and does not wait for it.
 pub(crate) type StartRequest = fn(&Arc<Scheduler>, Arc<LayerCore>, Arc<Place>, Fetch);
 
@@ -240,6 +245,14 @@ impl Scheduler {
     /// Whether nothing more urgent than the rest is under way, or was later than `since`.
     pub(crate) fn is_quiet_since(&self, since: Instant) -> bool {
         lock(&self.state).machine.is_quiet_since(since)
+    }
+
+    /// Waits while requests of blocked readers bring something from the same source: they get all of the link.
+    pub(crate) async fn let_readers_go_first(&self, request: u64) {
+        let until = Instant::now() + GIVE_WAY_MAX;
+        while lock(&self.state).machine.is_beside_reads(request) && Instant::now() < until {
+            tokio::time::sleep(GIVE_WAY_STEP).await;
+        }
     }
 
     /// Something more urgent than the rest has come, or has been begun, in another way than by frames.

@@ -90,6 +90,9 @@ async fn receive(request: &mut Request, range: Range<u64>) -> Result<(), SourceE
             // A read has taken it over: what comes after it is cheaper asked for again than received twice.
             return Ok(());
         }
+        if request.priority == Priority::Background {
+            scheduler.let_readers_go_first(request.number).await;
+        }
         if !receive_frame(request, &mut incoming, frame, record).await? {
             return Ok(());
         }
@@ -130,6 +133,9 @@ async fn receive_frame(
     let (scheduler, layer) = (&request.scheduler, &request.layer);
     let len = record.compressed_len.get() as usize;
     let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
+    if request.priority == Priority::Read {
+        layer.count_demanded(len as u64);
+    }
     let Some(in_flight) = scheduler.receive(request.number, layer, frame) else { return Ok(false) };
     let Ok(permit) = scheduler.decoders(request.priority).acquire_owned().await else { return Ok(false) };
     let workspaces = request.workspaces.clone();

@@ -174,7 +174,7 @@ async fn old_layers_of_slow_sources_kept_the_rest_of_a_new_one_away() {
     let directory = tempfile::tempdir().unwrap();
     let cache = Cache::open(directory.path(), tokio::runtime::Handle::current(), with_rate(FAST)).unwrap();
     let mut slow = Vec::new();
-    for count in 10..14 {
+    for count in 30..34 {
         let test = TestLayer::new(&[TestFile(vec![(HOLE_LEN, 5000); count])], &[5000]);
         let source = MemorySource::new(&test);
         let frames: Vec<u64> = test.frames.iter().map(|frame| frame.blob_offset.get()).collect();
@@ -192,4 +192,31 @@ async fn old_layers_of_slow_sources_kept_the_rest_of_a_new_one_away() {
     let new = cache.layer(&test.lazy, MemorySource::new(&test), json!("new")).await.unwrap();
     wait_until_complete(&new).await;
     assert!(slow.iter().all(|layer| !layer.is_complete()), "it had to wait for one of them");
+}
+
+/// A program that read all of its image waited for a round trip and a decompression with every frame.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rest_of_a_layer_that_is_read_whole_waits_for_no_quiet() {
+    const LONG: Duration = Duration::from_secs(600);
+    let test = TestLayer::of_frames(24, 1 << 20);
+    let mut options = with_rate(1);
+    options.rest.as_mut().unwrap().quiet = Duration::from_secs(2);
+    options.rest.as_mut().unwrap().start_up_max = LONG;
+    let fixture = Fixture::with_options(&test, options).await;
+    let read = async |frame: usize| check_read(&fixture.layer, &test, test.plain_of_frame(frame)).await;
+    // As much as a start reads beside its hot pack: nothing else comes.
+    for frame in [20, 10, 15] {
+        read(frame).await;
+    }
+    tokio::time::sleep(QUIET).await;
+    assert_eq!(fixture.source.frame_requests().len(), 3);
+    for frame in [5, 1] {
+        read(frame).await;
+    }
+    // A byte a second is the rate of what nobody is in a hurry for.
+    wait_until_complete(&fixture.layer).await;
+    let requests = fixture.source.frame_requests();
+    assert_eq!(requests.iter().map(|range| range.end - range.start).sum::<u64>(), test.request_for(0..24).end);
+    // It begins where the reader is.
+    assert_eq!(requests[5].start, test.request_for(2..3).start);
 }

@@ -635,6 +635,13 @@ impl<W: Waiter> Machine<W> {
         activity
     }
 
+    /// Whether blocked readers share the link with a request: they ask its source, too.
+    pub(crate) fn is_beside_reads(&self, request: u64) -> bool {
+        let Some(own) = self.running.get(&request) else { return false };
+        let is_read = |other: &Running| other.class == Class::Frames(Priority::Read);
+        self.running.values().any(|other| is_read(other) && other.place.source == own.place.source)
+    }
+
     /// Whether nothing more urgent than the rest is under way, or was later than `since`.
     pub(crate) fn is_quiet_since(&self, since: Instant) -> bool {
         let is_urgent = |pending: &Pending<W>| pending.priority < Priority::Background && pending.is_wanted();

@@ -269,6 +269,22 @@ const READ: Class = Class::Frames(Priority::Read);
 /// Twenty readers of a source that does not answer took all requests of the node: a read of an image from a healthy
 /// registry got nothing for minutes.
 #[test]
+fn the_rest_goes_on_beside_readers_of_other_sources_only() {
+    let mut world = World::with_layers(&["a", "a", "b"]);
+    world.want(0, 0..1, Priority::Background);
+    let rest = world.last_of(0);
+    assert!(!world.machine.is_beside_reads(rest));
+    world.want(2, 0..1, Priority::Read);
+    assert!(!world.machine.is_beside_reads(rest));
+    world.want(1, 0..1, Priority::Read);
+    assert!(world.machine.is_beside_reads(rest));
+    world.complete(world.last_of(1));
+    assert!(!world.machine.is_beside_reads(rest));
+    world.complete(rest);
+    assert!(!world.machine.is_beside_reads(rest));
+}
+
+#[test]
 fn a_source_that_does_not_answer_keeps_no_other_waiting_in_any_class() {
     for priority in [Priority::Read, Priority::HotPack, Priority::Background] {
         let mut world = World::with_layers(&["dead", "dead", "dead", "healthy"]);
