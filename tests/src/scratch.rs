@@ -80,6 +80,30 @@ impl Scratch {
         Ok(Self { path: path.to_owned(), logs })
     }
 
+    /// Makes one at `target/<name>`, or at a shorter path where sockets below that would not fit.
+    ///
+    /// # Errors
+    ///
+    /// Without root, or when the directory cannot be made.
+    pub fn in_target(name: &str) -> Result<Self> {
+        let usual = target_directory()?.join(name);
+        let is_short = usual.as_os_str().len() <= PATH_LEN_MAX;
+        let path = if is_short { usual } else { std::env::temp_dir().join(format!("lazuli-{name}")) };
+        Self::at(&path, name)
+    }
+
+    /// Has Ctrl-C end processes and mounts below too, and then this process.
+    pub fn clear_when_interrupted(&self) {
+        let path = self.path.clone();
+        std::thread::spawn(move || {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+            if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+                clear(&path);
+                std::process::exit(130);
+            }
+        });
+    }
+
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path

@@ -5,7 +5,6 @@
 //! *Ready* is the first line that the container prints, or its end if it prints none.
 
 use std::{
-    path::PathBuf,
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -14,14 +13,10 @@ use lazuli_tests::{
     Containerd, ContainerdOptions, Node, Result, Scratch, TestRegistry,
     containerd::{LAZULI, OVERLAYFS},
     process::{command, run},
-    programs::{lazuli_ok, target_directory},
+    programs::lazuli_ok,
     real_images::real_image,
-    scratch::clear,
     start::{Measured, Start},
 };
-
-/// Longest path below which unix sockets still fit.
-const PATH_LEN_MAX: usize = 60;
 
 fn main() -> ExitCode {
     match demonstrate() {
@@ -34,9 +29,8 @@ fn main() -> ExitCode {
 }
 
 fn demonstrate() -> Result<()> {
-    let directory = demo_directory()?;
-    clear_when_interrupted(directory.clone());
-    let scratch = Scratch::at(&directory, "demo")?;
+    let scratch = Scratch::in_target("demo")?;
+    scratch.clear_when_interrupted();
     let registry = TestRegistry::start(&scratch)?;
 
     let original = registry.reference("demo:original");
@@ -58,7 +52,7 @@ fn demonstrate() -> Result<()> {
 
     say("full pull, then run with overlayfs");
     let full = {
-        let scratch = Scratch::at(&directory.join("full"), "demo-full")?;
+        let scratch = Scratch::at(&scratch.join("full"), "demo-full")?;
         let containerd = Containerd::start(&scratch, &ContainerdOptions::default())?;
         let start =
             Start { registry: &registry, containerd: &containerd, reference: &original, snapshotter: OVERLAYFS };
@@ -66,7 +60,7 @@ fn demonstrate() -> Result<()> {
     };
     say("lazy pull, then run with Lazuli");
     let lazily = {
-        let scratch = Scratch::at(&directory.join("lazy"), "demo-lazy")?;
+        let scratch = Scratch::at(&scratch.join("lazy"), "demo-lazy")?;
         // As it is without configuration.
         let node = Node::start_with(&[], &scratch)?;
         let start = Start { registry: &registry, containerd: &node.containerd, reference: &lazy, snapshotter: LAZULI };
@@ -117,22 +111,4 @@ fn megabytes(bytes: u64) -> String {
 
 fn say(what: &str) {
     println!("* {what}");
-}
-
-/// `target/demo`, or a shorter path where that is too long for the sockets below.
-fn demo_directory() -> Result<PathBuf> {
-    let usual = target_directory()?.join("demo");
-    let is_short = usual.as_os_str().len() <= PATH_LEN_MAX;
-    Ok(if is_short { usual } else { std::env::temp_dir().join("lazuli-demo") })
-}
-
-/// Ctrl-C ends the processes and mounts of the demo too.
-fn clear_when_interrupted(directory: PathBuf) {
-    std::thread::spawn(move || {
-        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
-            clear(&directory);
-            std::process::exit(130);
-        }
-    });
 }

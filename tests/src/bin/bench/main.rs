@@ -1,12 +1,16 @@
 //! Figures beside what a user would take instead, each set of them in one run: `bench SUBCOMMAND`.
 //!
-//! The targets of the Makefile that begin with `bench` call it; `docs/MEASUREMENTS.md` holds what it printed.
+//! The targets of the Makefile that begin with `bench` call it; `docs/MEASUREMENTS.md` holds what it printed. It needs
+//! root and works below `target/bench-<subcommand>`, on one file system; where an `IMAGE` is, it is one of
+//! `tests/images`. *Plain* is what is not compressed, MB are 10^6 bytes.
 
 mod starts;
 
 use std::process::ExitCode;
 
-use lazuli_tests::{HarnessError, Result};
+use lazuli_tests::{HarnessError, Result, Scratch};
+
+const USAGE: &str = "usage: bench starts [SAMPLES] IMAGE...";
 
 fn main() -> ExitCode {
     match bench(std::env::args().skip(1)) {
@@ -19,8 +23,21 @@ fn main() -> ExitCode {
 }
 
 fn bench(mut words: impl Iterator<Item = String>) -> Result<()> {
-    match words.next().as_deref() {
-        Some("starts") => starts::bench(words.collect()),
-        _ => Err(HarnessError::Unexpected("usage: bench starts ...".to_owned())),
+    let name = words.next().unwrap_or_default();
+    let words: Vec<String> = words.collect();
+    match (name.as_str(), words.as_slice()) {
+        ("starts", _) => starts::bench(words),
+        _ => Err(usage()),
     }
+}
+
+fn usage() -> HarnessError {
+    HarnessError::Unexpected(USAGE.to_owned())
+}
+
+/// Where a subcommand works; whatever it leaves there ends with it, or with Ctrl-C.
+fn scratch(subcommand: &str) -> Result<Scratch> {
+    let scratch = Scratch::in_target(&format!("bench-{subcommand}"))?;
+    scratch.clear_when_interrupted();
+    Ok(scratch)
 }

@@ -7,10 +7,10 @@
 use std::{collections::BTreeMap, fs, time::Duration};
 
 use lazuli_tests::{
-    Containerd, ContainerdOptions, HarnessError, Node, Result, Scratch, TestRegistry,
+    Containerd, ContainerdOptions, Node, Result, Scratch, TestRegistry,
     containerd::{LAZULI, OVERLAYFS},
     process::run,
-    programs::{lazuli_ok, target_directory},
+    programs::lazuli_ok,
     real_images::real_image,
     start::{Measured, Start},
 };
@@ -27,9 +27,9 @@ pub(crate) fn bench(mut arguments: Vec<String>) -> Result<()> {
         arguments.remove(0);
     }
     if arguments.is_empty() {
-        return Err(HarnessError::Unexpected("usage: bench starts [SAMPLES] IMAGE...".to_owned()));
+        return Err(crate::usage());
     }
-    let scratch = Scratch::at(&target_directory()?.join("starts"), "starts")?;
+    let scratch = crate::scratch("starts")?;
     let registry = TestRegistry::start(&scratch)?;
     println!("{:<10}{:<10}{:>8}{:>8}{:>8}{:>8}{:>12}", "", "", "pull s", "ready s", "min", "max", "moved MB");
     for image in arguments {
