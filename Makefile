@@ -78,7 +78,7 @@ bench: build images
 	tests/deps bench
 	benches/convert
 	benches/convert --large
-	benches/snapshotter
+	target/release/bench snapshots
 	$(CARGO) build --release -p converter --example hot_set
 	benches/hot_set
 	benches/bombs

@@ -8,6 +8,7 @@
 //! of their insides, so that it shows what a user would see.
 
 pub mod compare;
+pub mod conformance;
 pub mod containerd;
 mod containerd_config;
 pub mod cri;

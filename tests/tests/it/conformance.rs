@@ -1,13 +1,9 @@
 //! containerd's own suite for snapshotters, over gRPC against the real daemon: for ordinary layers, on top
 //! of a lazy image, and with every layer lazy. `tests/conformance` has the Go side.
 
-use std::{collections::BTreeMap, fs, path::Path, path::PathBuf, sync::OnceLock};
+use std::{collections::BTreeMap, fs};
 
-use lazuli_tests::{
-    Finished, HarnessError, Result, Scratch, TestRegistry,
-    process::{command, finish, require_program, run},
-    programs::{program, target_directory},
-};
+use lazuli_tests::{Finished, Result, Scratch, TestRegistry, conformance, process::finish};
 
 /// The cases of the suite, as it spells them, and one of ours.
 const CASES: [&str; 22] = [
@@ -79,14 +75,8 @@ fn conforms(suite: &str, mode: &str) -> Result<()> {
 fn run_suite(suite: &str, mode: &str) -> Result<Finished> {
     let scratch = Scratch::new(&format!("{suite}-{mode}"))?;
     let registry = TestRegistry::start(&scratch)?;
-    let mut tests = command(suite_program()?, ["-test.v", "-test.run", &format!("^{suite}$")]);
-    tests
-        .env("TMPDIR", scratch.path())
-        .env("LAZULI_MODE", mode)
-        .env("REGISTRY", registry.address())
-        .env("LAZULI", program("lazuli")?)
-        .env("LAZULI_SNAPSHOTTER", program("lazuli-snapshotter")?);
-    let finished = finish(&mut tests)?;
+    let arguments = ["-test.v", "-test.run", &format!("^{suite}$")];
+    let finished = finish(conformance::suite(&scratch, &registry, &arguments)?.env("LAZULI_MODE", mode))?;
     fs::write(scratch.log("suite"), &finished.stdout).expect("the log can be written");
     Ok(finished)
 }
@@ -96,23 +86,4 @@ fn outcome<'a>(line: &'a str, suite: &str) -> Option<(&'a str, &'a str)> {
     let (outcome, rest) = line.trim_start().strip_prefix("--- ")?.split_once(": ")?;
     let case = rest.strip_prefix(suite)?.strip_prefix('/')?.split_whitespace().next()?;
     Some((case, outcome))
-}
-
-/// Compiles the suite once for all tests of this file.
-fn suite_program() -> Result<&'static Path> {
-    static COMPILED: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let compiled = COMPILED.get_or_init(|| compile().map_err(|error| error.to_string()));
-    compiled.as_deref().map_err(|error| HarnessError::Unexpected(error.clone()))
-}
-
-/// With the packages of Debian, in the mode of Go that finds them.
-fn compile() -> Result<PathBuf> {
-    require_program("go")?;
-    let (target, output) = (target_directory()?, target_directory()?.join("conformance.test"));
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("conformance");
-    let mut compile = command("go", ["test", "-c", "-vet=off", "-o"]);
-    compile.arg(&output).arg(".").current_dir(sources);
-    compile.env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode").env("GOCACHE", target.join("go-cache"));
-    run(&mut compile)?;
-    Ok(output)
 }

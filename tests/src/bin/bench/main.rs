@@ -4,13 +4,15 @@
 //! root and works below `target/bench-<subcommand>`, on one file system; where an `IMAGE` is, it is one of
 //! `tests/images`. *Plain* is what is not compressed, MB are 10^6 bytes.
 
+mod snapshots;
 mod starts;
 
 use std::process::ExitCode;
 
 use lazuli_tests::{HarnessError, Result, Scratch};
 
-const USAGE: &str = "usage: bench starts [SAMPLES] IMAGE...";
+const USAGE: &str = "usage: bench starts [SAMPLES] IMAGE...
+       bench snapshots [NAME]";
 
 fn main() -> ExitCode {
     match bench(std::env::args().skip(1)) {
@@ -27,6 +29,7 @@ fn bench(mut words: impl Iterator<Item = String>) -> Result<()> {
     let words: Vec<String> = words.collect();
     match (name.as_str(), words.as_slice()) {
         ("starts", _) => starts::bench(words),
+        ("snapshots", [] | [_]) => snapshots::bench(words.first().map(String::as_str)),
         _ => Err(usage()),
     }
 }
