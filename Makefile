@@ -79,8 +79,8 @@ bench: build images
 	benches/convert
 	benches/convert --large
 	target/release/bench snapshots
-	$(CARGO) build --release -p converter --example hot_set
-	benches/hot_set
+	$(CARGO) build --release --workspace --example hot_set
+	target/release/bench hot-set
 	benches/bombs
 
 bench-mounts: build images
@@ -89,9 +89,10 @@ bench-mounts: build images
 bench-starts: build images
 	target/release/bench starts $(or $(SAMPLES),5) $(or $(IMAGES),python node jre)
 
-bench-frames: images
+bench-frames: build images
+	tests/deps bench
 	mkdir -p target/start-reads
-	for image in python node jre; do benches/start-reads $$image >target/start-reads/$$image || exit; done
+	for image in python node jre; do target/release/bench start-reads $$image >target/start-reads/$$image || exit; done
 	$(CARGO) bench --workspace --profile release --bench frames -- --reads $(CURDIR)/target/start-reads
 
 demo: build

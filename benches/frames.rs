@@ -6,7 +6,7 @@
 //! converted by the code of `lazuli convert`, from a blob in memory to a file, by one compressor thread.
 //! `docs/MEASUREMENTS.md` holds a table that this printed and says what the columns mean.
 //!
-//! `DIR` holds a file for each image as `benches/start-reads` writes it: what a start-up reads.
+//! `DIR` holds a file for each image as `bench start-reads` prints it: what a start-up reads.
 
 use std::{
     collections::{BTreeSet, HashSet},

@@ -1,4 +1,4 @@
-//! Prints the hot set that is derived from an unpacked image: for `benches/hot_set`.
+//! Prints the hot set that is derived from an unpacked image: for `bench hot-set`.
 //!
 //! `hot_set ROOT CONFIG` reads the root file system in directory ROOT and the image config in file CONFIG.
 //! A line for each file: the reason, the path, and the hot bytes as `start-end` pairs; tabs between them.

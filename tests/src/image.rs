@@ -215,6 +215,28 @@ pub fn layout_manifest(layout: &str) -> Result<Value> {
     Layout { directory: layout_directory(layout) }.manifest()
 }
 
+/// The image configuration of the layout `layout` (`oci:DIR:tag`).
+///
+/// # Errors
+///
+/// When it cannot be read.
+pub fn layout_config(layout: &str) -> Result<Value> {
+    let layout = Layout { directory: layout_directory(layout) };
+    layout.read(&layout.manifest()?["config"])
+}
+
+/// The files of the layers of the layout `layout` (`oci:DIR:tag`), the lowest first.
+///
+/// # Errors
+///
+/// When its manifest cannot be read.
+pub fn layout_layers(layout: &str) -> Result<Vec<PathBuf>> {
+    let layout = Layout { directory: layout_directory(layout) };
+    let manifest = layout.manifest()?;
+    let layers = manifest["layers"].as_array().into_iter().flatten();
+    layers.map(|layer| Ok(layout.blob(crate::registry_server::digest_in(layer)?))).collect()
+}
+
 /// Stores a blob in the layout `layout` (`oci:DIR:tag`); returns a descriptor without media type.
 ///
 /// # Errors

@@ -19,6 +19,7 @@ pub mod house;
 pub mod image;
 pub mod lazy_blob;
 pub mod node;
+pub mod page_cache;
 pub mod process;
 pub mod programs;
 pub mod raw_tar;

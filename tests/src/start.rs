@@ -1,7 +1,6 @@
 //! A cold start of an image: pulled and run with nothing in any cache, until it is ready.
 
 use std::{
-    fs,
     io::{BufRead as _, BufReader},
     path::Path,
     process::{Child, Stdio},
@@ -11,6 +10,7 @@ use std::{
 use crate::{
     Containerd, HarnessError, Result, Scratch, TestRegistry,
     error::Context as _,
+    page_cache::{cached_files, drop_page_cache},
     process::{command, run},
 };
 
@@ -93,11 +93,9 @@ impl Start<'_> {
         let snapshots = ["snapshots", "--snapshotter", self.snapshotter, "mounts"];
         let mount = run(self.containerd.ctr(snapshots).arg(view).arg(id))?;
         run(&mut command("sh", ["-ec", &mount]))?;
-        let list =
-            "find \"$1\" -xdev -type f -size +0 -print0 | xargs -0 -r fincore --bytes --noheadings --raw --output RES";
-        let sizes = run(command("sh", ["-ec", list, "sh"]).arg(view))?;
+        let files = cached_files(view)?;
         run(&mut command("umount", [view]))?;
-        Ok(sizes.lines().filter_map(|line| line.trim().parse::<u64>().ok()).sum())
+        Ok(files.iter().map(|file| file.cached_len).sum())
     }
 }
 
@@ -122,9 +120,4 @@ impl Container<'_> {
         }
         Ok(())
     }
-}
-
-fn drop_page_cache() -> Result<()> {
-    rustix::fs::sync();
-    fs::write("/proc/sys/vm/drop_caches", "3").context("dropping the page cache")
 }

@@ -4,15 +4,20 @@
 //! root and works below `target/bench-<subcommand>`, on one file system; where an `IMAGE` is, it is one of
 //! `tests/images`. *Plain* is what is not compressed, MB are 10^6 bytes.
 
+mod hot_set;
 mod snapshots;
+mod start_reads;
 mod starts;
+mod unpacked;
 
 use std::process::ExitCode;
 
 use lazuli_tests::{HarnessError, Result, Scratch};
 
 const USAGE: &str = "usage: bench starts [SAMPLES] IMAGE...
-       bench snapshots [NAME]";
+       bench snapshots [NAME]
+       bench hot-set [IMAGE...]
+       bench start-reads IMAGE";
 
 fn main() -> ExitCode {
     match bench(std::env::args().skip(1)) {
@@ -30,6 +35,8 @@ fn bench(mut words: impl Iterator<Item = String>) -> Result<()> {
     match (name.as_str(), words.as_slice()) {
         ("starts", _) => starts::bench(words),
         ("snapshots", [] | [_]) => snapshots::bench(words.first().map(String::as_str)),
+        ("hot-set", _) => hot_set::bench(&words),
+        ("start-reads", [image]) => start_reads::print(image),
         _ => Err(usage()),
     }
 }
@@ -43,4 +50,12 @@ fn scratch(subcommand: &str) -> Result<Scratch> {
     let scratch = Scratch::in_target(&format!("bench-{subcommand}"))?;
     scratch.clear_when_interrupted();
     Ok(scratch)
+}
+
+/// The images that are named, or these.
+fn images_or<'a>(named: &'a [String], usual: &[&'a str]) -> Vec<&'a str> {
+    match named {
+        [] => usual.to_vec(),
+        _ => named.iter().map(String::as_str).collect(),
+    }
 }
