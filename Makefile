@@ -81,7 +81,7 @@ bench: build images
 	target/release/bench snapshots
 	$(CARGO) build --release --workspace --example hot_set
 	target/release/bench hot-set
-	benches/bombs
+	target/release/bench bombs
 
 bench-mounts: build images
 	benches/mounts

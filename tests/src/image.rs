@@ -61,12 +61,18 @@ impl Compression {
 pub struct ImageBuilder {
     layers: Vec<(Vec<u8>, Compression)>,
     command: Vec<String>,
+    environment: Vec<String>,
     architecture: String,
 }
 
 impl Default for ImageBuilder {
     fn default() -> Self {
-        Self { layers: Vec::new(), command: vec!["/bin/sh".to_owned()], architecture: own_architecture().to_owned() }
+        Self {
+            layers: Vec::new(),
+            command: vec!["/bin/sh".to_owned()],
+            environment: vec!["PATH=/usr/local/bin:/usr/bin:/bin".to_owned()],
+            architecture: own_architecture().to_owned(),
+        }
     }
 }
 
@@ -85,6 +91,12 @@ impl ImageBuilder {
     /// What the image runs.
     pub fn command(mut self, words: &[&str]) -> Self {
         self.command = words.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
+    /// Its environment, `NAME=value` each.
+    pub fn environment(mut self, entries: &[&str]) -> Self {
+        self.environment = entries.iter().map(|&entry| entry.to_owned()).collect();
         self
     }
 
@@ -163,7 +175,7 @@ impl ImageBuilder {
             "architecture": self.architecture,
             "os": "linux",
             "created": "2025-01-01T00:00:00Z",
-            "config": { "Cmd": self.command, "Env": ["PATH=/usr/local/bin:/usr/bin:/bin"], "WorkingDir": "/" },
+            "config": { "Cmd": self.command, "Env": self.environment, "WorkingDir": "/" },
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
         });
         let config = layout.add("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes())?;

@@ -4,6 +4,8 @@
 //! root and works below `target/bench-<subcommand>`, on one file system; where an `IMAGE` is, it is one of
 //! `tests/images`. *Plain* is what is not compressed, MB are 10^6 bytes.
 
+mod bombs;
+mod figures;
 mod hot_set;
 mod snapshots;
 mod start_reads;
@@ -17,6 +19,7 @@ use lazuli_tests::{HarnessError, Result, Scratch};
 const USAGE: &str = "usage: bench starts [SAMPLES] IMAGE...
        bench snapshots [NAME]
        bench hot-set [IMAGE...]
+       bench bombs [PROGRAM]
        bench start-reads IMAGE";
 
 fn main() -> ExitCode {
@@ -36,6 +39,7 @@ fn bench(mut words: impl Iterator<Item = String>) -> Result<()> {
         ("starts", _) => starts::bench(words),
         ("snapshots", [] | [_]) => snapshots::bench(words.first().map(String::as_str)),
         ("hot-set", _) => hot_set::bench(&words),
+        ("bombs", [] | [_]) => bombs::bench(words.first().map(String::as_str)),
         ("start-reads", [image]) => start_reads::print(image),
         _ => Err(usage()),
     }

@@ -1,0 +1,39 @@
+//! What commands take.
+
+use std::{fs, process::Command};
+
+use lazuli_tests::{
+    Finished, HarnessError, Result, Scratch,
+    error::Context as _,
+    process::{command, finish, require_program},
+};
+
+/// What a command took from its start to its end.
+pub(crate) struct Used {
+    /// Seconds of processors.
+    pub(crate) cpu: f64,
+    /// Memory at the peak, in KiB.
+    pub(crate) memory_kib: f64,
+    /// How it ended.
+    pub(crate) finished: Finished,
+}
+
+/// Runs a command to its end, whatever its exit code.
+///
+/// It is a child of `time`: the peak of a child of this program would begin with what this program holds.
+pub(crate) fn used_by(measured: &Command, scratch: &Scratch) -> Result<Used> {
+    require_program("time")?;
+    let path = scratch.join("time");
+    let mut time = command("time", ["-f", "%e %U %S %M", "-o"]);
+    time.arg(&path).arg(measured.get_program()).args(measured.get_args());
+    time.envs(measured.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let finished = finish(&mut time)?;
+    let printed = fs::read_to_string(&path).at("reading", &path)?;
+    // The last line: before it one says that the command failed.
+    let words: Vec<f64> =
+        printed.lines().last().unwrap_or_default().split(' ').filter_map(|word| word.parse().ok()).collect();
+    let [_, user, system, memory_kib] = words[..] else {
+        return Err(HarnessError::Unexpected(format!("time: {printed}")));
+    };
+    Ok(Used { cpu: user + system, memory_kib, finished })
+}
