@@ -76,8 +76,8 @@ fuzz-check:
 
 bench: build images
 	tests/deps bench
-	benches/convert
-	benches/convert --large
+	target/release/bench convert
+	target/release/bench convert --large
 	target/release/bench snapshots
 	$(CARGO) build --release --workspace --example hot_set
 	target/release/bench hot-set

@@ -2,12 +2,12 @@
 
 use std::{
     fs,
-    io::Write as _,
+    io::{Read as _, Write as _},
     path::{Path, PathBuf},
 };
 
 use flate2::write::GzEncoder;
-use format_spec::{Digest, LazyLayer};
+use format_spec::{Digest, DigestHasher, LazyLayer};
 use serde_json::{Value, json};
 
 use crate::{
@@ -343,6 +343,19 @@ impl Layout {
         Ok(json!({ "mediaType": media_type, "digest": digest.to_string(), "size": content.len() }))
     }
 
+    /// Adds a layer by moving the file of its blob here, gzip of a tar stream; returns its descriptor.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read, or is on another file system.
+    pub fn add_layer_file(&self, path: &Path) -> Result<Value> {
+        let digest = digest_of(path)?;
+        let len = fs::metadata(path).at("looking at", path)?.len();
+        fs::rename(path, self.blob(digest)).at("moving", path)?;
+        let media_type = Compression::Gzip.media_type();
+        Ok(json!({ "mediaType": media_type, "digest": digest.to_string(), "size": len }))
+    }
+
     /// Adds a manifest; returns its descriptor.
     ///
     /// # Errors
@@ -390,6 +403,23 @@ impl Layout {
 pub fn with_tag(mut descriptor: Value, tag: &str) -> Value {
     descriptor["annotations"]["org.opencontainers.image.ref.name"] = tag.into();
     descriptor
+}
+
+/// The digest of a file, however long.
+///
+/// # Errors
+///
+/// When it cannot be read.
+pub fn digest_of(path: &Path) -> Result<Digest> {
+    let mut file = fs::File::open(path).at("opening", path)?;
+    let mut hasher = DigestHasher::default();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer).at("reading", path)? {
+            0 => return Ok(hasher.finish()),
+            len => hasher.update(&buffer[..len]),
+        }
+    }
 }
 
 fn read_json(path: &Path) -> Result<Value> {

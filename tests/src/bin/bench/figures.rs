@@ -1,6 +1,6 @@
 //! What commands take.
 
-use std::{fs, process::Command};
+use std::{fs, process::Command, time::Instant};
 
 use lazuli_tests::{
     Finished, HarnessError, Result, Scratch,
@@ -10,6 +10,8 @@ use lazuli_tests::{
 
 /// What a command took from its start to its end.
 pub(crate) struct Used {
+    /// Seconds of a clock.
+    pub(crate) wall: f64,
     /// Seconds of processors.
     pub(crate) cpu: f64,
     /// Memory at the peak, in KiB.
@@ -32,8 +34,21 @@ pub(crate) fn used_by(measured: &Command, scratch: &Scratch) -> Result<Used> {
     // The last line: before it one says that the command failed.
     let words: Vec<f64> =
         printed.lines().last().unwrap_or_default().split(' ').filter_map(|word| word.parse().ok()).collect();
-    let [_, user, system, memory_kib] = words[..] else {
+    let [wall, user, system, memory_kib] = words[..] else {
         return Err(HarnessError::Unexpected(format!("time: {printed}")));
     };
-    Ok(Used { cpu: user + system, memory_kib, finished })
+    Ok(Used { wall, cpu: user + system, memory_kib, finished })
+}
+
+/// Seconds that `work` takes, unless it fails.
+pub(crate) fn seconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let clock = Instant::now();
+    work()?;
+    Ok(clock.elapsed().as_secs_f64())
+}
+
+/// How many processes have wanted a processor, on average of the last minute.
+pub(crate) fn load() -> f64 {
+    let averages = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    averages.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(f64::NAN)
 }

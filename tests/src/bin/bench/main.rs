@@ -5,6 +5,7 @@
 //! `tests/images`. *Plain* is what is not compressed, MB are 10^6 bytes.
 
 mod bombs;
+mod convert;
 mod figures;
 mod hot_set;
 mod snapshots;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 use lazuli_tests::{HarnessError, Result, Scratch};
 
 const USAGE: &str = "usage: bench starts [SAMPLES] IMAGE...
+       bench convert [--large] [IMAGE...] [-- OPTION...]
        bench snapshots [NAME]
        bench hot-set [IMAGE...]
        bench bombs [PROGRAM]
@@ -37,6 +39,7 @@ fn bench(mut words: impl Iterator<Item = String>) -> Result<()> {
     let words: Vec<String> = words.collect();
     match (name.as_str(), words.as_slice()) {
         ("starts", _) => starts::bench(words),
+        ("convert", _) => convert::bench(&words),
         ("snapshots", [] | [_]) => snapshots::bench(words.first().map(String::as_str)),
         ("hot-set", _) => hot_set::bench(&words),
         ("bombs", [] | [_]) => bombs::bench(words.first().map(String::as_str)),

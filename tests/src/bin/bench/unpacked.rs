@@ -106,3 +106,8 @@ fn for_each_entry(layer: &Path, mut look: impl FnMut(&Entry<'_>) -> io::Result<(
 fn plain(layer: &Path) -> Result<MultiGzDecoder<BufReader<File>>> {
     Ok(MultiGzDecoder::new(BufReader::new(File::open(layer).at("opening", layer)?)))
 }
+
+/// Length of the tar stream of a layer.
+pub(crate) fn plain_len(layer: &Path) -> Result<u64> {
+    io::copy(&mut plain(layer)?, &mut io::sink()).at("reading", layer)
+}
