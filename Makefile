@@ -15,7 +15,7 @@
 #   make fuzz-check    one change of a converted image after the other, each of which a check must find; CHANGES=n, 100000 unless said
 #   make bench         conversion beside what others take; snapshots and memory; the hot set beside real starts (minutes)
 #   make bench-starts  cold starts of real images: full pull, derived and recorded hot packs; IMAGES="...", SAMPLES=n (minutes)
-#   make bench-mounts  both modes of a mount beside ext4 and overlayfs; mounting 100,000 files (minutes)
+#   make bench-mounts  both modes of a mount beside ext4 and overlayfs; mounting 100,000 files; RUNS=n (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
 #   make lint          formatting and clippy
@@ -84,7 +84,7 @@ bench: build images
 	target/release/bench bombs
 
 bench-mounts: build images
-	benches/mounts
+	target/release/bench mounts $(if $(RUNS),--rounds $(RUNS))
 
 bench-starts: build images
 	target/release/bench starts $(or $(SAMPLES),5) $(or $(IMAGES),python node jre)

@@ -1,6 +1,10 @@
-//! What commands take.
+//! What commands take, and the middle of it.
 
-use std::{fs, process::Command, time::Instant};
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use lazuli_tests::{
     Finished, HarnessError, Result, Scratch,
@@ -45,6 +49,18 @@ pub(crate) fn seconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let clock = Instant::now();
     work()?;
     Ok(clock.elapsed().as_secs_f64())
+}
+
+/// Milliseconds.
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
+
+/// The middle one, of an even number the lower one.
+pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<_> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len().saturating_sub(1) / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// How many processes have wanted a processor, on average of the last minute.

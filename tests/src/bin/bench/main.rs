@@ -8,6 +8,7 @@ mod bombs;
 mod convert;
 mod figures;
 mod hot_set;
+mod mounts;
 mod snapshots;
 mod start_reads;
 mod starts;
@@ -19,6 +20,7 @@ use lazuli_tests::{HarnessError, Result, Scratch};
 
 const USAGE: &str = "usage: bench starts [SAMPLES] IMAGE...
        bench convert [--large] [IMAGE...] [-- OPTION...]
+       bench mounts [--rounds N] [--no-images] [IMAGE...]
        bench snapshots [NAME]
        bench hot-set [IMAGE...]
        bench bombs [PROGRAM]
@@ -40,6 +42,7 @@ fn bench(mut words: impl Iterator<Item = String>) -> Result<()> {
     match (name.as_str(), words.as_slice()) {
         ("starts", _) => starts::bench(words),
         ("convert", _) => convert::bench(&words),
+        ("mounts", _) => mounts::bench(&words),
         ("snapshots", [] | [_]) => snapshots::bench(words.first().map(String::as_str)),
         ("hot-set", _) => hot_set::bench(&words),
         ("bombs", [] | [_]) => bombs::bench(words.first().map(String::as_str)),

@@ -1,6 +1,7 @@
 //! An image as an ordinary directory: unpacked, and started from there without containerd.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, BufReader},
     path::{Path, PathBuf},
@@ -25,8 +26,10 @@ const IN_ROOT: &str =
 
 /// An image of `tests/images`.
 pub(crate) struct RealImage {
+    /// `oci:DIR:tag`.
+    pub(crate) layout: String,
     /// The files of its gzip layers, the lowest first.
-    layers: Vec<PathBuf>,
+    pub(crate) layers: Vec<PathBuf>,
     config: Value,
 }
 
@@ -34,7 +37,7 @@ impl RealImage {
     /// Builds it if it is not there yet.
     pub(crate) fn open(name: &str) -> Result<Self> {
         let layout = real_image(name)?;
-        Ok(Self { layers: layout_layers(&layout)?, config: layout_config(&layout)? })
+        Ok(Self { layers: layout_layers(&layout)?, config: layout_config(&layout)?, layout })
     }
 
     /// Its configuration as its layout has it.
@@ -50,6 +53,23 @@ impl RealImage {
             run(command("tar", words).arg(layer).arg("-C").arg(root))?;
         }
         Ok(())
+    }
+
+    /// The largest file of each layer, by its path below the root.
+    pub(crate) fn largest_files(&self) -> Result<BTreeSet<PathBuf>> {
+        let mut largest = BTreeSet::new();
+        for layer in &self.layers {
+            let mut found = (0, None);
+            for_each_entry(layer, |entry| {
+                let len = entry.header().size()?;
+                if entry.header().entry_type().is_file() && len > found.0 {
+                    found = (len, Some(path_below_root(&entry.path()?)));
+                }
+                Ok(())
+            })?;
+            largest.extend(found.1);
+        }
+        Ok(largest)
     }
 
     /// Runs its command with `root` as root directory until it has ended.
@@ -110,4 +130,9 @@ fn plain(layer: &Path) -> Result<MultiGzDecoder<BufReader<File>>> {
 /// Length of the tar stream of a layer.
 pub(crate) fn plain_len(layer: &Path) -> Result<u64> {
     io::copy(&mut plain(layer)?, &mut io::sink()).at("reading", layer)
+}
+
+/// Without the `./` or `/` that paths in a tar stream may begin with.
+fn path_below_root(path: &Path) -> PathBuf {
+    path.components().filter(|component| matches!(component, std::path::Component::Normal(_))).collect()
 }
