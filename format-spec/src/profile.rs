@@ -5,8 +5,10 @@
 
 use std::{collections::HashMap, fmt::Write as _, ops::Range};
 
-use serde::{Deserialize, Deserializer, de::Error};
+use serde::{Deserialize, Deserializer, Serialize, de::Error};
 use serde_json::json;
+
+use crate::Digest;
 
 /// The version of the document that this reads.
 const VERSION: u32 = 1;
@@ -17,7 +19,19 @@ const VERSION: u32 = 1;
 pub struct Profile {
     #[serde(rename = "version", deserialize_with = "known_version")]
     _version: u32,
+    #[serde(default)]
+    origin: Option<Origin>,
     files: Vec<ProfileFile>,
+}
+
+/// The start that a node has recorded by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// The repository of its image, with the host.
+    pub repository: String,
+    /// The tree of its layers, as nodes name it.
+    pub tree: Digest,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -39,7 +53,17 @@ impl Profile {
     /// A profile of files in the order of their first access, with the bytes that were read of each.
     pub fn of_files(files: impl IntoIterator<Item = (Vec<u8>, Vec<Range<u64>>)>) -> Self {
         let files = files.into_iter().map(|(path, ranges)| ProfileFile { path, ranges: Some(joined(ranges)) });
-        Self { _version: VERSION, files: files.collect() }
+        Self { _version: VERSION, origin: None, files: files.collect() }
+    }
+
+    /// The start that it is of, if a node has recorded it.
+    pub fn origin(&self) -> Option<&Origin> {
+        self.origin.as_ref()
+    }
+
+    /// The same files, as those of another start.
+    pub fn with_origin(self, origin: Option<Origin>) -> Self {
+        Self { origin, ..self }
     }
 
     /// The files in order, each with the bytes that were read of it; without them, all of it was.
@@ -57,15 +81,49 @@ impl Profile {
                 let place = number as f64 / count;
                 let (first, known) = places.entry(&file.path).or_insert_with(|| (place, file.clone()));
                 *first = first.min(place);
-                known.ranges = match (known.ranges.take(), &file.ranges) {
-                    (Some(known), Some(more)) => Some(joined(known.into_iter().chain(more.iter().cloned()).collect())),
-                    _ => None,
-                };
+                known.add(file);
             }
         }
         let mut files: Vec<_> = places.into_values().collect();
         files.sort_by(|(place, file), (other, that)| place.total_cmp(other).then_with(|| file.path.cmp(&that.path)));
-        Self { _version: VERSION, files: files.into_iter().map(|(_, file)| file).collect() }
+        Self { _version: VERSION, origin: None, files: files.into_iter().map(|(_, file)| file).collect() }
+    }
+
+    /// Its files in their order, and behind them those that only `later` has; of files that both have, what either has.
+    pub fn followed_by(mut self, later: &Self) -> Self {
+        let mut places = HashMap::new();
+        for (number, file) in self.files.iter().enumerate() {
+            places.entry(file.path.clone()).or_insert(number);
+        }
+        for file in &later.files {
+            let known = places.get(&file.path).and_then(|number| self.files.get_mut(*number));
+            match known {
+                Some(known) => known.add(file),
+                None => {
+                    places.insert(file.path.clone(), self.files.len());
+                    self.files.push(file.clone());
+                }
+            }
+        }
+        self
+    }
+
+    /// The files whose path is one that `is_kept`, in their order.
+    pub fn filtered(mut self, is_kept: impl Fn(&[u8]) -> bool) -> Self {
+        self.files.retain(|file| is_kept(&file.path));
+        self
+    }
+
+    /// The first `count` files.
+    pub fn first_files(mut self, count: usize) -> Self {
+        self.files.truncate(count);
+        self
+    }
+
+    /// Bytes of all its ranges; files without any count nothing.
+    pub fn ranges_len(&self) -> u64 {
+        let ranges = self.files.iter().filter_map(|file| file.ranges.as_deref()).flatten();
+        ranges.fold(0, |len, range| len.saturating_add(range.end - range.start))
     }
 
     /// The document, as [`Self::parse`] reads it: a line a file.
@@ -81,7 +139,9 @@ impl Profile {
             }
         };
         let lines: Vec<_> = self.files.iter().map(|file| format!("    {}", line(file))).collect();
-        format!("{{\n  \"version\": {VERSION},\n  \"files\": [\n{}\n  ]\n}}", lines.join(",\n"))
+        let origin = self.origin.as_ref().map(|origin| format!("\n  \"origin\": {},", json!(origin)));
+        let (origin, lines) = (origin.unwrap_or_default(), lines.join(",\n"));
+        format!("{{\n  \"version\": {VERSION},{origin}\n  \"files\": [\n{lines}\n  ]\n}}")
     }
 
     /// Reads a profile.
@@ -91,6 +151,16 @@ impl Profile {
     /// When it is no JSON, or not of the form that `docs/PROFILE.md` describes.
     pub fn parse(bytes: &[u8]) -> Result<Self, ProfileError> {
         Ok(serde_json::from_slice(bytes)?)
+    }
+}
+
+impl ProfileFile {
+    /// Adds what was read of the same file.
+    fn add(&mut self, more: &Self) {
+        self.ranges = match (self.ranges.take(), &more.ranges) {
+            (Some(known), Some(more)) => Some(joined(known.into_iter().chain(more.iter().cloned()).collect())),
+            _ => None,
+        };
     }
 }
 
@@ -189,6 +259,20 @@ mod tests {
             r#"{"path": "/a", "ranges": [[0, 10]]}, {"path": "/c"}, {"path": "/b", "ranges": [[0, 20], [30, 40]]}"#,
         );
         assert_eq!(merged, expected);
+    }
+
+    #[test]
+    fn a_node_says_where_it_recorded_and_later_files_come_behind() {
+        let file = |path: &str, range: Range<u64>| (path.as_bytes().to_vec(), vec![range]);
+        let origin = Origin { repository: "host:5000/team/app".to_owned(), tree: Digest::of(b"tree") };
+        let early = Profile::of_files([file("/b", 0..10), file("/a", 0..10)]).with_origin(Some(origin.clone()));
+        assert_eq!(Profile::parse(early.to_json().as_bytes()).unwrap(), early);
+        let both = early.followed_by(&Profile::of_files([file("/c", 0..5), file("/a", 5..20)]));
+        let expected = Profile::of_files([file("/b", 0..10), file("/a", 0..20), file("/c", 0..5)]);
+        assert_eq!(both, expected.clone().with_origin(Some(origin)));
+        assert_eq!((both.ranges_len(), both.clone().first_files(1).ranges_len()), (35, 10));
+        let kept = both.with_origin(None).filtered(|path| path != b"/b");
+        assert_eq!(kept, Profile::of_files([file("/a", 0..20), file("/c", 0..5)]));
     }
 
     #[test]

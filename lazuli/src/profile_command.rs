@@ -175,9 +175,7 @@ async fn run_export(arguments: ImageArguments) -> Result<(), String> {
 
 /// Files and bytes of a profile.
 pub(crate) fn summary(profile: &Profile) -> String {
-    let len: u64 =
-        profile.files().filter_map(|(_, ranges)| ranges).flatten().map(|range| range.end - range.start).sum();
-    format!("{} of {} files", HumanBytes(len), profile.files().count())
+    format!("{} of {} files", HumanBytes(profile.ranges_len()), profile.files().count())
 }
 
 fn show(profile: &Profile) {
