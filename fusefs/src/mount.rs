@@ -31,6 +31,8 @@ use crate::{
     tree::Tree,
 };
 
+/// Reads of a layer that touch something new and are recorded; a start that touches more is not recorded further.
+const TOUCHES_MAX: usize = 1 << 16;
 /// How often is looked whether somebody has unmounted an EROFS mount.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -121,12 +123,13 @@ pub async fn mount_image(
     let root = cache_root.to_owned();
     let runtime = Handle::current();
     // A person waits for the command: the client's patience is enough.
-    let cache = CacheOptions { patience: None, records_reads: true, ..CacheOptions::default() };
+    let cache = CacheOptions { patience: None, ..CacheOptions::default() };
     let stores = blocking(move || Stores::open(&root, runtime, sources, cache)).await?;
     let service = Service::new(stores, Arc::new(Namespace::of_node()), None);
     let root = cache_root.to_owned();
     let chosen = blocking(move || choose(mode, || erofs_mount::probe(&root))).await.map_err(Error::KernelMode)?;
     let tree = service.tree(&layers).await?;
+    tree.layers.iter().for_each(|layer| layer.begin_recording(TOUCHES_MAX));
     let mut refusal = None;
     if chosen.in_use == TreeMode::Erofs {
         match mount_in_kernel(&service, tree.clone(), cache_root, &mount_point).await {

@@ -118,6 +118,13 @@ impl LayerInner {
         runs.is_empty()
     }
 
+    /// The frames that a plain range misses and that come with nothing that is on its way, ascending.
+    pub(crate) fn frames_to_fetch(&self, plain: Range<u64>) -> Vec<u32> {
+        let mut runs = vec![plain];
+        self.near(&mut runs, Priority::HotPack);
+        runs.iter().flat_map(|run| self.core.store.missing_frames(run)).collect()
+    }
+
     /// Copies one piece from another layer; whether there is a point in copying more. Blocks.
     pub(crate) fn copy(&self, plan: &CopyPlan, piece: usize) -> bool {
         if self.core.is_removed() || !plan.is_current(&self.core.store) {

@@ -95,8 +95,6 @@ pub struct CacheOptions {
     /// Bytes a second at which cached content is compared with its checksums when nobody waits; without it only what an
     /// earlier process left is compared, when it is read and when it would be mounted.
     pub scrub_rate: Option<NonZeroU64>,
-    /// Whether is noted what is read of each layer ([`Layer::touches`]): some megabytes of memory for one read in pieces.
-    pub records_reads: bool,
     /// Where files are changed.
     pub disk: Disk,
 }
@@ -113,7 +111,6 @@ impl Default for CacheOptions {
             flush_interval: Duration::from_secs(3),
             index_memory: 64 << 20,
             scrub_rate: None,
-            records_reads: false,
             disk: Disk::default(),
         }
     }
@@ -154,7 +151,6 @@ struct CacheInner {
     layer_count: AtomicU64,
     /// Layers are verified as soon as they are complete.
     verifies: bool,
-    records_reads: bool,
     domain: fn(&Value) -> String,
     owner: fn(&Value) -> String,
     flush_soon: Arc<Notify>,
@@ -219,7 +215,6 @@ impl Cache {
             layers: Mutex::default(),
             layer_count: AtomicU64::new(0),
             verifies: options.rest.is_some(),
-            records_reads: options.records_reads,
             domain: options.domain,
             owner: options.owner,
             flush_soon: Arc::default(),

@@ -28,7 +28,7 @@ use crate::{
     },
     layer_core::{LayerCore, Progress},
     sync::{Mutex, MutexGuard, lock},
-    touched::{Touch, Touched},
+    touched::{Recorder, Touch},
     verify::verify_in_haste,
     warm::{Event, Warm, dedup::CopyPlan, hot_pack::HotStream},
 };
@@ -53,18 +53,16 @@ pub(crate) struct LayerInner {
     pub(crate) core: Arc<LayerCore>,
     pub(crate) scheduler: Arc<Scheduler>,
     read_ahead: Mutex<ReadAhead>,
-    /// `None` where it is not recorded.
-    touched: Option<Mutex<Touched>>,
+    recorder: Recorder,
     warm: Mutex<LayerWarm>,
 }
 
 impl Layer {
-    /// A layer that is open: from now on `scheduler` makes requests for it. Reads of it are noted if it
-    /// `records_reads`.
-    pub(crate) fn new(core: Arc<LayerCore>, scheduler: Arc<Scheduler>, records_reads: bool) -> Self {
+    /// A layer that is open: from now on `scheduler` makes requests for it.
+    pub(crate) fn new(core: Arc<LayerCore>, scheduler: Arc<Scheduler>) -> Self {
         scheduler.set_layer(&core);
-        let (read_ahead, touched, warm) = (Mutex::default(), records_reads.then(Mutex::default), Mutex::default());
-        Self { inner: Arc::new(LayerInner { core, scheduler, read_ahead, touched, warm }) }
+        let (read_ahead, recorder, warm) = (Mutex::default(), Recorder::new(core.store.is_empty()), Mutex::default());
+        Self { inner: Arc::new(LayerInner { core, scheduler, read_ahead, recorder, warm }) }
     }
 
     pub(crate) fn inner(&self) -> &Arc<LayerInner> {
@@ -306,15 +304,35 @@ impl Layer {
         self.core().store.directory()
     }
 
-    /// The ranges that were read of it, in the order of first touch; nothing where that is not recorded.
+    /// Records what is read of it from now on, up to `touches_max` reads that touch something new: some 60 bytes of memory
+    /// each. Forgets what was recorded before.
+    pub fn begin_recording(&self, touches_max: usize) {
+        self.inner.recorder.begin(touches_max);
+    }
+
+    /// Records no longer, and forgets what was.
+    pub fn end_recording(&self) {
+        self.inner.recorder.end();
+    }
+
+    /// The ranges that were recorded, in the order of first touch.
     pub fn touches(&self) -> Vec<Touch> {
-        self.inner.touched.as_ref().map(|touched| lock(touched).touches().to_vec()).unwrap_or_default()
+        self.inner.recorder.touches()
+    }
+
+    /// How many those are.
+    pub fn touch_count(&self) -> usize {
+        self.inner.recorder.touch_count()
+    }
+
+    /// Whether nothing of it was in the cache when it was opened, and nothing of it was read since: whoever reads it now
+    /// is seen to.
+    pub fn is_fresh(&self) -> bool {
+        self.inner.recorder.is_fresh()
     }
 
     fn note_read(&self, plain: Range<u64>) {
-        if let Some(touched) = &self.inner.touched {
-            lock(touched).note(plain.clone(), Instant::now());
-        }
+        self.inner.recorder.note(&plain);
         self.read_ahead(plain);
     }
 

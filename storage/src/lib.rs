@@ -11,9 +11,9 @@
 //!
 //! `layer_core.rs` is what everything here knows of a layer; `layer.rs` is the way of a read. `bring.rs` decides how
 //! what it misses comes: `warm/` is what comes by itself, a hot pack or copies from another layer, and `fetch/` decides
-//! what else is requested, when and where, and carries it out. `disk/` keeps it all, in an order of writes that a crash
-//! may cut anywhere. `cache/` opens layers and works for them in the background. `threads.rs` checks what threads may
-//! do to each other.
+//! what else is requested, when and where, and carries it out; `foresight.rs` has it request what somebody expects to be
+//! read. `disk/` keeps it all, in an order of writes that a crash may cut anywhere. `cache/` opens layers and works for
+//! them in the background. `threads.rs` checks what threads may do to each other.
 //!
 //! # Who tries again
 //!
@@ -54,6 +54,7 @@ pub mod cache;
 pub mod disk;
 pub mod error;
 mod fetch;
+mod foresight;
 pub mod layer;
 mod layer_core;
 mod ranges;
@@ -74,6 +75,7 @@ pub use fetch::source::{
     ByteStream, FetchFuture, FetchWideFuture, Source, SourceError, SourceErrorKind, Sources, WideStream,
 };
 pub use fetch::wait::WaitingRead;
+pub use foresight::Foresight;
 pub use layer::Layer;
 pub use layer_core::Progress;
 pub use touched::Touch;

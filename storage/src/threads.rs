@@ -446,7 +446,7 @@ fn a_read_is_answered_whatever_it_waits_for() {
         let (source, description, owner) = (Arc::new(NoSource), Value::Null, String::new());
         let places = Places::new(Place { number: 0, layer: MODEL.lazy, source, description, owner }, false);
         scheduler.add_layer(1, MODEL.lazy.blob, &places);
-        let layer = Layer::new(LayerCore::new(1, MODEL.lazy, store, places, handle, 0), scheduler, false);
+        let layer = Layer::new(LayerCore::new(1, MODEL.lazy, store, places, handle, 0), scheduler);
         layer.inner().note_warm(Event::SearchBegins);
         let (sender, receiver) = shuttle::sync::mpsc::channel();
         let read = |plain: Range<u64>| {

@@ -76,6 +76,11 @@ impl<H: Clone, P: Clone, W: Clone> Warm<H, P, W> {
         matches!(self, Self::Sought(_))
     }
 
+    /// Whether parts of the hot pack come, or it is not known yet.
+    pub(crate) fn is_hot_pack_coming(&self) -> bool {
+        matches!(self, Self::Sought(_) | Self::Hot(_) | Self::Copies(_, Some(_)))
+    }
+
     /// Whether nothing comes by itself.
     pub(crate) fn is_nothing(&self) -> bool {
         matches!(self, Self::Nothing)

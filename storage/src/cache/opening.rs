@@ -96,7 +96,7 @@ impl CacheInner {
             self.add_older_places(&places, &record);
             self.scheduler.places_changed(number, blob);
             let core = LayerCore::new(number, *layer, store, places, self.runtime.clone(), 0);
-            let layer = Layer::new(core, self.scheduler.clone(), self.records_reads);
+            let layer = Layer::new(core, self.scheduler.clone());
             if !layer.core().places.to_records().into_iter().eq(record.places()) {
                 self.keep_places(&layer);
             }
@@ -113,7 +113,7 @@ impl CacheInner {
         let record = LayerRecord::new(*layer, places.to_records());
         let store = self.blocking(blob, move || inner.store_layer(&at, &record, index)).await?;
         let core = LayerCore::new(number, *layer, store, places, self.runtime.clone(), fetched_bytes);
-        let layer = Layer::new(core, self.scheduler.clone(), self.records_reads);
+        let layer = Layer::new(core, self.scheduler.clone());
         let has_hot_pack = !has_peers && slot.place().layer.hot_len > 0;
         self.start_up(&layer, has_hot_pack.then_some((incoming, slot)), has_peers);
         Ok(layer)

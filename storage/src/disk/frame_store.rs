@@ -212,6 +212,11 @@ impl FrameStore {
         self.presence.is_complete()
     }
 
+    /// Whether no page of it is.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.presence.is_empty()
+    }
+
     /// Whether everything is there and durable: nothing is ever written to the file again.
     pub(crate) fn is_sealed(&self) -> bool {
         *lock(&self.seal)

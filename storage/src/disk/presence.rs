@@ -124,6 +124,11 @@ impl Presence {
         self.pages.set_count() == self.counts.pages
     }
 
+    /// Whether none of it is.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.pages.set_count() == 0
+    }
+
     /// The parts of a plain range whose pages are not there, ascending. Frames may have brought their content yet.
     pub(crate) fn missing_runs(&self, plain: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
         let plain = plain.clone();

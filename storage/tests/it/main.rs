@@ -7,6 +7,7 @@ mod copies;
 mod disk_order;
 mod durability;
 mod faults;
+mod foresight;
 mod health;
 mod hot_pack;
 mod kept_files;
