@@ -1,7 +1,9 @@
 //! The root directory that the programs of a node share: the name of each thing directly below it.
 //!
-//! Whoever makes a thing decides how it lies inside: `cache/` is storage's, `trees/` fusefs' and `snapshots/` the
-//! snapshotter's.
+//! Whoever makes a thing decides how it lies inside: `cache/` is storage's, `trees/` and `starts/` fusefs' and
+//! `snapshots/` the snapshotter's.
+
+use format_spec::Digest;
 
 /// Layers and what is fetched of them: the cache of `lazuli-fused` or of `lazuli mount`.
 pub const CACHE: &str = "cache";
@@ -9,6 +11,8 @@ pub const CACHE: &str = "cache";
 pub const LAYER_CACHES: &str = "cache/layers";
 /// Merged trees.
 pub const TREES: &str = "trees";
+/// What starts of each repository's images were seen to read; see [`record_of_starts`].
+pub const STARTS: &str = "starts";
 /// The mount point of the FUSE session.
 pub const SESSION: &str = "mnt";
 /// Mount points of trees that the kernel reads by itself.
@@ -34,3 +38,8 @@ pub const SNAPSHOTTER_LOCK: &str = "lock";
 pub const CHAINS: &str = "chains.json";
 /// Images that are not lazy although they could be, for `lazuli status`: a list of [`crate::NotLazy`], oldest first.
 pub const NOT_LAZY: &str = "not-lazy.json";
+
+/// The name of the record of starts of a repository's images, below the root: a profile (`docs/PROFILE.md`).
+pub fn record_of_starts(repository: &str) -> String {
+    format!("{STARTS}/{}", Digest::of(repository.as_bytes()).hex())
+}

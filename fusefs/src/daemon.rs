@@ -6,6 +6,7 @@
 //! <root>/mnt          the session
 //! <root>/cache        storage's
 //! <root>/trees        merged trees
+//! <root>/starts       what starts of each repository's images were seen to read
 //! <root>/erofs        where they are mounted in kernel mode
 //! <root>/id-mapped    where the snapshotter shows them with other owners
 //! ```
@@ -72,6 +73,8 @@ pub struct DaemonOptions {
     pub take_over: Option<Arc<OwnedFd>>,
     /// How trees are mounted.
     pub mode: Mode,
+    /// Whether starts are recorded, and records used.
+    pub records_starts: bool,
     /// How content comes and is kept.
     pub cache: CacheOptions,
 }
@@ -125,7 +128,8 @@ impl Daemon {
     /// not before.
     pub async fn start(options: DaemonOptions, sources: Arc<dyn SourceFactory>) -> Result<Self, Error> {
         let runtime = Handle::current();
-        let DaemonOptions { root, address, session: session_options, mode: asked, take_over, cache } = options;
+        let DaemonOptions { root, address, session: session_options, mode: asked, take_over, records_starts, cache } =
+            options;
         let prepare = move || -> Result<Self, Error> {
             create_private_directory(&root).map_err(Error::disk(&root))?;
             let root = root.canonicalize().map_err(Error::disk(&root))?;
@@ -135,7 +139,10 @@ impl Daemon {
                 thread::sleep(HEIR_PATIENCE);
             }
             let lock = retry(patience, || lock(&root), |error| matches!(error, Error::Locked(_)))?;
-            let stores = Stores::open(&root, runtime, sources, cache)?;
+            let mut stores = Stores::open(&root, runtime, sources, cache)?;
+            if records_starts {
+                stores.record_starts(&root);
+            }
             let mode = choose(asked, || erofs_mount::probe(&root)).map_err(Error::KernelMode)?;
             info!(mode = %mode.in_use, reason = mode.reason, "how trees are mounted");
             let bind = || ControlServer::bind(&address);
@@ -193,7 +200,12 @@ impl Daemon {
         let is_left = self.device.is_held() && !self.session.has_ended();
         drop(self.server);
         let service = self.mounts.service().clone();
-        let flush = move || blocking(move || service.flush());
+        let flush = move || {
+            blocking(move || {
+                service.write_starts();
+                service.flush()
+            })
+        };
         if is_left {
             info!(mount_point = %self.session.mount_point().display(), "the session is left to the next process");
             let flushed = flush().await;

@@ -29,6 +29,7 @@ mod recording;
 mod server;
 mod service;
 mod session;
+mod starts;
 mod store;
 mod sync;
 mod tree;

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use control::{
     DedupScope, Mode, RemoteLayer, descriptor,
     log::{self, Log, LogTarget},
@@ -84,6 +84,10 @@ struct Arguments {
     /// MiB a second at which cached content is compared with its checksums when nobody waits; 0 for never.
     #[arg(long, value_name = "MIB", default_value_t = SCRUB_RATE_MIB)]
     scrub_rate: u32,
+    /// Record what starts of containers read, and fetch it ahead when the next version of their image is started: true or
+    /// false.
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    record_starts: bool,
     /// Between which layers content is copied instead of fetched: of one repository, one registry, or all of the node.
     #[arg(long, value_name = "SCOPE", default_value_t)]
     dedup: DedupScope,
@@ -136,6 +140,7 @@ fn main() -> ExitCode {
         session: SessionOptions { read_ahead_kib: arguments.read_ahead },
         take_over,
         mode: arguments.mode,
+        records_starts: arguments.record_starts,
         cache: CacheOptions {
             rest: NonZeroU64::new(u64::from(arguments.background_rate) << 20).map(RestOptions::new),
             index_memory: u64::from(arguments.index_memory) << 20,

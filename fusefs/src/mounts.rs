@@ -164,7 +164,12 @@ impl Mounts {
         let mounts = self.clone();
         let mount = move || {
             let _change = change;
-            mounts.0.kernel.mount(&tree, &image).map_err(|error| Error::KernelMount(tree.id, error))
+            let Inner { kernel, service, .. } = &*mounts.0;
+            let mounted = kernel.mount(&tree, &image).map_err(|error| Error::KernelMount(tree.id, error));
+            if let Some(starts) = service.starts() {
+                starts.mounted(tree.id, &kernel.find(tree.id).unwrap_or_default());
+            }
+            mounted
         };
         pools.mounting.run(mount).await
     }

@@ -21,9 +21,15 @@ pub struct TouchedFile {
 /// Seen is what reaches this process. The kernel answers the rest by itself: pages that it keeps, and in kernel mode
 /// everything of layers that were complete when the tree was mounted.
 pub(crate) fn touched_files(tree: &Tree) -> Vec<TouchedFile> {
+    touched_in(tree, |_, _| true)
+}
+
+/// The same of reads that count: `counts` is asked about the number of the layer and the time.
+pub(crate) fn touched_in(tree: &Tree, counts: impl Fn(u32, Instant) -> bool) -> Vec<TouchedFile> {
     let mut touches: Vec<(Instant, u32, Range<u64>)> = Vec::new();
     for (number, layer) in (0_u32..).zip(&tree.layers) {
-        touches.extend(touches_of(layer).map(|(at, plain)| (at, number, plain)));
+        let counted = touches_of(layer).filter(|(at, _)| counts(number, *at));
+        touches.extend(counted.map(|(at, plain)| (at, number, plain)));
     }
     // Stable: what one read touched stays in order.
     touches.sort_by_key(|(at, ..)| *at);

@@ -33,6 +33,7 @@ use crate::{
     pool::Pools,
     reading::reading,
     session,
+    starts::Starts,
     store::{StoredTree, TreeStore},
     sync::lock,
     tree::Tree,
@@ -58,6 +59,8 @@ struct Inner {
     trees: Arc<Trees>,
     /// Layers that are opened because somebody announced them, with the image that he named.
     announced: Mutex<HashSet<(LayerId, String)>>,
+    /// `None` where starts are not recorded.
+    starts: Option<Arc<Starts>>,
     /// Tells the kernel what has changed; `None` where no session shows more than one tree.
     notifier: Option<Notifier>,
 }
@@ -68,6 +71,7 @@ pub(crate) struct Stores {
     cache: Cache,
     trees: TreeStore,
     pools: Pools,
+    starts: Option<Arc<Starts>>,
 }
 
 impl Stores {
@@ -89,16 +93,26 @@ impl Stores {
             cache: Cache::open(&root.join(CACHE), runtime, cache)?,
             trees: TreeStore::open(root.join(TREES), disk)?,
             pools: Pools::new().map_err(Error::disk(root))?,
+            starts: None,
         })
+    }
+
+    /// Has starts recorded below `root`, and records used. Where that cannot be, all goes on without.
+    pub(crate) fn record_starts(&mut self, root: &Path) {
+        match Starts::open(root) {
+            Ok(starts) => self.starts = Some(starts),
+            Err(error) => warn!(root = %root.display(), %error, "starts are not recorded"),
+        }
     }
 }
 
 impl Service {
     /// A service that shows nothing before it is asked for; `namespace` is what a session shows.
     pub(crate) fn new(stores: Stores, namespace: Arc<Namespace>, notifier: Option<Notifier>) -> Self {
-        let Stores { sources, cache, trees: store, pools } = stores;
+        let Stores { sources, cache, trees: store, pools, starts } = stores;
         let (trees, announced) = (Arc::default(), Mutex::default());
-        Self(Arc::new(Inner { cache, store, pools, sources, namespace, trees, announced, notifier }))
+        starts.iter().for_each(Starts::keep_looking);
+        Self(Arc::new(Inner { cache, store, pools, sources, namespace, trees, announced, starts, notifier }))
     }
 
     /// What a session for the node shows.
@@ -109,6 +123,11 @@ impl Service {
     /// Which trees there are.
     pub(crate) fn trees(&self) -> &Arc<Trees> {
         &self.0.trees
+    }
+
+    /// The starts that are recorded, if any are.
+    pub(crate) fn starts(&self) -> Option<&Arc<Starts>> {
+        self.0.starts.as_ref()
     }
 
     /// Threads for what blocks.
@@ -124,6 +143,9 @@ impl Service {
     /// When the trees cannot be listed; the namespace is complete then.
     pub(crate) fn restore(&self) -> Result<(), Error> {
         let records = self.0.store.records().inspect_err(|_| self.0.namespace.set_complete())?;
+        if let Some(starts) = self.starts() {
+            starts.note_restored(records.iter().map(|(id, _)| *id));
+        }
         let mut restoring = JoinSet::new();
         for (id, record) in records {
             let service = self.clone();
@@ -179,7 +201,10 @@ impl Service {
     }
 
     /// Makes images places of the layers of a tree that is there, until it is released.
-    fn hold_places(&self, layers: &[RemoteLayer]) {
+    fn hold_places(&self, id: TreeId, layers: &[RemoteLayer]) {
+        if let Some(starts) = self.starts() {
+            starts.named(id, image_of_tree(layers));
+        }
         for remote in layers {
             match self.place_of(remote) {
                 Ok((source, description)) => self.0.cache.hold_place(&remote.layer, source, description),
@@ -267,12 +292,12 @@ impl Service {
         let waiting = match self.0.trees.want(id, layers)? {
             Wanted::Made(tree) => {
                 // Another image of the same layers is another place of them.
-                self.hold_places(layers);
+                self.hold_places(id, layers);
                 return Ok(tree);
             }
             Wanted::Coming(waiting) => {
                 let tree = waiting.outcome().await?;
-                self.hold_places(layers);
+                self.hold_places(id, layers);
                 return Ok(tree);
             }
             Wanted::Absent(attempt, waiting) => {
@@ -296,7 +321,10 @@ impl Service {
         if let Ok(tree) = &made {
             self.0.namespace.add_tree(tree);
             self.tell(Node::Trees, id).await;
-            let image = layers.last().map_or("", |top| top.image.as_str());
+            let image = image_of_tree(&layers);
+            if let Some(starts) = self.starts() {
+                starts.made(tree, image);
+            }
             info!(image, tree = %id, layers = layers.len(), inodes = tree.index.inodes().len(), "tree available");
         }
         attempt.end(made);
@@ -371,6 +399,9 @@ impl Service {
     /// When the disk refuses.
     pub(crate) fn delete_tree(&self, id: TreeId) -> Result<(), Error> {
         let removed = self.0.namespace.remove_tree(id);
+        if let Some(starts) = self.starts() {
+            starts.released(id);
+        }
         self.0.store.remove(id)?;
         if removed.is_some() {
             let (sender, told) = mpsc::sync_channel(1);
@@ -457,6 +488,13 @@ impl Service {
         Ok(self.0.cache.flush()?)
     }
 
+    /// Writes down what was recorded of starts so far; blocks.
+    pub(crate) fn write_starts(&self) {
+        if let Some(starts) = self.starts() {
+            starts.write_now();
+        }
+    }
+
     /// Has the kernel hear of a change, and waits for that, not long.
     async fn tell(&self, directory: Node, name: Digest) {
         let (sender, told) = oneshot::channel();
@@ -497,6 +535,11 @@ fn places(sources: &Arc<dyn SourceFactory>) -> Sources {
         let image = description.get(IMAGE)?.as_str()?.to_owned();
         sources.source(&RemoteLayer { layer: *layer, image }).ok()
     })
+}
+
+/// The image that a tree of these layers is wanted for.
+fn image_of_tree(layers: &[RemoteLayer]) -> &str {
+    layers.last().map_or("", |top| top.image.as_str())
 }
 
 /// The image that a layer was last pulled for.

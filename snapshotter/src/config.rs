@@ -54,6 +54,8 @@ pub struct Settings {
     pub index_memory: Option<u32>,
     /// MiB a second at which cached content is compared with its checksums, 0 for never.
     pub scrub_rate: Option<u32>,
+    /// Whether it records what starts read, and fetches that ahead for the next version of an image.
+    pub record_starts: Option<bool>,
     /// How long a container waits for its lazy layers, in seconds.
     pub start_timeout: Option<u32>,
     /// How long the first lazy layer of an image waits for a look at its registry, in seconds.
@@ -95,6 +97,9 @@ pub struct Config {
     pub index_memory: Option<u32>,
     /// MiB a second at which cached content is compared with its checksums; `None` for the default of `lazuli-fused`.
     pub scrub_rate: Option<u32>,
+    /// Whether it records what starts read, and fetches that ahead for the next version of an image; `None` for the default
+    /// of `lazuli-fused`.
+    pub record_starts: Option<bool>,
     /// How long things may take.
     pub limits: Limits,
     /// Between which layers content is copied; `None` for the default of `lazuli-fused`.
@@ -119,6 +124,7 @@ impl Config {
         for (flag, number) in numbers {
             arguments.extend(number.into_iter().flat_map(|number| [flag.to_owned(), number.to_string()]));
         }
+        arguments.extend(self.record_starts.into_iter().flat_map(|is| ["--record-starts".to_owned(), is.to_string()]));
         arguments.extend(self.dedup.into_iter().flat_map(|scope| ["--dedup".to_owned(), scope.to_string()]));
         arguments.extend(self.plain_http.then(|| "--plain-http".to_owned()));
         arguments
@@ -176,6 +182,7 @@ impl Settings {
             patience: self.patience.or(file.patience),
             index_memory: self.index_memory.or(file.index_memory),
             scrub_rate: self.scrub_rate.or(file.scrub_rate),
+            record_starts: self.record_starts.or(file.record_starts),
             limits: Limits {
                 start: seconds(self.start_timeout.or(file.start_timeout).unwrap_or(START_SECONDS)),
                 probe: seconds(self.probe_timeout.or(file.probe_timeout).unwrap_or(PROBE_SECONDS)),
@@ -196,7 +203,7 @@ mod tests {
 
     #[test]
     fn flags_come_before_the_file_and_the_file_before_defaults() {
-        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\npatience = 90\nindex_memory = 32\nscrub_rate = 0\nhang_timeout = 0\nstart_timeout = 5\ndedup = 'node'\n[trust]\nrepositories = ['host/team']\n";
+        let text = "address = '/a.sock'\nroot = '/b'\nplain_http = true\nmode = 'fuse'\nfused_is_service = true\nbackground_rate = 0\npatience = 90\nindex_memory = 32\nscrub_rate = 0\nrecord_starts = false\nhang_timeout = 0\nstart_timeout = 5\ndedup = 'node'\n[trust]\nrepositories = ['host/team']\n";
         let file = Settings::parse(text).unwrap();
         let flags = Settings { root: Some("/c".into()), ..Settings::default() };
         let expected = Config {
@@ -211,6 +218,7 @@ mod tests {
             patience: Some(90),
             index_memory: Some(32),
             scrub_rate: Some(0),
+            record_starts: Some(false),
             limits: Limits { start: seconds(5), probe: seconds(PROBE_SECONDS), hang: None },
             dedup: Some(DedupScope::Node),
             trust: TrustSettings { repositories: vec!["host/team".to_owned()], ..TrustSettings::default() }.into(),
@@ -233,6 +241,8 @@ mod tests {
                 "32",
                 "--scrub-rate",
                 "0",
+                "--record-starts",
+                "false",
                 "--dedup",
                 "node",
                 "--plain-http"

@@ -72,6 +72,10 @@ struct Arguments {
     /// of lazuli-fused]
     #[arg(long, value_name = "MIB")]
     scrub_rate: Option<u32>,
+    /// Record what starts of containers read, and fetch it ahead when the next version of their image is started: true or
+    /// false [default: that of lazuli-fused]
+    #[arg(long, value_name = "BOOL")]
+    record_starts: Option<bool>,
     /// Seconds that a container waits for its lazy layers; they are waited for all the same [default: 60]
     #[arg(long, value_name = "SECONDS")]
     start_timeout: Option<u32>,
@@ -135,7 +139,8 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
     };
     let program = std::env::current_exe()?;
     let Arguments { address, root, fused, plain_http, mode, read_ahead, background_rate, patience, .. } = arguments;
-    let Arguments { index_memory, scrub_rate, start_timeout, probe_timeout, hang_timeout, dedup, log, .. } = arguments;
+    let Arguments { index_memory, scrub_rate, record_starts, start_timeout, probe_timeout, .. } = arguments;
+    let Arguments { hang_timeout, dedup, log, .. } = arguments;
     let (plain_http, fused_is_service) = (plain_http.then_some(true), None);
     let flags = Settings {
         address,
@@ -149,6 +154,7 @@ fn configuration(arguments: Arguments) -> Result<Config, Box<dyn std::error::Err
         patience,
         index_memory,
         scrub_rate,
+        record_starts,
         start_timeout,
         probe_timeout,
         hang_timeout,

@@ -12,5 +12,6 @@ mod mount;
 mod overlay;
 mod registries;
 mod stalls;
+mod starts;
 mod support;
 mod takeover;

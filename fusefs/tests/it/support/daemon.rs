@@ -115,6 +115,7 @@ pub fn options(root: &Path) -> DaemonOptions {
         session: SessionOptions::default(),
         mode: Mode::Fuse,
         take_over: None,
+        records_starts: true,
         // A failure comes at once.
         cache: CacheOptions { patience: None, ..CacheOptions::default() },
     }

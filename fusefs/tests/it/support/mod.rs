@@ -324,7 +324,7 @@ impl Registry {
     pub fn sources(&self) -> Arc<dyn SourceFactory> {
         let registry = self.clone();
         Arc::new(move |layer: &RemoteLayer| -> Result<Arc<dyn Source>, SourceError> {
-            assert_eq!(layer.image, IMAGE);
+            assert!(layer.image.contains(".example.com/image:"), "{}", layer.image);
             Ok(Arc::new(BlobSource { registry: registry.clone(), blob: layer.layer.blob }))
         })
     }

@@ -1,0 +1,101 @@
+//! Where what an earlier start read lies in a tree of another version of its image.
+
+use std::ops::Range;
+
+use format_spec::{Index, Inode, profile::Profile, records::WHITEOUT};
+
+/// Ranges of the plain address space of the layer with this number.
+pub(crate) type LayerRanges = (u32, Vec<Range<u64>>);
+
+/// What a record names of a tree, in its order: neighbours of one layer together.
+///
+/// Files that the tree has not as regular files are left out, and ranges are cut at the end of theirs.
+pub(crate) fn foreseen<B: AsRef<[u8]>>(tree: &Index<B>, record: &Profile) -> Vec<LayerRanges> {
+    let mut found: Vec<LayerRanges> = Vec::new();
+    for (path, ranges) in record.files() {
+        let Some(inode) = find_file(tree, path) else { continue };
+        let (plain, layer) = (inode.plain_range(), inode.layer.get());
+        let all = [Range { start: 0, end: u64::MAX }];
+        for range in ranges.unwrap_or(&all) {
+            let at = |offset| plain.start.saturating_add(offset).min(plain.end);
+            let run = at(range.start)..at(range.end);
+            if run.is_empty() {
+                continue;
+            }
+            match found.last_mut() {
+                Some((last, ranges)) if *last == layer => ranges.push(run),
+                _ => found.push((layer, vec![run])),
+            }
+        }
+    }
+    found
+}
+
+/// The regular file under an absolute path. Records are of paths without links, so none is followed.
+pub(crate) fn find_file<'t, B: AsRef<[u8]>>(tree: &'t Index<B>, path: &[u8]) -> Option<&'t Inode> {
+    let names = path.split(|byte| *byte == b'/').filter(|name| !name.is_empty());
+    let mut inode = tree.inode(0)?;
+    for name in names {
+        let directory = Some(inode).filter(|inode| inode.is_directory())?;
+        let number = tree.lookup(directory, name).filter(|number| *number != WHITEOUT)?;
+        inode = tree.inode(number)?;
+    }
+    Some(inode).filter(|inode| inode.is_regular())
+}
+
+#[cfg(test)]
+mod tests {
+    use format_spec::{Digest, IndexBuilder, builder::implicit_directory};
+
+    use super::*;
+
+    /// `/a` (5000 bytes) of layer 0 at 4096, `/d/b` (10 bytes) of layer 1 at 0, `/d/c` (20,000 bytes) of layer 1 at 4096.
+    fn tree() -> Index<Vec<u8>> {
+        let mut builder = IndexBuilder::default();
+        let file = |parent: u32, layer: u32, offset: u64, len: u64| {
+            let mut inode = implicit_directory();
+            inode.parent = parent.into();
+            inode.mode = (0o100_644).into();
+            inode.layer = layer.into();
+            inode.plain_offset = offset.into();
+            inode.size = len.into();
+            inode
+        };
+        builder.add_inode(implicit_directory()).unwrap();
+        builder.add_inode(file(0, 0, 4096, 5000)).unwrap();
+        builder.add_inode(implicit_directory()).unwrap();
+        builder.add_inode(file(2, 1, 0, 10)).unwrap();
+        builder.add_inode(file(2, 1, 4096, 20_000)).unwrap();
+        builder.add_directory(0, [(&b"a"[..], 1), (b"d", 2)]).unwrap();
+        builder.add_directory(2, [(&b"b"[..], 3), (b"c", 4)]).unwrap();
+        Index::open(builder.finish_tree(&[Digest::of(b"low"), Digest::of(b"high")]).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn ranges_of_a_record_are_found_by_path_in_its_order_and_cut() {
+        let record =
+            |files: &str| Profile::parse(format!(r#"{{"version": 1, "files": [{files}]}}"#).as_bytes()).unwrap();
+        let found = foreseen(
+            &tree(),
+            &record(
+                r#"{"path": "/d/c", "ranges": [[0, 4096], [12288, 99999]]}, {"path": "/gone"}, {"path": "/d"},
+                   {"path": "/d/b"}, {"path": "/a", "ranges": [[4096, 8192], [8192, 9000]]}, {"path": "/a/b"},
+                   {"path": "/d/c", "ranges": [[4096, 8192]]}"#,
+            ),
+        );
+        let runs = |runs: &[(u64, u64)]| runs.iter().map(|(start, end)| *start..*end).collect::<Vec<_>>();
+        let expected = [
+            (1, runs(&[(4096, 8192), (16_384, 24_096), (0, 10)])),
+            (0, runs(&[(8192, 9096)])),
+            (1, runs(&[(8192, 12_288)])),
+        ];
+        assert_eq!(found, expected);
+        let hostile = format!(
+            r#"{{"path": "/a", "ranges": [[{0}, {1}]]}}, {{"path": "/"}}, {{"path": "/../a"}}, {{"path": "/{2}a"}}"#,
+            u64::MAX - 1,
+            u64::MAX,
+            "x/".repeat(10_000)
+        );
+        assert_eq!(foreseen(&tree(), &record(&hostile)), []);
+    }
+}
