@@ -13,13 +13,14 @@ use converter::{
     image::{ImageSource, location::Location, platform::Platform},
     inspect::recorded_profile,
 };
-use format_spec::profile::Profile;
-use indicatif::HumanBytes;
+use format_spec::{paths::shown, profile::Profile};
+use indicatif::{HumanBytes, HumanDuration};
 
 use crate::{
     output::fail_with,
     profile::{
         Ready,
+        node::{NodeRecord, node_record, node_records},
         record::{RecordOptions, record},
     },
     registry_arguments::RegistryArguments,
@@ -54,6 +55,11 @@ enum ProfileAction {
     },
     /// Take the profile out of a converted image that was made with one.
     Export(ImageArguments),
+    /// Write what this node has recorded of starts of an image's repository, or list all such records.
+    ///
+    /// lazuli-fused records what starts of containers read, and uses it for the next version of the image on this node;
+    /// given to lazuli convert --profile it serves all nodes.
+    Node(NodeCommand),
     /// Put several profiles together: what any of them has, first what is read first.
     Merge {
         /// The profiles
@@ -74,6 +80,19 @@ struct RecordCommand {
     /// Run this instead of the image's command
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct NodeCommand {
+    /// A repository, host/repository, or an image of it [default: list the repositories]
+    #[arg(value_name = "REPOSITORY")]
+    repository: Option<String>,
+    /// The directory that lazuli-snapshotter was given as its root
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/lazuli")]
+    root: PathBuf,
+    /// Where to write the profile [default: standard output]
+    #[arg(long, short, value_name = "FILE", requires = "repository")]
+    output: Option<PathBuf>,
 }
 
 /// The image of a profile, and where the profile goes.
@@ -141,6 +160,7 @@ pub(crate) async fn run(arguments: ProfileArguments, interrupted: impl Future<Ou
             exported = run_export(arguments) => exported,
             () = interrupted => Err("interrupted".to_owned()),
         },
+        ProfileAction::Node(command) => run_node(command),
         ProfileAction::Merge { profiles, output } => {
             let profiles = profiles.iter().map(|path| read_profile(path)).collect::<Result<Vec<_>, _>>()?;
             write(&Profile::merge(&profiles), output.as_deref())
@@ -171,6 +191,24 @@ async fn run_export(arguments: ImageArguments) -> Result<(), String> {
     let profile = recorded_profile(&source, platform.as_ref()).await.map_err(|error| fail_with(&named, &error))?;
     let none = || format!("{named}: no profile is in its hot packs; record one with lazuli profile record");
     write(&profile.ok_or_else(none)?.profile, output.as_deref())
+}
+
+fn run_node(command: NodeCommand) -> Result<(), String> {
+    let NodeCommand { repository, root, output } = command;
+    if let Some(named) = repository {
+        let record = node_record(&root, &named).map_err(|error| error.to_string())?;
+        return write(&record.profile, output.as_deref());
+    }
+    let (records, damaged) = node_records(&root).map_err(|error| error.to_string())?;
+    damaged.iter().for_each(|error| eprintln!("{error}"));
+    if records.is_empty() {
+        eprintln!("no start is recorded in {}", root.display());
+    }
+    for NodeRecord { repository, profile, age } in records {
+        // No byte of a name is a command to a terminal.
+        println!("{}: {}, {} ago", shown(repository.as_bytes()), summary(&profile), HumanDuration(age));
+    }
+    Ok(())
 }
 
 /// Files and bytes of a profile.
