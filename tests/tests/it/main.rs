@@ -18,6 +18,7 @@ mod mount;
 mod node_bad_input;
 mod private_images;
 mod profile;
+mod starts;
 mod status;
 mod tar_features;
 mod tidy;
