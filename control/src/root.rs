@@ -11,7 +11,7 @@ pub const CACHE: &str = "cache";
 pub const LAYER_CACHES: &str = "cache/layers";
 /// Merged trees.
 pub const TREES: &str = "trees";
-/// What starts of each repository's images were seen to read; see [`record_of_starts`].
+/// The files that starts of each repository's images were seen to read; see [`record_of_starts`].
 pub const STARTS: &str = "starts";
 /// The mount point of the FUSE session.
 pub const SESSION: &str = "mnt";

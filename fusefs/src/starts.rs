@@ -1,7 +1,7 @@
 //! Starts of this node: what each reads is recorded, and fetched ahead when another version of its image is started.
 //!
-//! A *recording* begins when a tree is made and ends a minute after somebody has read of it first. What was touched by
-//! then is the *record* of the image's repository (`starts/records.rs`). Trees that an earlier process has shown are not
+//! A *recording* begins when a tree is made and ends a minute after somebody has read of it first. The files
+//! that were touched by then are the *record* of the image's repository (`starts/records.rs`). Trees that an earlier process has shown are not
 //! recorded: they have been started.
 //!
 //! Layers are shared, and a read of one does not say through which tree it came. So a recording counts only what was read

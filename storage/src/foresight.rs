@@ -6,7 +6,7 @@ use std::{collections::HashSet, ops::Range};
 
 use crate::{fetch::scheduler::Priority, layer::Layer};
 
-/// What is fetched ahead for one start, and how much more may be.
+/// The frames that are fetched ahead for one start, and how much more may be.
 #[derive(Debug)]
 pub struct Foresight {
     len_left: u64,

@@ -7,7 +7,7 @@ use format_spec::{Index, Inode, profile::Profile, records::WHITEOUT};
 /// Ranges of the plain address space of the layer with this number.
 pub(crate) type LayerRanges = (u32, Vec<Range<u64>>);
 
-/// What a record names of a tree, in its order: neighbours of one layer together.
+/// The ranges of a tree that a record names, in its order: neighbours of one layer together.
 ///
 /// Files that the tree has not as regular files are left out, and ranges are cut at the end of theirs.
 pub(crate) fn foreseen<B: AsRef<[u8]>>(tree: &Index<B>, record: &Profile) -> Vec<LayerRanges> {

@@ -17,7 +17,7 @@ use crate::support::{
 };
 
 const REPOSITORY: &str = "registry.example.com/image";
-/// What a file of one read has: two frames and more, with those beside it.
+/// Length of a file that is read: two frames and more, with those beside it.
 const LEN: usize = 40_000;
 
 /// The layers of a version: of its own a file that a start reads, one that it does not, and one that no other has.

@@ -17,7 +17,7 @@ use format_spec::profile::Profile;
 pub(crate) struct NodeRecord {
     /// With the host.
     pub(crate) repository: String,
-    /// What starts of its images read.
+    /// The files that starts of its images read.
     pub(crate) profile: Profile,
     /// Time since the last of these starts.
     pub(crate) age: Duration,
