@@ -27,6 +27,7 @@ pub mod real_images;
 pub mod registry_server;
 pub mod samples;
 pub mod scratch;
+pub mod shaped_link;
 pub mod start;
 pub mod tar_layer;
 

@@ -17,14 +17,20 @@ use crate::{
 /// How long a container may go on after it was ready: one that is a server is ended then.
 const END_PATIENCE: Duration = Duration::from_secs(3);
 /// Times and bytes of one cold start.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Measured {
     /// The pull.
     pub pull: Duration,
     /// From the pull to ready.
     pub start: Duration,
+    /// The first line that the container printed.
+    pub line: String,
+    /// The second start, from files that lie on this machine as far as the first one read them; page cache empty.
+    pub again: Duration,
     /// Bytes of blobs that the registry sent until the container was ready.
     pub moved: u64,
+    /// Requests for blobs until then.
+    pub requests: usize,
     /// Bytes of the image's files that a cold start brings into the page cache.
     pub read: u64,
 }
@@ -40,6 +46,8 @@ pub struct Start<'a> {
     pub reference: &'a str,
     /// The snapshotter that mounts it.
     pub snapshotter: &'static str,
+    /// The program and its arguments, instead of the image's own; none for that.
+    pub command: &'a [&'a str],
 }
 
 impl Start<'_> {
@@ -52,25 +60,36 @@ impl Start<'_> {
     ///
     /// When the pull or a run fails.
     pub fn measure(&self, scratch: &Scratch, pull: impl FnOnce() -> Result<()>) -> Result<Measured> {
-        let before = self.registry.blob_bytes()?;
+        let before = self.blobs_served()?;
         drop_page_cache()?;
         let clock = Instant::now();
         pull()?;
         let pulled = clock.elapsed();
         let container = self.run_until_ready("first")?;
         let ready = clock.elapsed();
-        container.end()?;
-        let moved = self.registry.blob_bytes()? - before;
+        let line = container.end()?;
+        let after = self.blobs_served()?;
+        let (moved, requests) = (after.1 - before.1, after.0 - before.0);
 
         drop_page_cache()?;
-        self.run_until_ready("second")?.end()?;
+        let clock = Instant::now();
+        let second = self.run_until_ready("second")?;
+        let again = clock.elapsed();
+        second.end()?;
         let read = self.cached_bytes(&scratch.directory("view")?, "second")?;
-        Ok(Measured { pull: pulled, start: ready - pulled, moved, read })
+        Ok(Measured { pull: pulled, start: ready - pulled, line, again, moved, requests, read })
+    }
+
+    /// Answers with blobs, or parts of them, and their bytes.
+    fn blobs_served(&self) -> Result<(usize, u64)> {
+        let served = self.registry.served()?;
+        let blobs = || served.iter().filter(|served| served.is_blob_read());
+        Ok((blobs().count(), blobs().map(|served| served.body_bytes).sum()))
     }
 
     fn run_until_ready(&self, id: &'static str) -> Result<Container<'_>> {
         let arguments = ["run", "--snapshotter", self.snapshotter, self.reference, id];
-        let ctr = self.containerd.ctr(arguments);
+        let ctr = self.containerd.ctr(arguments.iter().chain(self.command));
         // One stream for both outputs: the first line of either is the sign of life.
         let mut joined = command("sh", ["-c", "exec \"$@\" 2>&1", "sh"]);
         joined.arg(ctr.get_program()).args(ctr.get_args()).stdin(Stdio::null()).stdout(Stdio::piped());
@@ -84,7 +103,7 @@ impl Start<'_> {
         }
         match line.strip_prefix("ctr: ") {
             Some(failure) => Err(HarnessError::Unexpected(format!("ctr run {}: {}", self.reference, failure.trim()))),
-            None => Ok(Container { containerd: self.containerd, id, child }),
+            None => Ok(Container { containerd: self.containerd, id, child, line }),
         }
     }
 
@@ -104,11 +123,12 @@ struct Container<'a> {
     containerd: &'a Containerd,
     id: &'static str,
     child: Child,
+    line: String,
 }
 
 impl Container<'_> {
-    /// Waits for its end, or ends it when it goes on.
-    fn end(mut self) -> Result<()> {
+    /// Waits for its end, or ends it when it goes on; the first line that it has printed.
+    fn end(mut self) -> Result<String> {
         let deadline = Instant::now() + END_PATIENCE;
         while self.child.try_wait().context("waiting for ctr")?.is_none() {
             if Instant::now() > deadline {
@@ -118,6 +138,6 @@ impl Container<'_> {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Ok(())
+        Ok(self.line)
     }
 }

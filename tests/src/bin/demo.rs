@@ -54,8 +54,13 @@ fn demonstrate() -> Result<()> {
     let full = {
         let scratch = Scratch::at(&scratch.join("full"), "demo-full")?;
         let containerd = Containerd::start(&scratch, &ContainerdOptions::default())?;
-        let start =
-            Start { registry: &registry, containerd: &containerd, reference: &original, snapshotter: OVERLAYFS };
+        let start = Start {
+            registry: &registry,
+            containerd: &containerd,
+            reference: &original,
+            snapshotter: OVERLAYFS,
+            command: &[],
+        };
         start.measure(&scratch, || containerd.pull(&original, OVERLAYFS))?
     };
     say("lazy pull, then run with Lazuli");
@@ -63,7 +68,13 @@ fn demonstrate() -> Result<()> {
         let scratch = Scratch::at(&scratch.join("lazy"), "demo-lazy")?;
         // As it is without configuration.
         let node = Node::start_with(&[], &scratch)?;
-        let start = Start { registry: &registry, containerd: &node.containerd, reference: &lazy, snapshotter: LAZULI };
+        let start = Start {
+            registry: &registry,
+            containerd: &node.containerd,
+            reference: &lazy,
+            snapshotter: LAZULI,
+            command: &[],
+        };
         start.measure(&scratch, || run(&mut node.lazuli_pull_command(&lazy)?).map(drop))?
     };
     print_table(&full, &lazily);

@@ -18,7 +18,9 @@ use std::process::ExitCode;
 
 use lazuli_tests::{HarnessError, Result, Scratch};
 
-const USAGE: &str = "usage: bench starts [SAMPLES] IMAGE...
+const USAGE: &str =
+    "usage: bench starts [--samples N] [--link loopback|MEGABITSmbit,MILLISECONDSms]... [--work ready|whole]...
+                    [--way full|derived|recorded]... [--json FILE] [--html FILE] IMAGE...
        bench convert [--large] [IMAGE...] [-- OPTION...]
        bench mounts [--rounds N] [--no-images] [IMAGE...]
        bench snapshots [NAME]
