@@ -36,8 +36,8 @@ const STEPS_MAX: usize = 4;
 const PRESSED_STEPS_MAX: usize = 2;
 /// A layer is pressed when readers have made more than this part of its blob come, within these bounds: less is what a
 /// start reads beside the hot pack.
-const PRESSED_PART: u64 = 16;
-const PRESSED_LEN: Range<u64> = 4 << 20..32 << 20;
+const PRESSED_PART: u64 = 8;
+const PRESSED_LEN: Range<u64> = 16 << 20..32 << 20;
 /// The pause after a failed step grows to this many times its first length.
 const FAILURE_PAUSE_FACTOR_MAX: u32 = 64;
 

@@ -202,6 +202,13 @@ impl Scheduler {
         self.dispatch();
     }
 
+    /// Those of some frames that are not here, and that nobody has wanted yet.
+    pub(crate) fn unwanted(&self, layer: &LayerCore, frames: &[u32]) -> Vec<u32> {
+        let machine = &lock(&self.state).machine;
+        let is_unwanted = |frame: &u32| !layer.store.has_frame(*frame) && !machine.is_pending(layer.number, *frame);
+        frames.iter().copied().filter(is_unwanted).collect()
+    }
+
     /// Lets `wait`, which waits for something of a layer, fail at `deadline`.
     pub(crate) fn wait_until(&self, deadline: Instant, layer: u64, wait: &Arc<Wait>) {
         lock(&self.state).machine.wait_until(deadline, layer, wait.clone());

@@ -198,25 +198,25 @@ async fn old_layers_of_slow_sources_kept_the_rest_of_a_new_one_away() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rest_of_a_layer_that_is_read_whole_waits_for_no_quiet() {
     const LONG: Duration = Duration::from_secs(600);
-    let test = TestLayer::of_frames(24, 1 << 20);
+    let test = TestLayer::of_frames(40, 1 << 20);
     let mut options = with_rate(1);
     options.rest.as_mut().unwrap().quiet = Duration::from_secs(2);
     options.rest.as_mut().unwrap().start_up_max = LONG;
     let fixture = Fixture::with_options(&test, options).await;
     let read = async |frame: usize| check_read(&fixture.layer, &test, test.plain_of_frame(frame)).await;
     // As much as a start reads beside its hot pack: nothing else comes.
-    for frame in [20, 10, 15] {
+    for frame in (10..40).rev().step_by(2) {
         read(frame).await;
     }
     tokio::time::sleep(QUIET).await;
-    assert_eq!(fixture.source.frame_requests().len(), 3);
-    for frame in [5, 1] {
+    assert_eq!(fixture.source.frame_requests().len(), 15);
+    for frame in [8, 1] {
         read(frame).await;
     }
     // A byte a second is the rate of what nobody is in a hurry for.
     wait_until_complete(&fixture.layer).await;
     let requests = fixture.source.frame_requests();
-    assert_eq!(requests.iter().map(|range| range.end - range.start).sum::<u64>(), test.request_for(0..24).end);
+    assert_eq!(requests.iter().map(|range| range.end - range.start).sum::<u64>(), test.request_for(0..40).end);
     // It begins where the reader is.
-    assert_eq!(requests[5].start, test.request_for(2..3).start);
+    assert_eq!(requests[17].start, test.request_for(2..3).start);
 }

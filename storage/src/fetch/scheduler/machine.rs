@@ -635,6 +635,11 @@ impl<W: Waiter> Machine<W> {
         activity
     }
 
+    /// Whether somebody wants a frame that is not here.
+    pub(crate) fn is_pending(&self, layer: u64, frame: u32) -> bool {
+        self.pending.contains_key(&(layer, frame))
+    }
+
     /// Whether blocked readers share the link with a request: they ask its source, too.
     pub(crate) fn is_beside_reads(&self, request: u64) -> bool {
         let Some(own) = self.running.get(&request) else { return false };
