@@ -29,6 +29,7 @@ use crate::{
 };
 
 mod health;
+mod looks;
 mod machine;
 mod options;
 mod rotation;
@@ -50,11 +51,6 @@ pub(crate) use slot::Slot;
 const TICK: Duration = Duration::from_millis(100);
 /// A layer's failing reads are told in the log once in this time.
 const LOG_PAUSE: Duration = Duration::from_secs(10);
-
-/// How often who is in no hurry looks whether readers still wait, and how long he lets them go first: they may wait for
-/// something that never comes.
-const GIVE_WAY_STEP: Duration = Duration::from_millis(3);
-const GIVE_WAY_MAX: Duration = Duration::from_millis(300);
 
 /// Begins a request for frames, and does not wait for it.
 pub(crate) type StartRequest = fn(&Arc<Scheduler>, Arc<LayerCore>, Arc<Place>, Fetch);
@@ -244,32 +240,9 @@ impl Scheduler {
         self.dispatch();
     }
 
-    /// What is wanted of a layer at this moment.
-    pub(crate) fn activity(&self, layer: u64) -> Activity {
-        lock(&self.state).machine.activity(layer, Instant::now())
-    }
-
-    /// Whether nothing more urgent than the rest is under way, or was later than `since`.
-    pub(crate) fn is_quiet_since(&self, since: Instant) -> bool {
-        lock(&self.state).machine.is_quiet_since(since)
-    }
-
-    /// Waits while requests of blocked readers bring something from the same source: they get all of the link.
-    pub(crate) async fn let_readers_go_first(&self, request: u64) {
-        let until = Instant::now() + GIVE_WAY_MAX;
-        while lock(&self.state).machine.is_beside_reads(request) && Instant::now() < until {
-            tokio::time::sleep(GIVE_WAY_STEP).await;
-        }
-    }
-
     /// Something more urgent than the rest has come, or has been begun, in another way than by frames.
     pub(crate) fn note_urgent(&self) {
         lock(&self.state).machine.note_urgent_now(Instant::now());
-    }
-
-    /// The source that a layer would be fetched from now, as far as that is shared with others.
-    pub(crate) fn source_of(&self, layer: u64) -> Option<Arc<str>> {
-        lock(&self.state).machine.source_of(layer, Instant::now())
     }
 
     /// Permits to decode frames of a class: bounds the memory for them.
