@@ -44,6 +44,7 @@ use crate::{
     error::{CacheError, ReadError},
     fetch::{
         places::{Place, Places},
+        rate::BestRate,
         scheduler::{RequestOptions, Scheduler},
         source::{Source, Sources},
         transfer,
@@ -474,7 +475,7 @@ impl CacheInner {
     /// A place that no layer has yet.
     fn new_place(&self, layer: &LazyLayer, source: Arc<dyn Source>, description: Value) -> Place {
         let (number, owner) = (self.place_count.fetch_add(1, Ordering::Relaxed), (self.owner)(&description));
-        Place { number, layer: *layer, source, description, owner }
+        Place { number, layer: *layer, source, description, owner, best_rate: BestRate::default() }
     }
 
     /// Writes down the places of a layer, which may take as long as the disk takes: nobody waits for it.

@@ -279,6 +279,12 @@ impl Layer {
         self.inner.scheduler.activity(self.core().number)
     }
 
+    /// The best rate at which one request brought bytes of it, in bytes a second; `None` where none was long enough to
+    /// tell.
+    pub fn best_rate(&self) -> Option<u64> {
+        self.core().places.best_rate()
+    }
+
     /// The runs of the plain address space whose content a frame holds, ascending; none for unknown frames.
     pub fn frame_runs(&self, frame: u32) -> impl Iterator<Item = Range<u64>> {
         frame_runs(self.index(), frame)

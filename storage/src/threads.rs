@@ -43,6 +43,7 @@ use crate::{
     },
     fetch::{
         places::{Place, Places},
+        rate::BestRate,
         scheduler::{Fetch, Outcome, Priority, RequestOptions, Scheduler},
         source::{FetchFuture, FetchWideFuture, Source, SourceError, WideStream},
         wait::Wait,
@@ -444,7 +445,9 @@ fn a_read_is_answered_whatever_it_waits_for() {
         let scheduler = Scheduler::new(handle.clone(), RequestOptions::default(), patience, bring_frames);
         let TestStore { store, root, .. } = TestStore::new();
         let (source, description, owner) = (Arc::new(NoSource), Value::Null, String::new());
-        let places = Places::new(Place { number: 0, layer: MODEL.lazy, source, description, owner }, false);
+        let best_rate = BestRate::default();
+        let place = Place { number: 0, layer: MODEL.lazy, source, description, owner, best_rate };
+        let places = Places::new(place, false);
         scheduler.add_layer(1, MODEL.lazy.blob, &places);
         let layer = Layer::new(LayerCore::new(1, MODEL.lazy, store, places, handle, 0), scheduler);
         layer.inner().note_warm(Event::SearchBegins);

@@ -1,13 +1,14 @@
 //! The bytes of one request, as they arrive.
 
-use std::{fmt, ops::Range, sync::Arc};
+use std::{fmt, ops::Range, sync::Arc, time::Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 
 use crate::fetch::{
     link::Link,
-    source::{ByteStream, Source, SourceError, WideStream},
+    places::Place,
+    source::{ByteStream, SourceError, WideStream},
 };
 
 /// A range that is being received: bytes are taken from its front in the lengths that they have a meaning in.
@@ -16,7 +17,12 @@ use crate::fetch::{
 pub(crate) struct Incoming {
     stream: ByteStream,
     link: Arc<Link>,
+    place: Arc<Place>,
+    /// When the head of the answer was there.
+    began: Instant,
     received: BytesMut,
+    /// Bytes that have come so far.
+    received_len: u64,
     /// Bytes that pass by before the next ones are taken.
     skip: u64,
     /// Bytes that the range has still to bring.
@@ -26,14 +32,16 @@ pub(crate) struct Incoming {
 }
 
 impl Incoming {
-    /// Asks for a range.
-    pub(crate) async fn open(source: &dyn Source, range: Range<u64>, link: Arc<Link>) -> Result<Self, SourceError> {
-        let WideStream { range: found, stream } = source_turn(&link, source.fetch_wide(range.clone())).await??;
+    /// Asks a place for a range.
+    pub(crate) async fn open(place: &Arc<Place>, range: Range<u64>, link: Arc<Link>) -> Result<Self, SourceError> {
+        let asked = place.source.fetch_wide(range.clone());
+        let WideStream { range: found, stream } = source_turn(&link, asked).await??;
         let skip = range.start.checked_sub(found.start).filter(|_| found.end >= range.end);
         let skip = skip.ok_or_else(|| SourceError::unusable(format!("bytes {found:?} in place of {range:?}")))?;
         let whole_start = (found != range).then_some(found.start);
         let left = found.end.saturating_sub(found.start);
-        Ok(Self { stream, link, received: BytesMut::new(), skip, left, whole_start })
+        let (place, began, received) = (place.clone(), Instant::now(), BytesMut::new());
+        Ok(Self { stream, link, place, began, received, received_len: 0, skip, left, whole_start })
     }
 
     /// Where the source begins, if it sends all of the blob. From then on that is what is taken first; without this
@@ -67,6 +75,8 @@ impl Incoming {
             self.left =
                 left.ok_or_else(|| SourceError::unusable("the source's answer is longer than the range asked for"))?;
             self.link.count(piece.len());
+            self.received_len += piece.len() as u64;
+            self.place.best_rate.note(self.received_len, self.began.elapsed());
             on_arrival(piece.len());
             if self.skip == 0 {
                 // Room for all of it at once: it is no longer than what is left of the answer.

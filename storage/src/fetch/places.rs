@@ -13,7 +13,7 @@ use format_spec::LazyLayer;
 use serde_json::Value;
 
 use crate::{
-    fetch::source::Source,
+    fetch::{rate::BestRate, source::Source},
     sync::{Mutex, lock},
 };
 
@@ -35,6 +35,8 @@ pub(crate) struct Place {
     pub(crate) description: Value,
     /// Whose it is.
     pub(crate) owner: String,
+    /// How fast bytes have come from it.
+    pub(crate) best_rate: BestRate,
 }
 
 /// A place that a layer comes from, as the scheduler is told of it.
@@ -142,6 +144,11 @@ impl Places {
     /// The newest one.
     pub(crate) fn newest(&self) -> Option<Arc<Place>> {
         lock(&self.0).first().map(|known| known.place.clone())
+    }
+
+    /// The best rate at which one request brought bytes from any of them, in bytes a second.
+    pub(crate) fn best_rate(&self) -> Option<u64> {
+        lock(&self.0).iter().filter_map(|known| known.place.best_rate.bytes_per_second()).max()
     }
 
     /// The caller's descriptions of them, newest first.

@@ -79,8 +79,7 @@ async fn run(mut request: Request) {
 }
 
 async fn receive(request: &mut Request, range: Range<u64>) -> Result<(), SourceError> {
-    let place = request.place.clone();
-    let mut incoming = Incoming::open(&*place.source, range, request.link.clone()).await?;
+    let mut incoming = Incoming::open(&request.place, range, request.link.clone()).await?;
     if let Some(start) = incoming.take_whole() {
         return receive_whole(request, incoming, start).await;
     }

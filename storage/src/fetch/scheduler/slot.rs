@@ -24,7 +24,7 @@ impl Slot {
 
     /// Asks for a range.
     pub(crate) async fn open(&self, range: Range<u64>) -> Result<Incoming, SourceError> {
-        Incoming::open(&*self.place.source, range, self.link.clone()).await
+        Incoming::open(&self.place, range, self.link.clone()).await
     }
 
     /// The bytes that came were right.
