@@ -3,16 +3,14 @@
 //! What is near is waited for: a look at what other layers have, a copy, the next part of a hot pack that is being
 //! received. It may fail to bring what it should; then, and for everything else, frames are fetched.
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{ops::Range, sync::Arc};
 
 use crate::{
     disk::{frame_store::UnkeptFrames, presence::frame_runs},
     error::ReadError,
-    fetch::{
-        scheduler::Priority,
-        wait::{Wait, WaitingRead},
-    },
+    fetch::{scheduler::Priority, wait::Wait},
     layer::LayerInner,
+    waits::{BlockedRead, WaitCause},
     warm::{Warm, dedup::CopyPlan, hot_pack::HotStream},
 };
 
@@ -36,16 +34,15 @@ impl LayerInner {
     /// Brings what is missing of a plain range; `done` hears when it has come or one part failed.
     pub(crate) fn bring(self: &Arc<Self>, plain: Range<u64>, priority: Priority, done: Arrived) {
         // A reader waits so long for everything together, whatever it turns out to be.
-        let read = WaitingRead { since: Instant::now(), offset: plain.start };
-        let read = (priority == Priority::Read).then_some(read);
-        self.bring_in_rounds(plain, priority, read, UnkeptFrames::new(), NEAR_ROUNDS_MAX, done);
+        let blocked = (priority == Priority::Read).then(|| BlockedRead::new(self.core.waits.clone(), plain.start));
+        self.bring_in_rounds(plain, priority, blocked, UnkeptFrames::new(), NEAR_ROUNDS_MAX, done);
     }
 
     fn bring_in_rounds(
         self: &Arc<Self>,
         plain: Range<u64>,
         priority: Priority,
-        read: Option<WaitingRead>,
+        mut blocked: Option<BlockedRead>,
         mut unkept: UnkeptFrames,
         near_rounds_left: u32,
         done: Arrived,
@@ -61,14 +58,24 @@ impl LayerInner {
         };
         let inner = self.clone();
         let is_last_round = near.is_nothing();
+        if let Some(blocked) = &mut blocked
+            && let Some(cause) = self.cause(&near, &frames)
+        {
+            blocked.waits_for(cause);
+        }
+        let read = blocked.as_ref().map(BlockedRead::read);
         let wait = Wait::new(self.core.blob(), read, move |arrived| match arrived {
-            Err(error) => done(Err(error)),
+            Err(error) => {
+                drop(blocked);
+                done(Err(error));
+            }
             Ok(more) => {
                 unkept.extend(more);
                 if is_last_round {
+                    drop(blocked);
                     return done(Ok(unkept));
                 }
-                inner.bring_in_rounds(plain, priority, read, unkept, near_rounds_left - 1, done);
+                inner.bring_in_rounds(plain, priority, blocked, unkept, near_rounds_left - 1, done);
             }
         });
         near.join(self, &wait);
@@ -79,6 +86,18 @@ impl LayerInner {
         }
         self.scheduler.want(&self.core, frames, priority, Some(&wait));
         wait.end_of_parts();
+    }
+
+    /// The thing that a reader of this waits for: what takes longest, if there are several; `None` if all is there.
+    fn cause(&self, near: &Near, frames: &[u32]) -> Option<WaitCause> {
+        if !frames.is_empty() {
+            let are_under_way = self.scheduler.are_under_way(self.core.number, frames);
+            return Some(if are_under_way { WaitCause::FrameUnderWay } else { WaitCause::Frame });
+        }
+        if near.hot.is_some() {
+            return Some(WaitCause::HotPack);
+        }
+        (!near.is_nothing()).then_some(WaitCause::OtherLayers)
     }
 
     /// Takes out of `runs` what is there or comes without frames.

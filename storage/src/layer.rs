@@ -30,6 +30,7 @@ use crate::{
     sync::{Mutex, MutexGuard, lock},
     touched::{Recorder, Touch},
     verify::verify_in_haste,
+    waits::Waits,
     warm::{Event, Warm, dedup::CopyPlan, hot_pack::HotStream},
 };
 
@@ -277,6 +278,11 @@ impl Layer {
     /// What is being fetched now.
     pub fn activity(&self) -> Activity {
         self.inner.scheduler.activity(self.core().number)
+    }
+
+    /// What its readers have waited for until now.
+    pub fn waits(&self) -> Waits {
+        self.core().waits.waits(Instant::now())
     }
 
     /// The best rate at which one request brought bytes of it, in bytes a second; `None` where none was long enough to

@@ -2,7 +2,7 @@
 //!
 //! Nothing here asks for anything: the scheduler, the hot pack, copies and proofs are above it.
 
-use std::{fmt, io, ops::Range, sync::Arc};
+use std::{fmt, io, ops::Range, sync::Arc, time::Instant};
 
 use format_spec::{Digest, LazyLayer, footer::SKIPPABLE_HEADER_LEN};
 use serde_json::Value;
@@ -17,6 +17,7 @@ use crate::{
         atomic::{AtomicBool, AtomicU64, Ordering},
         lock,
     },
+    waits::WaitLog,
 };
 
 /// How much of a layer has arrived.
@@ -46,6 +47,8 @@ pub(crate) struct LayerCore {
     pub(crate) layer: LazyLayer,
     pub(crate) store: FrameStore,
     pub(crate) places: Arc<Places>,
+    /// The waits of its readers.
+    pub(crate) waits: Arc<WaitLog>,
     /// Held while the places are written down, so that the last ones are the last written. Never on the reactor.
     places_writer: Mutex<()>,
     runtime: Handle,
@@ -73,6 +76,7 @@ impl LayerCore {
             layer,
             store,
             places,
+            waits: Arc::new(WaitLog::new(Instant::now())),
             places_writer: Mutex::default(),
             runtime,
             fetched_bytes: AtomicU64::new(fetched_bytes),

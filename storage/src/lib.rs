@@ -42,8 +42,8 @@
 //! 2. the map of layers of a [`Cache`];
 //! 3. read-ahead and `Warm` of a layer;
 //! 4. the scheduler's state, in which frames are looked up and waits counted;
-//! 5. each with nothing after it: the places of a layer, a stream's state, the parts of a wait, refused indexes, and of
-//!    a store its file, its seal, its verdict and the frames that the disk did not take.
+//! 5. each with nothing after it: the places of a layer, its log of waits, a stream's state, the parts of a wait, refused
+//!    indexes, and of a store its file, its seal, its verdict and the frames that the disk did not take.
 //!
 //! Those of 1 are held over writes to the disk, and taken only where blocking is allowed. The others are taken by
 //! threads of the reactor and of FUSE sessions, and held for a look or a change. Callbacks of readers run under none of
@@ -63,6 +63,7 @@ mod sync;
 mod threads;
 mod touched;
 mod verify;
+mod waits;
 mod warm;
 
 pub use cache::{Cache, CacheOptions, KnownLayer, RestOptions};
@@ -79,3 +80,4 @@ pub use foresight::Foresight;
 pub use layer::Layer;
 pub use layer_core::Progress;
 pub use touched::Touch;
+pub use waits::{PastWait, WaitCause, Waits};

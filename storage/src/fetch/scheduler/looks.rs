@@ -19,6 +19,12 @@ impl Scheduler {
         lock(&self.state).machine.activity(layer, Instant::now())
     }
 
+    /// Whether all of some frames of a layer have been asked for already, or are here.
+    pub(crate) fn are_under_way(&self, layer: u64, frames: &[u32]) -> bool {
+        let machine = &lock(&self.state).machine;
+        frames.iter().all(|frame| machine.is_under_way(layer, *frame))
+    }
+
     /// Whether nothing more urgent than the rest is under way, or was later than `since`.
     pub(crate) fn is_quiet_since(&self, since: Instant) -> bool {
         lock(&self.state).machine.is_quiet_since(since)

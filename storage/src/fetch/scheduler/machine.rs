@@ -647,6 +647,11 @@ impl<W: Waiter> Machine<W> {
         self.running.values().any(|other| is_read(other) && other.place.source == own.place.source)
     }
 
+    /// Whether a request brings a frame, or has brought it.
+    pub(crate) fn is_under_way(&self, layer: u64, frame: u32) -> bool {
+        self.pending.get(&(layer, frame)).is_some_and(|pending| pending.state != FrameState::Queued)
+    }
+
     /// Whether nothing more urgent than the rest is under way, or was later than `since`.
     pub(crate) fn is_quiet_since(&self, since: Instant) -> bool {
         let is_urgent = |pending: &Pending<W>| pending.priority < Priority::Background && pending.is_wanted();
