@@ -13,8 +13,10 @@ pub mod log;
 mod mode;
 pub mod protocol;
 pub mod root;
+mod waits;
 
 pub use client::{exchange, request_line};
 pub use dedup_scope::{DedupScope, UnknownScope};
 pub use mode::Mode;
 pub use protocol::*;
+pub use waits::{LayerWaits, PastWait, WaitCause};

@@ -11,6 +11,8 @@ use std::{
 use format_spec::{Digest, LayerId, LazyLayer};
 use serde::{Deserialize, Serialize};
 
+use crate::waits::LayerWaits;
+
 /// Whether a layer is what its tar stream says, once `lazuli-fused` has found it out.
 ///
 /// A type of its own beside that of `storage`: what is kept on disk may change, what clients of another version read
@@ -142,6 +144,9 @@ pub enum Request {
     Ping,
     /// What is mounted and how much has arrived; answered with [`Response::Status`].
     Status,
+    /// What readers have waited for; answered with [`Response::Waits`], by a daemon that is older than this with
+    /// [`Response::Error`].
+    Waits,
 }
 
 /// What the daemon answers.
@@ -176,6 +181,11 @@ pub enum Response {
         layers: Vec<LayerStatus>,
         /// Every available tree, sorted.
         trees: Vec<TreeStatus>,
+    },
+    /// What readers have waited for.
+    Waits {
+        /// Every open layer, sorted by digest.
+        layers: Vec<LayerWaits>,
     },
     /// The request failed.
     Error {

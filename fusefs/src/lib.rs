@@ -35,6 +35,7 @@ mod sync;
 mod tree;
 mod trees;
 mod users;
+mod waits;
 
 pub use daemon::{Daemon, DaemonOptions, Ended};
 pub use error::Error;

@@ -46,7 +46,7 @@ fn waiting_reads<B: AsRef<[u8]>>(index: &Index<B>, reads: &[storage::WaitingRead
 }
 
 /// The inode whose content lies at an offset of the plain address space.
-fn file_at<B: AsRef<[u8]>>(index: &Index<B>, offset: u64) -> Option<u32> {
+pub(crate) fn file_at<B: AsRef<[u8]>>(index: &Index<B>, offset: u64) -> Option<u32> {
     let inodes = index.inodes();
     // Inodes stand in the order of their content; those without any carry the offset of the one before.
     let after = inodes.partition_point(|inode| inode.plain_offset.get() <= offset);
@@ -56,7 +56,7 @@ fn file_at<B: AsRef<[u8]>>(index: &Index<B>, offset: u64) -> Option<u32> {
 }
 
 /// The path of an inode, by its parents; `None` in an index that was never checked.
-fn path_of<B: AsRef<[u8]>>(index: &Index<B>, mut number: u32) -> Option<String> {
+pub(crate) fn path_of<B: AsRef<[u8]>>(index: &Index<B>, mut number: u32) -> Option<String> {
     let mut names = Vec::new();
     while number != 0 {
         let parent = index.inode(number)?.parent.get();
@@ -74,7 +74,7 @@ fn path_of<B: AsRef<[u8]>>(index: &Index<B>, mut number: u32) -> Option<String> 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::time::Duration;
 
     use format_spec::{IndexBuilder, builder::implicit_directory};
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     /// `/a` and `/sub/b`, 4 KiB and 10 bytes long.
-    fn index() -> Index<Vec<u8>> {
+    pub(crate) fn index() -> Index<Vec<u8>> {
         let mut builder = IndexBuilder::default();
         let file = |parent: u32, offset: u64, len: u64| {
             let mut inode = implicit_directory();

@@ -40,7 +40,7 @@ const REQUEST_LEN_MAX: u64 = 4 << 20;
 const CONNECTIONS_MAX: usize = 2048;
 /// Connections that requests for work leave to those that ask how things are.
 const CONNECTIONS_FOR_LOOKS: usize = 64;
-/// Answers to `Status` that are made at a time: each looks at every layer.
+/// Answers to `Status` and `Waits` that are made at a time: each looks at every layer.
 const LOOKS_MAX: usize = 4;
 /// How long a tree may take: its indexes come from the registry, which retries and waits on its own. A little less than
 /// a snapshotter waits, so that it hears why.
@@ -270,7 +270,7 @@ async fn answer_in_time(request: Request, mounts: &Mounts, lanes: &Lanes) -> Res
     let answered = timeout(within, async {
         let _place = match request {
             Request::HoldSession | Request::Ping | Request::Verdicts { .. } => None,
-            Request::Status => lanes.looks.acquire().await.ok(),
+            Request::Status | Request::Waits => lanes.looks.acquire().await.ok(),
             _ => match lanes.work.try_acquire() {
                 Ok(place) => Some(place),
                 Err(_) => return Err(Error::Busy),
@@ -314,6 +314,7 @@ async fn answer(request: Request, mounts: &Mounts) -> Result<Response, Error> {
             let (layers, trees) = (service.layers().await?, mounts.available_trees().await);
             return Ok(Response::Status { mode: mounts.mode(), layers, trees });
         }
+        Request::Waits => return Ok(Response::Waits { layers: service.waits().await }),
     }
     Ok(Response::Done)
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use control::{
-    LayerStatus, RemoteLayer, TreeId,
+    LayerStatus, LayerWaits, RemoteLayer, TreeId,
     root::{CACHE, TREES},
     tree_id,
 };
@@ -38,6 +38,7 @@ use crate::{
     sync::lock,
     tree::Tree,
     trees::{Attempt, Change, Trees, Wanted},
+    waits::waits_of,
 };
 
 /// How long an answer waits for the kernel to know what it says: a path that is answered can be opened, and one that was
@@ -477,6 +478,12 @@ impl Service {
             cache.known_layers()?.into_iter().map(status).collect()
         };
         self.0.pools.looking.run(look).await
+    }
+
+    /// What readers of every open layer have waited for, sorted by digest.
+    pub(crate) async fn waits(&self) -> Vec<LayerWaits> {
+        let service = self.clone();
+        self.0.pools.looking.run(move || service.0.cache.open_layers().iter().map(waits_of).collect()).await
     }
 
     /// Makes everything that arrived durable; blocks.

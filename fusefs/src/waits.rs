@@ -1,0 +1,78 @@
+//! The waits of a layer's readers that are over, in the words of who looks at them: which files, how long, for what?
+
+use std::time::Duration;
+
+use control::{LayerWaits, PastWait, WaitCause};
+use format_spec::Index;
+use storage::Layer;
+
+use crate::reading::{file_at, path_of};
+
+/// Looks at one layer.
+pub(crate) fn waits_of(layer: &Layer) -> LayerWaits {
+    let (waits, progress) = (layer.waits(), layer.progress());
+    LayerWaits {
+        layer: layer.lazy_layer().id(),
+        wait_count: waits.count,
+        waited_ms: milliseconds(waits.total),
+        blocked_ms: milliseconds(waits.blocked),
+        longest: past_waits(layer.index(), &waits.longest),
+        demanded_bytes: progress.demanded_bytes,
+        hot_bytes: progress.hot_bytes,
+        best_rate: layer.best_rate(),
+    }
+}
+
+fn past_waits<B: AsRef<[u8]>>(index: &Index<B>, waits: &[storage::PastWait]) -> Vec<PastWait> {
+    let named = |wait: &storage::PastWait| {
+        let file = file_at(index, wait.offset)?;
+        let start = index.inode(file)?.plain_offset.get();
+        Some(PastWait {
+            path: path_of(index, file)?,
+            offset: wait.offset.saturating_sub(start),
+            after_ms: milliseconds(wait.began_after),
+            waited_ms: milliseconds(wait.lasted),
+            cause: told(wait.cause),
+        })
+    };
+    waits.iter().filter_map(named).collect()
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A cause as clients hear it.
+fn told(cause: storage::WaitCause) -> WaitCause {
+    match cause {
+        storage::WaitCause::OtherLayers => WaitCause::OtherLayers,
+        storage::WaitCause::HotPack => WaitCause::HotPack,
+        storage::WaitCause::Frame => WaitCause::Frame,
+        storage::WaitCause::FrameUnderWay => WaitCause::FrameUnderWay,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reading::tests::index;
+
+    #[test]
+    fn a_wait_names_its_file_and_the_place_in_it() {
+        let wait = |offset, cause| storage::PastWait {
+            offset,
+            began_after: Duration::from_millis(7),
+            lasted: Duration::from_micros(1500),
+            cause,
+        };
+        let waits = [
+            wait(4100, storage::WaitCause::HotPack),
+            wait(12, storage::WaitCause::Frame),
+            wait(1 << 40, storage::WaitCause::Frame),
+        ];
+        let past =
+            |path: &str, offset, cause| PastWait { path: path.to_owned(), offset, after_ms: 7, waited_ms: 1, cause };
+        let expected = [past("/sub/b", 4, WaitCause::HotPack), past("/a", 12, WaitCause::Frame)];
+        assert_eq!(past_waits(&index(), &waits), expected);
+    }
+}
