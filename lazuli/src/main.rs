@@ -20,6 +20,8 @@ mod registry_arguments;
 mod status;
 mod status_command;
 mod user_directories;
+mod why;
+mod why_command;
 
 use std::process::ExitCode;
 
@@ -64,6 +66,8 @@ enum Action {
     Pull(pull_command::PullArguments),
     /// Show the lazily pulled images of this node: how they are mounted, what has arrived, what is being read.
     Status(status_command::StatusArguments),
+    /// Say which reads of an image or a container waited, for how long and for what; what is not lazy of it, and why.
+    Why(why_command::WhyArguments),
 }
 
 fn main() -> ExitCode {
@@ -95,6 +99,10 @@ fn main() -> ExitCode {
             Action::Pull(arguments) => pull_command::run(arguments, interrupted).await,
             Action::Status(arguments) => tokio::select! {
                 result = status_command::run(arguments) => result,
+                () = interrupted => Err("interrupted".to_owned()),
+            },
+            Action::Why(arguments) => tokio::select! {
+                result = why_command::run(arguments) => result,
                 () = interrupted => Err("interrupted".to_owned()),
             },
         }?;

@@ -117,6 +117,9 @@ pub(crate) struct Read {
 pub(crate) struct ImageLayer {
     /// Its digest in the registry.
     pub(crate) digest: Digest,
+    /// By which the node knows it.
+    #[serde(skip)]
+    pub(crate) id: LayerId,
     /// Whether everything has arrived.
     pub(crate) is_complete: bool,
     /// Whether the kernel reads it from its cache file, without any daemon.
@@ -201,34 +204,24 @@ pub(crate) enum StatusError {
 ///
 /// When it does not run or does not answer.
 pub(crate) async fn node_status(root: &Path) -> Result<NodeStatus, StatusError> {
-    let path = root.join(SOCKET);
-    let timeout = |_| StatusError::Timeout { path: path.clone(), within: ANSWER_WITHIN };
-    let answer = tokio::time::timeout(ANSWER_WITHIN, ask(&path)).await.map_err(timeout)?;
-    let refuse = |problem| StatusError::Answer { path: path.clone(), problem };
+    let answer = ask(root, &Request::Status).await;
     // Both are for people: one that cannot be read says nothing.
     let chains: Vec<Chain> =
         ChainStatus::read(&root.join(CHAINS)).unwrap_or_default().into_iter().map(Chain::from).collect();
     let not_lazy = NotLazy::read(&root.join(NOT_LAZY)).unwrap_or_default();
-    let answer = match answer {
-        Ok(answer) => answer,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            let is_healthy = is_without_layers(root);
-            let (images, total) = (Vec::new(), Sums::default());
-            let status = NodeStatus { mode: None, mode_reason: None, images, total, chains, not_lazy };
-            return if is_healthy { Ok(status) } else { Err(StatusError::NotRunning(path)) };
-        }
-        Err(error) => return Err(StatusError::Connection { path, error }),
-    };
-    match serde_json::from_slice(&answer) {
+    match answer {
         Ok(Response::Status { mode, layers, trees }) => {
             let total = layers.iter().map(sums_of_layer).sum();
             let ModeStatus { in_use, reason } = mode;
             let (mode, mode_reason, images) = (Some(in_use), Some(reason), images(layers, &trees, &not_lazy));
             Ok(NodeStatus { mode, mode_reason, images, total, chains, not_lazy })
         }
-        Ok(Response::Error { message, .. }) => Err(refuse(message)),
-        Ok(_) => Err(refuse("the answer is none to the question".to_owned())),
-        Err(error) => Err(refuse(format!("the answer is of another version of lazuli-fused: {error}"))),
+        Ok(other) => Err(no_answer(root, other)),
+        Err(StatusError::NotRunning(_)) if is_without_layers(root) => {
+            let (images, total) = (Vec::new(), Sums::default());
+            Ok(NodeStatus { mode: None, mode_reason: None, images, total, chains, not_lazy })
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -238,9 +231,36 @@ fn is_without_layers(root: &Path) -> bool {
     root.join(SNAPSHOTS).exists() && !layers.unwrap_or(false)
 }
 
-async fn ask(path: &Path) -> io::Result<Vec<u8>> {
-    let mut connection = UnixStream::connect(path).await?;
-    exchange(&mut connection, &request_line(&Request::Status)).await
+/// Asks the `lazuli-fused` of `root` for something that it knows without waiting.
+///
+/// # Errors
+///
+/// When it does not run, does not answer, or does not make itself understood; not when it refuses.
+pub(crate) async fn ask(root: &Path, request: &Request) -> Result<Response, StatusError> {
+    let path = root.join(SOCKET);
+    let exchanged = async {
+        let mut connection = UnixStream::connect(&path).await?;
+        exchange(&mut connection, &request_line(request)).await
+    };
+    let answer = match tokio::time::timeout(ANSWER_WITHIN, exchanged).await {
+        Err(_) => return Err(StatusError::Timeout { path, within: ANSWER_WITHIN }),
+        Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            return Err(StatusError::NotRunning(path));
+        }
+        Ok(Err(error)) => return Err(StatusError::Connection { path, error }),
+        Ok(Ok(answer)) => answer,
+    };
+    let problem = |error| format!("the answer is of another version of lazuli-fused: {error}");
+    serde_json::from_slice(&answer).map_err(|error| StatusError::Answer { path, problem: problem(error) })
+}
+
+/// The error for a response that is none to the question: a refusal, most likely.
+pub(crate) fn no_answer(root: &Path, response: Response) -> StatusError {
+    let problem = match response {
+        Response::Error { message, .. } => message,
+        _ => "the answer is none to the question".to_owned(),
+    };
+    StatusError::Answer { path: root.join(SOCKET), problem }
 }
 
 /// Puts layers and trees together to images.
@@ -297,6 +317,7 @@ fn image_layer(layer: &LayerStatus, is_direct: bool) -> ImageLayer {
     };
     ImageLayer {
         digest: layer.layer.layer.blob,
+        id: layer.layer.layer.id(),
         is_complete: layer.is_complete,
         is_direct,
         truth,

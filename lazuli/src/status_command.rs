@@ -156,7 +156,8 @@ fn chain_line(chain: &Chain, all: bool, now: Duration) -> Option<String> {
     Some(format!("  chain {name}: {truth}{}{signed}\n", waits.unwrap_or_default()))
 }
 
-fn arrived(is_complete: bool, sums: &Sums) -> String {
+/// How much of an image or a layer is here.
+pub(crate) fn arrived(is_complete: bool, sums: &Sums) -> String {
     let (present, needed) = (HumanCount(sums.present_frame_count), HumanCount(sums.needed_frame_count));
     if is_complete { "complete".to_owned() } else { format!("{present} of {needed} frames") }
 }

@@ -65,6 +65,14 @@ pub(crate) enum ContainerdError {
         /// The reason why it waits.
         reason: String,
     },
+    /// No answer came in time.
+    #[error("containerd does not answer on {} within {within:?}: it hangs or is very busy", address.display())]
+    Timeout {
+        /// The socket.
+        address: PathBuf,
+        /// How long was waited.
+        within: Duration,
+    },
     /// An answer.
     #[error("containerd, {what}: {reason}")]
     Refused {
@@ -91,13 +99,30 @@ pub(super) const REPOSITORIES: &str = "containerd.io/distribution.source.";
 const LABEL_LEN_MAX: usize = 4096;
 
 type Result<T> = std::result::Result<T, ContainerdError>;
-type Intercepted = InterceptedService<Channel, Headers>;
+pub(crate) type Intercepted = InterceptedService<Channel, Headers>;
 
 /// Says in every request which namespace and lease it belongs to.
 #[derive(Debug, Clone)]
-struct Headers {
+pub(crate) struct Headers {
     namespace: MetadataValue<Ascii>,
     lease: Option<MetadataValue<Ascii>>,
+}
+
+impl Headers {
+    /// Those of requests in a namespace that no lease holds anything of.
+    pub(crate) fn of(namespace: &str) -> Result<Self> {
+        let value = namespace.parse().ok().filter(|value: &MetadataValue<Ascii>| !value.is_empty());
+        let namespace = value.ok_or_else(|| ContainerdError::Namespace(namespace.to_owned()))?;
+        Ok(Self { namespace, lease: None })
+    }
+}
+
+/// Connects to the socket at `address`.
+pub(crate) async fn connect(address: &Path) -> Result<Channel> {
+    let unreachable = |reason: String| ContainerdError::Unreachable { address: address.to_owned(), reason };
+    // Asked for its plain error: that of the channel does not say what happened.
+    tokio::net::UnixStream::connect(address).await.map_err(|error| unreachable(error.to_string()))?;
+    containerd_client::connect(address).await.map_err(|error| unreachable(error.to_string()))
 }
 
 impl Interceptor for Headers {
@@ -129,16 +154,8 @@ pub(super) enum Prepared {
 impl Containerd {
     /// Connects and takes a lease.
     pub(super) async fn lease(address: &Path, namespace: &str) -> Result<Self> {
-        let unreachable = |reason: String| ContainerdError::Unreachable { address: address.to_owned(), reason };
-        // Asked for its plain error: that of the channel does not say what happened.
-        tokio::net::UnixStream::connect(address).await.map_err(|error| unreachable(error.to_string()))?;
-        let channel = containerd_client::connect(address).await.map_err(|error| unreachable(error.to_string()))?;
-        let namespace = namespace
-            .parse()
-            .ok()
-            .filter(|value: &MetadataValue<Ascii>| !value.is_empty())
-            .ok_or_else(|| ContainerdError::Namespace(namespace.to_owned()))?;
-        let headers = Headers { namespace, lease: None };
+        let channel = connect(address).await?;
+        let headers = Headers::of(namespace)?;
         let expires = Timestamp::from(SystemTime::now() + LEASE_EXPIRES_AFTER);
         let expires = Timestamp { nanos: 0, ..expires }.to_string();
         let labels = [("containerd.io/gc.expire".to_owned(), expires)].into();
@@ -445,7 +462,7 @@ fn new_lease_id() -> String {
     format!("lazuli-pull-{}-{}", std::process::id(), since.as_nanos())
 }
 
-fn refused(what: &str) -> impl FnOnce(Status) -> ContainerdError {
+pub(crate) fn refused(what: &str) -> impl FnOnce(Status) -> ContainerdError {
     let what = what.to_owned();
     move |status| {
         let reason = if status.message().is_empty() { status.code().description() } else { status.message() };

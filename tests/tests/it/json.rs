@@ -17,7 +17,7 @@ use lazuli_tests::{
 use serde_json::{Value, json};
 
 /// Commands with `--json`, each with a schema of its name.
-const COMMANDS: [&str; 4] = ["convert", "check", "inspect", "status"];
+const COMMANDS: [&str; 5] = ["convert", "check", "inspect", "status", "why"];
 
 /// Reads schema and document from the two files that are named, and fails with a line for each difference.
 const VALIDATE: &str = "
@@ -109,7 +109,7 @@ fn a_name_that_is_in_no_schema_is_noticed() -> Result<()> {
     Ok(())
 }
 
-/// That of `status` is held to its schema in `status.rs`, by every question there.
+/// That of `status` and `why` is held to its schema in `status.rs` and `why.rs`, by the questions there.
 #[test]
 fn json_of_images_is_what_its_schemas_say() -> Result<()> {
     let scratch = Scratch::new("json")?;

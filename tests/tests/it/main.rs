@@ -24,3 +24,4 @@ mod tar_features;
 mod tidy;
 mod truth;
 mod user_namespaces;
+mod why;
