@@ -369,10 +369,13 @@ impl Layer {
         }
         let ahead = needed_frames(index, plain.end..file_end.max(plain.end)).skip_while(|frame| *frame <= last);
         let ahead: Vec<u32> = ahead.take(count as usize).filter(|frame| !self.inner.is_frame_coming(*frame)).collect();
-        let new = self.inner.scheduler.unwanted(self.core(), &ahead);
+        let scheduler = &self.inner.scheduler;
+        let new = scheduler.unwanted(self.core(), &ahead);
+        scheduler.want(self.core(), ahead, Priority::HotPack, None);
+        // Where every place is left alone at this moment, nothing comes of it.
+        let new = scheduler.wanted(self.core(), &new);
         let len_of = |frame: u32| index.frames().get(frame as usize).map(|record| record.compressed_len.get());
         self.core().count_demanded(new.into_iter().filter_map(len_of).map(u64::from).sum());
-        self.inner.scheduler.want(self.core(), ahead, Priority::HotPack, None);
     }
 }
 

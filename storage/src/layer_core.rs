@@ -2,7 +2,12 @@
 //!
 //! Nothing here asks for anything: the scheduler, the hot pack, copies and proofs are above it.
 
-use std::{fmt, io, ops::Range, sync::Arc, time::Instant};
+use std::{
+    fmt, io,
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use format_spec::{Digest, LazyLayer, footer::SKIPPABLE_HEADER_LEN};
 use serde_json::Value;
@@ -19,6 +24,9 @@ use crate::{
     },
     waits::WaitLog,
 };
+
+/// As long as this, readers' demand counts together: the time of a start.
+const DEMAND_TIME: Duration = Duration::from_secs(30);
 
 /// How much of a layer has arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,6 +47,28 @@ pub struct Progress {
     pub healed_pages: u64,
 }
 
+/// Compressed bytes that readers made this process fetch.
+#[derive(Debug, Default)]
+struct Demand {
+    bytes: u64,
+    /// When it began that much was wanted, and what was since.
+    lately: Option<(Instant, u64)>,
+}
+
+impl Demand {
+    fn count(&mut self, len: u64, now: Instant) {
+        self.bytes += len;
+        let recent = self.lately(now);
+        let since = self.lately.filter(|_| recent > 0).map_or(now, |(since, _)| since);
+        self.lately = Some((since, recent + len));
+    }
+
+    fn lately(&self, now: Instant) -> u64 {
+        let recent = self.lately.filter(|(since, _)| now.saturating_duration_since(*since) < DEMAND_TIME);
+        recent.map_or(0, |(_, bytes)| bytes)
+    }
+}
+
 /// A layer that is open, with what is known of it.
 pub(crate) struct LayerCore {
     /// Unique in the process; unlike the digest never used again after the layer was removed.
@@ -54,7 +84,7 @@ pub(crate) struct LayerCore {
     runtime: Handle,
     fetched_bytes: AtomicU64,
     hot_bytes: AtomicU64,
-    demanded_bytes: AtomicU64,
+    demand: Mutex<Demand>,
     /// The end of the last read in the plain address space.
     read_end: AtomicU64,
     copied_bytes: AtomicU64,
@@ -81,7 +111,7 @@ impl LayerCore {
             runtime,
             fetched_bytes: AtomicU64::new(fetched_bytes),
             hot_bytes: AtomicU64::new(0),
-            demanded_bytes: AtomicU64::new(0),
+            demand: Mutex::default(),
             read_end: AtomicU64::new(0),
             copied_bytes: AtomicU64::new(0),
             is_removed: AtomicBool::new(false),
@@ -172,12 +202,12 @@ impl LayerCore {
 
     /// Bytes came that a reader waits for, or is going to want.
     pub(crate) fn count_demanded(&self, len: u64) {
-        self.demanded_bytes.fetch_add(len, Ordering::Relaxed);
+        lock(&self.demand).count(len, Instant::now());
     }
 
-    /// Compressed bytes that readers made this process fetch.
-    pub(crate) fn demanded_bytes(&self) -> u64 {
-        self.demanded_bytes.load(Ordering::Relaxed)
+    /// Compressed bytes that readers made this process fetch lately.
+    pub(crate) fn demanded_lately(&self, now: Instant) -> u64 {
+        lock(&self.demand).lately(now)
     }
 
     /// Somebody has read up to here.
@@ -207,7 +237,7 @@ impl LayerCore {
             frames_total: self.store.needed_frame_count(),
             fetched_bytes: self.fetched_bytes(),
             hot_bytes: self.hot_bytes.load(Ordering::Relaxed),
-            demanded_bytes: self.demanded_bytes(),
+            demanded_bytes: lock(&self.demand).bytes,
             copied_bytes: self.copied_bytes.load(Ordering::Relaxed),
             healed_pages: self.store.healed_pages.load(Ordering::Relaxed),
         }
@@ -217,5 +247,21 @@ impl LayerCore {
 impl fmt::Debug for LayerCore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LayerCore").field("layer", &self.layer).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn demand_of_long_ago_makes_no_layer_come() {
+        let (start, mut demand) = (Instant::now(), Demand::default());
+        demand.count(5, start);
+        demand.count(7, start + DEMAND_TIME / 2);
+        assert_eq!((demand.bytes, demand.lately(start + DEMAND_TIME / 2)), (12, 12));
+        assert_eq!(demand.lately(start + DEMAND_TIME), 0);
+        demand.count(1, start + DEMAND_TIME * 2);
+        assert_eq!((demand.bytes, demand.lately(start + DEMAND_TIME * 2)), (13, 1));
     }
 }

@@ -6,9 +6,9 @@
 //! are over: when no reader has waited for a while, and no hot pack is on its way. A reader who comes during a step has
 //! requests of its own, and a step waits while they are under way.
 //!
-//! A layer of which readers want much that nobody expected is *pressed*: a program that reads all of its image, an index
-//! or weights. Frames that come one by one, each after a round trip, would take longer than all of it in a row. So the
-//! rest of it comes at once, from where readers are, at any rate: between their requests the link is never idle.
+//! A layer of which readers want much at once that nobody expected is *pressed*: a program that reads all of its image, an
+//! index or weights. Frames that come one by one, each after a round trip, would take longer than all of it in a row. So
+//! the rest of it comes at once, from where readers are, at any rate: between their requests the link is never idle.
 
 use std::{
     collections::HashMap,
@@ -98,6 +98,8 @@ struct Busy {
     number: u64,
     source: SourceName,
     missing: Range<u64>,
+    /// The rate is nothing to it.
+    is_pressed: bool,
 }
 
 impl Busy {
@@ -163,10 +165,14 @@ async fn take(Step { layer, missing }: Step, runtime: Handle, step_max: Duration
     let (started, number, before) = (Instant::now(), layer.core().number, layer.core().fetched_bytes());
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let range = missing.start..missing.start.saturating_add(STEP_LEN);
+    let dropped = range.clone();
     layer.fetch(range, Priority::Background, move |arrived| drop(sender.send(arrived)));
     let is_answered = tokio::time::timeout(step_max, receiver).await.is_ok();
     if !is_answered {
-        layer.inner().scheduler.drop_background(number);
+        let frames: Vec<u32> = layer.core().store.missing_frames(&dropped).collect();
+        if let (Some(first), Some(last)) = (frames.iter().min(), frames.iter().max()) {
+            layer.inner().scheduler.drop_background(number, *first..last.saturating_add(1));
+        }
     }
     let ended = runtime.spawn_blocking(move || {
         // The content that came counts, not the answer: a full disk is no error there.
@@ -178,10 +184,23 @@ async fn take(Step { layer, missing }: Step, runtime: Handle, step_max: Duration
     ended.await.ok()
 }
 
-/// Whether readers want much of a layer that nobody expected.
-fn is_pressed(layer: &Layer) -> bool {
+/// Whether readers want much at once of a layer that nobody expected.
+fn is_pressed(layer: &Layer, now: Instant) -> bool {
     let len = layer.lazy_layer().index.offset / PRESSED_PART;
-    layer.core().demanded_bytes() > len.clamp(PRESSED_LEN.start, PRESSED_LEN.end)
+    layer.core().demanded_lately(now) > len.clamp(PRESSED_LEN.start, PRESSED_LEN.end)
+}
+
+/// The first content from a plain offset on that is not there and that no step brings.
+fn first_free(layer: &Layer, mut from: u64, busy: &[Busy]) -> Option<Range<u64>> {
+    let of_layer = || busy.iter().filter(|busy| busy.number == layer.core().number);
+    loop {
+        let missing = layer.core().first_missing(from)?;
+        let step = of_layer().find(|busy| (busy.missing.start..busy.end()).contains(&missing.start));
+        match step {
+            Some(busy) => from = busy.end(),
+            None => return Some(missing),
+        }
+    }
 }
 
 /// How long fetching so many bytes takes at a rate.
@@ -209,8 +228,6 @@ impl Plan {
             self.incomplete.entry(layer.core().number).or_insert(new);
         }
         self.incomplete.retain(|number, _| open.iter().any(|layer| layer.core().number == *number));
-        let is_read_now =
-            now.checked_sub(self.options.quiet).is_some_and(|since| !cache.scheduler.is_quiet_since(since));
         let is_starting_up = open.iter().any(|layer| layer.inner().is_warming_up());
         let sources: HashMap<u64, SourceName> =
             self.incomplete.keys().map(|number| (*number, cache.scheduler.source_of(*number))).collect();
@@ -227,16 +244,15 @@ impl Plan {
             let known = self.incomplete.get_mut(&number)?;
             let has_started = now.duration_since(known.since) >= self.options.start_up_max;
             let quiet = if has_started { Duration::ZERO } else { self.options.quiet };
-            let is_pressed = is_read_now && known.failure_count == 0 && is_pressed(&layer);
+            let is_pressed = !is_starting_up && known.failure_count == 0 && is_pressed(&layer, now);
             let source = source_of(&layer);
             let steps = self.busy.iter().filter(|busy| busy.source == source);
             let steps_max = if is_pressed { PRESSED_STEPS_MAX } else { 1 };
             if now < known.not_before || steps.count() >= steps_max {
                 return None;
             }
-            if is_pressed && !is_starting_up {
-                let ahead = self.busy.iter().filter(|busy| busy.number == number).map(|busy| busy.end()).max();
-                let from = ahead.unwrap_or(layer.core().read_end());
+            if is_pressed {
+                let from = layer.core().read_end();
                 known.from = if layer.core().first_missing(from).is_some() { from } else { 0 };
             } else {
                 let is_quiet = !is_starting_up && cache.scheduler.is_quiet_since(now.checked_sub(quiet)?);
@@ -244,14 +260,14 @@ impl Plan {
                     return None;
                 }
             }
-            let missing = layer.core().first_missing(known.from);
+            let missing = first_free(&layer, known.from, &self.busy);
             if missing.is_none() {
                 // What failed is tried again from the beginning.
                 known.from = 0;
             }
             let missing = missing?;
             self.shares.begin(&source);
-            self.busy.push(Busy { number, source, missing: missing.clone() });
+            self.busy.push(Busy { number, source, missing: missing.clone(), is_pressed });
             Some(Step { layer, missing })
         })
     }
@@ -267,10 +283,14 @@ impl Plan {
 
     fn note_step(&mut self, step: EndedStep, now: Instant) {
         let is_it = |busy: &Busy| busy.number == step.number && busy.missing == step.missing;
-        if let Some(place) = self.busy.iter().position(is_it) {
-            self.shares.end(&self.busy.swap_remove(place).source, now.duration_since(step.started));
+        let ended = self.busy.iter().position(is_it).map(|place| self.busy.swap_remove(place));
+        if let Some(busy) = &ended {
+            self.shares.end(&busy.source, now.duration_since(step.started));
         }
-        self.not_before = self.not_before.max(step.started) + step_time(step.fetched, self.options.bytes_per_second);
+        if !ended.is_some_and(|busy| busy.is_pressed) {
+            let time = step_time(step.fetched, self.options.bytes_per_second);
+            self.not_before = self.not_before.max(step.started) + time;
+        }
         let Some(known) = self.incomplete.get_mut(&step.number) else { return };
         if step.has_arrived {
             known.failure_count = 0;

@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    ops::Range,
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
@@ -198,13 +199,6 @@ impl Scheduler {
         self.dispatch();
     }
 
-    /// Those of some frames that are not here, and that nobody has wanted yet.
-    pub(crate) fn unwanted(&self, layer: &LayerCore, frames: &[u32]) -> Vec<u32> {
-        let machine = &lock(&self.state).machine;
-        let is_unwanted = |frame: &u32| !layer.store.has_frame(*frame) && !machine.is_pending(layer.number, *frame);
-        frames.iter().copied().filter(is_unwanted).collect()
-    }
-
     /// Lets `wait`, which waits for something of a layer, fail at `deadline`.
     pub(crate) fn wait_until(&self, deadline: Instant, layer: u64, wait: &Arc<Wait>) {
         lock(&self.state).machine.wait_until(deadline, layer, wait.clone());
@@ -234,9 +228,9 @@ impl Scheduler {
         self.dispatch();
     }
 
-    /// Drops what only the fetching of the rest wants of a layer.
-    pub(crate) fn drop_background(self: &Arc<Self>, layer: u64) {
-        lock(&self.state).machine.drop_background(layer, Instant::now());
+    /// Drops what only the fetching of the rest wants of these frames of a layer.
+    pub(crate) fn drop_background(self: &Arc<Self>, layer: u64, frames: Range<u32>) {
+        lock(&self.state).machine.drop_background(layer, &frames, Instant::now());
         self.dispatch();
     }
 

@@ -132,10 +132,10 @@ async fn receive_frame(
     let (scheduler, layer) = (&request.scheduler, &request.layer);
     let len = record.compressed_len.get() as usize;
     let compressed = incoming.take(len, |len| layer.count_fetched(len)).await?;
+    let Some(in_flight) = scheduler.receive(request.number, layer, frame) else { return Ok(false) };
     if request.priority == Priority::Read {
         layer.count_demanded(len as u64);
     }
-    let Some(in_flight) = scheduler.receive(request.number, layer, frame) else { return Ok(false) };
     let Ok(permit) = scheduler.decoders(request.priority).acquire_owned().await else { return Ok(false) };
     let workspaces = request.workspaces.clone();
     scheduler.runtime().spawn_blocking(move || {

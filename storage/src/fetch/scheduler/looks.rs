@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{Scheduler, machine::Activity};
-use crate::sync::lock;
+use crate::{layer_core::LayerCore, sync::lock};
 
 /// How often who is in no hurry looks whether readers still wait, and how long he lets them go first: they may wait for
 /// something that never comes.
@@ -25,6 +25,19 @@ impl Scheduler {
         frames.iter().all(|frame| machine.is_under_way(layer, *frame))
     }
 
+    /// Those of some frames that are not here, and that nobody has wanted yet.
+    pub(crate) fn unwanted(&self, layer: &LayerCore, frames: &[u32]) -> Vec<u32> {
+        let machine = &lock(&self.state).machine;
+        let is_unwanted = |frame: &u32| !layer.store.has_frame(*frame) && !machine.is_pending(layer.number, *frame);
+        frames.iter().copied().filter(is_unwanted).collect()
+    }
+
+    /// Those of some frames that somebody wants.
+    pub(crate) fn wanted(&self, layer: &LayerCore, frames: &[u32]) -> Vec<u32> {
+        let machine = &lock(&self.state).machine;
+        frames.iter().copied().filter(|frame| machine.is_pending(layer.number, *frame)).collect()
+    }
+
     /// Whether nothing more urgent than the rest is under way, or was later than `since`.
     pub(crate) fn is_quiet_since(&self, since: Instant) -> bool {
         lock(&self.state).machine.is_quiet_since(since)
@@ -33,7 +46,7 @@ impl Scheduler {
     /// Waits while requests of blocked readers bring something from the same source: they get all of the link.
     pub(crate) async fn let_readers_go_first(&self, request: u64) {
         let until = Instant::now() + GIVE_WAY_MAX;
-        while lock(&self.state).machine.is_beside_reads(request) && Instant::now() < until {
+        while lock(&self.state).machine.is_beside_reads(request, Instant::now()) && Instant::now() < until {
             tokio::time::sleep(GIVE_WAY_STEP).await;
         }
     }

@@ -33,6 +33,8 @@ use crate::{
 const REQUEST_LEN_MAX: u64 = 4 << 20;
 /// A read takes a frame out of a running prefetch when more bytes than this come before it.
 pub(crate) const WAIT_LEN_MAX: u64 = 512 << 10;
+/// A request for a reader that takes longer is not given way to: its source may never answer.
+const READ_TIME: Duration = Duration::from_secs(2);
 /// Times a frame is asked for again when its bytes were wrong, or once for each place if there are more.
 const RETRIES_MAX: usize = 2;
 const PRIORITY_COUNT: usize = 3;
@@ -563,11 +565,11 @@ impl<W: Waiter> Machine<W> {
         self.advance(now);
     }
 
-    /// Drops what only the fetching of the rest wants of a layer, and the requests that bring nothing else.
-    pub(crate) fn drop_background(&mut self, layer: u64, now: Instant) {
+    /// Drops what only the fetching of the rest wants of these frames of a layer, and the requests that bring nothing else.
+    pub(crate) fn drop_background(&mut self, layer: u64, frames: &Range<u32>, now: Instant) {
         let is_dropped = |key: &FrameKey, pending: &Pending<W>| {
             let is_received = matches!(pending.state, FrameState::Received { .. });
-            key.0 == layer && pending.priority == Priority::Background && !is_received
+            key.0 == layer && frames.contains(&key.1) && pending.priority == Priority::Background && !is_received
         };
         let dropped: Vec<_> = self.pending.extract_if(|key, pending| is_dropped(key, pending)).collect();
         let requests: Vec<u64> = self.running.keys().copied().collect();
@@ -640,11 +642,19 @@ impl<W: Waiter> Machine<W> {
         self.pending.contains_key(&(layer, frame))
     }
 
-    /// Whether blocked readers share the link with a request: they ask its source, too.
-    pub(crate) fn is_beside_reads(&self, request: u64) -> bool {
+    /// Whether blocked readers share the link with a request: they have asked its source a moment ago, and wait for
+    /// nothing that it brings itself.
+    pub(crate) fn is_beside_reads(&self, request: u64, now: Instant) -> bool {
         let Some(own) = self.running.get(&request) else { return false };
-        let is_read = |other: &Running| other.class == Class::Frames(Priority::Read);
-        self.running.values().any(|other| is_read(other) && other.place.source == own.place.source)
+        let is_new = |other: &Running| now.saturating_duration_since(other.started) < READ_TIME;
+        let is_read = |other: &Running| other.class == Class::Frames(Priority::Read) && is_new(other);
+        let is_awaited = |frame: u32| {
+            let pending = self.pending.get(&(own.layer, frame));
+            let pending = pending.filter(|pending| pending.state.is_coming_with(request));
+            pending.is_some_and(|pending| pending.priority == Priority::Read && pending.is_awaited())
+        };
+        let is_beside = self.running.values().any(|other| is_read(other) && other.place.source == own.place.source);
+        is_beside && !own.frames.clone().any(is_awaited)
     }
 
     /// Whether a request brings a frame, or has brought it.

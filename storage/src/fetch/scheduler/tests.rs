@@ -273,15 +273,24 @@ fn the_rest_goes_on_beside_readers_of_other_sources_only() {
     let mut world = World::with_layers(&["a", "a", "b"]);
     world.want(0, 0..1, Priority::Background);
     let rest = world.last_of(0);
-    assert!(!world.machine.is_beside_reads(rest));
+    assert!(!world.machine.is_beside_reads(rest, world.now));
     world.want(2, 0..1, Priority::Read);
-    assert!(!world.machine.is_beside_reads(rest));
+    assert!(!world.machine.is_beside_reads(rest, world.now));
     world.want(1, 0..1, Priority::Read);
-    assert!(world.machine.is_beside_reads(rest));
+    assert!(world.machine.is_beside_reads(rest, world.now));
+    // Not for somebody who waits for ever.
+    let asked = world.now;
+    world.now += Duration::from_secs(3);
+    assert!(!world.machine.is_beside_reads(rest, world.now));
+    world.now = asked;
+    // A reader who waits for what the rest brings would wait for itself.
+    let reader = world.want(0, 0..1, Priority::Read);
+    assert!(!world.machine.is_beside_reads(rest, world.now));
+    assert!(!reader.is_over());
     world.complete(world.last_of(1));
-    assert!(!world.machine.is_beside_reads(rest));
+    assert!(!world.machine.is_beside_reads(rest, world.now));
     world.complete(rest);
-    assert!(!world.machine.is_beside_reads(rest));
+    assert!(!world.machine.is_beside_reads(rest, world.now));
 }
 
 #[test]
@@ -731,7 +740,7 @@ fn a_step_that_is_given_up_drops_its_requests_but_not_what_a_reader_wants() {
     let step = world.want(0, 0..8, Priority::Background);
     let reader = world.want(0, 0..1, Priority::Read);
     assert_eq!(world.running(Class::Frames(Priority::Background)), 2);
-    world.machine.drop_background(0, world.now);
+    world.machine.drop_background(0, &(0..u32::MAX), world.now);
     world.drain();
     assert!(step.0.borrow().error.is_some());
     assert!(!reader.is_over());
@@ -859,7 +868,7 @@ impl World {
             }
             Step::SetPlaces { layer, places } => self.set_numbered_places(layer, &places),
             Step::DropBackground { layer } => {
-                self.machine.drop_background(layer, self.now);
+                self.machine.drop_background(layer, &(0..u32::MAX), self.now);
                 self.drain();
             }
             Step::Forget { layer } => {
