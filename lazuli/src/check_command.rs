@@ -10,7 +10,10 @@ use converter::{
 };
 use indicatif::HumanBytes;
 
-use crate::{output::fail_with, registry_arguments::RegistryArguments};
+use crate::{
+    output::{fail_with, shown},
+    registry_arguments::RegistryArguments,
+};
 
 /// What `lazuli check` is told.
 #[derive(Debug, Args)]
@@ -77,7 +80,7 @@ pub(crate) async fn run(arguments: CheckArguments) -> Result<ExitCode, String> {
             let verdict =
                 if report.is_fully_checked { "is sound" } else { "has nothing wrong in what was checked of it" };
             if !json {
-                println!("{named} {} {verdict}", describe(&report));
+                println!("{} {} {verdict}", shown(&named), shown(&describe(&report)));
             }
             let is_enough = report.is_fully_checked || allow_unchecked;
             Ok(if is_enough { ExitCode::SUCCESS } else { ExitCode::from(INCOMPLETE) })
@@ -90,15 +93,15 @@ pub(crate) async fn run(arguments: CheckArguments) -> Result<ExitCode, String> {
 /// Prints all findings but those of the layers, which have been printed.
 fn print_findings(report: &CheckReport) {
     let print = |place: &str, findings: &[Finding], further: u64, not_checked: &[String]| {
-        findings.iter().for_each(|finding| println!("{place}{finding}"));
+        findings.iter().for_each(|finding| println!("{place}{}", shown(&finding.to_string())));
         if further > 0 {
             println!("{place}{further} findings more of the same kinds");
         }
-        not_checked.iter().for_each(|what| println!("{place}not checked: {what}"));
+        not_checked.iter().for_each(|what| println!("{place}not checked: {}", shown(what)));
     };
     for image in &report.images {
         let is_only = report.digest == image.digest || report.images.len() == 1;
-        let place = if is_only { String::new() } else { format!("image {}: ", image.platform) };
+        let place = if is_only { String::new() } else { format!("image {}: ", shown(&image.platform)) };
         print(&place, &image.findings, image.further_finding_count, &[]);
     }
     for artifact in &report.artifacts {
@@ -142,15 +145,15 @@ fn print_layer(layer: &LayerCheck) {
     };
     println!("layer {digest}: {verdict} ({})", words.join(", "));
     for signature in &layer.signatures {
-        println!("layer {digest}: signed by key {signature}");
+        println!("layer {digest}: signed by key {}", shown(&signature.to_string()));
     }
     for finding in &layer.findings {
-        println!("layer {digest}: {finding}");
+        println!("layer {digest}: {}", shown(&finding.to_string()));
     }
     if layer.further_finding_count > 0 {
         println!("layer {digest}: {} findings more of the same kinds", layer.further_finding_count);
     }
     for what in &layer.not_checked {
-        println!("layer {digest}: not checked: {what}");
+        println!("layer {digest}: not checked: {}", shown(what));
     }
 }

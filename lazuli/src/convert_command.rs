@@ -18,7 +18,7 @@ use indicatif::HumanBytes;
 use registry::Client;
 
 use crate::{
-    output::fail_with,
+    output::{fail_with, shown},
     profile,
     profile_command::{self, ReadyArguments, read_profile},
     progress,
@@ -187,7 +187,7 @@ async fn image_at(destination: &Location, client: &Client) -> Option<ImageSource
 async fn carried_or_derived(last_versions: &[ImageSource], platform: Option<&Platform>) -> HotPackChoice {
     for image in last_versions {
         if let Ok(Some(RecordedProfile { profile, digest })) = recorded_profile(image, platform).await {
-            eprintln!("profile of {}: {}", image.name(), profile_command::summary(&profile));
+            eprintln!("profile of {}: {}", shown(&image.name()), profile_command::summary(&profile));
             return HotPackChoice::Profile { profile: Arc::new(profile), digest };
         }
     }
@@ -231,7 +231,7 @@ async fn record_start(
         () = &mut interrupted => return Err("interrupted".to_owned()),
     };
     eprintln!("{named}: running it");
-    let recorded = profile::record::record(&image, &options, |line| eprintln!("{line}"), interrupted).await;
+    let recorded = profile::record::record(&image, &options, |line| eprintln!("{}", shown(line)), interrupted).await;
     let recorded = recorded.map_err(|error| fail_with(&named, &error))?;
     eprintln!("recorded: {}", profile_command::summary(&recorded));
     Ok(recorded)
@@ -252,14 +252,14 @@ fn print(report: &Report, json: bool) {
     }
     for artifact in &report.artifacts {
         let kind = if artifact.kind.is_empty() { "of no type" } else { &artifact.kind };
-        eprintln!("{}: no container image ({}), copied as it is", artifact.digest, kind.escape_debug());
+        eprintln!("{}: no container image ({}), copied as it is", artifact.digest, shown(kind));
     }
     if report.images.is_empty() {
         eprintln!("warning: nothing was converted: {} holds no lazy image", report.destination);
     }
     for referrer in &report.referrers {
         let attached = if referrer.attached.is_some() { ", attached to the new image" } else { "" };
-        eprintln!("referrer {} ({}): carried along{attached}", referrer.digest, referrer.kind.escape_debug());
+        eprintln!("referrer {} ({}): carried along{attached}", referrer.digest, shown(&referrer.kind));
     }
     if !report.images.is_empty() {
         eprintln!(

@@ -7,7 +7,10 @@ use converter::{
 };
 use indicatif::{HumanBytes, HumanCount};
 
-use crate::{output::fail_with, registry_arguments::RegistryArguments};
+use crate::{
+    output::{fail_with, shown},
+    registry_arguments::RegistryArguments,
+};
 
 /// What `lazuli inspect` is told.
 #[derive(Debug, Args)]
@@ -41,17 +44,20 @@ pub(crate) async fn run(arguments: InspectArguments) -> Result<(), String> {
     if json {
         println!("{}", serde_json::to_string_pretty(&facts).expect("facts have no maps"));
     } else {
-        // Words of an image stand in it; a terminal takes some for commands.
-        let text = describe(&named, &facts);
-        print!("{}", text.replace(|letter: char| letter.is_control() && letter != '\n', " "));
+        print!("{}", describe(&named, &facts));
     }
     Ok(())
 }
 
 /// The whole report as text.
 fn describe(named: &str, facts: &ImageFacts) -> String {
-    let mut text =
-        format!("{named} {}\nmanifest {}\nconfig   {}\n\n", facts.platform, facts.digest, facts.config_digest);
+    let mut text = format!(
+        "{} {}\nmanifest {}\nconfig   {}\n\n",
+        shown(named),
+        shown(&facts.platform),
+        facts.digest,
+        facts.config_digest
+    );
     text += &layer_table(facts);
     if facts.total.lazy_layer_count > 0 {
         text += &frame_table(&facts.layers);
@@ -109,8 +115,9 @@ fn kind(layer: &LayerFacts) -> String {
         .into_iter()
         .find_map(|prefix| layer.media_type.strip_prefix(prefix))
         .unwrap_or(&layer.media_type);
+    let media_type = shown(media_type);
     match layer.lazy_by {
-        None => media_type.to_owned(),
+        None => media_type.into_owned(),
         Some(LazyBy::Annotations) => format!("{media_type} lazy"),
         Some(LazyBy::Footer) => format!("{media_type} lazy, annotations lost"),
     }
@@ -179,6 +186,7 @@ fn summary(facts: &ImageFacts) -> String {
     lines.push(format!("hidden    {} that later layers replace or delete{among}", bytes(total.hidden_len)));
     for (number, layer) in numbered(&facts.layers).filter(|(_, layer)| layer.lazy.is_some()) {
         let keys = layer.signed_by.join(", ");
+        let keys = shown(&keys);
         let signed = if keys.is_empty() { "not signed".to_owned() } else { format!("signed by key {keys}") };
         lines.push(format!("signature layer {number}: {signed}"));
     }
@@ -191,7 +199,7 @@ fn hot_table(list: &[HotEntry]) -> String {
         let HotEntry { path, offset, len, hot_reason } = entry;
         rows.push(vec![
             number.to_string(),
-            path.clone(),
+            shown(path).into_owned(),
             (*hot_reason).to_owned(),
             offset.to_string(),
             len.to_string(),

@@ -13,11 +13,11 @@ use converter::{
     image::{ImageSource, location::Location, platform::Platform},
     inspect::recorded_profile,
 };
-use format_spec::{paths::shown, profile::Profile};
+use format_spec::profile::Profile;
 use indicatif::{HumanBytes, HumanDuration};
 
 use crate::{
-    output::fail_with,
+    output::{fail_with, shown},
     profile::{
         Ready,
         node::{NodeRecord, node_record, node_records},
@@ -176,7 +176,7 @@ async fn run_record(command: RecordCommand, interrupted: impl Future<Output = ()
     let options = ready.options(platform, command);
     let source = ImageSource::open(image, &client, &std::env::temp_dir()).await;
     let source = source.map_err(|error| fail_with(&named, &error))?;
-    let recorded = record(&source, &options, |line| eprintln!("{line}"), interrupted).await;
+    let recorded = record(&source, &options, |line| eprintln!("{}", shown(line)), interrupted).await;
     let profile = recorded.map_err(|error| fail_with(&named, &error))?;
     eprintln!("recorded: {}", summary(&profile));
     write(&profile, output.as_deref())
@@ -200,13 +200,12 @@ fn run_node(command: NodeCommand) -> Result<(), String> {
         return write(&record.profile, output.as_deref());
     }
     let (records, damaged) = node_records(&root).map_err(|error| error.to_string())?;
-    damaged.iter().for_each(|error| eprintln!("{error}"));
+    damaged.iter().for_each(|error| eprintln!("{}", shown(&error.to_string())));
     if records.is_empty() {
         eprintln!("no start is recorded in {}", root.display());
     }
     for NodeRecord { repository, profile, age } in records {
-        // No byte of a name is a command to a terminal.
-        println!("{}: {}, {} ago", shown(repository.as_bytes()), summary(&profile), HumanDuration(age));
+        println!("{}: {}, {} ago", shown(&repository), summary(&profile), HumanDuration(age));
     }
     Ok(())
 }

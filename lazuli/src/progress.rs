@@ -11,6 +11,8 @@ use converter::convert::report::{LayerReport, NoObserver, Observer};
 use format_spec::Digest;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 
+use crate::output::shown;
+
 /// The observer that suits standard error.
 pub(crate) fn observer(is_quiet: bool) -> Arc<dyn Observer> {
     match (is_quiet, std::io::stderr().is_terminal()) {
@@ -47,7 +49,7 @@ struct Lines;
 
 impl Observer for Lines {
     fn image_starts(&self, name: &str) {
-        eprintln!("{name}:");
+        eprintln!("{}:", shown(name));
     }
 
     fn layer_starts(&self, _: usize, _: &Digest, _: u64) {}
@@ -83,7 +85,7 @@ fn style(template: &str) -> ProgressStyle {
 impl Observer for Bars {
     fn image_starts(&self, name: &str) {
         // A terminal that cannot be written to shows at the next bar.
-        let _ = self.all.println(name);
+        let _ = self.all.println(shown(name));
     }
 
     fn layer_starts(&self, layer: usize, digest: &Digest, len: u64) {

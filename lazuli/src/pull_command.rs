@@ -13,6 +13,7 @@ use format_spec::Digest;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 use registry::Reference;
 
+use crate::output::shown;
 use crate::pull::{PullObserver, PullOptions, PulledLayer, pull};
 use crate::registry_arguments::RegistryArguments;
 
@@ -82,7 +83,7 @@ impl PullObserver for Lines {
 
     fn waits(&self, layer: usize, digest: &Digest, reason: &str) {
         if self.waiting.lock().unwrap_or_else(PoisonError::into_inner).replace(layer) != Some(layer) {
-            eprintln!("layer {}: waits: {reason}", short(digest));
+            eprintln!("layer {}: waits: {}", short(digest), shown(reason));
         }
     }
 
@@ -129,7 +130,7 @@ impl PullObserver for Bars {
         let bar = self.bar(layer, 0);
         bar.set_style(style("{prefix} waits: {msg}"));
         bar.set_prefix(short(digest));
-        bar.set_message(reason.to_owned());
+        bar.set_message(shown(reason).into_owned());
     }
 
     fn layer_done(&self, layer: usize, digest: &Digest, outcome: PulledLayer) {

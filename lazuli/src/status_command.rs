@@ -9,6 +9,7 @@ use std::{
 use clap::Args;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 
+use crate::output::shown;
 use crate::status::{Chain, Fetching, ImageLayer, ImageStatus, NodeStatus, REFUSED, Read, Sums, VERIFIED, node_status};
 
 /// What `lazuli status` is told.
@@ -48,11 +49,11 @@ pub(crate) async fn run(arguments: StatusArguments) -> Result<(), String> {
 /// `now` is the time since 1970.
 fn describe(status: &NodeStatus, with_layers: bool, now: Duration) -> String {
     let mut text = match (status.mode, &status.mode_reason) {
-        (Some(mode), Some(reason)) => format!("mode {mode}: {reason}\n"),
+        (Some(mode), Some(reason)) => format!("mode {mode}: {}\n", shown(reason)),
         _ => "no lazily pulled images: lazuli-fused is started with the first one\n".to_owned(),
     };
     for image in &status.images {
-        text += &format!("\n{}\n", image.image);
+        text += &format!("\n{}\n", shown(&image.image));
         text += &lines_of(image);
         if with_layers {
             text += &image.layers.iter().map(layer_line).collect::<String>();
@@ -65,11 +66,11 @@ fn describe(status: &NodeStatus, with_layers: bool, now: Duration) -> String {
     for image in others {
         let lines = chain_lines(status, image, with_layers, now);
         if !lines.is_empty() {
-            text += &format!("\n{image}\n{lines}");
+            text += &format!("\n{}\n{lines}", shown(image));
         }
     }
     for known in status.not_lazy.iter().filter(|known| is_elsewhere(&known.image.as_str())) {
-        text += &format!("\n{}\n  not lazy: it was pulled completely: {}\n", known.image, known.reason);
+        text += &format!("\n{}\n  not lazy: it was pulled completely: {}\n", shown(&known.image), shown(&known.reason));
     }
     if status.images.len() > 1 {
         text += &format!("\ntotal, each layer once\n  {}\n", sizes(&status.total));
@@ -82,14 +83,15 @@ fn lines_of(image: &ImageStatus) -> String {
     let lazy = if image.is_lazy { "lazy" } else { "not lazy" };
     let mounted = image.mode.map_or("not mounted".to_owned(), |mode| format!("mounted by {mode}"));
     let mut text = format!("  {lazy}, {}, {truth}, {mounted}\n", arrived(image.is_complete, &image.sums));
-    text += &image.reason.iter().map(|reason| format!("  {}{reason}\n", refusal_mark(image))).collect::<String>();
+    text +=
+        &image.reason.iter().map(|reason| format!("  {}{}\n", refusal_mark(image), shown(reason))).collect::<String>();
     text += &format!("  {}\n", sizes(&image.sums));
     let Fetching { wanted_frame_count, coming_frame_count, awaited_frame_count, reads } = &image.fetching;
     if *awaited_frame_count > 0 {
         text += &format!("  readers wait for {}\n", counted(*awaited_frame_count, "frame"));
     }
     for Read { path, waiting_ms, reason } in reads {
-        text += &format!("  waited for: {path} for {} s: {reason}\n", waiting_ms / 1000);
+        text += &format!("  waited for: {} for {} s: {}\n", shown(path), waiting_ms / 1000, shown(reason));
     }
     let in_background = wanted_frame_count.saturating_sub(*awaited_frame_count);
     if in_background > 0 {
@@ -141,18 +143,18 @@ fn chain_line(chain: &Chain, all: bool, now: Duration) -> Option<String> {
     if !is_remarkable {
         return None;
     }
-    let name = chain.chain_id.get(..19).unwrap_or(&chain.chain_id);
+    let name = shown(chain.chain_id.get(..19).unwrap_or(&chain.chain_id));
     let since = ago(chain.since);
     let truth = match (chain.truth, &chain.reason) {
         (REFUSED, reason) => {
-            let reason = reason.as_deref().unwrap_or_default();
+            let reason = shown(reason.as_deref().unwrap_or_default());
             format!("REFUSED {since} ago, nothing is started on it: {reason}; remove the image")
         }
         (VERIFIED, _) => format!("verified {since} ago"),
         _ => format!("believed for {since}"),
     };
     let waits = chain.waited_for_since.map(|since| format!(", its verification is waited for since {}", ago(since)));
-    let signed: String = chain.signed_by.iter().map(|key| format!(", signed by key {key}")).collect();
+    let signed: String = chain.signed_by.iter().map(|key| format!(", signed by key {}", shown(key))).collect();
     Some(format!("  chain {name}: {truth}{}{signed}\n", waits.unwrap_or_default()))
 }
 
@@ -165,7 +167,7 @@ pub(crate) fn arrived(is_complete: bool, sums: &Sums) -> String {
 fn layer_line(layer: &ImageLayer) -> String {
     let truth = match (&layer.tar_digest, &layer.reason) {
         (Some(tar), _) => format!("verified as {tar}"),
-        (None, Some(reason)) => format!("refused: {reason}"),
+        (None, Some(reason)) => format!("refused: {}", shown(reason)),
         (None, None) => layer.truth.to_owned(),
     };
     format!(
@@ -177,4 +179,28 @@ fn layer_line(layer: &ImageLayer) -> String {
         HumanBytes(layer.sums.fetched_bytes),
         HumanBytes(layer.sums.disk_bytes),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::why::tests::partly_lazy;
+
+    #[test]
+    fn no_name_of_a_tenant_reaches_the_terminal_or_forges_a_line() {
+        const FORGED: &str = "x\u{1b}[2J\n  lazy, complete, verified";
+        let forged = || FORGED.to_owned();
+        let (_, mut status) = partly_lazy();
+        let line_count = describe(&status, true, Duration::ZERO).lines().count();
+        let image = &mut status.images[0];
+        (image.image, image.reason) = (forged(), Some(forged()));
+        image.fetching.reads = vec![Read { path: forged(), waiting_ms: 1, reason: forged() }];
+        image.layers[0].reason = Some(forged());
+        status.mode_reason = Some(forged());
+        status.not_lazy = vec![control::NotLazy { image: "other".to_owned() + FORGED, reason: forged(), since: 1 }];
+        let text = describe(&status, true, Duration::ZERO);
+        // A read that waits; an image that is not lazy, with an empty line before it.
+        assert_eq!(text.lines().count(), line_count + 1 + 3, "{text}");
+        assert!(!text.contains('\u{1b}') && !text.contains("\n  lazy, complete"), "{text}");
+    }
 }

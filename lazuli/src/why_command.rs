@@ -6,6 +6,7 @@ use clap::Args;
 use indicatif::{HumanBytes, HumanCount};
 
 use crate::{
+    output::shown,
     status::{NodeStatus, Read, node_status},
     status_command::arrived,
     why::{
@@ -62,7 +63,7 @@ async fn find(arguments: &WhyArguments, status: &NodeStatus) -> Result<Subject, 
         Ok(records) => records,
         // The rest is known without it.
         Err(error) if is_image => {
-            eprintln!("warning: layers that are not lazy are not shown: {error}");
+            eprintln!("warning: layers that are not lazy are not shown: {}", shown(&error.to_string()));
             Records { container: None, layers: None, has_image: true }
         }
         Err(error) => return Err(format!("{wanted}: {error}")),
@@ -81,8 +82,9 @@ async fn find(arguments: &WhyArguments, status: &NodeStatus) -> Result<Subject, 
 }
 
 fn describe(why: &Why) -> String {
-    let container = why.container.iter().map(|container| format!(", container {container}")).collect::<String>();
-    let mut text = format!("{}{container}\n", why.image);
+    let container =
+        why.container.iter().map(|container| format!(", container {}", shown(container))).collect::<String>();
+    let mut text = format!("{}{container}\n", shown(&why.image));
     let lazy = if why.is_lazy { "lazy" } else { "not lazy" };
     let truth = match why.is_verified {
         None => String::new(),
@@ -94,16 +96,16 @@ fn describe(why: &Why) -> String {
     };
     text += &format!("  {lazy}{truth}\n");
     let reason = why.reason.as_ref().filter(|reason| !why.obstacles.contains(reason));
-    text += &reason.iter().map(|reason| format!("  {reason}\n")).collect::<String>();
-    text += &why.obstacles.iter().map(|obstacle| format!("  not lazy: {obstacle}\n")).collect::<String>();
+    text += &reason.iter().map(|reason| format!("  {}\n", shown(reason))).collect::<String>();
+    text += &why.obstacles.iter().map(|obstacle| format!("  not lazy: {}\n", shown(obstacle))).collect::<String>();
     if why.is_lazy {
         text += &waited_lines(why);
     }
     for Read { path, waiting_ms, reason } in &why.reads {
-        text += &format!("  waited for now: {path} for {}: {reason}\n", time(*waiting_ms));
+        text += &format!("  waited for now: {} for {}: {}\n", shown(path), time(*waiting_ms), shown(reason));
     }
     text += &wait_table(&why.waits);
-    text += &why.suggestions.iter().map(|suggestion| format!("  {suggestion}\n")).collect::<String>();
+    text += &why.suggestions.iter().map(|suggestion| format!("  {}\n", shown(suggestion))).collect::<String>();
     text
 }
 
@@ -143,9 +145,9 @@ fn waited_lines(why: &Why) -> String {
 
 /// The longest waits: path, how long, and for what.
 fn wait_table(waits: &[Wait]) -> String {
-    let shown = &waits[..waits.len().min(SHOWN_MAX)];
+    let longest = waits.iter().take(SHOWN_MAX);
     let rows: Vec<[String; 3]> =
-        shown.iter().map(|wait| [wait.path.clone(), time(wait.waited_ms), wait.cause.to_string()]).collect();
+        longest.map(|wait| [shown(&wait.path).into_owned(), time(wait.waited_ms), wait.cause.to_string()]).collect();
     let head = ["file", "waited", "for"].map(str::to_owned);
     let rows: Vec<[String; 3]> = if rows.is_empty() { rows } else { [head].into_iter().chain(rows).collect() };
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
@@ -185,6 +187,23 @@ host/app:1, container web-1
 ";
         let ordinary = &subject.layers.as_ref().unwrap()[1];
         assert_eq!(describe(&why), expected.replace("HEX", &ordinary.digest.hex()[..12]));
+    }
+
+    #[test]
+    fn no_name_of_a_tenant_reaches_the_terminal_or_forges_a_line() {
+        const FORGED: &str = "x\u{1b}[2J\n  lazy, complete, verified";
+        let (subject, status) = partly_lazy();
+        let mut why = explain(&subject, &status, &[layer_waits("lazy", 12)]).unwrap();
+        let line_count = describe(&why).lines().count();
+        let forged = || FORGED.to_owned();
+        (why.image, why.container, why.reason) = (forged(), Some(forged()), Some(format!("reason {FORGED}")));
+        why.obstacles = vec![forged()];
+        why.waits[0].path = forged();
+        why.suggestions[0] = forged();
+        why.reads = vec![Read { path: forged(), waiting_ms: 1, reason: forged() }];
+        let text = describe(&why);
+        assert_eq!(text.lines().count(), line_count + 1, "{text}");
+        assert!(!text.contains('\u{1b}') && !text.contains("\n  lazy, complete"), "{text}");
     }
 
     #[test]
