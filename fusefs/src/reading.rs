@@ -13,11 +13,18 @@ const READS_MAX: usize = 64;
 const FILES_MAX: usize = 8;
 /// Longest path that is named, in directories.
 const DEPTH_MAX: usize = 256;
+/// Longest path that is named, in bytes, as the kernel takes them; those that JSON needs for a character count.
+const PATH_LEN_MAX: usize = 4095;
+/// Stands for the directories that a path is too long to name.
+const CUT: &str = "…";
 
 /// Looks at one layer at the time `now`.
 pub(crate) fn reading(layer: &Layer, now: Instant) -> Reading {
     let activity = layer.activity();
     let reads = waiting_reads(layer.index(), &activity.reads, now);
+    if !activity.reads.is_empty() {
+        layer.index().backing().release();
+    }
     Reading {
         frames_wanted: activity.frames_wanted,
         frames_under_way: activity.frames_under_way,
@@ -55,22 +62,46 @@ pub(crate) fn file_at<B: AsRef<[u8]>>(index: &Index<B>, offset: u64) -> Option<u
     owners.next().and_then(|(number, _)| u32::try_from(number).ok())
 }
 
-/// The path of an inode, by its parents; `None` in an index that was never checked.
+/// The path of an inode, by its parents, or the end of a long one; `None` in an index that was never checked.
 pub(crate) fn path_of<B: AsRef<[u8]>>(index: &Index<B>, mut number: u32) -> Option<String> {
-    let mut names = Vec::new();
+    let (mut names, mut budget) = (Vec::new(), PATH_LEN_MAX - CUT.len());
     while number != 0 {
         let parent = index.inode(number)?.parent.get();
         let mut children = index.children(index.inode(parent)?);
         let (name, _) = children.find(|(_, child)| *child == number)?;
+        let left = (names.len() < DEPTH_MAX).then(|| after_name(budget, name)).flatten();
+        let Some(left) = left else { return Some(joined(names, CUT)) };
+        budget = left;
         names.push(String::from_utf8_lossy(name).into_owned());
-        if names.len() > DEPTH_MAX {
-            return None;
-        }
         number = parent;
     }
-    names.push(String::new());
+    Some(joined(names, ""))
+}
+
+/// The part of a budget that a name and the slash before it leave; `None` when it is too small.
+fn after_name(budget: usize, name: &[u8]) -> Option<usize> {
+    let left = budget.checked_sub(1)?;
+    // Names of an index that was never checked may be longer than any.
+    if name.len() > left {
+        return None;
+    }
+    left.checked_sub(String::from_utf8_lossy(name).chars().map(json_len).sum())
+}
+
+/// Bytes of a character in a text of JSON.
+fn json_len(letter: char) -> usize {
+    match letter {
+        '"' | '\\' => 2,
+        '\0'..'\u{20}' => 6,
+        _ => letter.len_utf8(),
+    }
+}
+
+/// The path of these names, the last one first, behind what stands for those above them.
+fn joined(mut names: Vec<String>, above: &str) -> String {
+    names.push(above.to_owned());
     names.reverse();
-    Some(names.join("/"))
+    names.join("/")
 }
 
 #[cfg(test)]
@@ -109,6 +140,35 @@ pub(crate) mod tests {
         assert_eq!(path(4095).as_deref(), Some("/a"));
         assert_eq!(path(4096).as_deref(), Some("/sub/b"));
         assert_eq!([4106, 1 << 40].map(path), [None, None]);
+    }
+
+    /// A file below directories, all of one name.
+    fn nested(name: &[u8], depth: u32) -> Index<Vec<u8>> {
+        let mut builder = IndexBuilder::default();
+        builder.add_inode(implicit_directory()).unwrap();
+        for number in 1..=depth {
+            let mut inode = implicit_directory();
+            inode.parent = (number - 1).into();
+            if number == depth {
+                (inode.mode, inode.size) = ((0o100_644).into(), 10.into());
+            }
+            builder.add_inode(inode).unwrap();
+        }
+        (0..depth).for_each(|number| builder.add_directory(number, [(name, number + 1)]).unwrap());
+        Index::open(builder.finish_tree(&[format_spec::Digest::of(b"layer")]).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_path_takes_no_more_than_4095_bytes_of_an_answer() {
+        for (name, count) in [(&[1; 255][..], 2), (&[b'n'; 255], 15), (b"n", 256)] {
+            let path = path_of(&nested(name, 300), 300).unwrap();
+            let told = serde_json::to_string(&path).unwrap();
+            assert!(told.len() <= 4095 + 2, "{} bytes", told.len());
+            let name = format!("/{}", str::from_utf8(name).unwrap());
+            assert_eq!(path, format!("…{}", name.repeat(count)));
+        }
+        let whole = path_of(&nested(&[b'n'; 255], 15), 15).unwrap();
+        assert!(whole.starts_with("/nnn") && whole.len() == 15 * 256, "{whole}");
     }
 
     #[test]

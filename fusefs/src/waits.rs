@@ -1,6 +1,6 @@
 //! The waits of a layer's readers that are over, in the words of who looks at them: which files, how long, for what?
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use control::{LayerWaits, PastWait, WaitCause};
 use format_spec::Index;
@@ -11,12 +11,16 @@ use crate::reading::{file_at, path_of};
 /// Looks at one layer.
 pub(crate) fn waits_of(layer: &Layer) -> LayerWaits {
     let (waits, progress) = (layer.waits(), layer.progress());
+    let longest = past_waits(layer.index(), &waits.longest);
+    if !waits.longest.is_empty() {
+        layer.index().backing().release();
+    }
     LayerWaits {
         layer: layer.lazy_layer().id(),
         wait_count: waits.count,
         waited_ms: milliseconds(waits.total),
         blocked_ms: milliseconds(waits.blocked),
-        longest: past_waits(layer.index(), &waits.longest),
+        longest,
         demanded_bytes: progress.demanded_bytes,
         hot_bytes: progress.hot_bytes,
         best_rate: layer.best_rate(),
@@ -24,18 +28,19 @@ pub(crate) fn waits_of(layer: &Layer) -> LayerWaits {
 }
 
 fn past_waits<B: AsRef<[u8]>>(index: &Index<B>, waits: &[storage::PastWait]) -> Vec<PastWait> {
-    let named = |wait: &storage::PastWait| {
+    let mut paths = BTreeMap::new();
+    let mut named = |wait: &storage::PastWait| {
         let file = file_at(index, wait.offset)?;
         let start = index.inode(file)?.plain_offset.get();
         Some(PastWait {
-            path: path_of(index, file)?,
+            path: paths.entry(file).or_insert_with(|| path_of(index, file)).clone()?,
             offset: wait.offset.saturating_sub(start),
             after_ms: milliseconds(wait.began_after),
             waited_ms: milliseconds(wait.lasted),
             cause: told(wait.cause),
         })
     };
-    waits.iter().filter_map(named).collect()
+    waits.iter().filter_map(&mut named).collect()
 }
 
 fn milliseconds(time: Duration) -> u64 {
