@@ -146,7 +146,11 @@ pub enum Request {
     Status,
     /// What readers have waited for; answered with [`Response::Waits`], by a daemon that is older than this with
     /// [`Response::Error`].
-    Waits,
+    Waits {
+        /// The layers that are asked about; all where it is left out.
+        #[serde(default)]
+        layers: Option<Vec<LayerId>>,
+    },
 }
 
 /// What the daemon answers.
@@ -184,7 +188,7 @@ pub enum Response {
     },
     /// What readers have waited for.
     Waits {
-        /// Every open layer, sorted by digest.
+        /// Those of the question that are open, sorted by digest.
         layers: Vec<LayerWaits>,
     },
     /// The request failed.
@@ -339,4 +343,15 @@ pub struct WaitingRead {
     pub path: String,
     /// Since when, in milliseconds before the answer.
     pub waiting_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_names_no_layers_asks_about_all() {
+        let asked: Request = serde_json::from_str(r#"{"request": "waits"}"#).unwrap();
+        assert_eq!(asked, Request::Waits { layers: None });
+    }
 }

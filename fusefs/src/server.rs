@@ -8,6 +8,7 @@
 //! answered.
 
 use std::{
+    collections::HashSet,
     io,
     os::{
         fd::OwnedFd,
@@ -21,7 +22,8 @@ use std::{
     time::Duration,
 };
 
-use control::{ErrorKind, Request, Response, descriptor};
+use control::{ErrorKind, LayerWaits, Request, Response, descriptor};
+use format_spec::LayerId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest},
@@ -270,7 +272,7 @@ async fn answer_in_time(request: Request, mounts: &Mounts, lanes: &Lanes) -> Res
     let answered = timeout(within, async {
         let _place = match request {
             Request::HoldSession | Request::Ping | Request::Verdicts { .. } => None,
-            Request::Status | Request::Waits => lanes.looks.acquire().await.ok(),
+            Request::Status | Request::Waits { .. } => lanes.looks.acquire().await.ok(),
             _ => match lanes.work.try_acquire() {
                 Ok(place) => Some(place),
                 Err(_) => return Err(Error::Busy),
@@ -291,6 +293,15 @@ async fn answer_in_time(request: Request, mounts: &Mounts, lanes: &Lanes) -> Res
 /// An error of one line, whatever is in it.
 fn refuse(kind: ErrorKind, message: &str) -> Response {
     Response::Error { message: message.split('\n').map(str::trim).collect::<Vec<_>>().join(" "), kind }
+}
+
+/// The waits of these layers; of all where none are named.
+fn asked_for(mut waits: Vec<LayerWaits>, layers: Option<Vec<LayerId>>) -> Vec<LayerWaits> {
+    if let Some(layers) = layers {
+        let layers: HashSet<LayerId> = layers.into_iter().collect();
+        waits.retain(|of| layers.contains(&of.layer));
+    }
+    waits
 }
 
 async fn answer(request: Request, mounts: &Mounts) -> Result<Response, Error> {
@@ -314,7 +325,33 @@ async fn answer(request: Request, mounts: &Mounts) -> Result<Response, Error> {
             let (layers, trees) = (service.layers().await?, mounts.available_trees().await);
             return Ok(Response::Status { mode: mounts.mode(), layers, trees });
         }
-        Request::Waits => return Ok(Response::Waits { layers: service.waits().await }),
+        Request::Waits { layers } => return Ok(Response::Waits { layers: asked_for(service.waits().await, layers) }),
     }
     Ok(Response::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use format_spec::Digest;
+
+    use super::*;
+
+    #[test]
+    fn an_answer_has_the_layers_of_the_question_and_no_others() {
+        let [asked, other, unknown] = ["asked", "other", "unknown"].map(|name| Digest::of(name.as_bytes()));
+        let waits = |layer| LayerWaits {
+            layer,
+            wait_count: 1,
+            waited_ms: 1,
+            blocked_ms: 1,
+            longest: Vec::new(),
+            demanded_bytes: 0,
+            hot_bytes: 0,
+            best_rate: None,
+        };
+        let all = || vec![waits(asked), waits(other)];
+        assert_eq!(asked_for(all(), Some(vec![unknown, asked])), [waits(asked)]);
+        assert_eq!(asked_for(all(), Some(Vec::new())), []);
+        assert_eq!(asked_for(all(), None), all());
+    }
 }

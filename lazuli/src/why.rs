@@ -116,16 +116,23 @@ pub(crate) struct WhyLayer {
     pub(crate) figures: Option<Figures>,
 }
 
-/// What readers of the node's layers waited for; nothing where no `lazuli-fused` is needed.
+/// The layers of the subject that `lazuli-fused` has.
+pub(crate) fn lazy_layers(subject: &Subject, status: &NodeStatus) -> Vec<LayerId> {
+    let node = Node::new(status, &[]);
+    let layers = node.layers(subject, node.image(subject));
+    layers.iter().filter_map(|layer| layer.here).map(|(layer, _)| layer.id).collect()
+}
+
+/// What readers of these layers waited for; nothing where there are none.
 ///
 /// # Errors
 ///
 /// When it does not answer, or is of a version that does not know.
-pub(crate) async fn node_waits(root: &Path, status: &NodeStatus) -> Result<Vec<LayerWaits>, StatusError> {
-    if status.mode.is_none() {
+pub(crate) async fn node_waits(root: &Path, layers: Vec<LayerId>) -> Result<Vec<LayerWaits>, StatusError> {
+    if layers.is_empty() {
         return Ok(Vec::new());
     }
-    match ask(root, &Request::Waits).await? {
+    match ask(root, &Request::Waits { layers: Some(layers) }).await? {
         Response::Waits { layers } => Ok(layers),
         Response::Error { kind: ErrorKind::Invalid, .. } => Err(StatusError::Answer {
             path: root.join(control::root::SOCKET),

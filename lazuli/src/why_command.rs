@@ -10,7 +10,7 @@ use crate::{
     status::{NodeStatus, Read, node_status},
     status_command::arrived,
     why::{
-        Figures, Subject, Wait, Why, explain, node_waits,
+        Figures, Subject, Wait, Why, explain, lazy_layers, node_waits,
         records::{Records, records},
     },
 };
@@ -42,7 +42,8 @@ pub(crate) struct WhyArguments {
 pub(crate) async fn run(arguments: WhyArguments) -> Result<(), String> {
     let status = node_status(&arguments.root).await.map_err(|error| error.to_string())?;
     let subject = find(&arguments, &status).await?;
-    let waits = node_waits(&arguments.root, &status).await.map_err(|error| error.to_string())?;
+    let layers = lazy_layers(&subject, &status);
+    let waits = node_waits(&arguments.root, layers).await.map_err(|error| error.to_string())?;
     let why = explain(&subject, &status, &waits)?;
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&why).expect("an answer has text keys only"));

@@ -121,6 +121,13 @@ fn figures_of_an_image_are_those_of_its_layers_together() {
     assert_eq!(layers, [(true, true), (true, true), (false, false)]);
 }
 
+#[test]
+fn nothing_is_asked_about_layers_of_other_images() {
+    let (subject, mut status) = partly_lazy();
+    status.images.extend(node(&["of another image"]).images);
+    assert_eq!(lazy_layers(&subject, &status), [lazy_layer("lazy").id()]);
+}
+
 /// Whatever keeps something from being lazy, in the words of the answer.
 #[test]
 fn everything_that_is_not_lazy_is_said() {
