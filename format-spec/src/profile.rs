@@ -114,12 +114,6 @@ impl Profile {
         self
     }
 
-    /// The first `count` files.
-    pub fn first_files(mut self, count: usize) -> Self {
-        self.files.truncate(count);
-        self
-    }
-
     /// Bytes of all its ranges; files without any count nothing.
     pub fn ranges_len(&self) -> u64 {
         let ranges = self.files.iter().filter_map(|file| file.ranges.as_deref()).flatten();
@@ -128,20 +122,27 @@ impl Profile {
 
     /// The document, as [`Self::parse`] reads it: a line a file.
     pub fn to_json(&self) -> String {
-        let line = |file: &ProfileFile| {
-            let path = encoded(&file.path);
-            match &file.ranges {
-                Some(ranges) => {
-                    let pairs: Vec<_> = ranges.iter().map(|range| [range.start, range.end]).collect();
-                    json!({ "path": path, "ranges": pairs }).to_string()
-                }
-                None => json!({ "path": path }).to_string(),
-            }
-        };
-        let lines: Vec<_> = self.files.iter().map(|file| format!("    {}", line(file))).collect();
+        self.to_json_within(usize::MAX)
+    }
+
+    /// The document with as many of its first files as fit into so many bytes. It takes no more memory than that, and that of
+    /// one line.
+    pub fn to_json_within(&self, len_max: usize) -> String {
+        const END: &str = "\n  ]\n}";
         let origin = self.origin.as_ref().map(|origin| format!("\n  \"origin\": {},", json!(origin)));
-        let (origin, lines) = (origin.unwrap_or_default(), lines.join(",\n"));
-        format!("{{\n  \"version\": {VERSION},{origin}\n  \"files\": [\n{lines}\n  ]\n}}")
+        let origin = origin.unwrap_or_default();
+        let mut text = format!("{{\n  \"version\": {VERSION},{origin}\n  \"files\": [\n");
+        for (number, file) in self.files.iter().enumerate() {
+            let separator = if number == 0 { "" } else { ",\n" };
+            let line = file.line();
+            if text.len() + separator.len() + line.len() + END.len() > len_max {
+                break;
+            }
+            text.push_str(separator);
+            text.push_str(&line);
+        }
+        text.push_str(END);
+        text
     }
 
     /// Reads a profile.
@@ -155,6 +156,22 @@ impl Profile {
 }
 
 impl ProfileFile {
+    /// Its line of the document.
+    fn line(&self) -> String {
+        let mut line = format!("    {{\"path\":{}", json!(encoded(&self.path)));
+        if let Some(ranges) = &self.ranges {
+            line.push_str(",\"ranges\":[");
+            for (number, range) in ranges.iter().enumerate() {
+                let separator = if number == 0 { "" } else { "," };
+                // Writing to a string does not fail.
+                _ = write!(line, "{separator}[{},{}]", range.start, range.end);
+            }
+            line.push(']');
+        }
+        line.push('}');
+        line
+    }
+
     /// Adds what was read of the same file.
     fn add(&mut self, more: &Self) {
         self.ranges = match (self.ranges.take(), &more.ranges) {
@@ -270,9 +287,21 @@ mod tests {
         let both = early.followed_by(&Profile::of_files([file("/c", 0..5), file("/a", 5..20)]));
         let expected = Profile::of_files([file("/b", 0..10), file("/a", 0..20), file("/c", 0..5)]);
         assert_eq!(both, expected.clone().with_origin(Some(origin)));
-        assert_eq!((both.ranges_len(), both.clone().first_files(1).ranges_len()), (35, 10));
+        assert_eq!(both.ranges_len(), 35);
         let kept = both.with_origin(None).filtered(|path| path != b"/b");
         assert_eq!(kept, Profile::of_files([file("/a", 0..20), file("/c", 0..5)]));
+    }
+
+    #[test]
+    fn a_document_that_may_not_be_so_long_has_fewer_files() {
+        let files = ["/a", "/b", "/c"].map(|path| (path.as_bytes().to_vec(), vec![0..10, 20..30]));
+        let first = |count| Profile::of_files(files.iter().take(count).cloned());
+        let (whole, shorter) = (first(3).to_json(), first(2).to_json());
+        assert!(whole.contains("\n    {\"path\":\"/b\",\"ranges\":[[0,10],[20,30]]},\n"), "{whole}");
+        assert_eq!(first(3).to_json_within(whole.len()), whole);
+        assert_eq!(first(3).to_json_within(whole.len() - 1), shorter);
+        assert_eq!(first(3).to_json_within(shorter.len()), shorter);
+        assert_eq!(first(3).to_json_within(0), first(0).to_json());
     }
 
     #[test]

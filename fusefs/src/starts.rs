@@ -29,7 +29,7 @@ use tracing::{debug, warn};
 
 use self::{
     foreseen::{LayerRanges, find_file, foreseen},
-    records::Records,
+    records::{RECORD_LEN_MAX, Records},
     sharing::{Sharing, Window},
 };
 use crate::{pool::Pool, recording::touched_in, sync::lock, tree::Tree};
@@ -184,7 +184,7 @@ impl Starts {
         if progress.written == recording.touch_count() {
             return;
         }
-        let touched = touched_in(tree, |layer, at| {
+        let touched = touched_in(tree, RECORD_LEN_MAX, |layer, at| {
             let window = windows.get(layer as usize).and_then(Option::as_ref);
             window.is_some_and(|window| window.contains(at))
         });

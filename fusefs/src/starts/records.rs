@@ -4,6 +4,8 @@
 //! costs the next start its help and nothing else.
 
 use std::{
+    cmp::Reverse,
+    collections::{HashMap, VecDeque},
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
@@ -12,18 +14,20 @@ use std::{
 };
 
 use control::root::{STARTS, record_of_starts};
-use format_spec::profile::Profile;
+use format_spec::profile::{Origin, Profile};
 use storage::create_private_directory;
 use tracing::{debug, warn};
 
 use crate::sync::lock;
 
-/// Repositories with a record: the oldest records go first.
+/// Repositories with a record.
 const RECORD_COUNT_MAX: usize = 256;
-/// Bytes of all records.
-const RECORDS_LEN_MAX: u64 = 16 << 20;
-/// Bytes of one: a line of a file has some hundred, so these are the files of a large start several times over.
-const RECORD_LEN_MAX: u64 = 4 << 20;
+/// Bytes of all records: those of 32 starts as large as can be.
+const RECORDS_LEN_MAX: u64 = 32 << 20;
+/// Bytes of one: a line of a file has some hundred, so these are the files of a large start.
+pub(super) const RECORD_LEN_MAX: usize = 1 << 20;
+/// A record says within so many bytes whose it is: the names of host and repository are far shorter.
+const HEAD_LEN: u64 = 8 << 10;
 /// A cold start takes the place of what is known if it read at least this share of it: one that failed did not.
 const REPLACING_SHARE: u64 = 4;
 /// Length of a record's name.
@@ -83,7 +87,7 @@ impl Records {
         let Some(repository) = start.origin().map(|origin| origin.repository.clone()) else { return Ok(()) };
         let _writing = lock(&self.writing);
         let record = with_start(self.load(&repository), start, was_cold, has_file);
-        let text = bounded(record, RECORD_LEN_MAX);
+        let text = record.to_json_within(RECORD_LEN_MAX);
         let path = self.root.join(record_of_starts(&repository));
         // Somebody may have removed all records.
         create_private_directory(&self.directory())?;
@@ -94,7 +98,8 @@ impl Records {
         self.remove_oldest(RECORD_COUNT_MAX, RECORDS_LEN_MAX)
     }
 
-    /// Removes the oldest records until so many are left.
+    /// Removes records until so many are left: the oldest one of the owner who holds most, of those who hold as much the one
+    /// with the oldest record. So who has many goes before who has few, whenever they came.
     fn remove_oldest(&self, count_max: usize, len_max: u64) -> io::Result<()> {
         let mut records = Vec::new();
         for entry in fs::read_dir(self.directory())? {
@@ -102,16 +107,56 @@ impl Records {
             let metadata = entry.metadata()?;
             records.push((metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH), metadata.len(), entry.path()));
         }
-        records.sort_unstable_by(|one, other| other.cmp(one));
-        let mut len = 0_u64;
-        for (number, (_, record_len, path)) in records.iter().enumerate() {
-            len = len.saturating_add(*record_len);
-            if number >= count_max || len > len_max {
-                fs::remove_file(path)?;
-            }
+        let len: u64 = records.iter().fold(0, |len, (_, more, _)| len.saturating_add(*more));
+        if records.len() <= count_max && len <= len_max {
+            return Ok(());
         }
-        Ok(())
+        records.sort_unstable();
+        let mut owners: HashMap<String, Held> = HashMap::new();
+        for (modified, len, path) in records {
+            owners.entry(owner_of_record(&path)).or_default().records.push_back((modified, len, path));
+        }
+        loop {
+            let count: usize = owners.values().map(|held| held.records.len()).sum();
+            let is_too_long = owners.values().fold(0, |len, held| held.len().saturating_add(len)) > len_max;
+            let most = match (count > count_max, is_too_long) {
+                (true, _) => owners.values_mut().max_by_key(|held| (held.records.len(), held.age())),
+                (false, true) => owners.values_mut().max_by_key(|held| (held.len(), held.age())),
+                (false, false) => return Ok(()),
+            };
+            let Some((.., path)) = most.and_then(|held| held.records.pop_front()) else { return Ok(()) };
+            fs::remove_file(path)?;
+        }
     }
+}
+
+/// The records of one owner, oldest first: when they were written, their lengths and paths.
+#[derive(Debug, Default)]
+struct Held {
+    records: VecDeque<(SystemTime, u64, PathBuf)>,
+}
+
+impl Held {
+    fn len(&self) -> u64 {
+        self.records.iter().fold(0, |len, (_, more, _)| len.saturating_add(*more))
+    }
+
+    /// Greater the older its oldest record is; nobody's is none.
+    fn age(&self) -> Option<Reverse<SystemTime>> {
+        self.records.front().map(|(modified, ..)| Reverse(*modified))
+    }
+}
+
+/// The registry host and the first part of the repository's path: whoever pushes there has all of that, as a rule. Damaged
+/// records have one owner together.
+fn owner_of_record(path: &Path) -> String {
+    let mut head = Vec::new();
+    // Whatever cannot be read tells nothing.
+    _ = File::open(path).and_then(|file| file.take(HEAD_LEN).read_to_end(&mut head));
+    let line = head.split(|byte| *byte == b'\n').find_map(|line| line.trim_ascii().strip_prefix(b"\"origin\":"));
+    let origin = line.and_then(|line| serde_json::from_slice::<Origin>(line.strip_suffix(b",")?).ok());
+    let repository = origin.map(|origin| origin.repository).unwrap_or_default();
+    repository.split('/').take(2).collect::<Vec<_>>().join("/")
 }
 
 fn is_name(entry: &fs::DirEntry) -> bool {
@@ -126,8 +171,8 @@ fn read(path: &Path, repository: &str) -> Result<Option<Profile>, String> {
         file => file.map_err(|error| error.to_string())?,
     };
     let mut bytes = Vec::new();
-    file.take(RECORD_LEN_MAX + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    if bytes.len() as u64 > RECORD_LEN_MAX {
+    file.take(RECORD_LEN_MAX as u64 + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    if bytes.len() > RECORD_LEN_MAX {
         return Err(format!("it has more than {RECORD_LEN_MAX} bytes"));
     }
     let record = Profile::parse(&bytes).map_err(|error| error.to_string())?;
@@ -156,24 +201,11 @@ fn with_start(known: Option<Profile>, start: Profile, was_cold: bool, has_file: 
     known.followed_by(&start).with_origin(origin)
 }
 
-/// The text of a record, without its last files if it would be too long.
-fn bounded(record: Profile, len_max: u64) -> String {
-    let mut record = record;
-    loop {
-        let text = record.to_json();
-        let count = record.files().count();
-        if text.len() as u64 <= len_max || count == 0 {
-            return text;
-        }
-        record = record.first_files(count / 2);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
-    use format_spec::{Digest, profile::Origin};
+    use format_spec::Digest;
 
     use super::*;
 
@@ -255,11 +287,35 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_would_be_too_long_has_fewer_files() {
-        let record = start("host/app", b"1", &[("/a", 1), ("/b", 1), ("/c", 1), ("/d", 1)]);
-        let whole = record.to_json();
-        assert_eq!(bounded(record.clone(), whole.len() as u64), whole);
-        let shorter = bounded(record.clone(), whole.len() as u64 - 1);
-        assert_eq!(shorter, record.first_files(2).to_json());
+    fn owners_of_many_records_lose_theirs_before_others_do() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records::open(directory.path()).unwrap();
+        // Oldest first.
+        let names = ["host/team/app", "other/x", "host/evil/1", "host/evil/2", "host/evil/3", "host/evil/4"];
+        for (name, hours) in names.iter().zip([9, 8, 7, 6, 5, 4]) {
+            records.keep(start(name, b"1", &[("/a", 1)]), true, has_all).unwrap();
+            let file = File::open(directory.path().join(record_of_starts(name))).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(hours * 3600)).unwrap();
+        }
+        let left = || names.iter().map(|name| records.load(name).is_some()).collect::<Vec<_>>();
+        records.remove_oldest(4, u64::MAX).unwrap();
+        assert_eq!(left(), [true, true, false, false, true, true]);
+        let len = fs::metadata(directory.path().join(record_of_starts("host/team/app"))).unwrap().len();
+        records.remove_oldest(4, 3 * len).unwrap();
+        assert_eq!(left(), [true, true, false, false, false, true], "by bytes as by number");
+        records.remove_oldest(2, u64::MAX).unwrap();
+        assert_eq!(left(), [false, true, false, false, false, true], "the oldest of those who have as many");
+    }
+
+    #[test]
+    fn no_record_is_longer_than_a_thirty_second_of_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records::open(directory.path()).unwrap();
+        let names: Vec<_> = (0..20_000).map(|number| format!("/{number:0100}")).collect();
+        let files: Vec<_> = names.iter().map(|name| (name.as_str(), 1)).collect();
+        records.keep(start("host/app", b"1", &files), true, has_all).unwrap();
+        let count = records.load("host/app").unwrap().files().count();
+        assert!((7000..9000).contains(&count), "{count} of the first files");
+        assert!(fs::metadata(directory.path().join(record_of_starts("host/app"))).unwrap().len() <= 1 << 20);
     }
 }
