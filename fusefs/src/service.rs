@@ -34,7 +34,7 @@ use crate::{
     reading::reading,
     session,
     starts::Starts,
-    store::{StoredTree, TreeStore},
+    store::{StoredTree, TreeRecord, TreeStore},
     sync::lock,
     tree::Tree,
     trees::{Attempt, Change, Trees, Wanted},
@@ -143,9 +143,13 @@ impl Service {
     ///
     /// When the trees cannot be listed; the namespace is complete then.
     pub(crate) fn restore(&self) -> Result<(), Error> {
-        let records = self.0.store.records().inspect_err(|_| self.0.namespace.set_complete())?;
+        let records = self.0.store.records().inspect_err(|_| {
+            self.starts().into_iter().for_each(|starts| starts.note_restored_unknown());
+            self.0.namespace.set_complete();
+        })?;
         if let Some(starts) = self.starts() {
-            starts.note_restored(records.iter().map(|(id, _)| *id));
+            let ids = |record: &TreeRecord| record.layers.iter().map(|remote| remote.layer.id()).collect();
+            starts.note_restored(records.iter().map(|(id, record)| (*id, image_of_tree(&record.layers), ids(record))));
         }
         let mut restoring = JoinSet::new();
         for (id, record) in records {

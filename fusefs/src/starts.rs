@@ -5,7 +5,8 @@
 //! recorded: they have been started.
 //!
 //! Layers are shared, and a read of one does not say through which tree it came. So a recording counts only what was read
-//! of layers that no tree of another repository had meanwhile: nobody's record shows or has what others read.
+//! of layers that no tree of another repository had meanwhile, and whose places are all of its own: an earlier process may
+//! have shown a tree for images that nothing else tells of.
 
 mod foreseen;
 mod records;
@@ -32,7 +33,7 @@ use self::{
     records::{RECORD_LEN_MAX, Records},
     sharing::{Sharing, Window},
 };
-use crate::{pool::Pool, recording::touched_in, sync::lock, tree::Tree};
+use crate::{description::owner_of, pool::Pool, recording::touched_in, sync::lock, tree::Tree};
 
 /// Reads of a layer that touch something new and are recorded: a megabyte of memory at most, for a minute.
 const TOUCHES_MAX: usize = 1 << 14;
@@ -62,6 +63,8 @@ struct Table {
     sharing: Sharing,
     /// Trees that an earlier process has shown.
     restored: HashSet<TreeId>,
+    /// Nobody knows which those are: nothing is recorded.
+    is_restored_unknown: bool,
     recordings: HashMap<TreeId, Recording>,
     /// How many recordings each layer is recorded for.
     recorded: HashMap<LayerId, usize>,
@@ -124,9 +127,19 @@ impl Starts {
         });
     }
 
-    /// These trees were shown by an earlier process, and are going to be made again.
-    pub(crate) fn note_restored(&self, trees: impl IntoIterator<Item = TreeId>) {
-        lock(&self.table).restored.extend(trees);
+    /// These trees, each with its image and layers, were shown by an earlier process, and are going to be made again. To be
+    /// called before anything is shown.
+    pub(crate) fn note_restored<'i>(&self, trees: impl IntoIterator<Item = (TreeId, &'i str, Vec<LayerId>)>) {
+        let mut table = lock(&self.table);
+        for (tree, image, layers) in trees {
+            table.restored.insert(tree);
+            table.sharing.add(tree, repository_of(image), layers);
+        }
+    }
+
+    /// Trees that an earlier process has shown may be in use, and nobody knows which: nothing is recorded.
+    pub(crate) fn note_restored_unknown(&self) {
+        lock(&self.table).is_restored_unknown = true;
     }
 
     /// A tree was made for an image: nobody has read through it yet. Begins to record its start, and to fetch what earlier
@@ -234,23 +247,28 @@ fn want(tree: &Tree, ranges: &[LayerRanges]) -> u64 {
     layers.map(|(layer, ranges)| foresight.want(layer, ranges)).sum()
 }
 
+/// Whether all images that a layer was named by are of one repository.
+fn is_all_of(layer: &Layer, repository: &str) -> bool {
+    layer.descriptions().iter().all(|place| owner_of(place) == repository)
+}
+
 impl Table {
     /// A tree was made; whether it is the start of an image.
     fn begin(&mut self, tree: &Arc<Tree>, repository: &str, now: Instant) -> bool {
         let was_started = self.restored.remove(&tree.id);
-        // It may have been there before, and could not be unmounted.
-        if let Some(recording) = self.forget(tree.id) {
+        // It may have been there before, and could not be unmounted: then whoever had it has it still.
+        if let Some(recording) = self.recordings.remove(&tree.id) {
             self.stop(&recording);
         }
         let ids: Vec<LayerId> = tree.layers.iter().map(|layer| layer.lazy_layer().id()).collect();
         self.sharing.add(tree.id, repository, ids.clone());
         self.close_windows(&ids, repository, now);
-        if was_started {
+        if was_started || self.is_restored_unknown {
             return false;
         }
         let (mut is_cold, mut windows) = (true, Vec::with_capacity(ids.len()));
         for (layer, id) in tree.layers.iter().zip(&ids) {
-            let is_alone = self.sharing.is_alone(*id, repository);
+            let is_alone = self.sharing.is_alone(*id, repository) && is_all_of(layer, repository);
             let is_recorded = is_alone && !layer.is_complete();
             is_cold &= is_alone && layer.is_fresh() && (is_recorded || layer.index().extents().is_empty());
             if is_recorded {
@@ -359,7 +377,21 @@ impl Progress {
 
 #[cfg(test)]
 mod tests {
+    use format_spec::Digest;
+
     use super::*;
+
+    #[test]
+    fn trees_of_an_earlier_process_share_their_layers_before_they_are_made_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let starts = Starts::open(directory.path()).unwrap();
+        let [tree, layer] = [b"tree_", b"layer"].map(|name| Digest::of(name));
+        starts.note_restored([(tree, "host/app:1", vec![layer])]);
+        let is_alone = |repository| lock(&starts.table).sharing.is_alone(layer, repository);
+        assert!(is_alone("host/app") && !is_alone("elsewhere/app"));
+        starts.released(tree);
+        assert!(is_alone("elsewhere/app"));
+    }
 
     #[test]
     fn a_start_is_written_when_it_pauses_and_ends_a_minute_after_its_first_read() {

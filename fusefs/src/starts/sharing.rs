@@ -13,9 +13,11 @@ use format_spec::LayerId;
 pub(crate) struct Sharing(HashMap<TreeId, (BTreeSet<String>, Vec<LayerId>)>);
 
 impl Sharing {
-    /// A tree is shown for an image of a repository.
+    /// A tree is shown for an image of a repository, or is going to be; for those that it was shown for before as well.
     pub(crate) fn add(&mut self, tree: TreeId, repository: &str, layers: Vec<LayerId>) {
-        self.0.insert(tree, (BTreeSet::from([repository.to_owned()]), layers));
+        let (repositories, known) = self.0.entry(tree).or_default();
+        repositories.insert(repository.to_owned());
+        *known = layers;
     }
 
     /// It is shown for one of another repository too: its layers, unless that is known.
@@ -84,6 +86,8 @@ mod tests {
         assert_eq!(sharing.share(one, "elsewhere/app"), Some(vec![base, top]));
         assert_eq!(sharing.share(one, "elsewhere/app"), None);
         assert!(!sharing.is_alone(top, "host/app"));
+        sharing.add(one, "host/app", vec![base, top]);
+        assert!(!sharing.is_alone(top, "host/app"), "a tree that is made again is forgotten by nobody who has it");
     }
 
     #[test]
