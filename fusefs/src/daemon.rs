@@ -73,7 +73,7 @@ pub struct DaemonOptions {
     pub take_over: Option<Arc<OwnedFd>>,
     /// How trees are mounted.
     pub mode: Mode,
-    /// Whether starts are recorded, and records used.
+    /// Whether starts are recorded, and records used where the rest of layers is fetched too.
     pub records_starts: bool,
     /// How content comes and is kept.
     pub cache: CacheOptions,
@@ -139,9 +139,11 @@ impl Daemon {
                 thread::sleep(HEIR_PATIENCE);
             }
             let lock = retry(patience, || lock(&root), |error| matches!(error, Error::Locked(_)))?;
+            // Else only what is read is fetched.
+            let fetches_ahead = cache.rest.is_some();
             let mut stores = Stores::open(&root, runtime, sources, cache)?;
             if records_starts {
-                stores.record_starts(&root);
+                stores.record_starts(&root, fetches_ahead);
             }
             let mode = choose(asked, || erofs_mount::probe(&root)).map_err(Error::KernelMode)?;
             info!(mode = %mode.in_use, reason = mode.reason, "how trees are mounted");

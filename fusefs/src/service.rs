@@ -98,9 +98,9 @@ impl Stores {
         })
     }
 
-    /// Has starts recorded below `root`, and records used. Where that cannot be, all goes on without.
-    pub(crate) fn record_starts(&mut self, root: &Path) {
-        match Starts::open(root) {
+    /// Has starts recorded below `root`, and records used if it `fetches_ahead`. Where that cannot be, all goes on without.
+    pub(crate) fn record_starts(&mut self, root: &Path, fetches_ahead: bool) {
+        match Starts::open(root, fetches_ahead) {
             Ok(starts) => self.starts = Some(starts),
             Err(error) => warn!(root = %root.display(), %error, "starts are not recorded"),
         }

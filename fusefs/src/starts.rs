@@ -53,6 +53,8 @@ const HOT_PACK_PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(crate) struct Starts {
     records: Records,
+    /// Whether what earlier starts read is fetched ahead.
+    fetches_ahead: bool,
     table: Mutex<Table>,
     /// One thread: nobody waits for it.
     pool: Pool,
@@ -101,14 +103,14 @@ enum Step {
 }
 
 impl Starts {
-    /// Opens the records below `root`, making their directory if needed.
+    /// Opens the records below `root`, making their directory if needed; `fetches_ahead` says whether they are used too.
     ///
     /// # Errors
     ///
     /// When the disk or the system refuses.
-    pub(crate) fn open(root: &Path) -> io::Result<Arc<Self>> {
+    pub(crate) fn open(root: &Path, fetches_ahead: bool) -> io::Result<Arc<Self>> {
         let (records, pool) = (Records::open(root)?, Pool::new("lazuli-starts", 1)?);
-        Ok(Arc::new(Self { records, table: Mutex::default(), pool }))
+        Ok(Arc::new(Self { records, fetches_ahead, table: Mutex::default(), pool }))
     }
 
     /// Looks after recordings as long as this is there.
@@ -146,7 +148,7 @@ impl Starts {
     /// starts read; does not wait.
     pub(crate) fn made(self: &Arc<Self>, tree: &Arc<Tree>, image: &str) {
         let repository = repository_of(image).to_owned();
-        if !lock(&self.table).begin(tree, &repository, Instant::now()) {
+        if !lock(&self.table).begin(tree, &repository, Instant::now()) || !self.fetches_ahead {
             return;
         }
         let (starts, tree) = (self.clone(), tree.clone());
@@ -384,7 +386,7 @@ mod tests {
     #[test]
     fn trees_of_an_earlier_process_share_their_layers_before_they_are_made_again() {
         let directory = tempfile::tempdir().unwrap();
-        let starts = Starts::open(directory.path()).unwrap();
+        let starts = Starts::open(directory.path(), true).unwrap();
         let [tree, layer] = [b"tree_", b"layer"].map(|name| Digest::of(name));
         starts.note_restored([(tree, "host/app:1", vec![layer])]);
         let is_alone = |repository| lock(&starts.table).sharing.is_alone(layer, repository);

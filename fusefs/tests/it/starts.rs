@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    num::NonZeroU64,
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -10,6 +11,7 @@ use std::{
 use control::{RemoteLayer, Request, Response, root::record_of_starts};
 use format_spec::profile::Profile;
 use fusefs::DaemonOptions;
+use storage::{CacheOptions, RestOptions};
 
 use crate::support::{
     daemon::{Running, options},
@@ -69,10 +71,17 @@ fn frames_present(daemon: &Running, layer: &RemoteLayer, expected: u64) -> u64 {
     }
 }
 
+/// What is left out of layers is fetched only when nobody has waited for an hour: what comes before is foreseen.
+fn fetches_ahead(root: &Path) -> DaemonOptions {
+    let rest = RestOptions { quiet: Duration::from_secs(3600), ..RestOptions::new(NonZeroU64::MAX) };
+    let options = options(root);
+    DaemonOptions { cache: CacheOptions { rest: Some(rest), ..options.cache.clone() }, ..options }
+}
+
 #[test]
 fn the_next_version_has_what_a_start_read_before_anybody_asks() {
     let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
-    let (base, daemon) = (base(&registry), Running::start(root.path(), &registry));
+    let (base, daemon) = (base(&registry), Running::start_with(fetches_ahead(root.path()), &registry));
     let (first, second) = (version(&registry, &base, 1), version(&registry, &base, 2));
     start(&daemon, &first, &["read", "base", "only-1"]);
     assert_eq!(recorded(&daemon.root, REPOSITORY).unwrap(), ["/read", "/base", "/only-1"]);
@@ -91,7 +100,7 @@ fn the_next_version_has_what_a_start_read_before_anybody_asks() {
 #[test]
 fn without_records_nothing_is_fetched_before_it_is_read() {
     let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
-    let options = DaemonOptions { records_starts: false, ..options(root.path()) };
+    let options = DaemonOptions { records_starts: false, ..fetches_ahead(root.path()) };
     let (base, daemon) = (base(&registry), Running::start_with(options, &registry));
     let (first, second) = (version(&registry, &base, 1), version(&registry, &base, 2));
     start(&daemon, &first, &["read"]);
@@ -103,9 +112,48 @@ fn without_records_nothing_is_fetched_before_it_is_read() {
 }
 
 #[test]
+fn where_only_what_is_read_is_fetched_no_record_has_anything_fetched() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
+    let (base, daemon) = (base(&registry), Running::start_with(options(root.path()), &registry));
+    let (first, second) = (version(&registry, &base, 1), version(&registry, &base, 2));
+    start(&daemon, &first, &["read"]);
+    assert_eq!(recorded(&daemon.root, REPOSITORY).unwrap(), ["/read"]);
+    let path = daemon.mount(&second);
+    // Time enough for what would come by itself.
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(frames_present(&daemon, &second[1], 0), 0);
+    let requests = registry.requests();
+    fs::read(path.join("read")).unwrap();
+    assert!(registry.requests() > requests);
+}
+
+#[test]
+fn what_a_tree_is_read_for_that_others_named_before_a_restart_is_in_nobodys_record() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
+    let base = base(&registry);
+    let mine = version(&registry, &base, 1);
+    let elsewhere = "elsewhere.example.com/image:1".to_owned();
+    let theirs = mine.iter().map(|layer| RemoteLayer { image: elsewhere.clone(), ..layer.clone() });
+    let theirs: Vec<_> = theirs.collect();
+    let daemon = Running::start(root.path(), &registry);
+    assert_eq!(daemon.mount(&mine), daemon.mount(&theirs));
+    drop(daemon);
+
+    // The record of the tree names my image alone.
+    let daemon = Running::start(root.path(), &registry);
+    let next = version(&registry, &base, 2);
+    let path = daemon.mount(&next);
+    let tree = daemon.root.join("mnt/trees").join(id_of(&mine).hex());
+    fs::read(tree.join("base")).unwrap();
+    fs::read(path.join("read")).unwrap();
+    release(&daemon, &next);
+    assert_eq!(recorded(&daemon.root, REPOSITORY).unwrap(), ["/read"]);
+}
+
+#[test]
 fn what_others_read_of_a_shared_layer_is_in_nobodys_record() {
     let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
-    let (base, daemon) = (base(&registry), Running::start(root.path(), &registry));
+    let (base, daemon) = (base(&registry), Running::start_with(fetches_ahead(root.path()), &registry));
     let mine = version(&registry, &base, 1);
     let other = version(&registry, &base, 2).into_iter();
     let elsewhere = "elsewhere.example.com/image";
