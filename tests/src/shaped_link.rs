@@ -120,7 +120,8 @@ fn carry(near: TcpStream, far: TcpStream, round_trip: Duration, lane: &Arc<Lane>
 
 /// Carries bytes until `from` ends, `window` of them at once; `arrival` says when a piece of this length is at the other end.
 fn one_way(mut from: TcpStream, mut to: TcpStream, window: u64, arrival: impl Fn(usize) -> Instant + Send + 'static) {
-    let (sender, receiver): (SyncSender<(Instant, Vec<u8>)>, Receiver<_>) = sync_channel(usize::try_from(window).unwrap_or(usize::MAX) / PIECE_LEN);
+    let (sender, receiver): (SyncSender<(Instant, Vec<u8>)>, Receiver<_>) =
+        sync_channel(usize::try_from(window).unwrap_or(usize::MAX) / PIECE_LEN);
     thread::spawn(move || {
         let mut buffer = vec![0; PIECE_LEN];
         while let Ok(len @ 1..) = from.read(&mut buffer) {

@@ -56,7 +56,7 @@ pub(crate) fn bench(words: Vec<String>) -> Result<()> {
 
 fn write(path: Option<&str>, content: impl FnOnce() -> String) -> Result<()> {
     let Some(path) = path else { return Ok(()) };
-    fs::write(path, content()).context(&format!("writing {path}"))
+    fs::write(path, content()).context(format!("writing {path}"))
 }
 
 /// Brings the image in all the forms that are wanted into the registry.

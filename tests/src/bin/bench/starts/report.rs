@@ -57,7 +57,7 @@ pub(crate) fn rows(
             way: *way,
             pull: value(|start| start.pull.as_secs_f64()),
             ready: ready_s,
-            p95: quantile(starts.iter().map(|start| ready(start).as_secs_f64()), 0.95),
+            p95: percentile(starts.iter().map(|start| ready(start).as_secs_f64()), 95),
             samples: starts.len(),
             of_full: full.map(|full| ready_s / full),
             of_limit: limit.map(|limit| ready_s / limit),
@@ -148,12 +148,12 @@ fn bar(row: &Row, top: usize, scale: f64) -> String {
 
 /// The middle one, of an even number the upper one.
 pub(crate) fn median(values: impl Iterator<Item = f64>) -> f64 {
-    quantile(values, 0.5)
+    percentile(values, 50)
 }
 
-fn quantile(values: impl Iterator<Item = f64>, part: f64) -> f64 {
+fn percentile(values: impl Iterator<Item = f64>, percent: usize) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
-    let place = (values.len() as f64 * part) as usize;
+    let place = values.len() * percent / 100;
     values.get(place.min(values.len().saturating_sub(1))).copied().unwrap_or_default()
 }
