@@ -36,7 +36,7 @@ build: deps
 
 test: build
 	tests/images/build busybox debian python
-	$(CARGO) test --workspace
+	CARGO=$(CARGO) tests/run
 	$(CARGO) test -p storage --features shuttle --lib threads
 	$(CARGO) test --workspace --test real_images -- --nocapture python
 
