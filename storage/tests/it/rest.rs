@@ -213,13 +213,11 @@ async fn the_rest_of_a_layer_that_is_read_whole_waits_for_no_quiet() {
     }
     tokio::time::sleep(QUIET).await;
     assert_eq!(fixture.source.frame_requests().len(), 15);
-    for frame in [8, 1] {
-        read(frame).await;
-    }
+    read(1).await;
     // A byte a second is the rate of what nobody is in a hurry for.
     wait_until_complete(&fixture.layer).await;
     let requests = fixture.source.frame_requests();
     assert_eq!(requests.iter().map(|range| range.end - range.start).sum::<u64>(), test.request_for(0..40).end);
-    // It begins where the reader is.
-    assert_eq!(requests[17].start, test.request_for(2..3).start);
+    // It begins where the reader is: two requests for a step, and one or two of the next step beside them.
+    assert!(requests[16..20].iter().any(|range| range.start == test.request_for(2..3).start), "{requests:?}");
 }
