@@ -144,7 +144,7 @@ pub enum Request {
     Ping,
     /// What is mounted and how much has arrived; answered with [`Response::Status`].
     Status,
-    /// What readers have waited for; answered with [`Response::Waits`], by a daemon that is older than this with
+    /// Waits of readers; answered with [`Response::Waits`], by a daemon that is older than this with
     /// [`Response::Error`].
     Waits {
         /// The layers that are asked about; all where it is left out.
@@ -186,7 +186,7 @@ pub enum Response {
         /// Every available tree, sorted.
         trees: Vec<TreeStatus>,
     },
-    /// What readers have waited for.
+    /// Waits of readers.
     Waits {
         /// Those of the question that are open, sorted by digest.
         layers: Vec<LayerWaits>,

@@ -1,4 +1,4 @@
-//! What readers of lazy layers waited for, in the answer of `lazuli-fused`.
+//! Waits of readers of lazy layers, in the answer of `lazuli-fused`.
 
 use std::fmt;
 
@@ -37,7 +37,7 @@ pub struct PastWait {
     pub after_ms: u64,
     /// How long it waited, in milliseconds.
     pub waited_ms: u64,
-    /// What took most of that time.
+    /// The cause of most of that time.
     pub cause: WaitCause,
 }
 

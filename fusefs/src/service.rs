@@ -484,7 +484,7 @@ impl Service {
         self.0.pools.looking.run(look).await
     }
 
-    /// What readers of every open layer have waited for, sorted by digest.
+    /// The waits of readers of every open layer, sorted by digest.
     pub(crate) async fn waits(&self) -> Vec<LayerWaits> {
         let service = self.clone();
         self.0.pools.looking.run(move || service.0.cache.open_layers().iter().map(waits_of).collect()).await

@@ -123,7 +123,7 @@ pub(crate) fn lazy_layers(subject: &Subject, status: &NodeStatus) -> Vec<LayerId
     layers.iter().filter_map(|layer| layer.here).map(|(layer, _)| layer.id).collect()
 }
 
-/// What readers of these layers waited for; nothing where there are none.
+/// The waits of readers of these layers; nothing where there are none.
 ///
 /// # Errors
 ///
@@ -144,7 +144,7 @@ pub(crate) async fn node_waits(root: &Path, layers: Vec<LayerId>) -> Result<Vec<
     }
 }
 
-/// What the node knows of the subject; `Err` says in one line why that is nothing.
+/// The node's knowledge of the subject; `Err` says in one line why that is nothing.
 pub(crate) fn explain(subject: &Subject, status: &NodeStatus, waits: &[LayerWaits]) -> Result<Why, String> {
     if let Some(container) = subject.container.as_ref().filter(|container| has_own_snapshotter(container)) {
         return Err(format!(

@@ -18,7 +18,7 @@ use crate::{
 /// Waits that are shown as lines; `--json` has all that there are.
 const SHOWN_MAX: usize = 10;
 
-/// What `lazuli why` is told.
+/// The words of `lazuli why`.
 #[derive(Debug, Args)]
 pub(crate) struct WhyArguments {
     /// The image as `lazuli status` shows it; or a container of containerd: its ID, what begins it, or its name
@@ -112,7 +112,7 @@ fn describe(why: &Why) -> String {
 
 fn waited_lines(why: &Why) -> String {
     let Figures { wait_count, waited_ms, blocked_ms, demanded_bytes, hot_bytes } = why.figures;
-    // What layers were blocked for at the same time counts in each.
+    // Time in which several layers blocked readers counts in each.
     let blocked_layers = why.layers.iter().filter_map(|layer| layer.figures).filter(|of| of.blocked_ms > 0).count();
     let at_most = if blocked_layers > 1 { "at most " } else { "" };
     let waited = match wait_count {

@@ -280,7 +280,7 @@ impl Layer {
         self.inner.scheduler.activity(self.core().number)
     }
 
-    /// What its readers have waited for until now.
+    /// The waits of its readers until now.
     pub fn waits(&self) -> Waits {
         self.core().waits.waits(Instant::now())
     }

@@ -71,7 +71,7 @@ fn frames_present(daemon: &Running, layer: &RemoteLayer, expected: u64) -> u64 {
     }
 }
 
-/// What is left out of layers is fetched only when nobody has waited for an hour: what comes before is foreseen.
+/// The rest of layers is fetched only when nobody has waited for an hour: what comes before is foreseen.
 fn fetches_ahead(root: &Path) -> DaemonOptions {
     let rest = RestOptions { quiet: Duration::from_secs(3600), ..RestOptions::new(NonZeroU64::MAX) };
     let options = options(root);

@@ -1,4 +1,4 @@
-//! What commands take, and the middle of it.
+//! Times and memory of commands, and the middle of such figures.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use lazuli_tests::{
     process::{command, finish, require_program},
 };
 
-/// What a command took from its start to its end.
+/// Time and memory of a command from its start to its end.
 pub(crate) struct Used {
     /// Seconds of a clock.
     pub(crate) wall: f64,

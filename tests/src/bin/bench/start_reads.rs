@@ -1,4 +1,4 @@
-//! What the start of an image reads, for `benches/frames.rs`: `bench start-reads IMAGE`, lines of `start end path`, in
+//! The reads of an image's start, for `benches/frames.rs`: `bench start-reads IMAGE`, lines of `start end path`, in
 //! bytes.
 //!
 //! Unpacks the image, drops its files from the page cache, runs its command there until it has ended, and prints which
