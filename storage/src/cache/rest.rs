@@ -2,9 +2,9 @@
 //!
 //! One step at a time for each source, a few for the whole cache, at a bounded rate: of the source that has had the
 //! least time, and there of the layer that was opened first among those that do not fail. A source that is slow, or
-//! does not answer, holds up its own layers only. It begins when start-ups
-//! are over: when no reader has waited for a while, and no hot pack is on its way. A reader who comes during a step has
-//! requests of its own, and a step waits while they are under way.
+//! does not answer, holds up its own layers only. It begins when start-ups are over: when no reader has waited for a
+//! while, and no hot pack is on its way. A reader who comes during a step has requests of its own, and a step waits a
+//! moment while they are under way.
 //!
 //! A layer of which readers want much at once that nobody expected is *pressed*: a program that reads all of its image, an
 //! index or weights. Frames that come one by one, each after a round trip, would take longer than all of it in a row. So
@@ -98,7 +98,7 @@ struct Busy {
     number: u64,
     source: SourceName,
     missing: Range<u64>,
-    /// The rate is nothing to it.
+    /// Its bytes do not count for the rate.
     is_pressed: bool,
 }
 
@@ -251,16 +251,15 @@ impl Plan {
             if now < known.not_before || steps.count() >= steps_max {
                 return None;
             }
-            if is_pressed {
-                let from = layer.core().read_end();
-                known.from = if layer.core().first_missing(from).is_some() { from } else { 0 };
-            } else {
+            if !is_pressed {
                 let is_quiet = !is_starting_up && cache.scheduler.is_quiet_since(now.checked_sub(quiet)?);
                 if now < self.not_before || !self.quiet.is_time(is_quiet, now) {
                     return None;
                 }
             }
-            let missing = first_free(&layer, known.from, &self.busy);
+            let from = if is_pressed { layer.core().read_end() } else { known.from };
+            let missing = first_free(&layer, from, &self.busy);
+            let missing = missing.or_else(|| if is_pressed { first_free(&layer, 0, &self.busy) } else { None });
             if missing.is_none() {
                 // What failed is tried again from the beginning.
                 known.from = 0;
