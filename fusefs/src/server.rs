@@ -8,7 +8,6 @@
 //! answered.
 
 use std::{
-    collections::HashSet,
     io,
     os::{
         fd::OwnedFd,
@@ -22,8 +21,7 @@ use std::{
     time::Duration,
 };
 
-use control::{ErrorKind, LayerWaits, Request, Response, descriptor};
-use format_spec::LayerId;
+use control::{ErrorKind, Request, Response, descriptor};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest},
@@ -295,15 +293,6 @@ fn refuse(kind: ErrorKind, message: &str) -> Response {
     Response::Error { message: message.split('\n').map(str::trim).collect::<Vec<_>>().join(" "), kind }
 }
 
-/// The waits of these layers; of all where none are named.
-fn asked_for(mut waits: Vec<LayerWaits>, layers: Option<Vec<LayerId>>) -> Vec<LayerWaits> {
-    if let Some(layers) = layers {
-        let layers: HashSet<LayerId> = layers.into_iter().collect();
-        waits.retain(|of| layers.contains(&of.layer));
-    }
-    waits
-}
-
 async fn answer(request: Request, mounts: &Mounts) -> Result<Response, Error> {
     let service = mounts.service();
     match request {
@@ -325,33 +314,7 @@ async fn answer(request: Request, mounts: &Mounts) -> Result<Response, Error> {
             let (layers, trees) = (service.layers().await?, mounts.available_trees().await);
             return Ok(Response::Status { mode: mounts.mode(), layers, trees });
         }
-        Request::Waits { layers } => return Ok(Response::Waits { layers: asked_for(service.waits().await, layers) }),
+        Request::Waits { layers } => return Ok(Response::Waits { layers: service.waits(layers).await }),
     }
     Ok(Response::Done)
-}
-
-#[cfg(test)]
-mod tests {
-    use format_spec::Digest;
-
-    use super::*;
-
-    #[test]
-    fn an_answer_has_the_layers_of_the_question_and_no_others() {
-        let [asked, other, unknown] = ["asked", "other", "unknown"].map(|name| Digest::of(name.as_bytes()));
-        let waits = |layer| LayerWaits {
-            layer,
-            wait_count: 1,
-            waited_ms: 1,
-            blocked_ms: 1,
-            longest: Vec::new(),
-            demanded_bytes: 0,
-            hot_bytes: 0,
-            best_rate: None,
-        };
-        let all = || vec![waits(asked), waits(other)];
-        assert_eq!(asked_for(all(), Some(vec![unknown, asked])), [waits(asked)]);
-        assert_eq!(asked_for(all(), Some(Vec::new())), []);
-        assert_eq!(asked_for(all(), None), all());
-    }
 }

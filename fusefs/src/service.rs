@@ -38,7 +38,7 @@ use crate::{
     sync::lock,
     tree::Tree,
     trees::{Attempt, Change, Trees, Wanted},
-    waits::waits_of,
+    waits::{asked_for, waits_of},
 };
 
 /// How long an answer waits for the kernel to know what it says: a path that is answered can be opened, and one that was
@@ -484,10 +484,14 @@ impl Service {
         self.0.pools.looking.run(look).await
     }
 
-    /// The waits of readers of every open layer, sorted by digest.
-    pub(crate) async fn waits(&self) -> Vec<LayerWaits> {
+    /// The waits of readers of these layers as far as they are open, of all where none are named; sorted by digest.
+    pub(crate) async fn waits(&self, layers: Option<Vec<LayerId>>) -> Vec<LayerWaits> {
         let service = self.clone();
-        self.0.pools.looking.run(move || service.0.cache.open_layers().iter().map(waits_of).collect()).await
+        let look = move || {
+            let open = service.0.cache.open_layers();
+            asked_for(open, layers, |layer| layer.lazy_layer().id()).iter().map(waits_of).collect()
+        };
+        self.0.pools.looking.run(look).await
     }
 
     /// Makes everything that arrived durable; blocks.

@@ -1,12 +1,24 @@
 //! The waits of a layer's readers that are over, in the words of who looks at them: which files, how long, for what?
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
 
 use control::{LayerWaits, PastWait, WaitCause};
-use format_spec::Index;
+use format_spec::{Index, LayerId};
 use storage::Layer;
 
 use crate::reading::{file_at, path_of};
+
+/// Those of `all` that are of these layers; all where none are named.
+pub(crate) fn asked_for<T>(mut all: Vec<T>, layers: Option<Vec<LayerId>>, id_of: impl Fn(&T) -> LayerId) -> Vec<T> {
+    if let Some(layers) = layers {
+        let layers: HashSet<LayerId> = layers.into_iter().collect();
+        all.retain(|one| layers.contains(&id_of(one)));
+    }
+    all
+}
 
 /// Looks at one layer.
 pub(crate) fn waits_of(layer: &Layer) -> LayerWaits {
@@ -59,8 +71,20 @@ fn told(cause: storage::WaitCause) -> WaitCause {
 
 #[cfg(test)]
 mod tests {
+    use format_spec::Digest;
+
     use super::*;
     use crate::reading::tests::index;
+
+    #[test]
+    fn an_answer_has_the_layers_of_the_question_and_no_others() {
+        let [asked, other, unknown] = ["asked", "other", "unknown"].map(|name| Digest::of(name.as_bytes()));
+        let all = || vec![asked, other];
+        let found = |layers| asked_for(all(), layers, |layer| *layer);
+        assert_eq!(found(Some(vec![unknown, asked])), [asked]);
+        assert_eq!(found(Some(Vec::new())), []);
+        assert_eq!(found(None), all());
+    }
 
     #[test]
     fn a_wait_names_its_file_and_the_place_in_it() {
