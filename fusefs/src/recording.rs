@@ -201,13 +201,14 @@ fn up_from<B: AsRef<[u8]>>(tree: &Index<B>, inode: u32) -> impl Iterator<Item = 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use format_spec::{Digest, IndexBuilder, builder::implicit_directory};
 
     use super::*;
 
-    /// `/a` (5000 bytes) of layer 0 at 4096, `/d/b` (10 bytes) of layer 1 at 0, `/d/c` the same inode as `/a`.
-    fn tree() -> Index<Vec<u8>> {
+    /// `/a` (5000 bytes) of layer 0 at 4096, `/d/b` (10 bytes) of layer 1 at 0, `/d/c` the same inode as `/a`, or a file of
+    /// layer 1 with this offset and length.
+    pub(crate) fn tree(own: Option<(u64, u64)>) -> Index<Vec<u8>> {
         let mut builder = IndexBuilder::default();
         let file = |parent: u32, layer: u32, offset: u64, len: u64| {
             let mut inode = implicit_directory();
@@ -222,8 +223,10 @@ mod tests {
         builder.add_inode(file(0, 0, 4096, 5000)).unwrap();
         builder.add_inode(implicit_directory()).unwrap();
         builder.add_inode(file(2, 1, 0, 10)).unwrap();
+        own.map(|(offset, len)| builder.add_inode(file(2, 1, offset, len)).unwrap());
+        let c = if own.is_some() { 4 } else { 1 };
         builder.add_directory(0, [(&b"a"[..], 1), (b"d", 2)]).unwrap();
-        builder.add_directory(2, [(&b"b"[..], 3), (b"c", 1)]).unwrap();
+        builder.add_directory(2, [(&b"b"[..], 3), (b"c", c)]).unwrap();
         Index::open(builder.finish_tree(&[Digest::of(b"low"), Digest::of(b"high")]).unwrap()).unwrap()
     }
 
@@ -232,10 +235,10 @@ mod tests {
         let touches = [(1, 0..4), (1, 4..4096), (0, 8192..16_384), (0, 0..8192), (1, 4096..8192), (7, 0..10)];
         let file = |path: &str, ranges: &[Range<u64>]| TouchedFile { path: path.into(), ranges: ranges.to_vec() };
         assert_eq!(
-            files_of(&tree(), &touches, 1000),
+            files_of(&tree(None), &touches, 1000),
             [file("/d/b", &[0..4, 4..10]), file("/a", &[4096..5000, 0..4096])]
         );
-        assert_eq!(files_of(&tree(), &[], 1000), []);
+        assert_eq!(files_of(&tree(None), &[], 1000), []);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Starts of this node: what each reads is recorded, and fetched ahead when another version of its image is started.
 //!
-//! A *recording* begins when a tree is made and ends a minute after somebody has read of it first. The files
-//! that were touched by then are the *record* of the image's repository (`starts/records.rs`). Trees that an earlier process has shown are not
-//! recorded: they have been started.
+//! A *recording* begins when a tree is made and ends a minute after somebody has read of it first. The files that were
+//! touched by then are the *record* of the image's repository (`starts/records.rs`). Trees that an earlier process has
+//! shown are not recorded: they have been started.
 //!
 //! Layers are shared, and a read of one does not say through which tree it came. So a recording counts only what was read
 //! of layers that no tree of another repository had meanwhile, and whose places are all of its own: an earlier process may

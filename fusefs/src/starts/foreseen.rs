@@ -45,38 +45,18 @@ pub(crate) fn find_file<'t, B: AsRef<[u8]>>(tree: &'t Index<B>, path: &[u8]) -> 
 
 #[cfg(test)]
 mod tests {
-    use format_spec::{Digest, IndexBuilder, builder::implicit_directory};
-
     use super::*;
+    use crate::recording::tests::tree;
 
-    /// `/a` (5000 bytes) of layer 0 at 4096, `/d/b` (10 bytes) of layer 1 at 0, `/d/c` (20,000 bytes) of layer 1 at 4096.
-    fn tree() -> Index<Vec<u8>> {
-        let mut builder = IndexBuilder::default();
-        let file = |parent: u32, layer: u32, offset: u64, len: u64| {
-            let mut inode = implicit_directory();
-            inode.parent = parent.into();
-            inode.mode = (0o100_644).into();
-            inode.layer = layer.into();
-            inode.plain_offset = offset.into();
-            inode.size = len.into();
-            inode
-        };
-        builder.add_inode(implicit_directory()).unwrap();
-        builder.add_inode(file(0, 0, 4096, 5000)).unwrap();
-        builder.add_inode(implicit_directory()).unwrap();
-        builder.add_inode(file(2, 1, 0, 10)).unwrap();
-        builder.add_inode(file(2, 1, 4096, 20_000)).unwrap();
-        builder.add_directory(0, [(&b"a"[..], 1), (b"d", 2)]).unwrap();
-        builder.add_directory(2, [(&b"b"[..], 3), (b"c", 4)]).unwrap();
-        Index::open(builder.finish_tree(&[Digest::of(b"low"), Digest::of(b"high")]).unwrap()).unwrap()
-    }
+    /// Offset and length of `/d/c`, in layer 1.
+    const C: Option<(u64, u64)> = Some((4096, 20_000));
 
     #[test]
     fn ranges_of_a_record_are_found_by_path_in_its_order_and_cut() {
         let record =
             |files: &str| Profile::parse(format!(r#"{{"version": 1, "files": [{files}]}}"#).as_bytes()).unwrap();
         let found = foreseen(
-            &tree(),
+            &tree(C),
             &record(
                 r#"{"path": "/d/c", "ranges": [[0, 4096], [12288, 99999]]}, {"path": "/gone"}, {"path": "/d"},
                    {"path": "/d/b"}, {"path": "/a", "ranges": [[4096, 8192], [8192, 9000]]}, {"path": "/a/b"},
@@ -96,6 +76,6 @@ mod tests {
             u64::MAX,
             "x/".repeat(10_000)
         );
-        assert_eq!(foreseen(&tree(), &record(&hostile)), []);
+        assert_eq!(foreseen(&tree(C), &record(&hostile)), []);
     }
 }
