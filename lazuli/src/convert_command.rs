@@ -165,7 +165,7 @@ const RECORD_LEVEL: i32 = 1;
 /// How long a conversion that gives up waits for registries to be told of it.
 const UPLOADS_END_PATIENCE: Duration = Duration::from_secs(3);
 fn profile_choice(profile: Profile) -> HotPackChoice {
-    // What it says names it, and not where it was recorded.
+    // Its content names it, and not the place where it was recorded.
     let profile = profile.with_origin(None);
     let digest = Digest::of(profile.to_json().as_bytes());
     HotPackChoice::Profile { profile: Arc::new(profile), digest }

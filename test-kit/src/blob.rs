@@ -14,7 +14,7 @@ const LEVEL: i32 = 1;
 pub struct Frames {
     /// Their bytes, with which the blob begins.
     pub bytes: Vec<u8>,
-    /// What the index says of them.
+    /// Their records in the index.
     pub records: Vec<Frame>,
 }
 
@@ -44,7 +44,7 @@ impl Frames {
     }
 }
 
-/// What the index says of a frame of the hot pack.
+/// The record of a frame of the hot pack in the index.
 pub fn hot_frame(compressed: &[u8], plain_len: usize) -> HotFrame {
     HotFrame {
         compressed_len: short(compressed.len()).into(),
@@ -53,7 +53,7 @@ pub fn hot_frame(compressed: &[u8], plain_len: usize) -> HotFrame {
     }
 }
 
-/// What the index says of the dedup section.
+/// The record of the dedup section in the index.
 pub fn dedup_location(section: &CompressedIndex) -> DedupLocation {
     DedupLocation {
         compressed_len: (section.bytes.len() as u64).into(),

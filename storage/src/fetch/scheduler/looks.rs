@@ -14,7 +14,7 @@ const GIVE_WAY_STEP: Duration = Duration::from_millis(3);
 const GIVE_WAY_MAX: Duration = Duration::from_millis(300);
 
 impl Scheduler {
-    /// What is wanted of a layer at this moment.
+    /// The frames of a layer that are wanted at this moment, and by whom.
     pub(crate) fn activity(&self, layer: u64) -> Activity {
         lock(&self.state).machine.activity(layer, Instant::now())
     }

@@ -57,7 +57,7 @@ fn image() -> Result<ImageBuilder> {
     Ok(image)
 }
 
-/// What a snapshotter learns from the annotations of the manifest.
+/// The layers that a snapshotter learns from the annotations of the manifest.
 fn remote_layers(registry: &TestRegistry, image: &str) -> Result<Vec<Value>> {
     let manifest = registry.manifest("many:lazy")?;
     let layers = manifest["layers"].as_array().into_iter().flatten().map(|layer| {

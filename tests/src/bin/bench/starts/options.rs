@@ -50,7 +50,7 @@ impl Work {
     }
 }
 
-/// What to measure.
+/// Everything that is to be measured.
 #[derive(Debug)]
 pub(crate) struct Options {
     pub(crate) samples: usize,
