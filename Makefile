@@ -109,7 +109,8 @@ audit:
 	PATH=$(CURDIR)/target/tools/bin:$$PATH $(CARGO) deny --all-features check $(if $(OFFLINE),licenses bans sources,)
 
 house:
-	@$(CARGO) run -q --workspace --bin house
+	@$(CARGO) build -q --workspace --bin house
+	@target/debug/house
 
 deps:
 	@tests/deps
