@@ -164,14 +164,19 @@ impl Layer {
             Ok(None) => {}
         }
         drop(bytes);
+        let is_first = attempts_left == READ_ATTEMPTS_MAX;
+        if is_first {
+            // Before the answer: who reads on, or ends the recording, when it is there finds it noted.
+            self.inner.recorder.note(&plain);
+        }
         let layer = self.clone();
         let arrived = move |arrived| match arrived {
             Err(error) => done(Err(error)),
             Ok(unkept) => layer.read_attempt(offset, len, unkept, attempts_left - 1, done),
         };
         self.inner.bring(plain.clone(), Priority::Read, Box::new(arrived));
-        if attempts_left == READ_ATTEMPTS_MAX {
-            self.note_read(plain);
+        if is_first {
+            self.read_ahead(plain);
         }
     }
 

@@ -169,3 +169,24 @@ fn readers_hear_of_it_when_the_runtime_ends() {
     assert!(matches!(receiver.recv().unwrap(), Err(ReadError::Stopped(blob)) if blob == test.lazy.blob));
     assert!(matches!(fixture.layer.read(0, 1), Err(ReadError::Stopped(_))));
 }
+
+/// A node that writes a record down as soon as a container has read and ended lost the read: it was noted behind the
+/// answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_is_answered_is_in_the_recording_already() {
+    const FRAMES: usize = 300;
+    let test = TestLayer::of_frames(FRAMES, 4096);
+    let fixture = Fixture::new(&test).await;
+    fixture.layer.begin_recording(FRAMES);
+    for frame in (0..FRAMES).step_by(2) {
+        let plain = test.plain_of_frame(frame);
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let layer = fixture.layer.clone();
+        let offset = plain.start;
+        fixture.layer.read_then(offset, 1, move |read| {
+            let is_noted = layer.touches().iter().any(|touch| touch.plain.contains(&offset));
+            sender.send(read.is_ok() && is_noted).unwrap();
+        });
+        assert!(receiver.await.unwrap(), "frame {frame}");
+    }
+}
