@@ -119,3 +119,57 @@ runtime_type = "io.containerd.runc.v2"
         path = directory.display(),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use toml::{Table, Value};
+
+    use super::*;
+
+    /// The `toml` blocks of a section of NODE.md, as one table.
+    fn documented(heading: &str) -> Table {
+        let page = include_str!("../../docs/NODE.md").replace("linux/amd64", &platform());
+        let section = page.split_once(&format!("\n### {heading}\n")).expect("the section is there").1;
+        let section = section.split("\n### ").next().expect("split gives a part");
+        let blocks: String = section.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+        blocks.parse().expect("the page shows TOML")
+    }
+
+    fn platform() -> String {
+        format!("linux/{}", crate::image::own_architecture())
+    }
+
+    /// Paths below `said` that `used` lacks, or has with another value.
+    fn missing(path: &str, said: &Value, used: Option<&Value>) -> Vec<String> {
+        match said {
+            Value::Table(table) => table
+                .iter()
+                .flat_map(|(key, value)| missing(&format!("{path}.{key}"), value, used.and_then(|used| used.get(key))))
+                .collect(),
+            _ if used == Some(said) => Vec::new(),
+            _ => vec![format!("{path} = {said} in NODE.md, {used:?} in tests")],
+        }
+    }
+
+    #[test]
+    fn nodes_of_tests_are_configured_as_the_page_says() {
+        for (heading, release) in [("1.6 and 1.7", Release::V1_7), ("2.1", Release::V2_1)] {
+            let cri = CriOptions {
+                pause_image: "pause".to_owned(),
+                network_configuration: "/network".into(),
+                snapshotter: LAZULI,
+                registry: "127.0.0.1:5000".to_owned(),
+            };
+            let options =
+                ContainerdOptions { release, snapshotter: Some("/run/snapshotter.sock".into()), cri: Some(cri) };
+            let used: Value = configuration(Path::new("/node"), Path::new("/node/socket"), &options)
+                .parse()
+                .map(Value::Table)
+                .expect("TOML");
+            let said = Value::Table(documented(heading));
+            assert_eq!(missing("", &said, Some(&used)), Vec::<String>::new(), "{heading}");
+        }
+    }
+}

@@ -34,6 +34,7 @@ on_every_release!(
     images_that_share_layers_are_pulled_at_once,
     tall_image_runs,
     node_is_switched_to_lazuli_and_back,
+    containerds_own_snapshotter_works_beside_lazuli,
     user_namespaces_read_lazily_in_each_mode,
 );
 
@@ -238,6 +239,18 @@ fn node_is_switched_to_lazuli_and_back(release: Release, version: &str) -> Resul
         }
     }
     Ok(())
+}
+
+/// A plugin that is configured takes nothing from who does not use it.
+fn containerds_own_snapshotter_works_beside_lazuli(release: Release, version: &str) -> Result<()> {
+    let (scratch, registry) = given("beside", version)?;
+    let node = Node::start_release(&scratch, release)?;
+    let original = registry.reference("sample:original");
+    pull_lazily(&node, release, "default", &registry.reference("sample:lazy"))?;
+    run(&mut node.containerd.ctr(["images", "pull", "--plain-http", "--snapshotter", OVERLAYFS, &original]))?;
+    let words = ["run", "--rm", "--snapshotter", OVERLAYFS, &original, "ordinary", "/bin/cat", "/etc/greeting"];
+    assert_eq!(finish(&mut node.containerd.ctr(words))?.stdout_of("cat")?, "good morning\n");
+    check_is_remote(&node, "default")
 }
 
 /// Root of the container is a user of the host without rights, and the image arrives no faster for it: no owner is
