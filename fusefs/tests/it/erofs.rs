@@ -58,7 +58,7 @@ impl Drop for Mounted {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
 
     #[test]
     fn fsck_accepts_random_trees_and_bytes_repeat(tree in random::tree()) {

@@ -30,7 +30,7 @@ use std::{
 use self::{change::Change, image::Image, numbers::Numbers, place::Place};
 
 /// Changes of one run of the tests.
-const CHANGE_COUNT: u64 = 4000;
+const CHANGE_COUNT: u64 = 2000;
 /// Misses that are described; there may be thousands of one kind.
 const DESCRIBED_MAX: usize = 20;
 

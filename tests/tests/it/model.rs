@@ -242,7 +242,7 @@ fn random_layers_show_what_the_model_shows() {
     let config = ProptestConfig {
         max_shrink_iters: 20_000,
         failure_persistence: None,
-        ..ProptestConfig::with_cases(count("LAZULI_MODEL_CASES", 3000))
+        ..ProptestConfig::with_cases(count("LAZULI_MODEL_CASES", 1500))
     };
     let sound = || layers().prop_map(only_what_unpacks);
     TestRunner::new(config.clone())
