@@ -111,7 +111,8 @@ pub struct CriOptions {
 /// A containerd of Debian with its own root, state and sockets.
 #[derive(Debug)]
 pub struct Containerd {
-    release: Release,
+    /// `None` of one that is not Debian's.
+    release: Option<Release>,
     programs: Option<PathBuf>,
     directory: PathBuf,
     socket: PathBuf,
@@ -133,10 +134,31 @@ impl Containerd {
         let directory = scratch.directory("containerd")?;
         let socket = scratch.join("containerd.sock");
         let config = directory.join("config.toml");
-        let (release, programs) = (options.release, options.release.programs()?);
+        let (release, programs) = (Some(options.release), options.release.programs()?);
         let log = scratch.log("containerd");
         let mut containerd = Self { release, programs, directory, socket, config, log, service: None };
         containerd.configure(options)?;
+        containerd.launch()?;
+        Ok(containerd)
+    }
+
+    /// Starts an empty one of the `programs` in a directory; `configuration` is given where it keeps everything, and its
+    /// socket.
+    ///
+    /// # Errors
+    ///
+    /// When runc is not installed, or it does not start.
+    pub(crate) fn start_with(
+        scratch: &Scratch,
+        programs: &Path,
+        configuration: impl FnOnce(&Path, &Path) -> String,
+    ) -> Result<Self> {
+        require_program("runc")?;
+        let directory = scratch.directory("containerd")?;
+        let (socket, config) = (scratch.join("containerd.sock"), directory.join("config.toml"));
+        fs::write(&config, configuration(&directory, &socket)).at("writing", &config)?;
+        let (programs, log) = (Some(programs.to_owned()), scratch.log("containerd"));
+        let mut containerd = Self { release: None, programs, directory, socket, config, log, service: None };
         containerd.launch()?;
         Ok(containerd)
     }
@@ -147,7 +169,7 @@ impl Containerd {
     ///
     /// When it does not start.
     pub fn reconfigure(&mut self, options: &ContainerdOptions) -> Result<()> {
-        assert_eq!(options.release, self.release, "state goes with its version");
+        assert_eq!(Some(options.release), self.release, "state goes with its version");
         self.configure(options)?;
         self.restart()
     }

@@ -20,6 +20,7 @@ pub mod image;
 pub mod lazy_blob;
 pub mod node;
 pub mod page_cache;
+pub mod peers;
 pub mod process;
 pub mod programs;
 pub mod raw_tar;

@@ -1,0 +1,95 @@
+//! What is written into the configuration files of peers, pure.
+
+use std::path::Path;
+
+use super::Peer;
+
+/// Of a containerd 2.4 that keeps everything in `directory`, serves on `socket` and knows the snapshotter at `peer_socket`.
+pub(super) fn containerd(peer: Peer, directory: &Path, socket: &Path, peer_socket: &Path) -> String {
+    let (path, socket) = (directory.display(), socket.display());
+    let head = format!(
+        r#"version = 3
+root = "{path}/root"
+state = "{path}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"]
+[grpc]
+address = "{socket}"
+[ttrpc]
+address = "{socket}.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+path = "{path}/opt"
+"#
+    );
+    let name = peer.snapshotter();
+    let rest = match peer {
+        // One layer at a time unless said.
+        Peer::Overlayfs24 => format!("{PARALLEL}{}", unpack(name, "walking")),
+        Peer::Erofs24 => format!("{PARALLEL}{}{EROFS}", unpack(name, "erofs")),
+        _ => {
+            let proxy = format!(
+                r#"[proxy_plugins.{name}]
+type = "snapshot"
+address = "{address}"
+[proxy_plugins.{name}.exports]
+enable_remote_snapshot_annotations = "true"
+"#,
+                address = peer_socket.display()
+            );
+            unpack(name, "walking") + &proxy
+        }
+    };
+    head + &rest
+}
+
+const PARALLEL: &str = r#"[plugins."io.containerd.transfer.v1.local"]
+max_concurrent_unpacks = 4
+"#;
+
+/// As containerd's docs/snapshotters/erofs.md says for erofs-utils from 1.8.2 on.
+const EROFS: &str = r#"[plugins."io.containerd.differ.v1.erofs"]
+mkfs_options = ["-T0", "--mkfs-time", "--sort=none"]
+[plugins."io.containerd.service.v1.diff-service"]
+default = ["erofs", "walking"]
+"#;
+
+fn unpack(snapshotter: &str, differ: &str) -> String {
+    format!(
+        r#"[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "linux/{architecture}"
+snapshotter = "{snapshotter}"
+differ = "{differ}"
+"#,
+        architecture = crate::image::own_architecture(),
+    )
+}
+
+/// Of a peer's own daemon beside the containerd on `socket`. Both daemons speak plain HTTP to a registry on loopback.
+pub(super) fn snapshotter(peer: Peer, socket: &Path, programs: &Path) -> String {
+    match peer {
+        // docs/config.md recommends the limit, docs/prefetch.md the switch.
+        Peer::Soci => "[snapshotter]\nmin_layer_size = 10000000\n".to_owned(),
+        Peer::SociPrefetch => "[snapshotter]\nmin_layer_size = 10000000\n[prefetch]\nenable = true\n".to_owned(),
+        // The example of docs/parallel-mode.md.
+        Peer::SociParallel => format!(
+            r#"[content_store]
+type = "containerd"
+containerd_address = "{socket}"
+[pull_modes.parallel_pull_unpack]
+enable = true
+max_concurrent_downloads = 50
+max_concurrent_downloads_per_image = 10
+concurrent_download_chunk_size = "8mb"
+max_concurrent_unpacks = 20
+max_concurrent_unpacks_per_image = 10
+discard_unpacked_layers = true
+[pull_modes.parallel_pull_unpack.decompress_streams."gzip"]
+path = "{programs}/unpigz"
+args = ["-d", "-c"]
+"#,
+            socket = socket.display(),
+            programs = programs.display(),
+        ),
+        // Its defaults: prioritized files are prefetched before a layer is mounted, the rest follows.
+        _ => String::new(),
+    }
+}
