@@ -25,12 +25,14 @@ pub mod process;
 pub mod programs;
 pub mod raw_tar;
 pub mod real_images;
+pub mod registry_log;
 pub mod registry_server;
 pub mod samples;
 pub mod scratch;
 pub mod shaped_link;
 pub mod start;
 pub mod tar_layer;
+pub mod usage;
 
 pub use compare::{Difference, compare_trees, diff_trees};
 pub use containerd::{Containerd, ContainerdOptions, Release};

@@ -15,6 +15,7 @@ use serde_json::Value;
 use crate::{
     error::{Context as _, HarnessError, Result},
     process::{Service, command, require_program, run, wait_for},
+    registry_log::{Served, parse_line},
     scratch::Scratch,
 };
 
@@ -31,26 +32,6 @@ pub struct TestRegistry {
     log: PathBuf,
     marks: AtomicU64,
     service: Service,
-}
-
-/// One answer of the registry, as it logged it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Served {
-    /// HTTP method.
-    pub method: String,
-    /// Path and query of the request.
-    pub path: String,
-    /// HTTP status.
-    pub status: u64,
-    /// Bytes of the body that were written.
-    pub body_bytes: u64,
-}
-
-impl Served {
-    /// Whether this was (a part of) a blob being read.
-    pub fn is_blob_read(&self) -> bool {
-        self.method == "GET" && self.path.contains("/blobs/sha256:")
-    }
 }
 
 impl TestRegistry {
@@ -186,6 +167,11 @@ impl TestRegistry {
         self.storage.join("docker/registry/v2/blobs/sha256").join(&hex[..2]).join(&hex).join("data")
     }
 
+    /// Its process ID.
+    pub fn id(&self) -> u32 {
+        self.service.id()
+    }
+
     /// The tags of `repository`; empty also when the repository does not exist.
     pub fn tags(&self, repository: &str) -> Vec<String> {
         let tags = self.storage.join("docker/registry/v2/repositories").join(repository).join("_manifests/tags");
@@ -213,8 +199,7 @@ impl TestRegistry {
             let log = fs::read_to_string(&self.log).at("reading", &self.log)?;
             Ok(Some(log).filter(|log| log.contains(&mark)))
         })?;
-        let answers =
-            log.lines().filter_map(|line| parse_log_line(line).filter(|served| !served.path.contains("mark=")));
+        let answers = log.lines().filter_map(|line| parse_line(line).filter(|served| !served.path.contains("mark=")));
         Ok(answers.collect())
     }
 
@@ -282,31 +267,4 @@ http:
 ",
         storage.display()
     )
-}
-
-/// What a line of the log says about an answer; `None` for lines about other things.
-fn parse_log_line(line: &str) -> Option<Served> {
-    let entry: Value = serde_json::from_str(line).ok()?;
-    Some(Served {
-        status: entry["http.response.status"].as_u64()?,
-        method: entry["http.request.method"].as_str()?.to_owned(),
-        path: entry["http.request.uri"].as_str()?.to_owned(),
-        body_bytes: entry["http.response.written"].as_u64()?,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn log_lines_of_answers_are_understood() {
-        let line = r#"{"http.request.method":"GET","http.request.uri":"/v2/a/blobs/sha256:00",
-            "http.response.status":206,"http.response.written":100,"msg":"response completed"}"#;
-        let expected =
-            Served { method: "GET".to_owned(), path: "/v2/a/blobs/sha256:00".to_owned(), status: 206, body_bytes: 100 };
-        assert_eq!(parse_log_line(line), Some(expected));
-        assert_eq!(parse_log_line(r#"{"msg":"listening on 127.0.0.1:5000"}"#), None);
-        assert_eq!(parse_log_line("no json"), None);
-    }
 }

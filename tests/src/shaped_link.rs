@@ -37,14 +37,15 @@ pub struct Shape {
 impl FromStr for Shape {
     type Err = String;
 
-    /// `200mbit,10ms`: megabits a second, and the round trip in milliseconds.
+    /// `200mbit,10ms` or `1gbit,1ms`: megabits or gigabits a second, and the round trip in milliseconds.
     fn from_str(text: &str) -> Result<Self, String> {
-        let usage = || format!("{text} is no link: say MEGABITSmbit,MILLISECONDSms, for example 200mbit,10ms");
+        let usage = || format!("{text} is no link: say RATEmbit,MILLISECONDSms or RATEgbit, for example 200mbit,10ms");
         let (rate, round_trip) = text.split_once(',').ok_or_else(usage)?;
         let number = |text: &str, unit| text.strip_suffix(unit).and_then(|number| number.parse::<u64>().ok());
-        let rate = number(rate, "mbit").filter(|rate| *rate > 0).ok_or_else(usage)?;
+        let megabits = number(rate, "mbit").or_else(|| number(rate, "gbit")?.checked_mul(1000));
+        let bits_per_second = megabits.and_then(|rate| rate.checked_mul(1_000_000)).filter(|rate| *rate > 0);
         let round_trip = number(round_trip, "ms").ok_or_else(usage)?;
-        Ok(Self { bits_per_second: rate * 1_000_000, round_trip: Duration::from_millis(round_trip) })
+        Ok(Self { bits_per_second: bits_per_second.ok_or_else(usage)?, round_trip: Duration::from_millis(round_trip) })
     }
 }
 
@@ -173,10 +174,12 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_said_in_megabits_and_milliseconds() {
+    fn a_link_is_said_in_bits_and_milliseconds() {
         let shape = Shape { bits_per_second: 200_000_000, round_trip: Duration::from_millis(10) };
         assert_eq!("200mbit,10ms".parse(), Ok(shape));
-        for wrong in ["", "200", "0mbit,1ms", "200mbit", "200mbit,10", "fast,10ms"] {
+        let near = Shape { bits_per_second: 1_000_000_000, round_trip: Duration::from_millis(1) };
+        assert_eq!("1gbit,1ms".parse(), Ok(near));
+        for wrong in ["", "200", "0mbit,1ms", "99999999999999gbit,1ms", "200mbit", "200mbit,10", "fast,10ms"] {
             assert!(wrong.parse::<Shape>().unwrap_err().contains("200mbit,10ms"), "{wrong}");
         }
     }
