@@ -14,7 +14,7 @@
 #   make fuzz          every parser of bytes from outside under libFuzzer; SECONDS=n each, TARGET=x for one
 #   make fuzz-check    one change of a converted image after the other, each of which a check must find; CHANGES=n, 100000 unless said
 #   make bench         conversion beside what others take; snapshots and memory; the hot set beside real starts (minutes)
-#   make bench-starts  cold starts of real images: full pull, derived and recorded hot packs; IMAGES="...", LINKS="200mbit,10ms ...", WORKS="ready whole", SAMPLES=n (minutes)
+#   make bench-starts  cold starts of real images: full pull, derived and recorded hot packs; IMAGES="...", LINKS="200mbit,10ms ...", WORKS="ready whole mapped four", WAYS="full derived recorded unrecorded ...", SEED=n, SAMPLES=n (minutes)
 #   make bench-mounts  both modes of a mount beside ext4 and overlayfs; mounting 100,000 files; RUNS=n (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
@@ -89,7 +89,7 @@ bench-mounts: build images
 
 bench-starts: build images
 	target/release/bench starts --samples $(or $(SAMPLES),5) $(addprefix --link ,$(or $(LINKS),loopback 200mbit$(COMMA)10ms)) \
-	    $(addprefix --work ,$(or $(WORKS),ready)) --json target/starts.json --html target/starts.html $(or $(IMAGES),python node jre)
+	    $(addprefix --work ,$(or $(WORKS),ready)) $(addprefix --way ,$(WAYS)) $(if $(SEED),--seed $(SEED)) --json target/starts.json --html target/starts.html $(or $(IMAGES),python node jre)
 
 bench-frames: build images
 	tests/deps bench

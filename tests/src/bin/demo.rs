@@ -60,8 +60,10 @@ fn demonstrate() -> Result<()> {
             reference: &original,
             snapshotter: OVERLAYFS,
             command: &[],
+            before: None,
+            lazuli_root: None,
         };
-        start.measure(&scratch, || containerd.pull(&original, OVERLAYFS))?
+        start.measure(&scratch, |reference| containerd.pull(reference, OVERLAYFS))?
     };
     say("lazy pull, then run with Lazuli");
     let lazily = {
@@ -74,8 +76,10 @@ fn demonstrate() -> Result<()> {
             reference: &lazy,
             snapshotter: LAZULI,
             command: &[],
+            before: None,
+            lazuli_root: None,
         };
-        start.measure(&scratch, || run(&mut node.lazuli_pull_command(&lazy)?).map(drop))?
+        start.measure(&scratch, |reference| run(&mut node.lazuli_pull_command(reference)?).map(drop))?
     };
     print_table(&full, &lazily);
     Ok(())
