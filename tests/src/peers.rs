@@ -155,14 +155,19 @@ impl PeerNode {
         self.peer.named(self.containerd.pull(reference, self.peer.snapshotter()))
     }
 
-    /// Says whether what was pulled is mounted as the peer claims: by FUSE, unpacked in parallel, or as EROFS.
+    /// Says whether a container whose first line is `line` has started, from what is mounted as the peer claims: by FUSE,
+    /// unpacked in parallel, or as EROFS.
     ///
     /// # Errors
     ///
     /// [`HarnessError::Unexpected`] with the peer's name where it is not.
-    pub fn check(&self) -> Result<()> {
+    pub fn check(&self, line: &str) -> Result<()> {
         let wrong = |what: &str| Err(HarnessError::Unexpected(what.to_owned()));
         self.peer.named(match self.peer {
+            // Nothing, or what `ctr` logs.
+            _ if line.trim().is_empty() || line.starts_with("time=") => {
+                wrong(&format!("the container has not started: `{}`", line.trim()))
+            }
             Peer::Estargz | Peer::Soci | Peer::SociPrefetch if fuse_mounts_below(&self.root)? == 0 => {
                 wrong("it has mounted no layer lazily")
             }
