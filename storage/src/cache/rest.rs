@@ -194,7 +194,9 @@ fn is_pressed(layer: &Layer, now: Instant) -> bool {
 fn first_free(layer: &Layer, mut from: u64, busy: &[Busy]) -> Option<Range<u64>> {
     let of_layer = || busy.iter().filter(|busy| busy.number == layer.core().number);
     loop {
-        let missing = layer.core().first_missing(from)?;
+        let mut missing = layer.core().first_missing(from)?;
+        // A run that a step ends inside of begins before it: without this it would be found again for ever.
+        missing.start = missing.start.max(from);
         let step = of_layer().find(|busy| (busy.missing.start..busy.end()).contains(&missing.start));
         match step {
             Some(busy) => from = busy.end(),

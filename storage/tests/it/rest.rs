@@ -221,3 +221,15 @@ async fn the_rest_of_a_layer_that_is_read_whole_waits_for_no_quiet() {
     // It begins where the reader is: two requests for a step, and one or two of the next step beside them.
     assert!(requests[16..20].iter().any(|range| range.start == test.request_for(2..3).start), "{requests:?}");
 }
+
+/// The thread that chooses steps ran for ever: the end of a step lay inside a frame, which was found again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_ends_inside_a_frame_is_followed_by_the_next_one() {
+    let test = TestLayer::of_frames(16, 3 << 20);
+    // A byte a second is the rate of what nobody is in a hurry for.
+    let fixture = Fixture::with_options(&test, with_rate(1)).await;
+    for frame in (0..14).step_by(2) {
+        check_read(&fixture.layer, &test, test.plain_of_frame(frame)).await;
+    }
+    wait_until_complete(&fixture.layer).await;
+}
