@@ -123,6 +123,12 @@ impl Devices {
         devices
     }
 
+    /// Of every layer the file that the session has in `session_layers`: it sees each read.
+    pub(crate) fn seen(layers: &[Layer], session_layers: &Path) -> Self {
+        let paths = layers.iter().map(|layer| session_layers.join(layer.lazy_layer().id().hex())).collect();
+        Self { paths, direct_layers: Vec::new(), files: Vec::new() }
+    }
+
     /// Whether they need no session.
     fn are_direct(&self) -> bool {
         self.direct_layers.len() == self.paths.len()

@@ -40,6 +40,6 @@ mod waits;
 pub use daemon::{Daemon, DaemonOptions, Ended};
 pub use error::Error;
 pub use factory::SourceFactory;
-pub use mount::{Mount, mount_image};
+pub use mount::{Mount, MountOptions, mount_image};
 pub use recording::TouchedFile;
 pub use session::SessionOptions;

@@ -31,6 +31,22 @@ use crate::{
     tree::Tree,
 };
 
+/// How an image is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MountOptions {
+    /// How the kernel reads it.
+    pub mode: Mode,
+    /// Whether [`Mount::touched_files`] is wanted: then every layer is read through the session, also one that is complete.
+    pub records: bool,
+}
+
+impl MountOptions {
+    /// A mount that records nothing.
+    pub fn plain(mode: Mode) -> Self {
+        Self { mode, records: false }
+    }
+}
+
 /// Reads of a layer that touch something new and are recorded; a start that touches more is not recorded further.
 const TOUCHES_MAX: usize = 1 << 16;
 /// How often is looked whether somebody has unmounted an EROFS mount.
@@ -64,8 +80,8 @@ impl Mount {
         if self.kernel.is_some() { TreeMode::Erofs } else { TreeMode::Fuse }
     }
 
-    /// The files of which something was read so far, in the order of first touch, as far as this process saw it: what the
-    /// kernel kept in memory or reads from complete cache files by itself is not among them.
+    /// The files of which something was read so far, in the order of first touch, but for what the kernel had in memory.
+    /// None unless it was mounted to record them.
     pub fn touched_files(&self) -> Vec<TouchedFile> {
         touched_files(&self.tree)
     }
@@ -117,8 +133,9 @@ pub async fn mount_image(
     sources: Arc<dyn SourceFactory>,
     cache_root: &Path,
     mount_point: &Path,
-    mode: Mode,
+    options: MountOptions,
 ) -> Result<Mount, Error> {
+    let MountOptions { mode, records } = options;
     let mount_point = Session::check_mount_point(mount_point)?;
     let root = cache_root.to_owned();
     let runtime = Handle::current();
@@ -129,10 +146,12 @@ pub async fn mount_image(
     let root = cache_root.to_owned();
     let chosen = blocking(move || choose(mode, || erofs_mount::probe(&root))).await.map_err(Error::KernelMode)?;
     let tree = service.tree(&layers).await?;
-    tree.layers.iter().for_each(|layer| layer.begin_recording(TOUCHES_MAX));
+    if records {
+        tree.layers.iter().for_each(|layer| layer.begin_recording(TOUCHES_MAX));
+    }
     let mut refusal = None;
     if chosen.in_use == TreeMode::Erofs {
-        match mount_in_kernel(&service, tree.clone(), cache_root, &mount_point).await {
+        match mount_in_kernel(&service, tree.clone(), cache_root, &mount_point, records).await {
             Err(error) if mode == Mode::Auto => refusal = Some(error),
             mounted => return mounted,
         }
@@ -152,6 +171,7 @@ async fn mount_in_kernel(
     tree: Arc<Tree>,
     cache_root: &Path,
     mount_point: &Path,
+    records: bool,
 ) -> Result<Mount, Error> {
     let image = {
         let (service, tree) = (service.clone(), tree.clone());
@@ -165,7 +185,11 @@ async fn mount_in_kernel(
     let (id, mount_point) = (tree.id, mount_point.to_owned());
     let open = {
         let tree = tree.clone();
-        move || Devices::of(&tree.layers, &layers).mount(&image, read_ahead_kib)
+        move || {
+            let devices =
+                if records { Devices::seen(&tree.layers, &layers) } else { Devices::of(&tree.layers, &layers) };
+            devices.mount(&image, read_ahead_kib)
+        }
     };
     let opened = blocking(open).await;
     // Before the mount is there: it may stand on a directory above this one.

@@ -2,9 +2,9 @@
 
 use std::{path::Path, sync::Arc};
 
-use control::{Mode, RemoteLayer};
+use control::RemoteLayer;
 use format_spec::{Digest, LazyLayer};
-use fusefs::{Mount, mount_image};
+use fusefs::{Mount, MountOptions, mount_image};
 use storage::{Source, SourceError};
 
 use converter::{
@@ -54,7 +54,7 @@ pub(crate) async fn mount(
     platform: Option<&Platform>,
     mount_point: &Path,
     cache_root: &Path,
-    mode: Mode,
+    options: MountOptions,
 ) -> Result<Mount, MountError> {
     let image = resolve_image(source, platform).await?;
     let name = source.name();
@@ -71,7 +71,7 @@ pub(crate) async fn mount(
         Some(empty) => Ok(Arc::new(FileSource::unnamed(Arc::clone(&empty.file))) as Arc<dyn Source>),
         None => layer_source(&source, &remote.layer),
     };
-    Ok(mount_image(layers, Arc::new(factory), cache_root, mount_point, mode).await?)
+    Ok(mount_image(layers, Arc::new(factory), cache_root, mount_point, options).await?)
 }
 
 /// The layers of an image, lowest first, which all have to be lazy.

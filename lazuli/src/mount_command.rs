@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use control::Mode;
 use converter::image::{ImageSource, location::Location, platform::Platform, resolve::ResolveError};
+use fusefs::MountOptions;
 
 use crate::{
     mount::{MountError, mount},
@@ -43,7 +44,7 @@ pub(crate) async fn run(arguments: MountArguments, interrupted: impl Future<Outp
     let named = image.to_string();
     let mounting = async {
         let source = ImageSource::open(image, &client, &std::env::temp_dir()).await.map_err(ResolveError::from)?;
-        mount(&source, platform.as_ref(), &mount_point, &cache_root, mode).await
+        mount(&source, platform.as_ref(), &mount_point, &cache_root, MountOptions::plain(mode)).await
     };
     tokio::pin!(interrupted);
     let mut mounted = tokio::select! {

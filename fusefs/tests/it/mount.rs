@@ -19,7 +19,7 @@ use std::{
 use control::Mode;
 
 use crate::support::*;
-use fusefs::{Error, Mount, mount_image};
+use fusefs::{Error, Mount, MountOptions, mount_image};
 use rustix::{
     io::Errno,
     mount::{MountFlags, UnmountFlags},
@@ -57,6 +57,7 @@ in_both_modes! {
     what_was_read_once_needs_no_registry,
     a_second_mount_needs_no_registry_for_what_arrived,
     waiting_ends_when_somebody_unmounts,
+    a_recorded_mount_sees_reads_of_complete_layers,
     a_mount_in_use_is_detached_and_reads_on,
     bad_mount_points_and_images_are_said_in_one_line_and_leave_no_mount,
 }
@@ -81,7 +82,9 @@ impl Mounted {
         let (cache, mount_point) = (directory.path().join("cache"), directory.path().join("mount"));
         fs::create_dir(&mount_point).unwrap();
         let runtime = Runtime::new().unwrap();
-        let mount = runtime.block_on(mount_image(layers, registry.sources(), &cache, &mount_point, mode)).unwrap();
+        let mount = runtime
+            .block_on(mount_image(layers, registry.sources(), &cache, &mount_point, MountOptions::plain(mode)))
+            .unwrap();
         Self { runtime, mount: Some(mount), registry, directory }
     }
 
@@ -499,9 +502,30 @@ fn a_second_mount_needs_no_registry_for_what_arrived(mode: Mode) {
     let runtime = Runtime::new().unwrap();
     for is_down in [false, true] {
         registry.set_down(is_down);
-        let mount =
-            runtime.block_on(mount_image(layers.clone(), registry.sources(), &cache, &mount_point, mode)).unwrap();
+        let mount = runtime
+            .block_on(mount_image(layers.clone(), registry.sources(), &cache, &mount_point, MountOptions::plain(mode)))
+            .unwrap();
         assert_eq!(fs::read(mount_point.join("file")).unwrap(), content);
+        runtime.block_on(mount.unmount()).unwrap();
+    }
+}
+
+/// A small layer was complete before its image was run, and the profile lacked its files: the kernel had read them.
+fn a_recorded_mount_sees_reads_of_complete_layers(mode: Mode) {
+    let registry = Registry::default();
+    let layers = vec![registry.push(&layer([("file", file("read"))]))];
+    let directory = tempfile::tempdir().unwrap();
+    let (cache, mount_point) = (directory.path().join("cache"), directory.path().join("mount"));
+    fs::create_dir(&mount_point).unwrap();
+    let runtime = Runtime::new().unwrap();
+    for records in [false, true] {
+        let options = MountOptions { mode, records };
+        let mounting = mount_image(layers.clone(), registry.sources(), &cache, &mount_point, options);
+        let mount = runtime.block_on(mounting).unwrap();
+        assert_eq!(fs::read(mount_point.join("file")).unwrap(), b"read");
+        let touched: Vec<_> = mount.touched_files().into_iter().map(|file| file.path).collect();
+        let expected: &[&[u8]] = if records { &[b"/file"] } else { &[] };
+        assert_eq!(touched, expected);
         runtime.block_on(mount.unmount()).unwrap();
     }
 }
@@ -512,10 +536,15 @@ fn waiting_ends_when_somebody_unmounts(mode: Mode) {
     let directory = tempfile::tempdir().unwrap();
     let runtime = Runtime::new().unwrap();
     runtime.block_on(async {
-        let mut mount =
-            mount_image(layers, registry.sources(), &directory.path().join("cache"), directory.path(), mode)
-                .await
-                .unwrap();
+        let mut mount = mount_image(
+            layers,
+            registry.sources(),
+            &directory.path().join("cache"),
+            directory.path(),
+            MountOptions::plain(mode),
+        )
+        .await
+        .unwrap();
         rustix::mount::unmount(directory.path(), UnmountFlags::empty()).unwrap();
         mount.wait().await.unwrap();
         mount.unmount().await.unwrap();
@@ -531,7 +560,9 @@ fn a_mount_in_use_is_detached_and_reads_on(mode: Mode) {
     let mount_point = directory.path().join("mount");
     fs::create_dir(&mount_point).unwrap();
     let cache = directory.path().join("cache");
-    let mount = runtime.block_on(mount_image(layers, registry.sources(), &cache, &mount_point, mode)).unwrap();
+    let mount = runtime
+        .block_on(mount_image(layers, registry.sources(), &cache, &mount_point, MountOptions::plain(mode)))
+        .unwrap();
     let mut file = File::open(mount_point.join("file")).unwrap();
     runtime.block_on(mount.unmount()).unwrap();
     assert!(!is_mounted(&mount_point));
@@ -550,7 +581,9 @@ fn bad_mount_points_and_images_are_said_in_one_line_and_leave_no_mount(mode: Mod
     let runtime = Runtime::new().unwrap();
     let fail = |layers: Vec<_>, mount_point: &str| {
         let (cache, mount_point) = (path("cache"), path(mount_point));
-        let error = runtime.block_on(mount_image(layers, registry.sources(), &cache, &mount_point, mode)).unwrap_err();
+        let error = runtime
+            .block_on(mount_image(layers, registry.sources(), &cache, &mount_point, MountOptions::plain(mode)))
+            .unwrap_err();
         assert!(!error.to_string().contains('\n'), "{error}");
         error
     };

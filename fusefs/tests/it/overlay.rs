@@ -15,7 +15,7 @@ use std::{
 };
 
 use crate::support::*;
-use fusefs::mount_image;
+use fusefs::{MountOptions, mount_image};
 use proptest::{collection::btree_map, prelude::*, sample::select};
 use rustix::{
     fs::{AtFlags, CWD, FileType, Gid, Mode, Timespec, Timestamps, Uid},
@@ -169,7 +169,13 @@ fn seen_by_us(layers: &[Layer], directory: &Path, mode: control::Mode) -> BTreeM
     fs::create_dir_all(&mount_point).unwrap();
     let runtime = Runtime::new().unwrap();
     let mount = runtime
-        .block_on(mount_image(layers, registry.sources(), &directory.join("cache"), &mount_point, mode))
+        .block_on(mount_image(
+            layers,
+            registry.sources(),
+            &directory.join("cache"),
+            &mount_point,
+            MountOptions::plain(mode),
+        ))
         .unwrap();
     let _mounted = Unmount(&mount_point);
     let seen = walk(&mount_point);

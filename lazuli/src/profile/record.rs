@@ -14,6 +14,7 @@ use converter::{
     image::{ImageSource, platform::Platform, resolve::ResolveError},
 };
 use format_spec::profile::Profile;
+use fusefs::MountOptions;
 use rustix::{
     io::Errno,
     mount::{MountFlags, UnmountFlags},
@@ -119,7 +120,8 @@ pub(crate) async fn record(
     let mounting = async {
         let config = image_config(source, options.platform.as_ref()).await?;
         // An empty cache: what is there already is not asked for.
-        let mounted = mount(source, options.platform.as_ref(), &places.image, &places.cache, options.mode).await;
+        let mount_options = MountOptions { mode: options.mode, records: true };
+        let mounted = mount(source, options.platform.as_ref(), &places.image, &places.cache, mount_options).await;
         let mounted = mounted.map_err(|error| RecordError::Mount(Box::new(error)))?;
         Ok::<_, RecordError>((config, mounted))
     };
