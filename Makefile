@@ -15,6 +15,7 @@
 #   make fuzz-check    one change of a converted image after the other, each of which a check must find; CHANGES=n, 100000 unless said
 #   make bench         conversion beside what others take; snapshots and memory; the hot set beside real starts (minutes)
 #   make bench-starts  cold starts of real images: full pull, derived and recorded hot packs; IMAGES="...", LINKS="200mbit,10ms ...", WORKS="ready whole mapped four", WAYS="full derived recorded unrecorded ...", SEED=n, SAMPLES=n (minutes)
+#   make bench-peers   the same beside estargz, soci, soci-parallel, overlayfs24 and erofs24, which are built the first time (10 minutes); the same words, PEERS="..." (an hour)
 #   make bench-mounts  both modes of a mount beside ext4 and overlayfs; mounting 100,000 files; RUNS=n (minutes)
 #   make bench-frames  frame sizes and levels side by side, the table of docs/MEASUREMENTS.md (minutes)
 #   make demo          full pull against Lazuli on a real image; IMAGE=host/repo:tag for another one
@@ -29,7 +30,7 @@ CARGO_DENY ?= 0.20.2
 SHELL := /bin/bash
 COMMA := ,
 
-.PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed torture-builds soak fuzz fuzz-check bench bench-starts bench-mounts bench-frames demo lint audit house deps images clean
+.PHONY: build test test-images test-matrix test-large test-kills torture torture-kills torture-mixed torture-builds soak fuzz fuzz-check bench bench-starts bench-peers bench-mounts bench-frames demo lint audit house deps images clean
 
 build: deps
 	$(CARGO) build --release --workspace --bins
@@ -90,6 +91,13 @@ bench-mounts: build images
 bench-starts: build images
 	target/release/bench starts --samples $(or $(SAMPLES),5) $(addprefix --link ,$(or $(LINKS),loopback 200mbit$(COMMA)10ms)) \
 	    $(addprefix --work ,$(or $(WORKS),ready)) $(addprefix --way ,$(WAYS)) $(if $(SEED),--seed $(SEED)) --json target/starts.json --html target/starts.html $(or $(IMAGES),python node jre)
+
+bench-peers: build images
+	tests/peers target/peers
+	target/release/bench starts --samples $(or $(SAMPLES),5) $(addprefix --link ,$(or $(LINKS),loopback 200mbit$(COMMA)10ms)) \
+	    $(addprefix --work ,$(or $(WORKS),ready)) \
+	    $(addprefix --way ,full derived recorded $(or $(PEERS),estargz soci soci-parallel overlayfs24 erofs24)) \
+	    --json target/peers.json --html target/peers.html $(or $(IMAGES),python node jre)
 
 bench-frames: build images
 	tests/deps bench
