@@ -92,7 +92,7 @@ args = ["-d", "-c"]
             socket = socket.display(),
             programs = programs.display(),
         ),
-        // Its defaults: prioritized files are prefetched before a layer is mounted, the rest follows.
+        // Its defaults: the files that come first in a layer are there before it is mounted, the rest follows.
         _ => String::new(),
     }
 }
