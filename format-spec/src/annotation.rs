@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     digest::Digest,
-    footer::SKIPPABLE_HEADER_LEN,
+    footer::{FOOTER_FRAME_LEN, SKIPPABLE_HEADER_LEN},
     limits::INDEX_LEN_MAX,
     records::{FORMAT_VERSION, IndexLocation},
 };
@@ -90,6 +90,20 @@ impl LazyLayer {
     /// who reads a part can check it, so an image could claim a blob of another one under an index of its own.
     pub fn id(&self) -> LayerId {
         self.index.digest
+    }
+
+    /// The bytes of the blob behind its frames that a node may want: index, hot pack and dedup section, as far as there are
+    /// such (SPEC.md 2).
+    pub fn behind_frames(&self) -> Range<u64> {
+        let index = self.index.range();
+        index.start..self.blob_len.saturating_sub(FOOTER_FRAME_LEN).max(index.end)
+    }
+
+    /// The bytes of the blob that hold the dedup section; `None` without one.
+    pub fn dedup_range(&self) -> Option<Range<u64>> {
+        let before = self.hot_range().map_or(self.index.range().end, |hot| hot.end);
+        let dedup = before.saturating_add(SKIPPABLE_HEADER_LEN)..self.behind_frames().end;
+        (dedup.start < dedup.end).then_some(dedup)
     }
 
     /// The bytes of the blob that hold the hot pack, if there is one.
@@ -178,6 +192,22 @@ mod tests {
 
     fn read(annotations: &BTreeMap<String, String>) -> Result<Option<LazyLayer>, AnnotationError> {
         LazyLayer::from_annotations(|key| annotations.get(key).map(String::as_str))
+    }
+
+    #[test]
+    fn behind_the_frames_lie_index_hot_pack_and_dedup_section() {
+        let end = 1000 - FOOTER_FRAME_LEN;
+        let with = LazyLayer { index: IndexLocation { offset: 100, ..layer().index }, ..layer() };
+        assert_eq!(
+            (with.behind_frames(), with.hot_range(), with.dedup_range()),
+            (100..end, Some(208..258), Some(266..end))
+        );
+        let without_pack = LazyLayer { hot_len: 0, ..with };
+        assert_eq!((without_pack.hot_range(), without_pack.dedup_range()), (None, Some(208..end)));
+        let without_section = LazyLayer { blob_len: 258 + FOOTER_FRAME_LEN, ..with };
+        assert_eq!((without_section.behind_frames(), without_section.dedup_range()), (100..258, None));
+        let too_short = LazyLayer { blob_len: 0, ..with };
+        assert_eq!((too_short.behind_frames(), too_short.dedup_range()), (100..200, None));
     }
 
     #[test]

@@ -61,6 +61,7 @@ mod opening;
 mod quiet;
 mod rest;
 mod scrub;
+mod section;
 mod shares;
 mod start_up;
 mod verifying;

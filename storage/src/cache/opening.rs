@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     io::{self, Write},
+    ops::Range,
     sync::Arc,
     time::Duration,
 };
@@ -10,7 +11,11 @@ use std::{
 use format_spec::{Digest, FormatError, IndexLocation, LazyLayer, limits::INDEX_LEN_MAX};
 use tokio::time::Instant;
 
-use super::{CacheInner, OpeningPlace, disk_error};
+use super::{
+    CacheInner, OpeningPlace, disk_error,
+    section::{EarlySection, SECTION_PLAIN_LEN_MAX},
+    start_up::{Answer, OnItsWay},
+};
 use crate::{
     disk::{
         directory::{LayerDirectory, LayerRecord},
@@ -22,7 +27,7 @@ use crate::{
     fetch::{
         incoming::Incoming,
         places::{PlaceRecord, Places},
-        scheduler::{Slot, StreamKind},
+        scheduler::StreamKind,
         source::{SourceError, SourceErrorKind},
     },
     layer::Layer,
@@ -69,12 +74,10 @@ fn key_of(layer: &LazyLayer) -> RefusedIndex {
     (digest, compressed_len, plain_len)
 }
 
-/// An index that was verified, and what follows it in the same answer.
+/// An index that was verified, and the answer that it has come in.
 struct FetchedIndex {
     index: NewIndex,
-    /// Stands at the first byte behind the index.
-    incoming: Incoming,
-    slot: Slot,
+    answer: Answer,
     fetched_bytes: u64,
 }
 
@@ -100,22 +103,22 @@ impl CacheInner {
             if !layer.core().places.to_records().into_iter().eq(record.places()) {
                 self.keep_places(&layer);
             }
-            self.start_up(&layer, None, has_peers);
+            self.start_up(&layer, OnItsWay::default(), has_peers);
             return Ok(layer);
         }
         if let Some(error) = self.refusals.find(layer) {
             return Err(error);
         }
-        // Where other layers may have what the hot pack has, it is asked for when that is known.
-        let fetched = self.fetch_index(number, layer, !has_peers, &places).await?;
-        let FetchedIndex { index, incoming, slot, fetched_bytes } = fetched;
+        // Where other layers may have what the hot pack has, it waits for the section that tells.
+        let section = has_peers.then(|| EarlySection::begin(&self.scheduler, &self.runtime, number, layer)).flatten();
+        let fetched = self.fetch_index(number, layer, section.is_none(), &places).await?;
+        let FetchedIndex { index, answer, fetched_bytes } = fetched;
         let (inner, at) = (self.clone(), place.clone());
         let record = LayerRecord::new(*layer, places.to_records());
         let store = self.blocking(blob, move || inner.store_layer(&at, &record, index)).await?;
         let core = LayerCore::new(number, *layer, store, places, self.runtime.clone(), fetched_bytes);
         let layer = Layer::new(core, self.scheduler.clone());
-        let has_hot_pack = !has_peers && slot.place().layer.hot_len > 0;
-        self.start_up(&layer, has_hot_pack.then_some((incoming, slot)), has_peers);
+        self.start_up(&layer, OnItsWay { answer: Some(answer), section }, has_peers);
         Ok(layer)
     }
 
@@ -172,7 +175,8 @@ impl CacheInner {
         work().map_err(|error| disk_error(place.directory.path(), error))
     }
 
-    /// Fetches and verifies an index, in a request that goes on to the end of the hot pack if that is wanted.
+    /// Fetches and verifies an index, in a request that goes on to the end of the hot pack; to that of the dedup section
+    /// too if it is wanted.
     ///
     /// An index that is wrong or refused at one place is asked for at the next. A failure that may pass is waited for
     /// as long as a reader would wait.
@@ -180,12 +184,12 @@ impl CacheInner {
         &self,
         number: u64,
         layer: &LazyLayer,
-        with_hot_pack: bool,
+        with_section: bool,
         places: &Places,
     ) -> Result<FetchedIndex, CacheError> {
         let blob = layer.blob;
         let mut tries = IndexTries::default();
-        let fetch = self.try_index(number, blob, with_hot_pack, places, &mut tries);
+        let fetch = self.try_index(number, blob, with_section, places, &mut tries);
         let fetched = match self.scheduler.patience() {
             None => fetch.await,
             Some(patience) => tokio::time::timeout(patience, fetch).await.unwrap_or_else(|_| {
@@ -201,7 +205,7 @@ impl CacheInner {
         &self,
         number: u64,
         blob: Digest,
-        with_hot_pack: bool,
+        with_section: bool,
         places: &Places,
         tries: &mut IndexTries,
     ) -> Result<FetchedIndex, CacheError> {
@@ -211,11 +215,10 @@ impl CacheInner {
             tries.asked.push(slot.place().number);
             // Each place has the index where its own blob does.
             let layer = slot.place().layer;
-            let index = layer.index.range();
-            let end = layer.hot_range().filter(|_| with_hot_pack).map_or(index.end, |hot| hot.end);
+            let (range, has_section) = opening_range(&layer, with_section);
             let before = fetched_bytes;
             let receive = async {
-                let incoming = slot.open(index.start..end).await;
+                let incoming = slot.open(range).await;
                 let mut incoming = incoming.map_err(|error| CacheError::Source { blob, error })?;
                 let index = self.receive_index(&layer, &mut incoming, &mut fetched_bytes).await?;
                 Ok((incoming, index))
@@ -223,7 +226,8 @@ impl CacheInner {
             let error = match receive.await {
                 Ok((incoming, index)) => {
                     slot.works();
-                    return Ok(FetchedIndex { index, incoming, slot, fetched_bytes });
+                    let answer = Answer { incoming, slot, has_section };
+                    return Ok(FetchedIndex { index, answer, fetched_bytes });
                 }
                 Err(error @ CacheError::Index { error: FormatError::Digest { .. }, .. }) => {
                     slot.fail(&SourceError::unusable(error.to_string()));
@@ -293,6 +297,16 @@ impl CacheInner {
             })
         };
         self.blocking(blob, unpack).await
+    }
+}
+
+/// The range that opens a layer, and whether the dedup section is in it.
+fn opening_range(layer: &LazyLayer, with_section: bool) -> (Range<u64>, bool) {
+    let index = layer.index.range();
+    let section = layer.dedup_range().filter(|section| section.end - section.start <= SECTION_PLAIN_LEN_MAX);
+    match section.filter(|_| with_section) {
+        Some(section) => (index.start..section.end, true),
+        None => (index.start..layer.hot_range().map_or(index.end, |hot| hot.end), false),
     }
 }
 

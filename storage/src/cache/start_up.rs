@@ -1,9 +1,10 @@
 //! What happens to a layer right after it was opened: its hot pack arrives, what other layers have is copied.
 //!
-//! In a cache whose layers have told nothing of their content, the hot pack comes in the same answer as the index, and
-//! the dedup section is fetched behind it for the layers to come. Where layers have, the layer that is opened is
-//! likely to share most of its content with one of them. Then the dedup section comes first, and of the hot pack only
-//! what nobody has: one round trip more for a new image, most of the bytes less for a new version.
+//! The hot pack comes in the same answer as the index. In a cache whose layers have told nothing of their content, the
+//! dedup section follows in that answer too, for the layers to come: one request a layer. Where layers have, the layer
+//! that is opened is likely to share most of its content with one of them. Then the dedup section is asked for beside
+//! the index, and the hot pack is not received further until it has come: if others have the larger part of it, the answer
+//! is given up for what they lack. A new image loses no round trip by that, a new version moves little.
 
 use std::{
     fs,
@@ -11,17 +12,13 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use bytes::Bytes;
-use format_spec::{
-    FormatError, HotPiece, LayerId,
-    dedup::{self as section, DedupPiece},
-    records::DedupLocation,
-};
+use format_spec::{HotPiece, LayerId, dedup::DedupPiece, records::DedupLocation};
 use serde_json::Value;
 
-use super::{CacheInner, Entry};
-use tokio::sync::Semaphore;
-
+use super::{
+    CacheInner, Entry,
+    section::{EarlySection, SECTION_WAIT_LEN_MAX, SectionWay, receive_section},
+};
 use crate::{
     disk::{
         directory::{LayerDirectory, LayerRecord},
@@ -29,11 +26,9 @@ use crate::{
     },
     fetch::{
         incoming::Incoming,
-        scheduler::{Priority, Slot, StreamKind},
-        source::SourceError,
+        scheduler::{Priority, Slot},
     },
     layer::{Layer, LayerInner},
-    layer_core::LayerCore,
     sync::lock,
     warm::{
         Event,
@@ -42,19 +37,37 @@ use crate::{
     },
 };
 
-/// Longest dedup section, compressed, that reads wait for: what a container misses of it in a second on a slow link is
-/// less than what it saves.
-const SECTION_WAIT_LEN_MAX: u64 = 2 << 20;
-/// Longest dedup section, plain, that is made use of: 48 bytes a piece, some 700,000 pieces.
-const SECTION_PLAIN_LEN_MAX: u64 = 32 << 20;
-/// Bytes of all dedup sections that are in memory, in KiB: a layer for whose section there is no room is fetched.
-static SECTION_MEMORY: Semaphore = Semaphore::const_new(256 << 10);
 /// Bytes copied before the thread is given back.
 const COPY_STEP_LEN: u64 = 4 << 20;
 
+/// An answer that has brought an index, and goes on with the hot pack if there is one.
+#[derive(Debug)]
+pub(super) struct Answer {
+    /// Stands at the first byte behind the index.
+    pub(super) incoming: Incoming,
+    pub(super) slot: Slot,
+    /// It goes on to the end of the dedup section.
+    pub(super) has_section: bool,
+}
+
+/// The things that are on their way when a layer has been opened; nothing for one that the directory had.
+#[derive(Debug, Default)]
+pub(super) struct OnItsWay {
+    pub(super) answer: Option<Answer>,
+    pub(super) section: Option<EarlySection>,
+}
+
+/// How a hot pack comes.
+enum HotWay {
+    /// It was received as far as that could be.
+    Had,
+    /// It waits until it is known what other layers have, in this answer or still to be asked for.
+    Waits(Option<Answer>),
+}
+
 impl CacheInner {
-    /// Begins what is to be done for a layer that was opened; `with_index` is the hot pack if it comes with the index.
-    pub(super) fn start_up(self: &Arc<Self>, layer: &Layer, with_index: Option<(Incoming, Slot)>, has_peers: bool) {
+    /// Begins what is to be done for a layer that was opened.
+    pub(super) fn start_up(self: &Arc<Self>, layer: &Layer, on_its_way: OnItsWay, has_peers: bool) {
         let (inner, core) = (layer.inner().clone(), layer.core());
         inner.scheduler.note_urgent();
         if self.verifies {
@@ -62,36 +75,53 @@ impl CacheInner {
         }
         let (store, index) = (&core.store, layer.index());
         let section = index.dedup().copied().filter(|_| !store.is_dedup_kept());
-        let seeks_first = has_peers && section.is_some() && !store.is_complete();
-        let hot = match &with_index {
-            Some((_, slot)) if index.hot_len() == slot.place().layer.hot_len => HotStream::of_all(index),
-            Some((_, slot)) => {
-                let (found, expected) = (slot.place().layer.hot_len, index.hot_len());
+        let is_awaited = section.is_some_and(|section| section.compressed_len <= SECTION_WAIT_LEN_MAX);
+        let seeks_first = has_peers && is_awaited && !store.is_complete();
+        let OnItsWay { answer, section: early } = on_its_way;
+        let is_fetched = answer.is_some();
+        let answer = answer.filter(|answer| {
+            let (found, expected) = (answer.slot.place().layer.hot_len, index.hot_len());
+            if found != expected {
                 tracing::warn!(blob = %core.blob(), found, expected, "hot pack ignored: it has another length");
-                None
             }
-            None if seeks_first => None,
+            found == expected
+        });
+        let hot = match &answer {
+            _ if seeks_first => None,
+            Some(_) => HotStream::of_all(index),
+            None if is_fetched => None,
             None => HotStream::of_missing(index, |plain| !store.has(plain)),
         };
         if hot.is_none() && section.is_none() {
             return;
         }
         // Before anybody can read.
-        let is_awaited = section.is_some_and(|section| section.compressed_len <= SECTION_WAIT_LEN_MAX);
         if let Some(hot) = &hot {
             inner.note_warm(Event::HotBegins(hot.clone()));
-        } else if seeks_first && is_awaited {
+        } else if seeks_first {
             inner.note_warm(Event::SearchBegins);
         }
         let cache = Arc::downgrade(self);
         self.runtime.spawn(async move {
             let warming_up = WarmingUp(&inner);
-            let had_hot_pack = hot.is_some() || with_index.is_some();
-            if let Some(hot) = hot {
-                receive_hot_pack(&inner, &hot, with_index).await;
-            }
-            if let Some(section) = section {
-                copy_from_peers(cache, &inner, &section, had_hot_pack).await;
+            if seeks_first && let Some(section) = section {
+                let way = match early {
+                    Some(early) => early.way().await,
+                    None => SectionWay::Asked,
+                };
+                // Without the section beside it the answer would keep a slot that somebody else may need for that.
+                let answer = answer.filter(|_| matches!(way, SectionWay::Here(_)));
+                copy_from_peers(cache, &inner, &section, way, HotWay::Waits(answer)).await;
+            } else {
+                let rest = match hot {
+                    Some(hot) => receive_hot_pack(&inner, &hot, answer).await,
+                    None => answer,
+                };
+                if let Some(section) = section {
+                    let rest = rest.filter(|answer| answer.has_section);
+                    let way = rest.map_or(SectionWay::Asked, SectionWay::Follows);
+                    copy_from_peers(cache, &inner, &section, way, HotWay::Had).await;
+                }
             }
             inner.scheduler.note_urgent();
             drop(warming_up);
@@ -154,32 +184,36 @@ impl Drop for WarmingUp<'_> {
     }
 }
 
-async fn receive_hot_pack(layer: &Arc<LayerInner>, stream: &Arc<HotStream>, first: Option<(Incoming, Slot)>) {
-    hot_pack::receive(&layer.core, &layer.scheduler, stream, first).await;
+/// Receives a hot pack, or what is missing of one; returns the answer that it came in, if that goes on.
+async fn receive_hot_pack(layer: &Arc<LayerInner>, stream: &Arc<HotStream>, answer: Option<Answer>) -> Option<Answer> {
+    let has_section = answer.as_ref().is_some_and(|answer| answer.has_section);
+    let first = answer.map(|answer| (answer.incoming, answer.slot));
+    let rest = hot_pack::receive(&layer.core, &layer.scheduler, stream, first).await;
     layer.note_warm(Event::HotEnds);
+    rest.map(|(incoming, slot)| Answer { incoming, slot, has_section })
 }
 
-/// Fetches the dedup section, copies what other layers have, and keeps the section for layers to come.
+/// Receives the dedup section, copies what other layers have, and keeps the section for layers to come.
 ///
 /// Unless the layer had its hot pack already, what is then still missing of that is received meanwhile.
 async fn copy_from_peers(
     cache: Weak<CacheInner>,
     layer: &Arc<LayerInner>,
     location: &DedupLocation,
-    had_hot_pack: bool,
+    way: SectionWay,
+    hot: HotWay,
 ) {
-    // Compressed, plain and as pieces.
-    let len = location.compressed_len.get().saturating_add(location.plain_len.get().saturating_mul(2));
-    let memory = SECTION_MEMORY.try_acquire_many(u32::try_from(len >> 10).unwrap_or(u32::MAX).saturating_add(1));
-    let pieces = match &memory {
-        Ok(_) => fetch_section(layer, location).await,
-        Err(_) => Err(SectionError::Memory),
-    };
+    let pieces = receive_section(layer, location, way).await;
     let pieces = pieces.inspect_err(
         |error| tracing::warn!(blob = %layer.core.blob(), %error, "dedup section ignored: all content is fetched"),
     );
     let pieces: Option<Arc<[DedupPiece]>> = pieces.ok();
     let wanted = pieces.clone();
+    let (had_hot_pack, answer) = match hot {
+        HotWay::Had => (true, None),
+        HotWay::Waits(answer) => (false, answer),
+    };
+    let is_coming = answer.is_some();
     let prepare = move |layer: &LayerInner| {
         let (core, store, cache) = (&layer.core, &layer.core.store, cache.upgrade());
         let find = |(wanted, cache): (_, Arc<CacheInner>)| {
@@ -191,8 +225,8 @@ async fn copy_from_peers(
             let missing: Vec<_> = store.missing_runs(plain).collect();
             plan.as_ref().map_or(missing.clone(), |plan| plan.take(&missing).1)
         };
-        let rest = if had_hot_pack { HotRest::Nothing } else { HotRest::of(store.index(), missing_of) };
-        let hot = if let HotRest::Pack(hot) = &rest { Some(hot.clone()) } else { None };
+        let rest = if had_hot_pack { HotRest::Nothing } else { HotRest::of(store.index(), is_coming, missing_of) };
+        let hot = if let HotRest::Whole(hot) | HotRest::Parts(hot) = &rest { Some(hot.clone()) } else { None };
         let waits = layer.note_warm(Event::Found(plan.clone(), hot));
         waits.iter().for_each(|wait| wait.part_ended());
         (plan, rest)
@@ -201,8 +235,13 @@ async fn copy_from_peers(
     let receive = async {
         match rest {
             HotRest::Nothing => {}
-            HotRest::Pack(hot) => receive_hot_pack(layer, &hot, None).await,
+            HotRest::Whole(hot) => drop(receive_hot_pack(layer, &hot, answer).await),
+            HotRest::Parts(hot) => {
+                drop(answer);
+                receive_hot_pack(layer, &hot, None).await;
+            }
             HotRest::Runs(runs) => {
+                drop(answer);
                 let frames: Vec<u32> = runs.iter().flat_map(|run| layer.core.store.missing_frames(run)).collect();
                 layer.scheduler.want(&layer.core, frames, Priority::HotPack, None);
             }
@@ -232,18 +271,20 @@ async fn copy_from_peers(
 /// How what is missing of a hot pack comes when copies have been found.
 enum HotRest {
     Nothing,
+    /// All of the pack, in the answer that it is on its way in.
+    Whole(Arc<HotStream>),
     /// As parts of the pack.
-    Pack(Arc<HotStream>),
+    Parts(Arc<HotStream>),
     /// As frames: these runs, in the order of the pack.
     Runs(Vec<Range<u64>>),
 }
 
 impl HotRest {
-    /// `missing_of` says what of a range neither is there nor is copied.
+    /// `missing_of` says what of a range neither is there nor is copied; the pack may be `is_coming` already.
     ///
     /// A pack that is there for the larger part is one of a new version: what it lacks is scattered among what changed,
     /// whose frames are fetched sooner or later, and would cost its bytes twice.
-    fn of(index: &LayerIndex, missing_of: impl Fn(&Range<u64>) -> Vec<Range<u64>>) -> Self {
+    fn of(index: &LayerIndex, is_coming: bool, missing_of: impl Fn(&Range<u64>) -> Vec<Range<u64>>) -> Self {
         let pieces = index.hot_pieces();
         let runs: Vec<_> = pieces.iter().flat_map(|piece| missing_of(&piece.plain_range())).collect();
         let missing_len: u64 = runs.iter().map(|run| run.end - run.start).sum();
@@ -251,7 +292,10 @@ impl HotRest {
         if missing_len * 2 < len {
             return Self::Runs(runs);
         }
-        HotStream::of_missing(index, |plain| !missing_of(plain).is_empty()).map_or(Self::Nothing, Self::Pack)
+        if is_coming && missing_len * 4 >= len * 3 {
+            return HotStream::of_all(index).map_or(Self::Nothing, Self::Whole);
+        }
+        HotStream::of_missing(index, |plain| !missing_of(plain).is_empty()).map_or(Self::Nothing, Self::Parts)
     }
 }
 
@@ -276,59 +320,6 @@ async fn copy_all(layer: &Arc<LayerInner>, plan: Arc<CopyPlan>) {
             return;
         }
     }
-}
-
-/// A dedup section, verified.
-async fn fetch_section(layer: &Arc<LayerInner>, location: &DedupLocation) -> Result<Arc<[DedupPiece]>, SectionError> {
-    let compressed_len = location.compressed_len.get();
-    if compressed_len.max(location.plain_len.get()) > SECTION_PLAIN_LEN_MAX {
-        return Err(SectionError::Length(compressed_len.max(location.plain_len.get())));
-    }
-    let core = &layer.core;
-    let compressed = fetch_section_bytes(layer, compressed_len).await?;
-    let location = *location;
-    let decompress =
-        move |core: &Arc<LayerCore>| section::decompress(&compressed, &location, core.store.index().space_len());
-    let pieces = core.blocking(decompress).await.ok_or(SectionError::Stopped)??;
-    Ok(pieces.into())
-}
-
-/// The bytes of the dedup section, which nobody waits for, from the places of a layer in their turn.
-async fn fetch_section_bytes(layer: &Arc<LayerInner>, compressed_len: u64) -> Result<Bytes, SectionError> {
-    let len = usize::try_from(compressed_len).map_err(|_| SectionError::Length(compressed_len))?;
-    let core = &layer.core;
-    let mut tries_left = core.places.tries();
-    loop {
-        let slot = layer.scheduler.slot(core.number, StreamKind::Opening).await.ok_or(SectionError::Stopped)?;
-        let range = core.dedup_range(slot.place(), compressed_len);
-        tracing::debug!(blob = %core.blob(), ?range, "dedup section requested");
-        let take = async { slot.open(range).await?.take(len, |len| core.count_fetched(len)).await };
-        match take.await {
-            Ok(bytes) => return Ok(bytes),
-            Err(error) => {
-                slot.fail(&error);
-                tries_left -= 1;
-                if tries_left == 0 {
-                    return Err(error.into());
-                }
-            }
-        }
-    }
-}
-
-/// Why there is no dedup section.
-#[derive(Debug, thiserror::Error)]
-enum SectionError {
-    #[error("it has {0} bytes, at most {SECTION_PLAIN_LEN_MAX} are made use of")]
-    Length(u64),
-    #[error("sections of other layers take all memory that there is for them")]
-    Memory,
-    #[error("{0}")]
-    Source(#[from] SourceError),
-    #[error("{0}")]
-    Format(#[from] FormatError),
-    #[error("the process is shutting down")]
-    Stopped,
 }
 
 /// Runs `work` where it may block; `None` when the runtime ends.

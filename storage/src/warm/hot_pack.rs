@@ -184,21 +184,24 @@ impl Drop for Ending<'_> {
 }
 
 /// Receives a hot pack into the cache; `first` is the answer that brought the index, if the pack comes in it.
+///
+/// Returns that answer if all of it that is the pack's has come: it stands behind the pack.
 pub(crate) async fn receive(
     layer: &Arc<LayerCore>,
     scheduler: &Arc<Scheduler>,
     stream: &Arc<HotStream>,
     first: Option<(Incoming, Slot)>,
-) {
+) -> Option<(Incoming, Slot)> {
     let ending = Ending { layer, stream };
     let received = receive_all(layer, scheduler, stream, first).await;
     drop(ending);
     let (blob, hot_bytes) = (layer.blob(), layer.progress().hot_bytes);
-    match received {
-        Ok(()) => tracing::debug!(%blob, hot_bytes, "hot pack arrived"),
+    match &received {
+        Ok(_) => tracing::debug!(%blob, hot_bytes, "hot pack arrived"),
         Err(HotError::Stopped) => {}
         Err(error) => tracing::warn!(%blob, hot_bytes, %error, "hot pack ignored: reads fetch what they need"),
     }
+    received.ok().flatten()
 }
 
 async fn receive_all(
@@ -206,16 +209,20 @@ async fn receive_all(
     scheduler: &Arc<Scheduler>,
     stream: &Arc<HotStream>,
     mut first: Option<(Incoming, Slot)>,
-) -> Result<(), HotError> {
+) -> Result<Option<(Incoming, Slot)>, HotError> {
     let (mut writer, workspaces) = (Writer::default(), scheduler.workspaces());
+    let mut rest = None;
     for request in &stream.requests {
         let mut frames = request.clone();
         let mut tries_left = layer.places.tries();
         while !frames.is_empty() {
-            let (slot, incoming) = match first.take() {
+            let (slot, incoming, is_first) = match first.take() {
                 // Between the index and the pack.
-                Some((incoming, slot)) => (slot, skip_header(layer, incoming).await),
-                None => ask(layer, scheduler, stream, frames.clone()).await?,
+                Some((incoming, slot)) => (slot, skip_header(layer, incoming).await, true),
+                None => {
+                    let (slot, incoming) = ask(layer, scheduler, stream, frames.clone()).await?;
+                    (slot, incoming, false)
+                }
             };
             let received = match incoming {
                 Ok(incoming) => {
@@ -231,11 +238,11 @@ async fn receive_all(
                         return Err(error.into());
                     }
                 }
-                received => received?,
+                received => rest = Some((received?, slot)).filter(|_| is_first),
             }
         }
     }
-    Ok(())
+    Ok(rest)
 }
 
 async fn skip_header(layer: &LayerCore, mut incoming: Incoming) -> Result<Incoming, SourceError> {
@@ -258,8 +265,8 @@ async fn ask(
     Ok((slot, opened))
 }
 
-/// Receives frames; `frames` is left with what did not come. While a frame is kept, the next ones are decompressed and
-/// received.
+/// Receives frames and returns the answer, which may go on behind them; `frames` is left with what did not come. While a
+/// frame is kept, the next ones are decompressed and received.
 async fn receive_frames(
     layer: &Arc<LayerCore>,
     stream: &Arc<HotStream>,
@@ -268,7 +275,7 @@ async fn receive_frames(
     frames: &mut Range<usize>,
     writer: &mut Writer,
     workspaces: &Arc<Workspaces>,
-) -> Result<(), HotError> {
+) -> Result<Incoming, HotError> {
     let (decoding, mut decoded) = mpsc::channel(DECODING_MAX);
     let wanted = frames.clone();
     let receive = async move {
@@ -291,7 +298,7 @@ async fn receive_frames(
                 return Err(HotError::Stopped);
             }
         }
-        Ok(Ok(()))
+        Ok(Ok(incoming))
     };
     let keep = async {
         while let Some((len, content)) = decoded.recv().await {

@@ -319,6 +319,7 @@ pub(crate) enum Fault {
 #[derive(Debug)]
 pub(crate) struct MemorySource {
     blob: Bytes,
+    index_start: u64,
     faults: Mutex<Vec<Fault>>,
     /// The error that answers every request.
     outage: Mutex<Option<SourceError>>,
@@ -333,6 +334,7 @@ impl MemorySource {
     pub(crate) fn new(layer: &TestLayer) -> Arc<Self> {
         Arc::new(Self {
             blob: layer.blob.clone().into(),
+            index_start: layer.lazy.index.offset,
             faults: Mutex::default(),
             outage: Mutex::default(),
             range_faults: Mutex::default(),
@@ -355,9 +357,15 @@ impl MemorySource {
         self.requests.borrow().clone()
     }
 
-    /// The requests for frames: all but the first one, which brings the index.
+    /// The requests for frames and the like: all but the first one that brings the index.
     pub(crate) fn frame_requests(&self) -> Vec<Range<u64>> {
-        self.requests().split_off(1)
+        self.without_opening(&self.requests())
+    }
+
+    /// A dedup section may be asked for before the index.
+    fn without_opening(&self, requests: &[Range<u64>]) -> Vec<Range<u64>> {
+        let opening = requests.iter().position(|range| range.start == self.index_start).unwrap_or(0);
+        [&requests[..opening], &requests[opening + 1..]].concat()
     }
 
     /// Like [`Self::frame_requests`], in blob order: for requests that are made at the same time.
@@ -371,7 +379,7 @@ impl MemorySource {
     pub(crate) async fn wait_for_frame_requests(&self, count: usize) -> Vec<Range<u64>> {
         let mut receiver = self.requests.subscribe();
         let requests = receiver.wait_for(|requests| requests.len() > count).await.unwrap();
-        requests[1..].to_vec()
+        self.without_opening(&requests)
     }
 
     /// Waits until the answers of `count` requests were dropped, whole or not.
