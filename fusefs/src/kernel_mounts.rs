@@ -101,15 +101,28 @@ pub(crate) struct Devices {
     direct_layers: Vec<LayerId>,
     /// The inode numbers of these files.
     files: Vec<u64>,
+    /// Length of all plain address spaces, and of those of the other layers.
+    space_len: u64,
+    session_len: u64,
 }
+
+/// Where less than this part of a tree comes through the session, the kernel reads ahead as if everything were there: a
+/// new version of an application must not have the base below it read from the disk in small pieces.
+const LITTLE_PART: u64 = 8;
 
 impl Devices {
     /// Of each layer its cache file if it is complete, else the file that the session has in `session_layers`.
     pub(crate) fn of(layers: &[Layer], session_layers: &Path) -> Self {
-        let mut devices =
-            Self { paths: Vec::with_capacity(layers.len()), direct_layers: Vec::new(), files: Vec::new() };
+        let mut devices = Self {
+            paths: Vec::with_capacity(layers.len()),
+            direct_layers: Vec::new(),
+            files: Vec::new(),
+            space_len: 0,
+            session_len: 0,
+        };
         for layer in layers {
-            let id = layer.lazy_layer().id();
+            let (id, len) = (layer.lazy_layer().id(), layer.index().space_len());
+            devices.space_len = devices.space_len.saturating_add(len);
             // The number first: it never names a newer file than the path.
             match (layer.file_number(), layer.complete_file()) {
                 (Ok(number), Some(path)) => {
@@ -117,7 +130,10 @@ impl Devices {
                     devices.files.push(number);
                     devices.paths.push(path);
                 }
-                _ => devices.paths.push(session_layers.join(id.hex())),
+                _ => {
+                    devices.session_len = devices.session_len.saturating_add(len);
+                    devices.paths.push(session_layers.join(id.hex()));
+                }
             }
         }
         devices
@@ -126,12 +142,17 @@ impl Devices {
     /// Of every layer the file that the session has in `session_layers`: it sees each read.
     pub(crate) fn seen(layers: &[Layer], session_layers: &Path) -> Self {
         let paths = layers.iter().map(|layer| session_layers.join(layer.lazy_layer().id().hex())).collect();
-        Self { paths, direct_layers: Vec::new(), files: Vec::new() }
+        Self { paths, direct_layers: Vec::new(), files: Vec::new(), space_len: 0, session_len: 0 }
     }
 
     /// Whether they need no session.
     fn are_direct(&self) -> bool {
         self.direct_layers.len() == self.paths.len()
+    }
+
+    /// Whether little or nothing of what they hold may have to be fetched.
+    fn are_nearly_direct(&self) -> bool {
+        self.are_direct() || self.session_len < self.space_len / LITTLE_PART
     }
 
     /// Mounts an image over them; blocks, and needs the session to answer.
@@ -143,7 +164,7 @@ impl Devices {
         let access = if self.are_direct() { DeviceAccess::Cached } else { DeviceAccess::Direct };
         let mount = DetachedMount::open(image, &self.paths, access)?;
         // Only makes reading faster.
-        if let Err(error) = mount.set_read_ahead(window(read_ahead_kib, self.are_direct())) {
+        if let Err(error) = mount.set_read_ahead(window(read_ahead_kib, self.are_nearly_direct())) {
             debug!(%error, "read-ahead stays as it is");
         }
         Ok(mount)

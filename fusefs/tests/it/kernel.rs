@@ -173,6 +173,37 @@ fn many_threads_that_ask_for_one_tree_get_one_mount() {
     assert!(devices.iter().all(|device| *device == devices[0]), "{devices:?}");
 }
 
+/// Whether some EROFS mount of this machine is read ahead so far, in KiB.
+fn is_window_of_a_mount(wanted: &str) -> bool {
+    let names = fs::read_dir("/sys/class/bdi").unwrap().map(|entry| entry.unwrap().file_name());
+    let names = names.map(|name| name.into_string().unwrap()).filter(|name| name.starts_with("erofs-"));
+    // Mounts of other tests come and go.
+    let kib = |name: String| fs::read_to_string(format!("/sys/class/bdi/{name}/read_ahead_kb")).unwrap_or_default();
+    names.map(kib).any(|kib| kib.trim() == wanted)
+}
+
+/// The next version of an application started slower than after a full pull: its base, which was here, came from the disk
+/// in pieces of 16 KiB.
+#[test]
+fn a_base_that_is_here_is_read_ahead_below_a_small_layer_that_is_not() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
+    let base = registry.push(&layer([("base", file(noise(1, 900_000)))]));
+    let [small, large] = [20_000, 400_000].map(|len| registry.push(&layer([("own", file(noise(2, len)))])));
+    // A value that no other mount of this machine has.
+    let session = SessionOptions { read_ahead_kib: 316 };
+    let daemon = Running::start_with(DaemonOptions { mode: Mode::Erofs, session, ..options(root.path()) }, &registry);
+    let base = [base];
+    fs::read(daemon.mount(&base).join("base")).unwrap();
+    daemon.complete(&base);
+    assert_eq!(daemon.ask(&Request::ReleaseTree { tree: id_of(&base) }), Response::Done);
+    assert!(!is_window_of_a_mount("316"));
+    let mount = |own: RemoteLayer| daemon.mount(&[base[0].clone(), own]);
+    mount(large);
+    assert!(!is_window_of_a_mount("316"), "what has to be fetched is hardly read ahead");
+    mount(small);
+    assert!(is_window_of_a_mount("316"));
+}
+
 #[test]
 fn read_ahead_is_short_until_everything_is_there_and_then_what_is_asked_for() {
     let (root, registry) = (tempfile::tempdir().unwrap(), Registry::default());
@@ -186,25 +217,18 @@ fn read_ahead_is_short_until_everything_is_there_and_then_what_is_asked_for() {
     let session = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     assert_eq!(kib(&session).trim(), "16");
     assert_eq!(file_system_of(&path), EROFS);
-    let has = |wanted: &str| {
-        let names = fs::read_dir("/sys/class/bdi").unwrap().map(|entry| entry.unwrap().file_name());
-        let names = names.map(|name| name.into_string().unwrap()).filter(|name| name.starts_with("erofs-"));
-        // Mounts of other tests come and go.
-        let kib = |name: String| fs::read_to_string(format!("/sys/class/bdi/{name}/read_ahead_kb")).unwrap_or_default();
-        names.map(kib).any(|kib| kib.trim() == wanted)
-    };
-    assert!(!has("308"));
+    assert!(!is_window_of_a_mount("308"));
     for name in ["lower", "upper"] {
         _ = fs::read(path.join(name));
     }
     daemon.complete(&layers);
     for _ in 0..200 {
-        if has("308") {
+        if is_window_of_a_mount("308") {
             break;
         }
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
-    assert!(has("308"));
+    assert!(is_window_of_a_mount("308"));
     assert_eq!(kib(&session).trim(), "308");
 }
 
