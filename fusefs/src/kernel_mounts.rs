@@ -101,13 +101,15 @@ pub(crate) struct Devices {
     direct_layers: Vec<LayerId>,
     /// The inode numbers of these files.
     files: Vec<u64>,
-    /// Length of all plain address spaces, and of those of the other layers.
-    space_len: u64,
+    /// Compressed length of all layers, and of those that are no cache files.
+    len: u64,
     session_len: u64,
 }
 
-/// Where less than this part of a tree comes through the session, the kernel reads ahead as if everything were there: a
-/// new version of an application must not have the base below it read from the disk in small pieces.
+/// Where no more than this comes through the session, and less than this part of a tree, the kernel reads ahead as if
+/// everything were there: a new version of an application must not have the base below it read from the disk in small
+/// pieces.
+const LITTLE_LEN: u64 = 64 << 20;
 const LITTLE_PART: u64 = 8;
 
 impl Devices {
@@ -117,12 +119,13 @@ impl Devices {
             paths: Vec::with_capacity(layers.len()),
             direct_layers: Vec::new(),
             files: Vec::new(),
-            space_len: 0,
+            len: 0,
             session_len: 0,
         };
         for layer in layers {
-            let (id, len) = (layer.lazy_layer().id(), layer.index().space_len());
-            devices.space_len = devices.space_len.saturating_add(len);
+            // The frames end where the index begins.
+            let (id, len) = (layer.lazy_layer().id(), layer.lazy_layer().index.offset);
+            devices.len = devices.len.saturating_add(len);
             // The number first: it never names a newer file than the path.
             match (layer.file_number(), layer.complete_file()) {
                 (Ok(number), Some(path)) => {
@@ -142,7 +145,7 @@ impl Devices {
     /// Of every layer the file that the session has in `session_layers`: it sees each read.
     pub(crate) fn seen(layers: &[Layer], session_layers: &Path) -> Self {
         let paths = layers.iter().map(|layer| session_layers.join(layer.lazy_layer().id().hex())).collect();
-        Self { paths, direct_layers: Vec::new(), files: Vec::new(), space_len: 0, session_len: 0 }
+        Self { paths, direct_layers: Vec::new(), files: Vec::new(), len: 0, session_len: 0 }
     }
 
     /// Whether they need no session.
@@ -152,7 +155,7 @@ impl Devices {
 
     /// Whether little or nothing of what they hold may have to be fetched.
     fn are_nearly_direct(&self) -> bool {
-        self.are_direct() || self.session_len < self.space_len / LITTLE_PART
+        self.are_direct() || self.session_len < LITTLE_LEN.min(self.len / LITTLE_PART)
     }
 
     /// Mounts an image over them; blocks, and needs the session to answer.

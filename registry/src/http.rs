@@ -81,6 +81,11 @@ impl Connections {
     }
 }
 
+/// Bytes that one answer may send before they are taken: what a link of 1 Gbit/s brings in 16 ms.
+const HTTP2_STREAM_WINDOW: u32 = 2 << 20;
+/// The same of all answers of a connection: as many as open layers at one source.
+const HTTP2_CONNECTION_WINDOW: u32 = 64 * HTTP2_STREAM_WINDOW;
+
 /// Plain HTTP needs TLS too where a proxy may be in the way, which may be spoken to by TLS.
 fn may_need_tls(url: &Url, is_direct: bool) -> bool {
     url.scheme() != "http" || !is_direct
@@ -109,6 +114,9 @@ fn build(
             .dns_resolver(resolver.clone().with_far(kind.is_far))
             .connect_timeout(settings.config.dial_timeout.unwrap_or(options.connect_timeout))
             .tls_danger_accept_invalid_certs(settings.config.skip_verify)
+            // Hot packs wait for a while, read by nobody: they must not stop what else comes over their connection.
+            .http2_initial_stream_window_size(HTTP2_STREAM_WINDOW)
+            .http2_initial_connection_window_size(HTTP2_CONNECTION_WINDOW)
             // `transport` follows them: it knows what may be shown to whom.
             .redirect(redirect::Policy::none())
             // An identity token or password in a redirected address must not show up elsewhere.

@@ -198,8 +198,9 @@ fn a_base_that_is_here_is_read_ahead_below_a_small_layer_that_is_not() {
     assert_eq!(daemon.ask(&Request::ReleaseTree { tree: id_of(&base) }), Response::Done);
     assert!(!is_window_of_a_mount("316"));
     let mount = |own: RemoteLayer| daemon.mount(&[base[0].clone(), own]);
-    mount(large);
+    mount(large.clone());
     assert!(!is_window_of_a_mount("316"), "what has to be fetched is hardly read ahead");
+    assert_eq!(daemon.ask(&Request::ReleaseTree { tree: id_of(&[base[0].clone(), large]) }), Response::Done);
     mount(small);
     assert!(is_window_of_a_mount("316"));
 }

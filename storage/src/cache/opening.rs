@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::{
     CacheInner, OpeningPlace, disk_error,
-    section::{EarlySection, SECTION_PLAIN_LEN_MAX},
+    section::{EarlySection, SECTION_PLAIN_LEN_MAX, SECTION_WAIT_LEN_MAX},
     start_up::{Answer, OnItsWay},
 };
 use crate::{
@@ -77,7 +77,7 @@ fn key_of(layer: &LazyLayer) -> RefusedIndex {
 /// An index that was verified, and the answer that it has come in.
 struct FetchedIndex {
     index: NewIndex,
-    answer: Answer,
+    on_its_way: OnItsWay,
     fetched_bytes: u64,
 }
 
@@ -109,16 +109,14 @@ impl CacheInner {
         if let Some(error) = self.refusals.find(layer) {
             return Err(error);
         }
-        // Where other layers may have what the hot pack has, it waits for the section that tells.
-        let section = has_peers.then(|| EarlySection::begin(&self.scheduler, &self.runtime, number, layer)).flatten();
-        let fetched = self.fetch_index(number, layer, section.is_none(), &places).await?;
-        let FetchedIndex { index, answer, fetched_bytes } = fetched;
+        let fetched = self.fetch_index(number, layer, has_peers, &places).await?;
+        let FetchedIndex { index, on_its_way, fetched_bytes } = fetched;
         let (inner, at) = (self.clone(), place.clone());
         let record = LayerRecord::new(*layer, places.to_records());
         let store = self.blocking(blob, move || inner.store_layer(&at, &record, index)).await?;
         let core = LayerCore::new(number, *layer, store, places, self.runtime.clone(), fetched_bytes);
         let layer = Layer::new(core, self.scheduler.clone());
-        self.start_up(&layer, OnItsWay { answer: Some(answer), section }, has_peers);
+        self.start_up(&layer, on_its_way, has_peers);
         Ok(layer)
     }
 
@@ -175,8 +173,7 @@ impl CacheInner {
         work().map_err(|error| disk_error(place.directory.path(), error))
     }
 
-    /// Fetches and verifies an index, in a request that goes on to the end of the hot pack; to that of the dedup section
-    /// too if it is wanted.
+    /// Fetches and verifies an index, in a request that goes on with what a start wants first ([`Opening`]).
     ///
     /// An index that is wrong or refused at one place is asked for at the next. A failure that may pass is waited for
     /// as long as a reader would wait.
@@ -184,12 +181,12 @@ impl CacheInner {
         &self,
         number: u64,
         layer: &LazyLayer,
-        with_section: bool,
+        has_peers: bool,
         places: &Places,
     ) -> Result<FetchedIndex, CacheError> {
         let blob = layer.blob;
         let mut tries = IndexTries::default();
-        let fetch = self.try_index(number, blob, with_section, places, &mut tries);
+        let fetch = self.try_index(number, blob, has_peers, places, &mut tries);
         let fetched = match self.scheduler.patience() {
             None => fetch.await,
             Some(patience) => tokio::time::timeout(patience, fetch).await.unwrap_or_else(|_| {
@@ -205,7 +202,7 @@ impl CacheInner {
         &self,
         number: u64,
         blob: Digest,
-        with_section: bool,
+        has_peers: bool,
         places: &Places,
         tries: &mut IndexTries,
     ) -> Result<FetchedIndex, CacheError> {
@@ -215,19 +212,25 @@ impl CacheInner {
             tries.asked.push(slot.place().number);
             // Each place has the index where its own blob does.
             let layer = slot.place().layer;
-            let (range, has_section) = opening_range(&layer, with_section);
+            let Opening { range, has_pack, has_section } = Opening::of(&layer, has_peers);
             let before = fetched_bytes;
             let receive = async {
                 let incoming = slot.open(range).await;
                 let mut incoming = incoming.map_err(|error| CacheError::Source { blob, error })?;
+                let is_whole = incoming.is_whole();
+                let seeks_first = has_peers && !is_whole;
+                let section =
+                    seeks_first.then(|| EarlySection::begin(&self.scheduler, &self.runtime, number, &layer)).flatten();
                 let index = self.receive_index(&layer, &mut incoming, &mut fetched_bytes).await?;
-                Ok((incoming, index))
+                Ok((incoming, is_whole, section, index))
             };
             let error = match receive.await {
-                Ok((incoming, index)) => {
+                Ok((incoming, is_whole, section, index)) => {
                     slot.works();
-                    let answer = Answer { incoming, slot, has_section };
-                    return Ok(FetchedIndex { index, answer, fetched_bytes });
+                    let has_section = has_section || is_whole;
+                    // One that has brought all that was asked for would only keep its slot.
+                    let answer = (has_pack || has_section).then_some(Answer { incoming, slot, has_section });
+                    return Ok(FetchedIndex { index, on_its_way: OnItsWay { answer, section }, fetched_bytes });
                 }
                 Err(error @ CacheError::Index { error: FormatError::Digest { .. }, .. }) => {
                     slot.fail(&SourceError::unusable(error.to_string()));
@@ -300,13 +303,30 @@ impl CacheInner {
     }
 }
 
-/// The range that opens a layer, and whether the dedup section is in it.
-fn opening_range(layer: &LazyLayer, with_section: bool) -> (Range<u64>, bool) {
-    let index = layer.index.range();
-    let section = layer.dedup_range().filter(|section| section.end - section.start <= SECTION_PLAIN_LEN_MAX);
-    match section.filter(|_| with_section) {
-        Some(section) => (index.start..section.end, true),
-        None => (index.start..layer.hot_range().map_or(index.end, |hot| hot.end), false),
+/// A request that opens a layer.
+struct Opening {
+    range: Range<u64>,
+    /// The hot pack is in it.
+    has_pack: bool,
+    /// So is the dedup section.
+    has_section: bool,
+}
+
+impl Opening {
+    /// Where other layers may have what the hot pack has, the section is asked for beside it; where that is too long to be
+    /// waited for, the pack is asked for behind it.
+    fn of(layer: &LazyLayer, has_peers: bool) -> Self {
+        let index = layer.index.range();
+        let section = layer.dedup_range();
+        let is_longer_than = |len: u64| section.as_ref().is_some_and(|section| section.end - section.start > len);
+        let has_pack = layer.hot_len > 0 && !(has_peers && is_longer_than(SECTION_WAIT_LEN_MAX));
+        let has_section = !has_peers && section.is_some() && !is_longer_than(SECTION_PLAIN_LEN_MAX);
+        let end = match (section, layer.hot_range()) {
+            (Some(section), _) if has_section => section.end,
+            (_, Some(hot)) if has_pack => hot.end,
+            _ => index.end,
+        };
+        Self { range: index.start..end, has_pack, has_section }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The dedup section of a layer on its way: in the answer that brings the index, in one beside it, or later by itself.
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use format_spec::{
@@ -9,7 +9,11 @@ use format_spec::{
     footer::SKIPPABLE_HEADER_LEN,
     records::DedupLocation,
 };
-use tokio::{runtime::Handle, sync::Semaphore, task::JoinHandle};
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, SemaphorePermit},
+    task::JoinHandle,
+};
 
 use super::start_up::Answer;
 use crate::{
@@ -19,6 +23,7 @@ use crate::{
     },
     layer::LayerInner,
     layer_core::LayerCore,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// Longest dedup section, compressed, that reads wait for: what a container misses of it in a second on a slow link is
@@ -26,63 +31,89 @@ use crate::{
 pub(super) const SECTION_WAIT_LEN_MAX: u64 = 2 << 20;
 /// Longest dedup section, plain, that is made use of: 48 bytes a piece, some 700,000 pieces.
 pub(super) const SECTION_PLAIN_LEN_MAX: u64 = 32 << 20;
-/// How long a hot pack that is on its way waits for the section beside it: for one that is late it is given up.
-const EARLY_PATIENCE: Duration = Duration::from_millis(500);
+/// How long a hot pack that is on its way waits for the section beside it, and then for the search: when it takes longer
+/// its connection, which others may need, is given up.
+pub(super) const HELD_MAX: Duration = Duration::from_millis(500);
 /// Bytes of all dedup sections that are in memory, in KiB: a layer for whose section there is no room is fetched.
 static SECTION_MEMORY: Semaphore = Semaphore::const_new(256 << 10);
 
-/// The bytes of a dedup section that are asked for beside the index, before that says that there is one. Dropped, they
-/// are no longer asked for.
+/// How a section that was asked for beside the index has come; `None` where it was not worth a request, or has ended.
+type Outcome = Option<Result<EarlyBytes, SourceError>>;
+
+/// Bytes of a section, and the memory that they count for.
 #[derive(Debug)]
-pub(super) struct EarlySection(JoinHandle<Option<Result<Bytes, SourceError>>>);
+struct EarlyBytes(Bytes, #[allow(dead_code, reason = "held")] SemaphorePermit<'static>);
+
+/// A dedup section that is asked for beside the index, before that says that there is one. Dropped, it is given up.
+#[derive(Debug)]
+pub(super) struct EarlySection {
+    task: JoinHandle<Outcome>,
+    outcome: Option<Outcome>,
+    received_len: Arc<AtomicU64>,
+}
 
 impl EarlySection {
     /// Asks for the section that a layer seems to have, if reads would wait for it.
+    ///
+    /// To be called when the answer with the index has begun: so no section keeps a slot from an index, or the only
+    /// connection from a source that sends whole blobs.
     pub(super) fn begin(scheduler: &Arc<Scheduler>, runtime: &Handle, number: u64, layer: &LazyLayer) -> Option<Self> {
-        layer.dedup_range().filter(|range| range.end - range.start <= SECTION_WAIT_LEN_MAX)?;
-        let scheduler = scheduler.clone();
-        Some(Self(runtime.spawn(async move {
+        let is_awaited = |range: &Range<u64>| range.end - range.start <= SECTION_WAIT_LEN_MAX;
+        layer.dedup_range().filter(is_awaited)?;
+        let (scheduler, received_len) = (scheduler.clone(), Arc::new(AtomicU64::new(0)));
+        let counter = received_len.clone();
+        let task = runtime.spawn(async move {
             let slot = scheduler.slot(number, StreamKind::Opening).await?;
             // Each place has it where its own blob does.
-            let range = slot.place().layer.dedup_range()?;
-            let len = range.end.checked_sub(range.start).filter(|len| *len <= SECTION_WAIT_LEN_MAX)?;
-            let len = usize::try_from(len).ok()?;
+            let range = slot.place().layer.dedup_range().filter(is_awaited)?;
+            let len = usize::try_from(range.end - range.start).ok()?;
+            let memory = SECTION_MEMORY.try_acquire_many(u32::try_from(len >> 10).ok()?.saturating_add(1)).ok()?;
             tracing::debug!(layer = number, ?range, "dedup section requested beside the index");
-            let take = async { slot.open(range).await?.take(len, |_| {}).await };
+            let count = |len: usize| _ = counter.fetch_add(len as u64, Ordering::Relaxed);
+            let take = async { slot.open(range).await?.take(len, count).await };
             match take.await {
-                Ok(bytes) => Some(Ok(bytes)),
+                Ok(bytes) => {
+                    slot.works();
+                    Some(Ok(EarlyBytes(bytes, memory)))
+                }
                 Err(error) => {
                     slot.fail(&error);
                     Some(Err(error))
                 }
             }
-        })))
+        });
+        Some(Self { task, outcome: None, received_len })
     }
 
-    /// How it goes on, as soon as that is known: something else waits for it meanwhile.
-    pub(super) async fn way(mut self) -> SectionWay {
-        match tokio::time::timeout(EARLY_PATIENCE, &mut self.0).await {
-            Ok(Ok(Some(Ok(bytes)))) => SectionWay::Here(bytes),
-            Ok(Ok(Some(Err(error)))) => SectionWay::Failed(error),
-            _ => SectionWay::Asked,
+    /// Waits for it as long as something else may wait for it; whether it has come.
+    pub(super) async fn has_come_soon(&mut self) -> bool {
+        if let Ok(joined) = tokio::time::timeout(HELD_MAX, &mut self.task).await {
+            self.outcome = Some(joined.ok().flatten());
+        }
+        matches!(self.outcome, Some(Some(Ok(_))))
+    }
+
+    /// Waits for it.
+    async fn outcome(&mut self) -> Outcome {
+        match self.outcome.take() {
+            Some(outcome) => outcome,
+            None => (&mut self.task).await.ok().flatten(),
         }
     }
 }
 
 impl Drop for EarlySection {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
 /// Where a dedup section comes from.
 pub(super) enum SectionWay {
-    /// It has come beside the index, unless these are other bytes.
-    Here(Bytes),
+    /// It was asked for beside the index.
+    Beside(EarlySection),
     /// It follows in this answer, behind the hot pack.
     Follows(Answer),
-    /// It has to be asked for; a place has failed.
-    Failed(SourceError),
     /// It has to be asked for.
     Asked,
 }
@@ -129,12 +160,15 @@ async fn section_bytes(layer: &Arc<LayerInner>, len: u64, way: SectionWay) -> Re
     let usable_len = usize::try_from(len).map_err(|_| SectionError::Length(len))?;
     let core = &layer.core;
     let failure = match way {
-        SectionWay::Here(bytes) => {
-            core.count_fetched(bytes.len());
-            if bytes.len() == usable_len {
-                return Ok(bytes);
+        SectionWay::Beside(mut early) => {
+            let outcome = early.outcome().await;
+            core.count_fetched(usize::try_from(early.received_len.load(Ordering::Relaxed)).unwrap_or(usize::MAX));
+            match outcome {
+                // The place may say a length that the index does not; a digest holds what is taken.
+                Some(Ok(EarlyBytes(bytes, _))) if bytes.len() >= usable_len => return Ok(bytes.slice(..usable_len)),
+                Some(Err(error)) => Some(error),
+                _ => None,
             }
-            None
         }
         SectionWay::Follows(Answer { mut incoming, slot, .. }) => {
             let header_len = usize::try_from(SKIPPABLE_HEADER_LEN).expect("a few bytes");
@@ -144,13 +178,13 @@ async fn section_bytes(layer: &Arc<LayerInner>, len: u64, way: SectionWay) -> Re
             };
             match take.await {
                 Ok(bytes) => return Ok(bytes),
+                // It was a long answer: a short one may get through.
                 Err(error) => {
                     slot.fail(&error);
-                    Some(error)
+                    None
                 }
             }
         }
-        SectionWay::Failed(error) => Some(error),
         SectionWay::Asked => None,
     };
     ask_for_bytes(layer, len, usable_len, failure).await

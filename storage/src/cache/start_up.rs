@@ -3,8 +3,9 @@
 //! The hot pack comes in the same answer as the index. In a cache whose layers have told nothing of their content, the
 //! dedup section follows in that answer too, for the layers to come: one request a layer. Where layers have, the layer
 //! that is opened is likely to share most of its content with one of them. Then the dedup section is asked for beside
-//! the index, and the hot pack is not received further until it has come: if others have the larger part of it, the answer
-//! is given up for what they lack. A new image loses no round trip by that, a new version moves little.
+//! the index, as soon as the answer with that begins, and the hot pack is not received further until it has come: if others
+//! have more than a quarter of it, or the section is late, the answer is given up for what they lack. A section that is too
+//! long to be waited for comes before the pack is asked for.
 
 use std::{
     fs,
@@ -17,7 +18,7 @@ use serde_json::Value;
 
 use super::{
     CacheInner, Entry,
-    section::{EarlySection, SECTION_WAIT_LEN_MAX, SectionWay, receive_section},
+    section::{EarlySection, HELD_MAX, SECTION_WAIT_LEN_MAX, SectionWay, receive_section},
 };
 use crate::{
     disk::{
@@ -40,7 +41,7 @@ use crate::{
 /// Bytes copied before the thread is given back.
 const COPY_STEP_LEN: u64 = 4 << 20;
 
-/// An answer that has brought an index, and goes on with the hot pack if there is one.
+/// An answer that has brought an index, and goes on with the hot pack if there is one, or with the dedup section.
 #[derive(Debug)]
 pub(super) struct Answer {
     /// Stands at the first byte behind the index.
@@ -76,8 +77,10 @@ impl CacheInner {
         let (store, index) = (&core.store, layer.index());
         let section = index.dedup().copied().filter(|_| !store.is_dedup_kept());
         let is_awaited = section.is_some_and(|section| section.compressed_len <= SECTION_WAIT_LEN_MAX);
-        let seeks_first = has_peers && is_awaited && !store.is_complete();
         let OnItsWay { answer, section: early } = on_its_way;
+        // A source that sends all of the blob brings the pack before the section.
+        let follows = answer.as_ref().is_some_and(|answer| answer.has_section);
+        let seeks_first = has_peers && section.is_some() && !store.is_complete() && !follows;
         let is_fetched = answer.is_some();
         let answer = answer.filter(|answer| {
             let (found, expected) = (answer.slot.place().layer.hot_len, index.hot_len());
@@ -98,19 +101,21 @@ impl CacheInner {
         // Before anybody can read.
         if let Some(hot) = &hot {
             inner.note_warm(Event::HotBegins(hot.clone()));
-        } else if seeks_first {
+        } else if seeks_first && is_awaited {
             inner.note_warm(Event::SearchBegins);
         }
         let cache = Arc::downgrade(self);
         self.runtime.spawn(async move {
             let warming_up = WarmingUp(&inner);
             if seeks_first && let Some(section) = section {
-                let way = match early {
-                    Some(early) => early.way().await,
-                    None => SectionWay::Asked,
+                let (way, has_come) = match early {
+                    Some(mut early) => {
+                        let has_come = early.has_come_soon().await;
+                        (SectionWay::Beside(early), has_come)
+                    }
+                    None => (SectionWay::Asked, false),
                 };
-                // Without the section beside it the answer would keep a slot that somebody else may need for that.
-                let answer = answer.filter(|_| matches!(way, SectionWay::Here(_)));
+                let answer = answer.filter(|_| has_come);
                 copy_from_peers(cache, &inner, &section, way, HotWay::Waits(answer)).await;
             } else {
                 let rest = match hot {
@@ -209,7 +214,7 @@ async fn copy_from_peers(
     );
     let pieces: Option<Arc<[DedupPiece]>> = pieces.ok();
     let wanted = pieces.clone();
-    let (had_hot_pack, answer) = match hot {
+    let (had_hot_pack, mut answer) = match hot {
         HotWay::Had => (true, None),
         HotWay::Waits(answer) => (false, answer),
     };
@@ -231,7 +236,16 @@ async fn copy_from_peers(
         waits.iter().for_each(|wait| wait.part_ended());
         (plan, rest)
     };
-    let Some((plan, rest)) = blocking(layer, prepare).await else { return };
+    let search = blocking(layer, prepare);
+    tokio::pin!(search);
+    let found = match tokio::time::timeout(HELD_MAX, &mut search).await {
+        Ok(found) => found,
+        Err(_) => {
+            answer = None;
+            search.await
+        }
+    };
+    let Some((plan, rest)) = found else { return };
     let receive = async {
         match rest {
             HotRest::Nothing => {}

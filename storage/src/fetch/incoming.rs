@@ -50,6 +50,11 @@ impl Incoming {
         self.whole_start.inspect(|_| self.skip = 0)
     }
 
+    /// Whether the source sends more than was asked for: all of the blob.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.whole_start.is_some()
+    }
+
     /// Lets bytes pass by before the next ones are taken.
     pub(crate) fn skip(&mut self, len: u64) {
         self.skip = self.skip.saturating_add(len);

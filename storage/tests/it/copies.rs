@@ -2,7 +2,7 @@
 
 use std::{fs, ops::Range, os::unix::fs::FileExt, path::Path, slice::from_ref, sync::Arc};
 
-use format_spec::{Digest, dedup::DedupPiece};
+use format_spec::{Digest, LazyLayer, dedup::DedupPiece};
 use proptest::prelude::*;
 use serde_json::json;
 use storage::{Cache, Layer, Priority};
@@ -335,19 +335,47 @@ async fn a_hot_pack_that_nobody_has_goes_on_in_the_answer_that_brings_the_index(
     assert_eq!(requests, [second.opening_request(), second.section.clone()]);
 }
 
-/// A section that is late, or in whose way others are, keeps neither readers nor the pack.
+/// A section that is late keeps a slot and a connection no longer, and is not asked for again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_section_that_hangs_beside_the_index_keeps_nothing_for_ever() {
+async fn a_pack_is_given_up_for_a_section_that_is_late() {
     let ((first, _), (second, hot)) = (hot_version(0, &[]), hot_version(1, &[0, 1, 2, 3]));
     let (cache, directory) = with_first(&first).await;
     let source = MemorySource::new(&second);
     source.hold_at(second.section.start);
     let layer = cache.layer(&second.lazy, source.clone(), json!(null)).await.unwrap();
-    source.wait_for_frame_requests(2).await;
+    // The answer with the index ends before anything else is asked for.
+    source.wait_for_ended(1).await;
+    assert_eq!(source.requests(), [second.opening_request(), second.section.clone()]);
     source.release(second.section.start);
     check_read(&layer, &second, hot[3].clone()).await;
     wait_for_dedup(directory.path(), &second).await;
-    assert!(source.requests().iter().filter(|range| **range == second.section).count() == 2);
+    let all = second.hot_range(0..4);
+    assert_eq!(source.requests(), [second.opening_request(), second.section.clone(), all]);
+}
+
+/// Such a source has one connection: a section beside the index waited behind the whole blob, and failed the place.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_sends_whole_blobs_is_asked_once() {
+    let ((first, _), (second, hot)) = (hot_version(0, &[]), hot_version(1, &[0, 1, 2, 3]));
+    let (cache, directory) = with_first(&first).await;
+    let source = MemorySource::sending_whole(&second);
+    let layer = cache.layer(&second.lazy, source.clone(), json!(null)).await.unwrap();
+    check_read(&layer, &second, hot[3].clone()).await;
+    wait_for_dedup(directory.path(), &second).await;
+    assert_eq!(source.requests(), from_ref(&(0..second.lazy.blob_len)));
+}
+
+/// Where the annotations say that the section is longer than readers wait for, the pack comes behind it.
+#[tokio::test(flavor = "multi_thread")]
+async fn before_a_section_too_long_to_be_waited_for_no_pack_is_asked_for() {
+    let ((first, _), (second, hot)) = (hot_version(0, &[]), hot_version(1, &[]));
+    let (cache, directory) = with_first(&first).await;
+    let source = MemorySource::new(&second);
+    let lazy = LazyLayer { blob_len: second.lazy.blob_len + (3 << 20), ..second.lazy };
+    let layer = cache.layer(&lazy, source.clone(), json!(null)).await.unwrap();
+    wait_for_dedup(directory.path(), &second).await;
+    check_read(&layer, &second, hot[3].clone()).await;
+    assert_eq!(source.requests(), [second.index_request(), second.section.clone()]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -78,8 +78,9 @@ impl Default for RequestOptions {
         Self {
             // A request holds a frame in memory, about a megabyte; twelve of them fill a link.
             read: RequestLimits { node: 24, source: 16, layer: 12 },
-            // Images of thirty layers are opened at once, and nothing of them is kept in memory but what arrives.
-            opening: RequestLimits { node: 64, source: 32, layer: 4 },
+            // Images of thirty layers are opened at once with two requests each, and nothing of them is kept in memory but
+            // what arrives.
+            opening: RequestLimits { node: 128, source: 64, layer: 4 },
             // One after the other for a layer; each holds a frame in memory.
             proof: RequestLimits { node: 8, source: 2, layer: 1 },
             hot: RequestLimits { node: 8, source: 4, layer: 4 },
