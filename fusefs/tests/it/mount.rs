@@ -72,19 +72,26 @@ struct Mounted {
 
 impl Mounted {
     fn new(mode: Mode, layers: &[Layer]) -> Self {
+        Self::of(MountOptions::plain(mode), layers)
+    }
+
+    fn of(options: MountOptions, layers: &[Layer]) -> Self {
         let registry = Registry::default();
         let layers = layers.iter().map(|layer| registry.push(layer)).collect();
-        Self::with_registry(mode, registry, layers)
+        Self::mount(options, registry, layers)
     }
 
     fn with_registry(mode: Mode, registry: Registry, layers: Vec<control::RemoteLayer>) -> Self {
+        Self::mount(MountOptions::plain(mode), registry, layers)
+    }
+
+    fn mount(options: MountOptions, registry: Registry, layers: Vec<control::RemoteLayer>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (cache, mount_point) = (directory.path().join("cache"), directory.path().join("mount"));
         fs::create_dir(&mount_point).unwrap();
         let runtime = Runtime::new().unwrap();
-        let mount = runtime
-            .block_on(mount_image(layers, registry.sources(), &cache, &mount_point, MountOptions::plain(mode)))
-            .unwrap();
+        let mounting = mount_image(layers, registry.sources(), &cache, &mount_point, options);
+        let mount = runtime.block_on(mounting).unwrap();
         Self { runtime, mount: Some(mount), registry, directory }
     }
 
@@ -256,7 +263,8 @@ fn content_reads_whole_in_pieces_and_through_a_map(mode: Mode) {
 
 /// A window of the usual length brought thirty times as much as a reader of single pages wanted.
 fn what_is_not_there_is_hardly_read_ahead(mode: Mode) {
-    let image = Mounted::new(mode, &[layer([("large", file(noise(9, 4 << 20)))])]);
+    let options = MountOptions { mode, records: true };
+    let image = Mounted::of(options, &[layer([("large", file(noise(9, 4 << 20)))])]);
     let file = File::open(image.path("large")).unwrap();
     #[allow(unsafe_code)]
     // SAFETY: the file system is read-only.
@@ -276,7 +284,7 @@ fn what_is_not_there_is_hardly_read_ahead(mode: Mode) {
 fn reads_are_recorded_by_file_in_the_order_of_first_touch(mode: Mode) {
     let below = layer([("a", file(noise(1, 100_000))), ("hidden", file("below"))]);
     let above = layer([("b", file(noise(2, 10))), ("hidden", file("above")), ("unread", file("x"))]);
-    let image = Mounted::new(mode, &[below, above]);
+    let image = Mounted::of(MountOptions { mode, records: true }, &[below, above]);
     for name in ["b", "a", "hidden", "b"] {
         fs::read(image.path(name)).unwrap();
     }

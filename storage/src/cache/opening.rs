@@ -27,7 +27,7 @@ use crate::{
     fetch::{
         incoming::Incoming,
         places::{PlaceRecord, Places},
-        scheduler::StreamKind,
+        scheduler::{Slot, StreamKind},
         source::{SourceError, SourceErrorKind},
     },
     layer::Layer,
@@ -212,24 +212,15 @@ impl CacheInner {
             tries.asked.push(slot.place().number);
             // Each place has the index where its own blob does.
             let layer = slot.place().layer;
-            let Opening { range, has_pack, has_section } = Opening::of(&layer, has_peers);
+            let opening = Opening::of(&layer, has_peers);
             let before = fetched_bytes;
-            let receive = async {
-                let incoming = slot.open(range).await;
-                let mut incoming = incoming.map_err(|error| CacheError::Source { blob, error })?;
-                let is_whole = incoming.is_whole();
-                let seeks_first = has_peers && !is_whole;
-                let section =
-                    seeks_first.then(|| EarlySection::begin(&self.scheduler, &self.runtime, number, &layer)).flatten();
-                let index = self.receive_index(&layer, &mut incoming, &mut fetched_bytes).await?;
-                Ok((incoming, is_whole, section, index))
-            };
-            let error = match receive.await {
-                Ok((incoming, is_whole, section, index)) => {
+            let error = match self.open_at(number, &slot, &opening, has_peers, &mut fetched_bytes).await {
+                Ok((incoming, section, index)) => {
                     slot.works();
-                    let has_section = has_section || is_whole;
+                    let has_section = opening.has_section || incoming.is_whole();
                     // One that has brought all that was asked for would only keep its slot.
-                    let answer = (has_pack || has_section).then_some(Answer { incoming, slot, has_section });
+                    let goes_on = opening.has_pack || has_section;
+                    let answer = goes_on.then_some(Answer { incoming, slot, has_section });
                     return Ok(FetchedIndex { index, on_its_way: OnItsWay { answer, section }, fetched_bytes });
                 }
                 Err(error @ CacheError::Index { error: FormatError::Digest { .. }, .. }) => {
@@ -260,6 +251,25 @@ impl CacheInner {
             }
             tracing::debug!(%blob, %error, "index asked for again");
         }
+    }
+
+    /// Asks a place for what opens a layer, and receives the index of it.
+    async fn open_at(
+        &self,
+        number: u64,
+        slot: &Slot,
+        opening: &Opening,
+        has_peers: bool,
+        fetched_bytes: &mut u64,
+    ) -> Result<(Incoming, Option<EarlySection>, NewIndex), CacheError> {
+        let layer = slot.place().layer;
+        let incoming = slot.open(opening.range.clone()).await;
+        let mut incoming = incoming.map_err(|error| CacheError::Source { blob: layer.blob, error })?;
+        let seeks_first = has_peers && !incoming.is_whole();
+        let section =
+            seeks_first.then(|| EarlySection::begin(&self.scheduler, &self.runtime, number, &layer)).flatten();
+        let index = self.receive_index(&layer, &mut incoming, fetched_bytes).await?;
+        Ok((incoming, section, index))
     }
 
     /// Receives, verifies and unpacks an index.

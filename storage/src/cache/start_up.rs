@@ -51,6 +51,18 @@ pub(super) struct Answer {
     pub(super) has_section: bool,
 }
 
+impl Answer {
+    /// Whether the pack in it is the one that the index describes.
+    fn has_pack_of(&self, index: &LayerIndex) -> bool {
+        let (found, expected) = (self.slot.place().layer.hot_len, index.hot_len());
+        if found != expected {
+            let blob = self.slot.place().layer.blob;
+            tracing::warn!(%blob, found, expected, "hot pack ignored: it has another length");
+        }
+        found == expected
+    }
+}
+
 /// The things that are on their way when a layer has been opened; nothing for one that the directory had.
 #[derive(Debug, Default)]
 pub(super) struct OnItsWay {
@@ -82,13 +94,7 @@ impl CacheInner {
         let follows = answer.as_ref().is_some_and(|answer| answer.has_section);
         let seeks_first = has_peers && section.is_some() && !store.is_complete() && !follows;
         let is_fetched = answer.is_some();
-        let answer = answer.filter(|answer| {
-            let (found, expected) = (answer.slot.place().layer.hot_len, index.hot_len());
-            if found != expected {
-                tracing::warn!(blob = %core.blob(), found, expected, "hot pack ignored: it has another length");
-            }
-            found == expected
-        });
+        let answer = answer.filter(|answer| answer.has_pack_of(index));
         let hot = match &answer {
             _ if seeks_first => None,
             Some(_) => HotStream::of_all(index),
@@ -238,48 +244,47 @@ async fn copy_from_peers(
     };
     let search = blocking(layer, prepare);
     tokio::pin!(search);
-    let found = match tokio::time::timeout(HELD_MAX, &mut search).await {
-        Ok(found) => found,
-        Err(_) => {
-            answer = None;
-            search.await
-        }
-    };
-    let Some((plan, rest)) = found else { return };
-    let receive = async {
-        match rest {
-            HotRest::Nothing => {}
-            HotRest::Whole(hot) => drop(receive_hot_pack(layer, &hot, answer).await),
-            HotRest::Parts(hot) => {
-                drop(answer);
-                receive_hot_pack(layer, &hot, None).await;
-            }
-            HotRest::Runs(runs) => {
-                drop(answer);
-                let frames: Vec<u32> = runs.iter().flat_map(|run| layer.core.store.missing_frames(run)).collect();
-                layer.scheduler.want(&layer.core, frames, Priority::HotPack, None);
-            }
-        }
-    };
+    let mut found = tokio::time::timeout(HELD_MAX, &mut search).await.ok();
+    if found.is_none() {
+        answer = None;
+        found = Some(search.await);
+    }
+    let Some((plan, rest)) = found.flatten() else { return };
+    let receive = receive_rest(layer, rest, answer);
     let copy = async {
         if let Some(plan) = plan {
             copy_all(layer, plan).await;
         }
     };
     futures_util::future::join(receive, copy).await;
-    let keep = move |layer: &LayerInner| {
-        layer.note_warm(Event::CopyingEnds);
-        let Some(pieces) = pieces else { return };
-        let (core, store) = (&layer.core, &layer.core.store);
-        let copied_bytes = core.progress().copied_bytes;
-        tracing::debug!(blob = %core.blob(), pieces = pieces.len(), copied_bytes, "dedup section kept");
-        // The copies first: who finds the file after a crash need not look again.
-        let kept = store.flush().and_then(|()| store.directory().write_dedup(&dedup::encode(&pieces)));
-        if let Err(error) = kept {
-            tracing::warn!(blob = %core.blob(), %error, "dedup section cannot be kept");
+    blocking(layer, move |layer: &LayerInner| keep_section(layer, pieces.as_deref())).await;
+}
+
+/// Receives what is missing of a hot pack; `answer` is one that it may be on its way in.
+async fn receive_rest(layer: &Arc<LayerInner>, rest: HotRest, answer: Option<Answer>) {
+    let answer = answer.filter(|_| matches!(rest, HotRest::Whole(_)));
+    match rest {
+        HotRest::Nothing => {}
+        HotRest::Whole(hot) | HotRest::Parts(hot) => drop(receive_hot_pack(layer, &hot, answer).await),
+        HotRest::Runs(runs) => {
+            let frames: Vec<u32> = runs.iter().flat_map(|run| layer.core.store.missing_frames(run)).collect();
+            layer.scheduler.want(&layer.core, frames, Priority::HotPack, None);
         }
-    };
-    blocking(layer, keep).await;
+    }
+}
+
+/// Copies have ended; keeps the section that told of them, if it came. Blocks.
+fn keep_section(layer: &LayerInner, pieces: Option<&[DedupPiece]>) {
+    layer.note_warm(Event::CopyingEnds);
+    let Some(pieces) = pieces else { return };
+    let (core, store) = (&layer.core, &layer.core.store);
+    let copied_bytes = core.progress().copied_bytes;
+    tracing::debug!(blob = %core.blob(), pieces = pieces.len(), copied_bytes, "dedup section kept");
+    // The copies first: who finds the file after a crash need not look again.
+    let kept = store.flush().and_then(|()| store.directory().write_dedup(&dedup::encode(pieces)));
+    if let Err(error) = kept {
+        tracing::warn!(blob = %core.blob(), %error, "dedup section cannot be kept");
+    }
 }
 
 /// How what is missing of a hot pack comes when copies have been found.
