@@ -44,7 +44,7 @@ mod watch;
 use machine::{Effect, Machine, Waiter};
 
 pub use machine::Activity;
-pub(crate) use machine::{Fetch, Outcome, StreamKind, WAIT_LEN_MAX};
+pub(crate) use machine::{Fetch, Outcome, StreamKind};
 pub use options::{Priority, RequestLimits, RequestOptions};
 pub(crate) use slot::Slot;
 

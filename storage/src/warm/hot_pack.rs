@@ -6,7 +6,11 @@
 
 use std::{fmt, io, ops::Range, sync::Arc};
 
-use format_spec::{Digest, footer::SKIPPABLE_HEADER_LEN, records::PLAIN_ALIGN};
+use format_spec::{
+    Digest,
+    footer::SKIPPABLE_HEADER_LEN,
+    records::{PLAIN_ALIGN, hot_reason},
+};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -14,7 +18,7 @@ use crate::{
     fetch::{
         decode::{DecodeError, Workspaces},
         incoming::Incoming,
-        scheduler::{Scheduler, Slot, StreamKind, WAIT_LEN_MAX},
+        scheduler::{Scheduler, Slot, StreamKind},
         source::SourceError,
         wait::Wait,
     },
@@ -31,6 +35,12 @@ use crate::{
 /// longer than this: about what a round trip costs.
 const GAP_LEN_MAX: u64 = 128 << 10;
 
+/// A read waits for what comes within this many bytes of a pack; for what is farther away it asks.
+const WAIT_LEN_MAX: u64 = 512 << 10;
+/// The same of a pack that was recorded: all of it is going to be read, and a request beside it would share the link with
+/// it, and bring whole frames of the layer where the pack has parts of them.
+const RECORDED_WAIT_LEN_MAX: u64 = 8 << 20;
+
 /// Frames of a pack that are decompressed or wait to be kept, beside one that is kept and one that is received.
 const DECODING_MAX: usize = 1;
 
@@ -42,6 +52,8 @@ pub(crate) struct HotStream {
     layout: Layout,
     /// What is received, by plain offset.
     pieces: Vec<ComingPiece>,
+    /// How far ahead of what has arrived a read waits, in compressed bytes.
+    wait_len: u64,
     /// Offset in the pack up to which bytes have arrived.
     received_until: AtomicU64,
     state: Mutex<State>,
@@ -116,7 +128,9 @@ impl HotStream {
             .collect();
         pieces.sort_by_key(|piece| piece.plain.start);
         let received_until = requests.first().map_or(0, |first| layout.range_of(first).start).into();
-        Arc::new(Self { requests, layout, pieces, received_until, state: Mutex::default() })
+        let is_recorded = index.hot_pieces().iter().all(|piece| piece.reason.get() == hot_reason::PROFILE);
+        let wait_len = if is_recorded { RECORDED_WAIT_LEN_MAX } else { WAIT_LEN_MAX };
+        Arc::new(Self { requests, layout, pieces, wait_len, received_until, state: Mutex::default() })
     }
 
     /// What this stream brings of `runs`: the frames to wait for, and the runs that it does not bring.
@@ -127,7 +141,7 @@ impl HotStream {
             State { is_over: true, .. } => return (Vec::new(), runs.to_vec()),
             state => state.kept_until,
         };
-        let far = self.received_until.load(Ordering::Acquire).saturating_add(WAIT_LEN_MAX);
+        let far = self.received_until.load(Ordering::Acquire).saturating_add(self.wait_len);
         let (mut frames, mut coming) = (Vec::new(), Vec::new());
         for run in runs {
             let first = self.pieces.partition_point(|piece| piece.plain.end <= run.start);

@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use format_spec::LazyLayer;
+use format_spec::{LazyLayer, records::hot_reason};
 use proptest::prelude::*;
 use serde_json::json;
 use storage::{Cache, Layer};
@@ -69,20 +69,29 @@ async fn a_layer_is_open_before_its_hot_pack_has_arrived_and_readers_wait_for_th
     assert_eq!(source.requests(), [test.opening_request()]);
 }
 
+/// Of a derived pack a start may read any part first. A recorded one is read as it stands, and a request beside it moved
+/// half as much again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_read_does_not_wait_for_what_is_far_away_in_the_hot_pack() {
+async fn a_read_waits_for_what_is_far_away_in_a_recorded_pack_only() {
     let files = [TestFile::of_len(4 << 20)];
     let hot = [0..1 << 20, 2 << 20..(2 << 20) + 4096];
-    let test = LayerMaker { hot_frame_len: 1 << 18, ..maker(&files, &hot) }.make();
-    let directory = tempfile::tempdir().unwrap();
-    let source = MemorySource::new(&test);
-    source.hold_at(test.hot_range(0..1).start);
-    let layer = open_cache(directory.path()).layer(&test.lazy, source.clone(), json!(null)).await.unwrap();
-    check_read(&layer, &test, hot[1].clone()).await;
-    assert_eq!(source.frame_requests().len(), 1);
-    source.release(test.hot_range(0..1).start);
-    check_read(&layer, &test, hot[0].clone()).await;
-    assert_eq!(source.frame_requests().len(), 1);
+    for (hot_reason, requests) in [(hot_reason::RUNTIME, 1), (hot_reason::PROFILE, 0)] {
+        let test = LayerMaker { hot_frame_len: 1 << 18, hot_reason, ..maker(&files, &hot) }.make();
+        let directory = tempfile::tempdir().unwrap();
+        let source = MemorySource::new(&test);
+        let held = test.hot_range(0..1).start;
+        source.hold_at(held);
+        let layer = open_cache(directory.path()).layer(&test.lazy, source.clone(), json!(null)).await.unwrap();
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        layer.read_then(hot[1].start, 4096, move |bytes| sender.send(bytes.unwrap()).unwrap());
+        if requests > 0 {
+            source.wait_for_frame_requests(requests).await;
+        }
+        source.release(held);
+        assert!(receiver.await.unwrap() == test.expected(hot[1].clone()));
+        check_read(&layer, &test, hot[0].clone()).await;
+        assert_eq!(source.frame_requests().len(), requests);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -71,6 +71,8 @@ pub(crate) struct LayerMaker<'a> {
     /// Pieces of the hot pack.
     pub(crate) hot: &'a [Range<u64>],
     pub(crate) hot_frame_len: usize,
+    /// Why they are hot (SPEC.md 5.8).
+    pub(crate) hot_reason: u32,
     /// Alters what of a hot frame is compressed.
     pub(crate) change_hot: &'a dyn Fn(usize, &[u8]) -> Vec<u8>,
     /// Alters the pieces of the dedup section; without it there is no section.
@@ -94,6 +96,7 @@ impl Default for LayerMaker<'_> {
             time: 0,
             hot: &[],
             hot_frame_len: 10_000,
+            hot_reason: hot_reason::PROFILE,
             change_hot: &|_, content| content.to_vec(),
             dedup: None,
             index_says: &name_and_mode,
@@ -173,7 +176,7 @@ impl LayerMaker<'_> {
         let piece = |plain: &Range<u64>| HotPiece {
             plain_offset: plain.start.into(),
             len: ((plain.end - plain.start) as u32).into(),
-            reason: hot_reason::PROFILE.into(),
+            reason: self.hot_reason.into(),
         };
         let content: Vec<u8> =
             self.hot.iter().flat_map(|plain| &space[plain.start as usize..plain.end as usize]).copied().collect();

@@ -32,7 +32,7 @@ use crate::{
 /// round trip does not show, short enough that several requests share a link fairly.
 const REQUEST_LEN_MAX: u64 = 4 << 20;
 /// A read takes a frame out of a running prefetch when more bytes than this come before it.
-pub(crate) const WAIT_LEN_MAX: u64 = 512 << 10;
+const WAIT_LEN_MAX: u64 = 512 << 10;
 /// A request for a reader that takes longer is not given way to: its source may never answer.
 const READ_TIME: Duration = Duration::from_secs(2);
 /// Times a frame is asked for again when its bytes were wrong, or once for each place if there are more.
