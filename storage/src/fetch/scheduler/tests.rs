@@ -343,7 +343,9 @@ fn many_sources_that_do_not_answer_take_no_slot_from_one_that_does() {
 /// A registry under hundreds of names and ports had a request for each at a time.
 #[test]
 fn names_of_one_registry_had_a_slot_each_without_limit() {
-    let names: Vec<String> = (0..300).map(|number| format!("port {number}")).collect();
+    // More than twice the slots of any class.
+    const NAMES: u64 = 600;
+    let names: Vec<String> = (0..NAMES).map(|number| format!("port {number}")).collect();
     let mut world = World::with_layers(&names.iter().map(String::as_str).collect::<Vec<_>>());
     for class in Class::ALL {
         let want = |world: &mut World, layer, frame| match class {
@@ -351,7 +353,7 @@ fn names_of_one_registry_had_a_slot_each_without_limit() {
             Class::Frames(priority) => drop(world.want(layer, frame..frame + 1, priority)),
         };
         // All of them have brought something before.
-        (0..300).for_each(|layer| want(&mut world, layer, 0));
+        (0..NAMES).for_each(|layer| want(&mut world, layer, 0));
         while let Some(request) = world.live.keys().next().copied() {
             if matches!(class, Class::Stream(_)) {
                 world.machine.stream_works(request);
@@ -360,7 +362,7 @@ fn names_of_one_registry_had_a_slot_each_without_limit() {
                 world.complete(request);
             }
         }
-        (0..300).for_each(|layer| want(&mut world, layer, 10));
+        (0..NAMES).for_each(|layer| want(&mut world, layer, 10));
         let limits = world.machine.limits(class);
         assert_eq!(world.running(class), limits.node * 2, "{class:?}");
         // They come round, however slow each of them is: nobody waits for another's 4 MiB.
@@ -370,11 +372,11 @@ fn names_of_one_registry_had_a_slot_each_without_limit() {
         assert_eq!(begun(&world) - before, limits.node * 2, "{class:?}");
         assert_eq!(world.running(class), limits.node * 2, "{class:?}");
         world.now += Duration::from_secs(100);
-        for layer in 0..300 {
+        for layer in 0..NAMES {
             world.machine.forget(layer, world.now);
             world.drain();
         }
-        (0..300).for_each(|layer| world.set_places(layer, &[(layer, &names[usize::try_from(layer).unwrap()])]));
+        (0..NAMES).for_each(|layer| world.set_places(layer, &[(layer, &names[usize::try_from(layer).unwrap()])]));
         world.present.clear();
     }
 }
