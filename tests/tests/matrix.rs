@@ -248,7 +248,9 @@ fn containerds_own_snapshotter_works_beside_lazuli(release: Release, version: &s
     let original = registry.reference("sample:original");
     pull_lazily(&node, release, "default", &registry.reference("sample:lazy"))?;
     run(&mut node.containerd.ctr(["images", "pull", "--plain-http", "--snapshotter", OVERLAYFS, &original]))?;
-    let words = ["run", "--rm", "--snapshotter", OVERLAYFS, &original, "ordinary", "/bin/cat", "/etc/greeting"];
+    // runc keeps all containers in one place.
+    let name = format!("ordinary-{version}-{}", std::process::id());
+    let words = ["run", "--rm", "--snapshotter", OVERLAYFS, &original, &name, "/bin/cat", "/etc/greeting"];
     assert_eq!(finish(&mut node.containerd.ctr(words))?.stdout_of("cat")?, "good morning\n");
     check_is_remote(&node, "default")
 }
