@@ -201,7 +201,7 @@ impl Containerd {
     /// A `ctr` command with these arguments.
     pub fn ctr<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
         let mut ctr = command(self.program("ctr"), [OsStr::new("--address"), self.socket.as_os_str()]);
-        // What 2.4 says about this machine would come before what a container prints.
+        // A warning of 2.4 about this machine would come before the lines of a container.
         ctr.args(arguments).env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1");
         ctr
     }

@@ -1,32 +1,40 @@
-//! What is written into a private containerd's configuration file, pure.
+//! The configuration file of a private containerd, as text.
 
 use std::path::Path;
 
 use crate::containerd::{ContainerdOptions, CriOptions, LAZULI, OVERLAYFS, Release};
 
-/// The configuration of a containerd that keeps everything in `directory` and serves on `socket`.
-pub(crate) fn configuration(directory: &Path, socket: &Path, options: &ContainerdOptions) -> String {
+/// containerd's plugins for pods: of the first generation, and what of the second has no other name.
+pub(crate) const CRI: &str = "io.containerd.grpc.v1.cri";
+pub(crate) const SECOND_CRI: &str = "io.containerd.cri.v1.runtime";
+
+/// Where a containerd keeps everything and serves, without some plugins, in a version of the file's format.
+pub(crate) fn head(version: u32, directory: &Path, socket: &Path, disabled: &[&str]) -> String {
     let (path, socket) = (directory.display(), socket.display());
-    let is_second = options.release == Release::V2_1;
-    let mut text = format!(
+    format!(
         r#"version = {version}
 root = "{path}/root"
 state = "{path}/state"
-{disabled}
+disabled_plugins = {disabled:?}
 [grpc]
 address = "{socket}"
 [ttrpc]
 address = "{socket}.ttrpc"
 [plugins."io.containerd.internal.v1.opt"]
 path = "{path}/opt"
-"#,
-        version = if is_second { 3 } else { 2 },
-        disabled = match (&options.cri, is_second) {
-            (Some(_), _) => "",
-            (None, false) => r#"disabled_plugins = ["io.containerd.grpc.v1.cri"]"#,
-            (None, true) => r#"disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"]"#,
-        }
-    );
+"#
+    )
+}
+
+/// The configuration of a containerd that keeps everything in `directory` and serves on `socket`.
+pub(crate) fn configuration(directory: &Path, socket: &Path, options: &ContainerdOptions) -> String {
+    let is_second = options.release == Release::V2_1;
+    let disabled: &[&str] = match (&options.cri, is_second) {
+        (Some(_), _) => &[],
+        (None, false) => &[CRI],
+        (None, true) => &[CRI, SECOND_CRI],
+    };
+    let mut text = head(if is_second { 3 } else { 2 }, directory, socket, disabled);
     if let Some(snapshotter) = &options.snapshotter {
         text += &format!(
             r#"[proxy_plugins.{LAZULI}]

@@ -40,7 +40,7 @@ impl Served {
     }
 }
 
-/// What a line says about an answer; `None` for lines about other things.
+/// The answer that a line tells of; `None` for lines about other things.
 pub(crate) fn parse_line(line: &str) -> Option<Served> {
     let entry: Value = serde_json::from_str(line).ok()?;
     Some(Served {

@@ -322,7 +322,6 @@ pub(crate) enum Fault {
 #[derive(Debug)]
 pub(crate) struct MemorySource {
     blob: Bytes,
-    index_start: u64,
     faults: Mutex<Vec<Fault>>,
     /// The error that answers every request.
     outage: Mutex<Option<SourceError>>,
@@ -337,7 +336,6 @@ impl MemorySource {
     pub(crate) fn new(layer: &TestLayer) -> Arc<Self> {
         Arc::new(Self {
             blob: layer.blob.clone().into(),
-            index_start: layer.lazy.index.offset,
             faults: Mutex::default(),
             outage: Mutex::default(),
             range_faults: Mutex::default(),
@@ -360,15 +358,9 @@ impl MemorySource {
         self.requests.borrow().clone()
     }
 
-    /// The requests for frames and the like: all but the first one that brings the index.
+    /// The requests for frames: all but the first one, which brings the index.
     pub(crate) fn frame_requests(&self) -> Vec<Range<u64>> {
-        self.without_opening(&self.requests())
-    }
-
-    /// A dedup section may be asked for before the index.
-    fn without_opening(&self, requests: &[Range<u64>]) -> Vec<Range<u64>> {
-        let opening = requests.iter().position(|range| range.start == self.index_start).unwrap_or(0);
-        [&requests[..opening], &requests[opening + 1..]].concat()
+        self.requests().split_off(1)
     }
 
     /// Like [`Self::frame_requests`], in blob order: for requests that are made at the same time.
@@ -382,7 +374,7 @@ impl MemorySource {
     pub(crate) async fn wait_for_frame_requests(&self, count: usize) -> Vec<Range<u64>> {
         let mut receiver = self.requests.subscribe();
         let requests = receiver.wait_for(|requests| requests.len() > count).await.unwrap();
-        self.without_opening(&requests)
+        requests[1..].to_vec()
     }
 
     /// Waits until the answers of `count` requests were dropped, whole or not.

@@ -1,25 +1,12 @@
-//! What is written into the configuration files of peers, pure.
+//! The configuration files of peers, as text.
 
 use std::path::Path;
 
 use super::Peer;
+use crate::containerd_config::{CRI, SECOND_CRI, head};
 
 /// Of a containerd 2.4 that keeps everything in `directory`, serves on `socket` and knows the snapshotter at `peer_socket`.
 pub(super) fn containerd(peer: Peer, directory: &Path, socket: &Path, peer_socket: &Path) -> String {
-    let (path, socket) = (directory.display(), socket.display());
-    let head = format!(
-        r#"version = 3
-root = "{path}/root"
-state = "{path}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"]
-[grpc]
-address = "{socket}"
-[ttrpc]
-address = "{socket}.ttrpc"
-[plugins."io.containerd.internal.v1.opt"]
-path = "{path}/opt"
-"#
-    );
     let name = peer.snapshotter();
     let rest = match peer {
         // One layer at a time unless said.
@@ -38,7 +25,7 @@ enable_remote_snapshot_annotations = "true"
             unpack(name, "walking") + &proxy
         }
     };
-    head + &rest
+    head(3, directory, socket, &[CRI, SECOND_CRI]) + &rest
 }
 
 const PARALLEL: &str = r#"[plugins."io.containerd.transfer.v1.local"]

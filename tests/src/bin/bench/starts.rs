@@ -13,7 +13,6 @@
 
 mod options;
 mod order;
-mod peers;
 mod report;
 
 use std::{collections::BTreeMap, fs, time::Duration};
@@ -58,7 +57,6 @@ pub(crate) fn bench(words: Vec<String>) -> Result<()> {
                 let case = Case { image: &subject.name, link: name, shape: *shape, work, facts };
                 let new = report::rows(&case, &measured);
                 new.iter().for_each(|row| println!("{}", report::line(&row.cells())));
-                peers::lines(&subject.name, name, &measured).iter().for_each(|line| println!("{line}"));
                 rows.extend(new);
             }
         }
